@@ -1,0 +1,1 @@
+"""Converters from palettized checkpoints to deployment formats, and readers of those formats."""
