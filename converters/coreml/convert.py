@@ -1,0 +1,148 @@
+"""A traced PyTorch module becomes a Core ML program that holds our palettes bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from converters.coreml.targets import check_target
+from converters.coreml.weights import PARAMETERS_KEY
+from edkm_export.errors import BackendMissingError, ConversionError
+from edkm_export.palette import PalettizedTensor
+
+__all__ = ["convert", "load_coremltools", "save_package"]
+
+def convert(
+    module: nn.Module,
+    example_inputs: Sequence[Tensor],
+    palettized: Mapping[str, PalettizedTensor],
+    *,
+    inputs: Sequence[Any],
+    outputs: Sequence[Any] | None = None,
+    target: str = "iOS18",
+    metadata: Mapping[str, str] | None = None,
+    prefix: str = "",
+    source: str = "model",
+) -> Any:
+    """Convert a module whose palettized weights hold their decoded values.
+
+    Args:
+        module: in eval mode; every palettized weight must be one of its parameters.
+        example_inputs: arguments to trace it with.
+        palettized: {parameter name: palette}.
+        inputs: `coremltools.TensorType` of each argument.
+        outputs: `coremltools.TensorType` of each result.
+        target: one of `targets.TARGETS`.
+        metadata: further user metadata of the package.
+        prefix: what `module` puts in front of the names in `palettized` ("decoder.").
+        source: where the palettes are from, for messages.
+
+    Returns:
+        coremltools.models.MLModel, not compiled and not loaded; write it with `save_package`.
+
+    Raises:
+        ConversionError: the target cannot hold the palettes, coremltools cannot convert the module, or a palettized
+            weight would have been left dense.
+        BackendMissingError: coremltools is not installed.
+    """
+    check_target(palettized, target, source)
+    ct = load_coremltools()
+    from converters.coreml.lut_pass import PASS_NAME, Substitution, substituting
+
+    dense = {
+        name: parameter.data
+        for name, parameter in module.named_parameters()
+        if name.removeprefix(prefix) not in palettized
+    }
+    substitution = Substitution({prefix + name: tensor for name, tensor in palettized.items()}, dense)
+    pipeline = ct.PassPipeline.DEFAULT
+    # Deduplication would merge two weights that happen to be equal, and one of the two LUTs would be missed.
+    pipeline.remove_passes({"common::const_deduplication"})
+    pipeline.append_pass(PASS_NAME)
+    with torch.no_grad(), _quiet():
+        traced = torch.jit.trace(module, tuple(example_inputs), check_trace=False)
+        try:
+            with substituting(substitution):
+                model = ct.convert(
+                    traced,
+                    inputs=list(inputs),
+                    outputs=None if outputs is None else list(outputs),
+                    minimum_deployment_target=getattr(ct.target, target),
+                    compute_precision=ct.precision.FLOAT16,
+                    pass_pipeline=pipeline,
+                    skip_model_load=True,
+                )
+        except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+            raise ConversionError(f"{source}: coremltools cannot convert this model: {error}") from error
+    missed = sorted(set(substitution.palettized) - substitution.consumed)
+    if missed:
+        raise ConversionError(
+            f"{source}: {len(missed)} palettized weights were not found in the converted program and would ship dense: "
+            f"{', '.join(name.removeprefix(prefix) for name in missed[:5])}. Report this model."
+        )
+    names = {program: parameter.removeprefix(prefix) for program, parameter in substitution.names.items()}
+    model.user_defined_metadata[PARAMETERS_KEY] = json.dumps(names, sort_keys=True)
+    for key, value in (metadata or {}).items():
+        model.user_defined_metadata[key] = value
+    return model
+
+
+def load_coremltools() -> Any:
+    """The coremltools module, imported without its warnings.
+
+    Raises:
+        BackendMissingError: it is not installed.
+    """
+    try:
+        with _quiet():
+            import coremltools
+    except ImportError as error:
+        raise BackendMissingError("Core ML export needs coremltools: pip install 'edkm-export[coreml]'") from error
+    return coremltools
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence coremltools' progress bars and its warnings about library versions it was not tested with."""
+    logger = logging.getLogger("coremltools")
+    level, logger.level = logger.level, logging.ERROR
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tqdm = None
+    shown = None if tqdm is None else tqdm.__init__
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if tqdm is not None:
+                tqdm.__init__ = lambda self, *args, **kwargs: shown(self, *args, **{**kwargs, "disable": True})
+            yield
+        finally:
+            logger.level = level
+            if tqdm is not None:
+                tqdm.__init__ = shown
+
+
+def save_package(model: Any, path: Path) -> None:
+    """Write a converted model as an .mlpackage folder. `path` must not exist.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    try:
+        with _quiet():
+            model.save(str(path))
+    except Exception as error:
+        shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"{path}: writing failed, is the disk full? ({error})") from error

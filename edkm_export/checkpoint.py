@@ -1,0 +1,277 @@
+"""model.pt: the checkpoint that training and one-shot palettization write, and every converter reads.
+
+A `torch.save` archive of plain tensors and plain Python, read with `weights_only=True`, so that reading one
+never runs code. Keys:
+
+    format          "edkm-export"
+    format_version  1
+    config          the Hugging Face configuration, a dict
+    palettized      {name: {"shape", "n_bits", "lut", "indices", "lut_scale" (int8 LUTs only)}}
+    dense           {name: float16, bfloat16 or float32 tensor}
+    tied            {name: name of the parameter that it shares}
+    tokenizer       {file name: its bytes, as a uint8 tensor}
+    recipe          the recipe, a dict
+    provenance      versions, command, seed, base model, sha256 of the three groups of tensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edkm_export.atomic import atomic_file
+from edkm_export.errors import CheckpointError, PaletteError
+from edkm_export.palette import PalettizedTensor
+
+__all__ = ["FORMAT", "FORMAT_VERSION", "Checkpoint", "load", "save"]
+
+FORMAT = "edkm-export"
+FORMAT_VERSION = 1
+_DENSE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_KEYS = ("config", "palettized", "dense", "tied", "tokenizer", "recipe", "provenance")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A palettized model.
+
+    Attributes:
+        config: Hugging Face configuration.
+        palettized: weights as lookup tables and indices, by parameter name.
+        dense: the other parameters, float16, bfloat16 or float32, by parameter name.
+        tied: parameters that share another one's values: {name: name of the one that is stored}.
+        tokenizer: tokenizer files, {file name: content}.
+        recipe: the recipe that made it.
+        provenance: versions, command, seed, base model.
+        path: where it was read from, None for one that was just made.
+    """
+
+    config: dict[str, Any]
+    palettized: dict[str, PalettizedTensor]
+    dense: dict[str, Tensor]
+    tied: dict[str, str] = field(default_factory=dict)
+    tokenizer: dict[str, bytes] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all weights: palettized ones as stored, the others as float16."""
+        dense = sum(tensor.numel() * 2 for tensor in self.dense.values())
+        return dense + sum(tensor.size_bytes for tensor in self.palettized.values())
+
+    @property
+    def numel(self) -> int:
+        """Parameters, tied ones counted once."""
+        dense = sum(tensor.numel() for tensor in self.dense.values())
+        return dense + sum(tensor.numel for tensor in self.palettized.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of storage a parameter, LUTs and unpalettized parameters included."""
+        return self.size_bytes * 8 / self.numel
+
+    def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Every parameter decoded, `dtype`, tied ones under each of their names (one tensor)."""
+        state = {name: tensor.decode().to(dtype) for name, tensor in self.palettized.items()}
+        state.update({name: tensor.to(dtype) for name, tensor in self.dense.items()})
+        state.update({name: state[target] for name, target in self.tied.items()})
+        return state
+
+
+def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Raises:
+        OutputExistsError: `path` exists and `overwrite` is false.
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    tokenizer = {
+        name: torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+        for name, content in checkpoint.tokenizer.items()
+    }
+    contents: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": _plain(checkpoint.config),
+        "palettized": {name: _pack_palettized(tensor) for name, tensor in checkpoint.palettized.items()},
+        "dense": {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.dense.items()},
+        "tied": dict(checkpoint.tied),
+        "tokenizer": tokenizer,
+        "recipe": _plain(checkpoint.recipe),
+    }
+    digests = {key: _digest(contents[key]) for key in ("palettized", "dense", "tokenizer")}
+    contents["provenance"] = {**_plain(checkpoint.provenance), "sha256": digests}
+    with atomic_file(path, overwrite=overwrite) as temporary:
+        try:
+            torch.save(contents, temporary)
+        except RuntimeError as error:  # torch reports a failed write so, without an errno
+            raise OSError(f"{path}: writing failed, is the disk full? ({_first_line(error)})") from error
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and validate a checkpoint. Tensors are memory mapped.
+
+    Raises:
+        CheckpointError: missing, truncated, of an unknown version, damaged, or not plain data; the message
+            names the file, the tensor and the value, and says what to do.
+    """
+    contents = _read(path)
+    _require(isinstance(contents, dict) and contents.get("format") == FORMAT, path, f"is not an edkm-export checkpoint; {_MAKE_ONE}")
+    version = contents.get("format_version")
+    _require(
+        version == FORMAT_VERSION,
+        path,
+        f"format version is {version!r}, this release reads {FORMAT_VERSION}; "
+        "write it again with this release, or install the one that wrote it",
+    )
+    for key in _KEYS:
+        _require(isinstance(contents.get(key), dict), path, f"'{key}' is missing or not a dict; write the file again")
+    palettized = {name: _unpack_palettized(path, name, parts) for name, parts in contents["palettized"].items()}
+    dense = contents["dense"]
+    for name, tensor in dense.items():
+        _check_dense(path, name, tensor)
+    twice = palettized.keys() & dense.keys()
+    _require(not twice, path, f"{', '.join(sorted(twice))}: both palettized and dense; write the file again")
+    for name, target in contents["tied"].items():
+        _require(
+            isinstance(name, str) and (target in palettized or target in dense),
+            path,
+            f"{name}: tied to {target!r}, which is not in the file; write the file again",
+        )
+        _require(name not in palettized and name not in dense, path, f"{name}: tied and stored at once")
+    for name, content in contents["tokenizer"].items():
+        plain = isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
+        _require(plain, path, f"tokenizer file {name!r} is not a plain file name; refused")
+        _require(
+            isinstance(content, Tensor) and content.dtype == torch.uint8 and content.dim() == 1,
+            path,
+            f"tokenizer file {name}: expected its bytes as a uint8 tensor",
+        )
+    _check_digests(path, contents)
+    return Checkpoint(
+        config=contents["config"],
+        palettized=palettized,
+        dense=dense,
+        tied=contents["tied"],
+        tokenizer={name: content.numpy().tobytes() for name, content in contents["tokenizer"].items()},
+        recipe=contents["recipe"],
+        provenance=contents["provenance"],
+        path=path,
+    )
+
+
+_MAKE_ONE = "make one with `edkm-export palettize MODEL -o model.pt`"
+
+
+def _read(path: Path) -> Any:
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file; make one with `edkm-export palettize MODEL -o {path.name}`.")
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; to palettize it run `edkm-export palettize {path} -o model.pt`.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, since it holds more than plain tensors, and loading it could run code; {_MAKE_ONE}."
+        ) from error
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: no permission to read it.") from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: is truncated or not an edkm-export checkpoint; {_MAKE_ONE}."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def _require(condition: bool, path: Path, message: str) -> None:
+    if not condition:
+        raise CheckpointError(f"{path}: {message}.")
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """A copy of nothing but plain Python: a subclass of str would make the file unreadable with weights_only."""
+    plain: dict[str, Any] = json.loads(json.dumps(value))
+    return plain
+
+
+def _pack_palettized(tensor: PalettizedTensor) -> dict[str, Any]:
+    parts: dict[str, Any] = {
+        "shape": list(tensor.shape),
+        "n_bits": tensor.n_bits,
+        "lut": tensor.lut,
+        "indices": tensor.indices,
+    }
+    if tensor.lut_scale is not None:
+        parts["lut_scale"] = tensor.lut_scale
+    return parts
+
+
+def _unpack_palettized(path: Path, name: Any, parts: Any) -> PalettizedTensor:
+    known = {"shape", "n_bits", "lut", "indices", "lut_scale"}
+    _require(
+        isinstance(name, str) and isinstance(parts, dict) and parts.keys() <= known,
+        path,
+        f"{name!r}: a palettized weight is a dict of {', '.join(sorted(known))}",
+    )
+    shape, n_bits, scale = parts.get("shape"), parts.get("n_bits"), parts.get("lut_scale")
+    _require(isinstance(shape, list) and all(type(size) is int for size in shape), path, f"{name}: shape is {shape!r}")
+    _require(type(n_bits) is int, path, f"{name}: n_bits is {n_bits!r}")
+    for key in ("lut", "indices"):
+        _require(isinstance(parts.get(key), Tensor), path, f"{name}: '{key}' is missing or not a tensor")
+    _require(scale is None or isinstance(scale, Tensor), path, f"{name}: 'lut_scale' is not a tensor")
+    try:
+        tensor = PalettizedTensor(name, tuple(shape), n_bits, parts["lut"], parts["indices"], scale)
+        tensor.unpack_indices()  # refuses padding bits that are set
+    except PaletteError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return tensor
+
+
+def _check_dense(path: Path, name: Any, tensor: Any) -> None:
+    _require(isinstance(name, str) and isinstance(tensor, Tensor), path, f"{name!r}: is not a tensor")
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DENSE_DTYPES)
+    _require(tensor.dtype in _DENSE_DTYPES, path, f"{name}: is {tensor.dtype}, expected one of {names}")
+    _require(bool(torch.isfinite(tensor).all()), path, f"{name}: holds NaN or infinity; the model is broken")
+
+
+def _digest(group: Mapping[str, Any]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(group):
+        value = group[name]
+        parts = value if isinstance(value, dict) else {"": value}
+        for key in sorted(parts):
+            part = parts[key]
+            if isinstance(part, Tensor):
+                sha.update(f"{name}/{key}/{part.dtype}/{list(part.shape)}\n".encode())
+                sha.update(memoryview(part.contiguous().view(-1).view(torch.uint8).numpy()))
+            else:
+                sha.update(f"{name}/{key}/{part}\n".encode())
+    return sha.hexdigest()
+
+
+def _check_digests(path: Path, contents: dict[str, Any]) -> None:
+    recorded = contents["provenance"].get("sha256")
+    _require(isinstance(recorded, dict), path, "provenance holds no sha256 of its parts; write the file again")
+    for key in ("palettized", "dense", "tokenizer"):
+        actual = _digest(contents[key])
+        _require(
+            recorded.get(key) == actual,
+            path,
+            f"the sha256 of its '{key}' part is {actual[:16]}..., but {str(recorded.get(key))[:16]}... was recorded "
+            "when it was written: the file was damaged or changed; write it again",
+        )

@@ -1,0 +1,77 @@
+"""What the commands share on the terminal: consoles, progress and tables."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from edkm_export.verify.report import Report, Verdict
+
+__all__ = ["bar", "err", "ladder_table", "megabytes", "out", "summary_table", "steps", "verdict_text"]
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+_STYLES = {Verdict.PASS: "bold green", Verdict.FAIL: "bold red", Verdict.NOT_RUN: "yellow"}
+
+
+@contextlib.contextmanager
+def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error; yields the function that advances it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=not err.is_terminal) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda amount: progress.advance(task, amount)
+
+
+@contextlib.contextmanager
+def steps(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar over named steps; yields the function that announces the next one."""
+    columns = (SpinnerColumn(), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("starting", total=total, completed=-1)
+
+        def advance(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+            if not err.is_terminal:
+                err.print(f"- {name}")
+
+        yield advance
+
+
+def megabytes(size_bytes: float) -> str:
+    """1 MB is 10**6 bytes, as app stores count."""
+    return f"{size_bytes / 1e6:,.1f} MB"
+
+
+def verdict_text(verdict: Verdict) -> Text:
+    """The verdict in its colour."""
+    return Text(verdict.value, style=_STYLES[verdict])
+
+
+def summary_table(report: Report) -> Table:
+    """The table that a person reads in ten seconds."""
+    table = Table(title=report.artifact, title_justify="left", show_header=False)
+    table.add_row("size", f"{megabytes(report.size_bytes)} (float16: {megabytes(report.parameters * 2)})")
+    table.add_row("bits a weight", f"{report.bits_per_weight:.2f}, LUTs and unpalettized weights included")
+    table.add_row("bit-exact tensors", f"{report.bit_exact_tensors} of {len(report.tensors)}")
+    for name, found in report.perplexities.items():
+        table.add_row(f"perplexity, {name}", f"{found.value:.2f} ± {found.standard_error:.2f}")
+    table.add_row("verdict", verdict_text(report.verdict))
+    return table
+
+
+def ladder_table(report: Report) -> Table:
+    """Each rung with its verdict."""
+    table = Table(title="verification ladder", title_justify="left")
+    table.add_column("checked")
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("found")
+    for rung in report.rungs:
+        table.add_row(rung.candidate, verdict_text(rung.verdict), rung.detail)
+    return table

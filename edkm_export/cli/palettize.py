@@ -1,0 +1,147 @@
+"""edkm-export palettize: one-shot palettization of a float model."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from edkm_export.recipe import Recipe, load_recipe, uniform_recipe
+
+__all__ = ["command"]
+
+_CONTEXT = 512
+
+
+@click.command("palettize", short_help="Cluster a model's weights into lookup tables, in one shot.")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("model.pt"), show_default=True)
+@click.option("--bits", type=int, help="Bits of an index: 1, 2, 3, 4, 6 or 8.  [default: 4]")
+@click.option("--group-size", type=int, help="Output rows that share a LUT; 0: one for the weight.  [default: 16]")
+@click.option("--lut-dtype", type=click.Choice(["float16", "int8"]), help="Type of the LUT entries.  [default: float16]")
+@click.option("--recipe", help="YAML file or preset (8bit, 6bit, 4bit, 3bit, 2bit, 4bit-per-tensor, dense).")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Text whose activations weigh the clustering. Recommended: it is worth about a bit.",
+)
+@click.option("--calibration-tokens", type=click.IntRange(min=2), default=1024, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+def command(
+    model: str,
+    output: Path,
+    bits: int | None,
+    group_size: int | None,
+    lut_dtype: Literal["float16", "int8"] | None,
+    recipe: str | None,
+    calibration: Path | None,
+    calibration_tokens: int,
+    overwrite: bool,
+) -> None:
+    """Cluster the weights of MODEL into lookup tables and write a checkpoint.
+
+    MODEL is a Hugging Face folder, a hub id or a GGUF file. Linear layers get --bits in groups of --group-size
+    rows, the embedding and the output head 8 bits with one LUT each; a --recipe decides otherwise.
+    """
+    plan = _recipe(recipe, bits, group_size, lut_dtype)
+
+    from edkm_export import checkpoint
+    from edkm_export.atomic import check_output
+    from edkm_export.cli.console import bar, err, megabytes, out
+    from edkm_export.models.source import Source, load_model, load_tokenizer, tokenizer_files
+    from edkm_export.palettize import palettizable_shapes, palettize_model
+    from edkm_export.text import read_text, token_windows
+
+    check_output(output, overwrite=overwrite)
+    text = read_text(calibration) if calibration is not None else None
+    source = Source.parse(model)
+    with err.status(f"loading {model}"):
+        loaded = load_model(source)
+        tokenizer = load_tokenizer(source)
+    rules = plan.plan(palettizable_shapes(loaded), model)
+
+    energy = None
+    provenance: dict[str, Any] = {
+        "versions": _versions(),
+        "command": ["edkm-export", *sys.argv[1:]],
+        "seed": None,
+        "base_model": source.provenance(),
+    }
+    if text is not None:
+        from edkm_export.calibration import input_energy
+
+        windows = token_windows(text, tokenizer, tokens=calibration_tokens, context=_CONTEXT, source=str(calibration))
+        with bar("calibrating", len(windows)) as advance:
+            energy = input_energy(loaded, windows, advance=lambda: advance(1))
+        provenance["calibration"] = {
+            "text": str(calibration),
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "tokens": windows.numel(),
+        }
+
+    shapes = palettizable_shapes(loaded)
+    files, config = tokenizer_files(tokenizer, loaded), loaded.config.to_dict()
+    total = sum(shapes[name][0] * shapes[name][1] for name in rules)
+    with bar("palettizing", total) as advance:
+        parts = palettize_model(loaded, plan, energy=energy, source=model, advance=lambda _name, count: advance(count))
+    finished = checkpoint.Checkpoint(
+        config=config,
+        palettized=parts.palettized,
+        dense=parts.dense,
+        tied=parts.tied,
+        tokenizer=files,
+        recipe=plan.model_dump(mode="json"),
+        provenance=provenance,
+    )
+    with err.status(f"writing {output}"):
+        checkpoint.save(finished, output, overwrite=overwrite)
+
+    weights = sum(tensor.numel for tensor in finished.palettized.values())
+    out.print(
+        f"{output}: {len(finished.palettized)} weights palettized with recipe {plan.name}, "
+        f"{weights:,} of {finished.numel:,} parameters",
+        soft_wrap=True,
+    )
+    out.print(
+        f"{megabytes(finished.size_bytes)}, {finished.bits_per_weight:.2f} bits a weight "
+        f"(float16: {megabytes(finished.numel * 2)})"
+    )
+    if text is None and finished.palettized:
+        out.print(
+            "No calibration text was given. With --calibration FILE, any ordinary text, the clustering keeps the weights "
+            "that matter: at 4 bits and below this makes the difference between usable and not.",
+            soft_wrap=True,
+        )
+    out.print(f"next: edkm-export coreml {output}", soft_wrap=True)
+
+
+def _recipe(
+    reference: str | None, bits: int | None, group_size: int | None, lut_dtype: Literal["float16", "int8"] | None
+) -> Recipe:
+    if reference is None:
+        return uniform_recipe(
+            4 if bits is None else bits, 16 if group_size is None else group_size, lut_dtype or "float16"
+        )
+    if bits is not None or group_size is not None or lut_dtype is not None:
+        raise click.UsageError("--recipe decides bits, groups and LUT dtype; leave --bits, --group-size and --lut-dtype out.")
+    return load_recipe(reference)
+
+
+def _versions() -> dict[str, str]:
+    import numpy
+    import torch
+    import transformers
+
+    from edkm_export._version import __version__
+
+    return {
+        "edkm-export": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+    }

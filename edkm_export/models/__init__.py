@@ -1,0 +1,1 @@
+"""Loading Hugging Face models, and export-friendly decoders for their families."""

@@ -1,0 +1,164 @@
+"""Recipes: which weight gets which bits, groups and LUT dtype.
+
+A recipe is a list of rules; the first one whose pattern matches a module's name decides. In YAML:
+
+    name: my-recipe
+    rules:
+      - {match: "model.embed_tokens", bits: 8, group_size: 0}
+      - {match: "*.mlp.down_proj", bits: 4, group_size: 8}
+      - {match: "lm_head", skip: true}
+      - {match: "*", bits: 3, group_size: 16}
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+import yaml
+
+from edkm_export.errors import RecipeError
+from edkm_export.packing import SUPPORTED_BITS
+from edkm_export.palette import check_grouping
+
+__all__ = ["PRESETS", "Recipe", "Rule", "load_recipe", "uniform_recipe"]
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Rule(_Strict):
+    """What happens to the modules whose name matches.
+
+    Attributes:
+        match: shell pattern (`*`, `?`, `[...]`) for the module's name, such as "model.layers.*.mlp.*".
+        bits: bits of an index, one of 1, 2, 3, 4, 6, 8.
+        group_size: output rows that share a LUT; 0: one LUT for the whole weight.
+        lut_dtype: "float16", or "int8": entries on an int8 grid with one float16 scale a LUT.
+        skip: leave the weight as it is, in float16.
+        optional: no error when nothing matches (a tied output head is not a module of its own).
+    """
+
+    match: str = "*"
+    bits: int = 4
+    group_size: int = pydantic.Field(default=16, ge=0)
+    lut_dtype: Literal["float16", "int8"] = "float16"
+    skip: bool = False
+    optional: bool = False
+
+    @pydantic.field_validator("bits")
+    @classmethod
+    def _supported(cls, bits: int) -> int:
+        if bits not in SUPPORTED_BITS:
+            raise ValueError(
+                f"no deployment target can hold {bits} bits, use one of {', '.join(map(str, SUPPORTED_BITS))}"
+            )
+        return bits
+
+
+class Recipe(_Strict):
+    """An ordered list of rules."""
+
+    name: str = "custom"
+    rules: tuple[Rule, ...] = pydantic.Field(min_length=1)
+
+    def rule_for(self, module: str) -> Rule | None:
+        """The first rule that matches, None for a weight that is to stay dense."""
+        for rule in self.rules:
+            if fnmatch.fnmatchcase(module, rule.match):
+                return None if rule.skip else rule
+        return None
+
+    def plan(self, shapes: Mapping[str, Sequence[int]], source: str) -> dict[str, Rule]:
+        """Apply the rules to a model before any long work.
+
+        Args:
+            shapes: {module name: (out, in, ...)} of every weight that can be palettized.
+            source: name of the model, for messages.
+
+        Returns:
+            {module name: rule} of those that will be.
+
+        Raises:
+            RecipeError: a rule matches nothing, or a group size does not divide.
+        """
+        plan: dict[str, Rule] = {}
+        for rule in self.rules:
+            if not rule.optional and not any(fnmatch.fnmatchcase(module, rule.match) for module in shapes):
+                known = ", ".join(list(shapes)[:6])
+                raise RecipeError(
+                    f"{source}: recipe '{self.name}': no module matches '{rule.match}'; its modules are {known}, ..."
+                )
+        for module, shape in shapes.items():
+            rule_found = self.rule_for(module)
+            if rule_found is None:
+                continue
+            check_grouping(f"{source}: {module}.weight", shape[0], rule_found.group_size)
+            plan[module] = rule_found
+        return plan
+
+
+# Embeddings and output heads, by the names that the supported families use.
+_OUTER = ("*embed_tokens", "*lm_head")
+
+
+def uniform_recipe(bits: int = 4, group_size: int = 16, lut_dtype: Literal["float16", "int8"] = "float16") -> Recipe:
+    """The default: linear layers at `bits` in groups, embedding and output head at 8 bits with one LUT each.
+
+    Raises:
+        RecipeError: `bits` or `group_size` is not supported.
+    """
+    try:
+        inner = Rule(match="*", bits=bits, group_size=group_size, lut_dtype=lut_dtype)
+        outer = [
+            Rule(match=pattern, bits=8, group_size=0, lut_dtype=lut_dtype, optional=True) for pattern in _OUTER
+        ]
+    except pydantic.ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+    suffix = f"g{group_size}" if group_size else ""
+    return Recipe(name=f"{bits}bit{suffix}", rules=(*outer, inner))
+
+
+PRESETS: dict[str, Recipe] = {
+    "8bit": uniform_recipe(8),
+    "6bit": uniform_recipe(6),
+    "4bit": uniform_recipe(4),
+    "3bit": uniform_recipe(3),
+    "2bit": uniform_recipe(2),
+    "4bit-per-tensor": uniform_recipe(4, 0).model_copy(update={"name": "4bit-per-tensor"}),
+    "dense": Recipe(name="dense", rules=(Rule(match="*", skip=True),)),
+}
+
+
+def load_recipe(reference: str) -> Recipe:
+    """A preset by its name, or a YAML file.
+
+    Raises:
+        RecipeError: unknown preset, unreadable file, or a field that is wrong; the message names it.
+    """
+    if reference in PRESETS:
+        return PRESETS[reference]
+    path = Path(reference)
+    if not path.is_file():
+        raise RecipeError(f"{reference}: no such recipe file, and no preset; presets are {', '.join(PRESETS)}.")
+    try:
+        contents = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Recipe.model_validate(contents)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text ({error}).") from error
+    except pydantic.ValidationError as error:
+        raise RecipeError(f"{path}: {_explain(error)}") from error
+
+
+def _explain(error: pydantic.ValidationError) -> str:
+    lines = []
+    for detail in error.errors():
+        where = ".".join(str(part) for part in detail["loc"]) or "recipe"
+        lines.append(f"{where}: {detail['msg'].removeprefix('Value error, ')} (found {detail['input']!r})")
+    return "; ".join(lines)[:800] + "."

@@ -1,0 +1,1 @@
+"""The verifier: does what ships compute what was trained?"""

@@ -1,0 +1,107 @@
+"""Bit equality between the checkpoint and what lies on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.errors import PackageError
+from edkm_export.verify.metrics import snr_db
+from edkm_export.verify.report import Rung, TensorReport, Verdict
+
+__all__ = ["compare_bytes", "describe_tensors"]
+
+
+def describe_tensors(checkpoint: Checkpoint, original: Mapping[str, Tensor]) -> list[TensorReport]:
+    """One line for each palettized weight.
+
+    Args:
+        checkpoint: its palettized weights.
+        original: float weights by parameter name, where available.
+    """
+    rows = []
+    for name, tensor in checkpoint.palettized.items():
+        groups_out, groups_in = tensor.groups
+        rows.append(
+            TensorReport(
+                name=name,
+                shape=list(tensor.shape),
+                n_bits=tensor.n_bits,
+                groups=tensor.groups,
+                dim=tensor.dim,
+                lut_dtype="float16" if tensor.lut_scale is None else "int8",
+                used_centroids=int(tensor.used_centroids.sum()),
+                centroids=groups_out * groups_in << tensor.n_bits,
+                bits_per_weight=tensor.bits_per_weight,
+                bit_exact=None,
+                weight_snr_db=snr_db(original[name], tensor.decode()) if name in original else None,
+            )
+        )
+    return rows
+
+
+def compare_bytes(checkpoint: Checkpoint, package: Any, damage: str) -> tuple[Rung, dict[str, bool]]:
+    """Compare every parameter with the artifact.
+
+    Args:
+        checkpoint: what should be there.
+        package: a reader with `palettized()` and `dense()`; None when it could not be opened.
+        damage: why it could not be.
+
+    Returns:
+        The rung, and {palettized parameter: equal bit for bit}.
+    """
+    names: dict[str, Any] = {
+        "id": "bytes",
+        "reference": "hard PyTorch",
+        "candidate": "decoded artifact (bytes on disk)",
+        "threshold": "every index and every LUT entry equal, every other parameter equal in float16, none left dense",
+        "why": "conversion moves bits, it computes nothing: there is no tolerance to give",
+    }
+    if package is None:
+        return Rung(**names, verdict=Verdict.FAIL, detail=damage), {}
+    try:
+        palettized, dense = package.palettized(), package.dense()
+    except PackageError as error:
+        return Rung(**names, verdict=Verdict.FAIL, detail=str(error)), {}
+
+    exact = {
+        name: name in palettized and tensor.same_bits(palettized[name])
+        for name, tensor in checkpoint.palettized.items()
+    }
+    faults = [
+        f"{name} {'differs' if name in palettized else 'is dense' if name in dense else 'is missing'}"
+        for name, equal in exact.items()
+        if not equal
+    ]
+    faults += [f"{name} should not be palettized" for name in palettized if name not in checkpoint.palettized]
+    elided = 0
+    for name, tensor in checkpoint.dense.items():
+        if name not in dense:
+            # The converter drops a product with ones and a sum with zeros, which changes nothing.
+            if bool((tensor == 1).all()) or bool((tensor == 0).all()):
+                elided += 1
+            else:
+                faults.append(f"{name} is missing")
+        elif not _same_half(tensor, dense[name]):
+            faults.append(f"{name} differs")
+    equal = sum(exact.values())
+    others = len(checkpoint.dense)
+    detail = f"{equal} of {len(exact)} palettized tensors bit-exact, {others} others compared"
+    if elided:
+        detail += f" ({elided} of ones or zeros left out by the converter)"
+    if faults:
+        detail += f"; {len(faults)} faults: {', '.join(faults[:5])}{', ...' if len(faults) > 5 else ''}"
+    measures = {"bit_exact": equal, "palettized": len(exact), "dense": others, "faults": faults}
+    return Rung(**names, verdict=Verdict.FAIL if faults else Verdict.PASS, detail=detail, measures=measures), exact
+
+
+def _same_half(expected: Tensor, found: Tensor) -> bool:
+    """Equal bits after rounding to float16. The program may have given the tensor further axes of size one."""
+    half = expected.half().contiguous().reshape(-1)
+    other = found.half().contiguous().reshape(-1)
+    return half.shape == other.shape and torch.equal(half.view(torch.int16), other.view(torch.int16))

@@ -1,0 +1,81 @@
+"""Measures of how far apart two models are on a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from edkm_export.verify.report import Divergence, Perplexity
+
+__all__ = ["divergence", "perplexity", "snr_db", "token_losses"]
+
+
+def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Negative log likelihood of each next token.
+
+    Args:
+        logits: float [positions, vocab_size].
+        tokens: int64 [positions].
+
+    Returns:
+        float64 [positions - 1], in nats.
+    """
+    return torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:], reduction="none").double()
+
+
+def perplexity(losses: Iterable[Tensor]) -> Perplexity:
+    """Perplexity over all tokens, with its standard error.
+
+    Args:
+        losses: float [tokens] of each window, in nats.
+
+    Returns:
+        exp of the mean; the standard error is that of the mean carried through exp, tokens taken as independent.
+    """
+    values = torch.cat(list(losses)).double()
+    mean = float(values.mean())
+    spread = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value=value, standard_error=value * spread, tokens=len(values))
+
+
+def divergence(pairs: Iterable[tuple[Tensor, Tensor]]) -> Divergence:
+    """Compare next-token distributions, position by position.
+
+    Args:
+        pairs: (reference, candidate) logits, float [positions, vocab_size], of each window.
+
+    Returns:
+        KL(reference || candidate) in nats (mean, median, 99.9th percentile, maximum) and top-1 agreement. A
+        candidate that is not finite counts as infinitely far and as disagreeing.
+    """
+    kl_parts, agree_parts = [], []
+    for reference, candidate in pairs:
+        p = reference.double().log_softmax(-1)
+        q = candidate.double().log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1)
+        finite = torch.isfinite(candidate).all(-1)
+        kl_parts.append(torch.where(finite & ~kl.isnan(), kl.clamp_min(0), torch.inf))
+        agree_parts.append((reference.argmax(-1) == candidate.argmax(-1)) & finite)
+    kl, agree = torch.cat(kl_parts), torch.cat(agree_parts)
+    ordered = kl.sort().values
+    return Divergence(
+        tokens=len(kl),
+        kl_mean=float(kl.mean()),
+        kl_median=float(ordered[len(ordered) // 2]),
+        kl_p999=float(ordered[min(len(ordered) - 1, math.ceil(0.999 * len(ordered)) - 1)]),
+        kl_max=float(ordered[-1]),
+        top1_agreement=float(agree.double().mean()),
+    )
+
+
+def snr_db(reference: Tensor, candidate: Tensor) -> float:
+    """Signal to noise ratio of a tensor in decibels; infinity when equal."""
+    signal = float(reference.double().square().sum())
+    noise = float((reference.double() - candidate.double()).square().sum())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
