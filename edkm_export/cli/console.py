@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from edkm_export.verify.report import Report, Verdict
 
-__all__ = ["bar", "err", "ladder_table", "megabytes", "out", "summary_table", "steps", "verdict_text"]
+__all__ = ["bar", "err", "ladder_table", "megabytes", "out", "print_wide", "summary_table", "steps", "verdict_text"]
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -42,6 +43,12 @@ def steps(total: int) -> Iterator[Callable[[str], None]]:
                 err.print(f"- {name}")
 
         yield advance
+
+
+def print_wide(table: Table) -> None:
+    """Print a table at its full width, for the terminal to wrap: names that are cut are of no use."""
+    width = Measurement.get(out, out.options.update(max_width=10_000), table).maximum
+    Console(highlight=False, width=max(out.width, width)).print(table)
 
 
 def megabytes(size_bytes: float) -> str:

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -203,15 +202,17 @@ def tokenizer_files(tokenizer: Any, model: Any) -> dict[str, bytes]:
             for path in sorted(Path(folder).iterdir())
             if path.is_file() and path.name != "config.json"
         }
-    _drop_paths(files)
+    _make_portable(files)
     return files
 
 
-def _drop_paths(files: dict[str, bytes]) -> None:
-    """Keep the maker's folders out of what is shipped."""
+def _make_portable(files: dict[str, bytes]) -> None:
+    """Keep the maker's folders out of what is shipped, and name a tokenizer class that every runtime knows."""
     name = "tokenizer_config.json"
     if name in files:
         settings = json.loads(files[name])
-        for key in ("name_or_path", "tokenizer_file", "vocab_file", "local_files_only", "is_local"):
+        for key in ("name_or_path", "tokenizer_file", "vocab_file", "local_files_only", "is_local", "backend"):
             settings.pop(key, None)
-        files[name] = (json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + os.linesep).encode()
+        if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 5 only
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        files[name] = (json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()

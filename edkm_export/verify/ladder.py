@@ -162,10 +162,19 @@ def verify_coreml(
         predicted_size_bytes=predicted_size_bytes or 0,
         tensors=tensors,
         provenance={
-            **checkpoint.provenance,
+            **_without_folders(checkpoint.provenance),
             "evaluation": {"text": text_name, "tokens": int(windows.numel()), "context": int(windows.shape[1])},
         },
     )
+
+
+def _without_folders(provenance: dict[str, Any]) -> dict[str, Any]:
+    """The report travels with the package; where its maker keeps the original does not."""
+    base = provenance.get("base_model")
+    if not isinstance(base, dict) or not isinstance(base.get("reference"), str):
+        return provenance
+    reference = base["reference"]
+    return {**provenance, "base_model": {**base, "reference": Path(reference).name if "/" == reference[:1] else reference}}
 
 
 _WORDS = {"float32": "float32", "rounded": "float32 rounded to float16 after each op"}

@@ -1,0 +1,48 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+# On Linux the registry's default torch brings several GB of CUDA packages; any torch that is installed first is kept.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := demo-output
+SMOLLM2 := smollm2-output
+CALIBRATION ?= fixtures/calibration.txt
+# Evaluation text of `make smollm2`; empty: the built-in sample.
+TEXT ?=
+
+.PHONY: demo test test-slow lint smollm2 clean
+
+demo: $(READY)
+	mkdir -p $(DEMO)
+	$(BIN)/edkm-export palettize fixtures/tiny-llama --bits 4 --calibration $(CALIBRATION) -o $(DEMO)/tiny.pt --overwrite
+	$(BIN)/edkm-export coreml $(DEMO)/tiny.pt --text fixtures/heldout.txt --sequence-length 256 --overwrite
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+smollm2: $(READY)
+	mkdir -p $(SMOLLM2)
+	$(BIN)/python benchmarks/fetch_smollm2.py $(SMOLLM2)
+	$(BIN)/edkm-export palettize $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf --bits 4 --group-size 16 \
+		--calibration $(CALIBRATION) -o $(SMOLLM2)/smollm2.pt --overwrite
+	$(BIN)/edkm-export coreml $(SMOLLM2)/smollm2.pt $(if $(TEXT),--text $(TEXT)) --overwrite
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) $(SMOLLM2)
