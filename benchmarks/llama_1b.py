@@ -47,7 +47,9 @@ def make_model(folder: Path) -> None:
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in transformers.LlamaForCausalLM(config).named_parameters()}
+        shapes = {
+            name: tensor.shape for name, tensor in transformers.LlamaForCausalLM(config).named_parameters()
+        }
     generator = torch.Generator().manual_seed(0)
     state = {}
     for name, shape in shapes.items():
@@ -64,14 +66,22 @@ def make_model(folder: Path) -> None:
 @click.option("--calibration", type=click.Path(exists=True, path_type=Path), help="Calibrate as well.")
 def main(folder: Path, bits: int, calibration: Path | None) -> None:
     if not (folder / "model.safetensors").is_file():
-        measure([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-                 f"from pathlib import Path; from llama_1b import make_model; make_model(Path({str(folder)!r}))"])
+        measure(
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+                f"from pathlib import Path; from llama_1b import make_model; make_model(Path({str(folder)!r}))",
+            ]
+        )
     command = [sys.executable, "-m", "edkm_export", "palettize", str(folder), "--bits", str(bits)]
     command += ["-o", str(folder / "llama-1b.pt"), "--overwrite"]
     command += ["--calibration", str(calibration)] if calibration else []
     found = measure(command)
-    print(f"palettize at {bits} bits: {found.seconds / 60:.1f} min (at most {SECONDS / 60:.0f}), "
-          f"peak {found.peak_bytes / 1e9:.2f} GB (at most {PEAK_BYTES / 1e9:.0f})")
+    print(
+        f"palettize at {bits} bits: {found.seconds / 60:.1f} min (at most {SECONDS / 60:.0f}), "
+        f"peak {found.peak_bytes / 1e9:.2f} GB (at most {PEAK_BYTES / 1e9:.0f})"
+    )
     sys.exit(found.status or int(found.seconds > SECONDS or found.peak_bytes > PEAK_BYTES))
 
 

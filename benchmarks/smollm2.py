@@ -27,17 +27,49 @@ def main(model: Path, calibration: Path, text: Path, output: Path, bits: int) ->
     output.mkdir(parents=True, exist_ok=True)
     checkpoint, bundle = str(output / "smollm2.pt"), str(output / "smollm2-coreml")
     palettize = measure(
-        [*EDKM, "palettize", str(model), "--bits", str(bits), "--calibration", str(calibration), "-o", checkpoint]
+        [
+            *EDKM,
+            "palettize",
+            str(model),
+            "--bits",
+            str(bits),
+            "--calibration",
+            str(calibration),
+            "-o",
+            checkpoint,
+        ]
         + ["--overwrite"]
     )
     export = measure([*EDKM, "coreml", checkpoint, "-o", bundle, "--no-verify", "--overwrite"])
     # The float model's own perplexity is part of the ladder's first rung.
     verify = measure(
-        [*EDKM, "verify", checkpoint, bundle, "--tokens", "1024", "--original", str(model), "--report", str(output)]
+        [
+            *EDKM,
+            "verify",
+            checkpoint,
+            bundle,
+            "--tokens",
+            "1024",
+            "--original",
+            str(model),
+            "--report",
+            str(output),
+        ]
     )
     short = json.loads((output / "report.json").read_text())
     quality = measure(
-        [*EDKM, "verify", checkpoint, bundle, "--tokens", "4096", "--text", str(text), "--original", str(model)]
+        [
+            *EDKM,
+            "verify",
+            checkpoint,
+            bundle,
+            "--tokens",
+            "4096",
+            "--text",
+            str(text),
+            "--original",
+            str(model),
+        ]
         + ["--report", str(output), "--max-perplexity-ratio", "10"]
     )
     long = json.loads((output / "report.json").read_text())

@@ -25,7 +25,9 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     """
     if path.exists() or path.is_symlink():
         if not overwrite:
-            raise OutputExistsError(f"{path} already exists; choose another -o, or replace it with --overwrite.")
+            raise OutputExistsError(
+                f"{path} already exists; choose another -o, or replace it with --overwrite."
+            )
         if path.is_dir() and any(path.iterdir()) and not (path / MARKER).is_file():
             raise OutputExistsError(
                 f"{path} is a folder that edkm-export did not make (it has no {MARKER}), so it is not replaced; "
@@ -80,7 +82,9 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _fsync_tree(temporary)
         temporary.chmod(0o777 & ~_umask())
         if path.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.absolute().parent))
+            retired = Path(
+                tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.absolute().parent)
+            )
             path.replace(retired)
         try:
             temporary.replace(path)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from edkm_export.atomic import atomic_file
 from edkm_export.errors import CheckpointError, PaletteError
-from edkm_export.palette import PalettizedTensor
+from edkm_export.palette import PalettizedTensor, all_finite
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "Checkpoint", "load", "save"]
 
@@ -96,7 +96,9 @@ def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) -> None
         OSError: the disk is full or not writable; nothing is left behind.
     """
     tokenizer = {
-        name: torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+        name: torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if content
+        else torch.empty(0, dtype=torch.uint8)
         for name, content in checkpoint.tokenizer.items()
     }
     contents: dict[str, Any] = {
@@ -126,7 +128,11 @@ def load(path: Path) -> Checkpoint:
             names the file, the tensor and the value, and says what to do.
     """
     contents = _read(path)
-    _require(isinstance(contents, dict) and contents.get("format") == FORMAT, path, f"is not an edkm-export checkpoint; {_MAKE_ONE}")
+    _require(
+        isinstance(contents, dict) and contents.get("format") == FORMAT,
+        path,
+        f"is not an edkm-export checkpoint; {_MAKE_ONE}",
+    )
     version = contents.get("format_version")
     _require(
         version == FORMAT_VERSION,
@@ -135,8 +141,14 @@ def load(path: Path) -> Checkpoint:
         "write it again with this release, or install the one that wrote it",
     )
     for key in _KEYS:
-        _require(isinstance(contents.get(key), dict), path, f"'{key}' is missing or not a dict; write the file again")
-    palettized = {name: _unpack_palettized(path, name, parts) for name, parts in contents["palettized"].items()}
+        _require(
+            isinstance(contents.get(key), dict),
+            path,
+            f"'{key}' is missing or not a dict; write the file again",
+        )
+    palettized = {
+        name: _unpack_palettized(path, name, parts) for name, parts in contents["palettized"].items()
+    }
     dense = contents["dense"]
     for name, tensor in dense.items():
         _check_dense(path, name, tensor)
@@ -175,9 +187,13 @@ _MAKE_ONE = "make one with `edkm-export palettize MODEL -o model.pt`"
 
 def _read(path: Path) -> Any:
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file; make one with `edkm-export palettize MODEL -o {path.name}`.")
+        raise CheckpointError(
+            f"{path}: no such file; make one with `edkm-export palettize MODEL -o {path.name}`."
+        )
     if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; to palettize it run `edkm-export palettize {path} -o model.pt`.")
+        raise CheckpointError(
+            f"{path}: is a folder; to palettize it run `edkm-export palettize {path} -o model.pt`."
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -228,7 +244,11 @@ def _unpack_palettized(path: Path, name: Any, parts: Any) -> PalettizedTensor:
         f"{name!r}: a palettized weight is a dict of {', '.join(sorted(known))}",
     )
     shape, n_bits, scale = parts.get("shape"), parts.get("n_bits"), parts.get("lut_scale")
-    _require(isinstance(shape, list) and all(type(size) is int for size in shape), path, f"{name}: shape is {shape!r}")
+    _require(
+        isinstance(shape, list) and all(type(size) is int for size in shape),
+        path,
+        f"{name}: shape is {shape!r}",
+    )
     _require(type(n_bits) is int, path, f"{name}: n_bits is {n_bits!r}")
     for key in ("lut", "indices"):
         _require(isinstance(parts.get(key), Tensor), path, f"{name}: '{key}' is missing or not a tensor")
@@ -245,7 +265,7 @@ def _check_dense(path: Path, name: Any, tensor: Any) -> None:
     _require(isinstance(name, str) and isinstance(tensor, Tensor), path, f"{name!r}: is not a tensor")
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DENSE_DTYPES)
     _require(tensor.dtype in _DENSE_DTYPES, path, f"{name}: is {tensor.dtype}, expected one of {names}")
-    _require(bool(torch.isfinite(tensor).all()), path, f"{name}: holds NaN or infinity; the model is broken")
+    _require(all_finite(tensor), path, f"{name}: holds NaN or infinity; the model is broken")
 
 
 def _digest(group: Mapping[str, Any]) -> str:
@@ -258,7 +278,7 @@ def _digest(group: Mapping[str, Any]) -> str:
             part = parts[key]
             if isinstance(part, Tensor):
                 sha.update(f"{name}/{key}/{part.dtype}/{list(part.shape)}\n".encode())
-                sha.update(memoryview(part.contiguous().view(-1).view(torch.uint8).numpy()))
+                sha.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
             else:
                 sha.update(f"{name}/{key}/{part}\n".encode())
     return sha.hexdigest()
@@ -266,7 +286,9 @@ def _digest(group: Mapping[str, Any]) -> str:
 
 def _check_digests(path: Path, contents: dict[str, Any]) -> None:
     recorded = contents["provenance"].get("sha256")
-    _require(isinstance(recorded, dict), path, "provenance holds no sha256 of its parts; write the file again")
+    _require(
+        isinstance(recorded, dict), path, "provenance holds no sha256 of its parts; write the file again"
+    )
     for key in ("palettized", "dense", "tokenizer"):
         actual = _digest(contents[key])
         _require(

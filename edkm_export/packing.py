@@ -7,7 +7,12 @@ occupies the bits [i * n_bits, (i + 1) * n_bits) of the stream, least significan
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edkm_export.errors import PaletteError
@@ -58,7 +63,9 @@ def pack(values: Tensor, n_bits: int) -> Tensor:
     if n_bits == 8:
         return flat.clone()
     if flat.numel() and int(flat.max()) >= 1 << n_bits:
-        raise PaletteError(f"index {int(flat.max())} is beyond the {1 << n_bits} entries of a {n_bits}-bit LUT.")
+        raise PaletteError(
+            f"index {int(flat.max())} is beyond the {1 << n_bits} entries of a {n_bits}-bit LUT."
+        )
     out = torch.empty(packed_size_bytes(flat.numel(), n_bits), dtype=torch.uint8)
     per_unit, unit_bytes = _unit(n_bits)
     for start in range(0, flat.numel(), _BLOCK * per_unit):
@@ -92,7 +99,9 @@ def unpack(stream: Tensor, n_bits: int, count: int) -> Tensor:
         )
     pad = padding_bits(count, n_bits)
     if pad and int(stream[-1]) >> (8 - pad):
-        raise PaletteError(f"the {pad} padding bits at the end of the index stream are not zero: it is damaged.")
+        raise PaletteError(
+            f"the {pad} padding bits at the end of the index stream are not zero: it is damaged."
+        )
     if n_bits == 8:
         return stream.clone()
     out = torch.empty(count, dtype=torch.uint8)
@@ -100,9 +109,9 @@ def unpack(stream: Tensor, n_bits: int, count: int) -> Tensor:
     for start in range(0, count, _BLOCK * per_unit):
         stop = min(start + _BLOCK * per_unit, count)
         first = start // per_unit * unit_bytes
-        out[start:stop] = _unpack_block(stream[first : first + packed_size_bytes(stop - start, n_bits)], n_bits)[
-            : stop - start
-        ]
+        out[start:stop] = _unpack_block(
+            stream[first : first + packed_size_bytes(stop - start, n_bits)], n_bits
+        )[: stop - start]
     return out
 
 
@@ -126,15 +135,22 @@ def _pack_block(values: Tensor, n_bits: int) -> Tensor:
 
 
 def _unpack_block(stream: Tensor, n_bits: int) -> Tensor:
-    per_unit, unit_bytes = _unit(n_bits)
-    short = -stream.numel() % unit_bytes
-    units = (torch.nn.functional.pad(stream, (0, short)) if short else stream).view(-1, unit_bytes)
-    out = torch.empty(units.shape[0], per_unit, dtype=torch.uint8)
-    mask = (1 << n_bits) - 1
-    for lane in range(per_unit):
-        byte, shift = divmod(lane * n_bits, 8)
-        value = units[:, byte] >> shift
-        if shift + n_bits > 8:
-            value = value | (units[:, byte + 1] << (8 - shift))
-        out[:, lane] = value & mask
-    return out.view(-1)
+    """Look up 8 bits at a time, or 12 where values straddle bytes: far faster than shifting each value out."""
+    octets = stream.numpy()
+    if n_bits in (1, 2, 4):
+        codes = octets
+    else:
+        octets = np.pad(octets, (0, -len(octets) % 3)).reshape(-1, 3)
+        codes = np.empty((len(octets), 2), np.uint16)
+        codes[:, 0] = octets[:, 0] | (octets[:, 1] & 15).astype(np.uint16) << 8
+        codes[:, 1] = octets[:, 1] >> 4 | octets[:, 2].astype(np.uint16) << 4
+    return torch.from_numpy(_table(n_bits)[codes.reshape(-1)].view(np.uint8))
+
+
+@functools.cache
+def _table(n_bits: int) -> NDArray[Any]:
+    """The values in each code of 8 or 12 bits, side by side in one integer of as many bytes."""
+    width = 8 if n_bits in (1, 2, 4) else 12
+    codes = np.arange(1 << width, dtype=np.uint16)[:, None]
+    values = (codes >> np.arange(0, width, n_bits, dtype=np.uint16)) & ((1 << n_bits) - 1)
+    return values.astype(np.uint8).view(f"u{width // n_bits}").reshape(-1)

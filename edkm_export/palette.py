@@ -13,9 +13,14 @@ from torch import Tensor
 from edkm_export.errors import PaletteError
 from edkm_export.packing import SUPPORTED_BITS, pack, packed_size_bytes, unpack
 
-__all__ = ["PalettizedTensor", "check_grouping"]
+__all__ = ["PalettizedTensor", "all_finite", "check_grouping"]
 
 _DECODE_ROWS = 1024  # index rows decoded at a time, to bound the int64 temporaries of the gather
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """True when a tensor holds neither NaN nor infinity; needs no copy of it."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def check_grouping(name: str, rows: int, group_size: int, what: str = "output rows") -> None:
@@ -25,7 +30,9 @@ def check_grouping(name: str, rows: int, group_size: int, what: str = "output ro
         PaletteError: `group_size` (0 means one group) does not divide `rows`.
     """
     if group_size < 0:
-        raise PaletteError(f"{name}: group_size {group_size} is negative; use 0 for one group or a divisor of {rows}.")
+        raise PaletteError(
+            f"{name}: group_size {group_size} is negative; use 0 for one group or a divisor of {rows}."
+        )
     if group_size and rows % group_size:
         near = [size for size in (4, 8, 16, 32, 64, 128) if rows % size == 0]
         advice = f"use {_or(near)}" if near else "use 0 (one LUT for the whole weight)"
@@ -66,7 +73,9 @@ class PalettizedTensor:
 
     def __post_init__(self) -> None:
         """Validate; the fields come from files."""
-        self._require(self.n_bits in SUPPORTED_BITS, f"n_bits is {self.n_bits}, expected one of {SUPPORTED_BITS}")
+        self._require(
+            self.n_bits in SUPPORTED_BITS, f"n_bits is {self.n_bits}, expected one of {SUPPORTED_BITS}"
+        )
         self._require(
             len(self.shape) >= 2 and all(isinstance(size, int) and size > 0 for size in self.shape),
             f"shape is {self.shape}, expected at least two positive sizes",
@@ -77,12 +86,19 @@ class PalettizedTensor:
             f"LUT has shape {list(self.lut.shape)}, expected [groups_out, groups_in, {entries}, dim] at "
             f"{self.n_bits} bits: with fewer entries an index could point beyond the LUT",
         )
-        self._require(self.lut.dtype in (torch.float16, torch.int8), f"LUT is {self.lut.dtype}, expected float16 or int8")
+        self._require(
+            self.lut.dtype in (torch.float16, torch.int8),
+            f"LUT is {self.lut.dtype}, expected float16 or int8",
+        )
         out, columns = self.matrix_shape
         rows = out // self.dim
         self._require(out % self.dim == 0, f"vectors of {self.dim} do not divide its {out} output rows")
-        self._require(rows % self.groups[0] == 0, f"{self.groups[0]} groups do not divide its {rows} index rows")
-        self._require(columns % self.groups[1] == 0, f"{self.groups[1]} groups do not divide its {columns} columns")
+        self._require(
+            rows % self.groups[0] == 0, f"{self.groups[0]} groups do not divide its {rows} index rows"
+        )
+        self._require(
+            columns % self.groups[1] == 0, f"{self.groups[1]} groups do not divide its {columns} columns"
+        )
         expected = packed_size_bytes(rows * columns, self.n_bits)
         self._require(
             self.indices.dtype == torch.uint8 and self.indices.shape == (expected,),
@@ -91,7 +107,7 @@ class PalettizedTensor:
         )
         if self.lut.dtype == torch.float16:
             self._require(self.lut_scale is None, "a float16 LUT takes no lut_scale")
-            self._require(bool(torch.isfinite(self.lut).all()), "LUT holds NaN or infinity")
+            self._require(all_finite(self.lut), "LUT holds NaN or infinity")
         else:
             scale = self.lut_scale
             self._require(scale is not None, "an int8 LUT needs a lut_scale")
@@ -100,8 +116,8 @@ class PalettizedTensor:
                 scale.dtype == torch.float16 and tuple(scale.shape) == self.groups,
                 f"lut_scale is {scale.dtype} {list(scale.shape)}, expected float16 {list(self.groups)}",
             )
-            self._require(bool(torch.isfinite(scale).all()), "lut_scale holds NaN or infinity")
-            self._require(bool(torch.isfinite(self.lut_values()).all()), "lut * lut_scale overflows float16")
+            self._require(all_finite(scale), "lut_scale holds NaN or infinity")
+            self._require(all_finite(self.lut_values()), "lut * lut_scale overflows float16")
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
@@ -132,13 +148,17 @@ class PalettizedTensor:
         if lut.dim() != 4:
             raise PaletteError(f"{name}: LUT has shape {list(lut.shape)}, expected four axes.")
         n_bits = max(int(lut.shape[2]) - 1, 1).bit_length()
+        try:
+            packed = pack(indices.contiguous(), n_bits)
+        except PaletteError as error:
+            raise PaletteError(f"{name}: {error}") from error
         full = (indices.shape[0] * lut.shape[3], *indices.shape[1:]) if shape is None else tuple(shape)
         return cls(
             name=name,
             shape=tuple(int(size) for size in full),
             n_bits=n_bits,
             lut=lut.detach().cpu().contiguous(),
-            indices=pack(indices.contiguous(), n_bits),
+            indices=packed,
             lut_scale=None if lut_scale is None else lut_scale.detach().cpu().contiguous(),
         )
 
@@ -209,7 +229,8 @@ class PalettizedTensor:
             block = indices[start : start + _DECODE_ROWS].int()
             row_group = torch.arange(start, start + block.shape[0]) // (rows // groups_out)
             group = (row_group[:, None] * groups_in + column_group).int()
-            dense[start : start + block.shape[0]] = table[(group << self.n_bits) + block].transpose(1, 2)
+            chosen = table.index_select(0, ((group << self.n_bits) + block).view(-1))
+            dense[start : start + block.shape[0]] = chosen.view(*block.shape, self.dim).transpose(1, 2)
         return dense.view(self.shape)
 
     @cached_property
@@ -221,7 +242,9 @@ class PalettizedTensor:
         used = torch.zeros(groups_out, groups_in, 1 << self.n_bits, dtype=torch.bool)
         for group in range(groups_out):
             for column in range(groups_in):
-                counts = torch.bincount(blocks[group, :, column].reshape(-1).int(), minlength=1 << self.n_bits)
+                counts = torch.bincount(
+                    blocks[group, :, column].reshape(-1).int(), minlength=1 << self.n_bits
+                )
                 used[group, column] = counts > 0
         return used.sum(-1)
 

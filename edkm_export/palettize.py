@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from edkm_export.clustering import hard_assign, optimal_centroids
 from edkm_export.errors import InputError
-from edkm_export.palette import PalettizedTensor
+from edkm_export.palette import PalettizedTensor, all_finite
 from edkm_export.recipe import Recipe, Rule
 
 __all__ = ["PalettizedModel", "palettizable_shapes", "palettize_model", "palettize_weight"]
@@ -69,10 +69,13 @@ def palettize_model(
     for module_name, rule in plan.items():
         name = f"{module_name}.weight"
         parameter = model.get_parameter(name)
-        if not bool(torch.isfinite(parameter).all()):
+        if not all_finite(parameter):
             raise InputError(f"{source}: {name} holds NaN or infinity; the model is broken.")
         # A tied embedding is read as the head's weight too, where a channel's energy matters.
-        users = [module_name, *(alias.removesuffix(".weight") for alias, target in aliases.items() if target == name)]
+        users = [
+            module_name,
+            *(alias.removesuffix(".weight") for alias, target in aliases.items() if target == name),
+        ]
         importance = next((energy[user] for user in users if user in energy), None) if energy else None
         palettized[name] = palettize_weight(name, parameter.data, rule, importance=importance)
         parameter.data = torch.empty(0, dtype=parameter.dtype)
@@ -82,7 +85,7 @@ def palettize_model(
         name: parameter.data.clone() for name, parameter in model.named_parameters() if name not in palettized
     }
     for name, tensor in dense.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise InputError(f"{source}: {name} holds NaN or infinity; the model is broken.")
     return PalettizedModel(palettized, dense, aliases)
 
@@ -100,7 +103,9 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def palettize_weight(name: str, weight: Tensor, rule: Rule, *, importance: Tensor | None = None) -> PalettizedTensor:
+def palettize_weight(
+    name: str, weight: Tensor, rule: Rule, *, importance: Tensor | None = None
+) -> PalettizedTensor:
     """Palettize one weight.
 
     Args:
@@ -119,7 +124,7 @@ def palettize_weight(name: str, weight: Tensor, rule: Rule, *, importance: Tenso
     entries = 1 << rule.bits
     grouped = weight.reshape(groups, group_size * columns)
     if importance is not None:
-        importance = importance.float().repeat(group_size)  # [group_size * in]
+        importance = importance.float()  # [in], repeated for each row of a group
     lut = torch.empty(groups, 1, entries, 1, dtype=torch.int8 if rule.lut_dtype == "int8" else torch.float16)
     scale = torch.empty(groups, 1, dtype=torch.float16) if rule.lut_dtype == "int8" else None
     indices = torch.empty(groups, group_size * columns, dtype=torch.uint8)
@@ -127,7 +132,9 @@ def palettize_weight(name: str, weight: Tensor, rule: Rule, *, importance: Tenso
     for start in range(0, groups, step):
         block = grouped[start : start + step]
         centroids, _ = optimal_centroids(block, entries, importance=importance)  # [step, entries]
-        values = _round(centroids, lut[start : start + step], None if scale is None else scale[start : start + step])
+        values = _round(
+            centroids, lut[start : start + step], None if scale is None else scale[start : start + step]
+        )
         indices[start : start + step] = hard_assign(block, values)
     return PalettizedTensor.from_indices(name, lut, indices.view(out, columns), lut_scale=scale)
 

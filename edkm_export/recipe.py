@@ -106,7 +106,9 @@ class Recipe(_Strict):
 _OUTER = ("*embed_tokens", "*lm_head")
 
 
-def uniform_recipe(bits: int = 4, group_size: int = 16, lut_dtype: Literal["float16", "int8"] = "float16") -> Recipe:
+def uniform_recipe(
+    bits: int = 4, group_size: int = 16, lut_dtype: Literal["float16", "int8"] = "float16"
+) -> Recipe:
     """The default: linear layers at `bits` in groups, embedding and output head at 8 bits with one LUT each.
 
     Raises:
@@ -115,7 +117,8 @@ def uniform_recipe(bits: int = 4, group_size: int = 16, lut_dtype: Literal["floa
     try:
         inner = Rule(match="*", bits=bits, group_size=group_size, lut_dtype=lut_dtype)
         outer = [
-            Rule(match=pattern, bits=8, group_size=0, lut_dtype=lut_dtype, optional=True) for pattern in _OUTER
+            Rule(match=pattern, bits=8, group_size=0, lut_dtype=lut_dtype, optional=True)
+            for pattern in _OUTER
         ]
     except pydantic.ValidationError as error:
         raise RecipeError(_explain(error)) from error
@@ -144,7 +147,9 @@ def load_recipe(reference: str) -> Recipe:
         return PRESETS[reference]
     path = Path(reference)
     if not path.is_file():
-        raise RecipeError(f"{reference}: no such recipe file, and no preset; presets are {', '.join(PRESETS)}.")
+        raise RecipeError(
+            f"{reference}: no such recipe file, and no preset; presets are {', '.join(PRESETS)}."
+        )
     try:
         contents = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Recipe.model_validate(contents)

@@ -28,7 +28,9 @@ def read_text(path: Path) -> str:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such text file.") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it with iconv first.") from error
+        raise InputError(
+            f"{path}: is not UTF-8 text (byte {error.start}); convert it with iconv first."
+        ) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
     if not text.strip():
@@ -53,7 +55,9 @@ def token_windows(text: str, tokenizer: Any, *, tokens: int, context: int, sourc
     Raises:
         InputError: fewer than two tokens.
     """
-    ids = tokenizer(text[: tokens * _CHARACTERS_PER_TOKEN], return_attention_mask=False, verbose=False)["input_ids"]
+    ids = tokenizer(text[: tokens * _CHARACTERS_PER_TOKEN], return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
     ids = torch.tensor(ids[:tokens], dtype=torch.int64)
     if len(ids) < 2:
         raise InputError(f"{source}: gives {len(ids)} token(s), at least 2 are needed; use a longer text.")

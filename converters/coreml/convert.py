@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from converters.coreml.backend import load_coremltools, quiet
 from converters.coreml.targets import check_target
 from converters.coreml.weights import PARAMETERS_KEY
-from edkm_export.errors import BackendMissingError, ConversionError
+from edkm_export.errors import ConversionError
 from edkm_export.palette import PalettizedTensor
 
-__all__ = ["convert", "load_coremltools", "save_package"]
+__all__ = ["convert", "save_package"]
+
 
 def convert(
     module: nn.Module,
@@ -68,8 +67,8 @@ def convert(
     # Deduplication would merge two weights that happen to be equal, and one of the two LUTs would be missed.
     pipeline.remove_passes({"common::const_deduplication"})
     pipeline.append_pass(PASS_NAME)
-    with torch.no_grad(), _quiet():
-        traced = torch.jit.trace(module, tuple(example_inputs), check_trace=False)
+    with torch.no_grad(), quiet():
+        traced = torch.jit.trace(module, tuple(example_inputs), check_trace=False)  # type: ignore[no-untyped-call]
         try:
             with substituting(substitution):
                 model = ct.convert(
@@ -96,42 +95,6 @@ def convert(
     return model
 
 
-def load_coremltools() -> Any:
-    """The coremltools module, imported without its warnings.
-
-    Raises:
-        BackendMissingError: it is not installed.
-    """
-    try:
-        with _quiet():
-            import coremltools
-    except ImportError as error:
-        raise BackendMissingError("Core ML export needs coremltools: pip install 'edkm-export[coreml]'") from error
-    return coremltools
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence coremltools' progress bars and its warnings about library versions it was not tested with."""
-    logger = logging.getLogger("coremltools")
-    level, logger.level = logger.level, logging.ERROR
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        tqdm = None
-    shown = None if tqdm is None else tqdm.__init__
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            if tqdm is not None:
-                tqdm.__init__ = lambda self, *args, **kwargs: shown(self, *args, **{**kwargs, "disable": True})
-            yield
-        finally:
-            logger.level = level
-            if tqdm is not None:
-                tqdm.__init__ = shown
-
-
 def save_package(model: Any, path: Path) -> None:
     """Write a converted model as an .mlpackage folder. `path` must not exist.
 
@@ -139,7 +102,7 @@ def save_package(model: Any, path: Path) -> None:
         OSError: the disk is full or not writable.
     """
     try:
-        with _quiet():
+        with quiet():
             model.save(str(path))
     except Exception as error:
         shutil.rmtree(path, ignore_errors=True)

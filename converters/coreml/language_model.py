@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from converters.coreml.convert import convert, load_coremltools, save_package
+from converters.coreml.backend import load_coremltools
+from converters.coreml.convert import convert, save_package
 from converters.coreml.targets import check_target
 from edkm_export._version import __version__
 from edkm_export.checkpoint import Checkpoint
@@ -38,7 +39,9 @@ class LogitsPlan:
     weights_size_bytes: int
 
 
-def plan_logits(checkpoint: Checkpoint, *, target: str = "iOS18", sequence_length: int | None = None) -> LogitsPlan:
+def plan_logits(
+    checkpoint: Checkpoint, *, target: str = "iOS18", sequence_length: int | None = None
+) -> LogitsPlan:
     """Check that a checkpoint can be exported, and predict the size, before the long work.
 
     Raises:
@@ -49,7 +52,9 @@ def plan_logits(checkpoint: Checkpoint, *, target: str = "iOS18", sequence_lengt
     limit = int(checkpoint.config.get("max_position_embeddings", DEFAULT_SEQUENCE_LENGTH))
     length = min(DEFAULT_SEQUENCE_LENGTH, limit) if sequence_length is None else sequence_length
     if not 1 <= length <= limit:
-        raise ConversionError(f"{source}: --sequence-length {length} is outside 1 to {limit}, the model's positions.")
+        raise ConversionError(
+            f"{source}: --sequence-length {length} is outside 1 to {limit}, the model's positions."
+        )
     check_target(checkpoint.palettized, target, source)
     return LogitsPlan(length, target, _weights_size_bytes(checkpoint, length, config.head_dim))
 
@@ -63,8 +68,14 @@ def _weights_size_bytes(checkpoint: Checkpoint, length: int, head_dim: int) -> i
         if tensor.lut_scale is not None:
             blobs.append((tensor.lut_scale.numel(), tensor.lut_scale.numel() * 2))
     blobs += [(tensor.numel(), tensor.numel() * 2) for tensor in checkpoint.dense.values()]
-    outputs = {tensor.shape[0] for name, tensor in checkpoint.palettized.items() if f"{name[:-6]}bias" not in checkpoint.dense}
-    blobs += [(size, size * 2) for size in outputs]  # zeros, since a linear layer has a bias whether needed or not
+    outputs = {
+        tensor.shape[0]
+        for name, tensor in checkpoint.palettized.items()
+        if f"{name[:-6]}bias" not in checkpoint.dense
+    }
+    blobs += [
+        (size, size * 2) for size in outputs
+    ]  # zeros, since a linear layer has a bias whether needed or not
     blobs += [(length * head_dim, length * head_dim * 2)] * 2 + [(length * length, length * length * 2)]
     aligned = (math.ceil(size / _ALIGNMENT) * _ALIGNMENT for count, size in blobs if count >= 10)
     return _ALIGNMENT + sum(size + _ALIGNMENT for size in aligned)

@@ -67,7 +67,7 @@ def substituting(substitution: Substitution) -> Iterator[None]:
 
 
 @register_pass(namespace="edkm_export", override=True)
-class palettize_constants(AbstractGraphPass):  # type: ignore[misc]  # noqa: N801, coremltools names passes so
+class palettize_constants(AbstractGraphPass):  # type: ignore[misc]
     """Swap each constant that holds a palettized parameter for its LUT and indices. Must run last."""
 
     def apply(self, prog: Any) -> None:
@@ -129,7 +129,9 @@ def _build(tensor: PalettizedTensor, op: Any) -> Any:
     groups_out, groups_in = tensor.groups
     kernel_size = int(np.prod(kernel)) if kernel else 1
     if groups_in > 1 and (tensor.matrix_shape[1] // groups_in) % kernel_size:
-        raise ConversionError(f"{tensor.name}: {groups_in} input groups split a convolution kernel; use whole channels.")
+        raise ConversionError(
+            f"{tensor.name}: {groups_in} input groups split a convolution kernel; use whole channels."
+        )
     leading = (groups_out, groups_in, *(1 for _ in kernel))
     vector_axis = 0 if tensor.dim > 1 else None
     lut = tensor.lut.numpy().reshape(*leading, 1 << tensor.n_bits, tensor.dim)

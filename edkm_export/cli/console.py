@@ -7,13 +7,30 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from edkm_export.verify.report import Report, Verdict
 
-__all__ = ["bar", "err", "ladder_table", "megabytes", "out", "print_wide", "summary_table", "steps", "verdict_text"]
+__all__ = [
+    "bar",
+    "err",
+    "ladder_table",
+    "megabytes",
+    "out",
+    "print_wide",
+    "summary_table",
+    "steps",
+    "verdict_text",
+]
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -24,7 +41,12 @@ _STYLES = {Verdict.PASS: "bold green", Verdict.FAIL: "bold red", Verdict.NOT_RUN
 @contextlib.contextmanager
 def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on standard error; yields the function that advances it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=err, transient=not err.is_terminal) as progress:
         task = progress.add_task(description, total=total)
         yield lambda amount: progress.advance(task, amount)
@@ -33,7 +55,13 @@ def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
 @contextlib.contextmanager
 def steps(total: int) -> Iterator[Callable[[str], None]]:
     """A bar over named steps; yields the function that announces the next one."""
-    columns = (SpinnerColumn(), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("starting", total=total, completed=-1)
 

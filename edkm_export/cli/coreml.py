@@ -15,9 +15,15 @@ __all__ = ["command"]
 
 @click.command("coreml", short_help="Convert a palettized checkpoint to Core ML and verify the result.")
 @click.argument("checkpoint", metavar="MODEL.PT", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to make.  [default: MODEL-coreml]")
-@click.option("--target", default="iOS18", show_default=True, help="Oldest system to run on: iOS16, iOS17 or iOS18.")
-@click.option("--sequence-length", type=int, help="Tokens of the input.  [default: 512, or what the model can]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder to make.  [default: MODEL-coreml]"
+)
+@click.option(
+    "--target", default="iOS18", show_default=True, help="Oldest system to run on: iOS16, iOS17 or iOS18."
+)
+@click.option(
+    "--sequence-length", type=int, help="Tokens of the input.  [default: 512, or what the model can]"
+)
 @click.option("--no-verify", is_flag=True, help="Do not verify; the folder then holds no report.")
 @verification_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
@@ -53,14 +59,22 @@ def command(
         with err.status(f"converting {len(loaded.palettized)} palettized weights to Core ML"):
             package = write_bundle(loaded, plan, temporary, checkpoint.stem)
         if not no_verify:
-            report = run_verification(loaded, package, predicted_size_bytes=plan.weights_size_bytes, **verification)
+            report = run_verification(
+                loaded, package, predicted_size_bytes=plan.weights_size_bytes, **verification
+            )
             write_report(report, temporary)
     if report is None:
-        out.print(f"{folder}: {megabytes(plan.weights_size_bytes)} of weights, NOT VERIFIED (--no-verify)", soft_wrap=True)
+        out.print(
+            f"{folder}: {megabytes(plan.weights_size_bytes)} of weights, NOT VERIFIED (--no-verify)",
+            soft_wrap=True,
+        )
         out.print(f"verify it with: edkm-export verify {checkpoint} {folder}", soft_wrap=True)
         return
     out.print(summary_table(report))
     out.print(ladder_table(report))
-    out.print(f"{folder}: drag {package.name} into Xcode; report.md says what was proved and what was not.", soft_wrap=True)
+    out.print(
+        f"{folder}: drag {package.name} into Xcode; report.md says what was proved and what was not.",
+        soft_wrap=True,
+    )
     if report.verdict is Verdict.FAIL:
         sys.exit(1)

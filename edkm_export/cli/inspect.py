@@ -105,7 +105,10 @@ def _print(description: Mapping[str, Any]) -> None:
 
     from edkm_export.cli.console import megabytes, out, print_wide
 
-    out.print(f"{description['path']}: {description['kind']}, {megabytes(description['size_bytes'])}", soft_wrap=True)
+    out.print(
+        f"{description['path']}: {description['kind']}, {megabytes(description['size_bytes'])}",
+        soft_wrap=True,
+    )
     if description["kind"] == "checkpoint":
         out.print(
             f"{description['model_type']}, {description['parameters']:,} parameters, recipe {description['recipe']}, "

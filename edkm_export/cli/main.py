@@ -45,7 +45,7 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="edkm-export")
 def cli() -> None:
-    """Take a PyTorch language model to a phone at 2-4 bits a weight, exactly and provably.
+    r"""Take a PyTorch language model to a phone at 2-4 bits a weight, exactly and provably.
 
     \b
     edkm-export palettize MODEL --calibration TEXT -o model.pt
@@ -83,7 +83,9 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
 def _explain(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno == errno.ENOSPC:
-        return f"{where}no space left on the device; nothing was left behind. Free some, or choose another -o."
+        return (
+            f"{where}no space left on the device; nothing was left behind. Free some, or choose another -o."
+        )
     return f"{where}{error.strerror or error}"
 
 

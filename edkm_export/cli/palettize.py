@@ -21,8 +21,12 @@ _CONTEXT = 512
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("model.pt"), show_default=True)
 @click.option("--bits", type=int, help="Bits of an index: 1, 2, 3, 4, 6 or 8.  [default: 4]")
-@click.option("--group-size", type=int, help="Output rows that share a LUT; 0: one for the weight.  [default: 16]")
-@click.option("--lut-dtype", type=click.Choice(["float16", "int8"]), help="Type of the LUT entries.  [default: float16]")
+@click.option(
+    "--group-size", type=int, help="Output rows that share a LUT; 0: one for the weight.  [default: 16]"
+)
+@click.option(
+    "--lut-dtype", type=click.Choice(["float16", "int8"]), help="Type of the LUT entries.  [default: float16]"
+)
 @click.option("--recipe", help="YAML file or preset (8bit, 6bit, 4bit, 3bit, 2bit, 4bit-per-tensor, dense).")
 @click.option(
     "--calibration",
@@ -74,7 +78,9 @@ def command(
     if text is not None:
         from edkm_export.calibration import input_energy
 
-        windows = token_windows(text, tokenizer, tokens=calibration_tokens, context=_CONTEXT, source=str(calibration))
+        windows = token_windows(
+            text, tokenizer, tokens=calibration_tokens, context=_CONTEXT, source=str(calibration)
+        )
         with bar("calibrating", len(windows)) as advance:
             energy = input_energy(loaded, windows, advance=lambda: advance(1))
         provenance["calibration"] = {
@@ -87,7 +93,9 @@ def command(
     files, config = tokenizer_files(tokenizer, loaded), loaded.config.to_dict()
     total = sum(shapes[name][0] * shapes[name][1] for name in rules)
     with bar("palettizing", total) as advance:
-        parts = palettize_model(loaded, plan, energy=energy, source=model, advance=lambda _name, count: advance(count))
+        parts = palettize_model(
+            loaded, plan, energy=energy, source=model, advance=lambda _name, count: advance(count)
+        )
     finished = checkpoint.Checkpoint(
         config=config,
         palettized=parts.palettized,
@@ -112,7 +120,7 @@ def command(
     )
     if text is None and finished.palettized:
         out.print(
-            "No calibration text was given. With --calibration FILE, any ordinary text, the clustering keeps the weights "
+            "No calibration text was given. With --calibration FILE, any ordinary text, clustering keeps the weights "
             "that matter: at 4 bits and below this makes the difference between usable and not.",
             soft_wrap=True,
         )
@@ -120,14 +128,19 @@ def command(
 
 
 def _recipe(
-    reference: str | None, bits: int | None, group_size: int | None, lut_dtype: Literal["float16", "int8"] | None
+    reference: str | None,
+    bits: int | None,
+    group_size: int | None,
+    lut_dtype: Literal["float16", "int8"] | None,
 ) -> Recipe:
     if reference is None:
         return uniform_recipe(
             4 if bits is None else bits, 16 if group_size is None else group_size, lut_dtype or "float16"
         )
     if bits is not None or group_size is not None or lut_dtype is not None:
-        raise click.UsageError("--recipe decides bits, groups and LUT dtype; leave --bits, --group-size and --lut-dtype out.")
+        raise click.UsageError(
+            "--recipe decides bits, groups and LUT dtype; leave --bits, --group-size and --lut-dtype out."
+        )
     return load_recipe(reference)
 
 

@@ -32,9 +32,15 @@ def verification_options(function: _F) -> _F:
         ),
         click.option("--original", help="The float model, when it is not where it was palettized from."),
         click.option(
-            "--tokens", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of the text to use."
+            "--tokens",
+            type=click.IntRange(min=2),
+            default=1024,
+            show_default=True,
+            help="Tokens of the text to use.",
         ),
-        click.option("--text", type=click.Path(path_type=Path), help="Evaluation text; by default a built-in sample."),
+        click.option(
+            "--text", type=click.Path(path_type=Path), help="Evaluation text; by default a built-in sample."
+        ),
     ):
         function = option(function)
     return function
@@ -59,7 +65,10 @@ def run_verification(
     from edkm_export.text import read_text
 
     if text is None:
-        content, name = (files("edkm_export.verify") / "sample.txt").read_text(encoding="utf-8"), "built-in sample"
+        content, name = (
+            (files("edkm_export.verify") / "sample.txt").read_text(encoding="utf-8"),
+            "built-in sample",
+        )
     else:
         content, name = read_text(text), str(text)
     source, missing = _find_original(checkpoint, original)
@@ -92,7 +101,10 @@ def _find_original(checkpoint: Checkpoint, asked: str | None) -> tuple[Source | 
         source = Source.parse(reference)
         recorded = base.get("sha256") if isinstance(base, dict) else None
         if source.provenance()["sha256"] != recorded:
-            return None, f"{reference} has changed since it was palettized; name the right one with --original"
+            return (
+                None,
+                f"{reference} has changed since it was palettized; name the right one with --original",
+            )
     except InputError as error:
         return None, str(error)
     return source, ""

@@ -18,7 +18,9 @@ __all__ = ["command"]
 @click.argument("checkpoint", metavar="MODEL.PT", type=click.Path(path_type=Path))
 @click.argument("package", metavar="PACKAGE", type=click.Path(path_type=Path))
 @verification_options
-@click.option("--report", "report_folder", type=click.Path(path_type=Path), help="Write report.json and report.md here.")
+@click.option(
+    "--report", "report_folder", type=click.Path(path_type=Path), help="Write report.json and report.md here."
+)
 def command(checkpoint: Path, package: Path, report_folder: Path | None, **verification: Any) -> None:
     """Compare what PACKAGE computes with the PyTorch model of MODEL.PT.
 
@@ -58,6 +60,8 @@ def _predicted(checkpoint: Any, package: Path) -> int | None:
     from edkm_export.verify.executors import sequence_length
 
     try:
-        return plan_logits(checkpoint, sequence_length=sequence_length(load_package(package))).weights_size_bytes
+        return plan_logits(
+            checkpoint, sequence_length=sequence_length(load_package(package))
+        ).weights_size_bytes
     except (EdkmExportError, json.JSONDecodeError):
         return None  # the ladder says what is wrong with the package

@@ -80,7 +80,11 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        hidden, width, kv_width = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        hidden, width, kv_width = (
+            config.hidden_size,
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+        )
         self.q_proj = nn.Linear(hidden, width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
@@ -94,7 +98,9 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.update(self.layer, keys, values)
         # No scale argument: only then does the converter emit the fused attention op.
-        mixed = F.scaled_dot_product_attention(queries, self._repeat(keys), self._repeat(values), attn_mask=mask)
+        mixed = F.scaled_dot_product_attention(
+            queries, self._repeat(keys), self._repeat(values), attn_mask=mask
+        )
         batch, new = x.shape[:2]
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, new, self.heads * self.head_dim))  # type: ignore[no-any-return]
 
@@ -108,7 +114,9 @@ class Attention(nn.Module):
         if times == 1:
             return x
         batch, heads, total, dim = x.shape
-        return x.unsqueeze(2).expand(batch, heads, times, total, dim).reshape(batch, heads * times, total, dim)
+        return (
+            x.unsqueeze(2).expand(batch, heads, times, total, dim).reshape(batch, heads * times, total, dim)
+        )
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -157,7 +165,9 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, input_ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None
+    ) -> Tensor:
         """input_ids [1, new] -> [1, new, hidden]."""
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
@@ -176,7 +186,9 @@ class Decoder(nn.Module):
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None = None
+    ) -> Tensor:
         """Logits of every position.
 
         Args:

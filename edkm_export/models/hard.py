@@ -37,7 +37,9 @@ def load_hard_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
     try:
         config = transformers.AutoConfig.for_model(**settings)
         with accelerate.init_empty_weights():
-            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", dtype=dtype
+            )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{source}: transformers cannot build its model: {error}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -17,7 +17,9 @@ __all__ = ["FAMILIES", "build_decoder", "check_parameters", "decoder_config"]
 def _llama(config: dict[str, Any]) -> DecoderConfig:
     """Llama 2 and 3, SmolLM2, TinyLlama."""
     if config.get("hidden_act", "silu") != "silu":
-        raise ConversionError(f"hidden_act '{config['hidden_act']}' is not supported in the llama family; use silu.")
+        raise ConversionError(
+            f"hidden_act '{config['hidden_act']}' is not supported in the llama family; use silu."
+        )
     heads = config["num_attention_heads"]
     bias = bool(config.get("attention_bias", False))
     return DecoderConfig(
@@ -54,7 +56,9 @@ def decoder_config(config: dict[str, Any], source: str) -> DecoderConfig:
     try:
         return FAMILIES[family](config)
     except KeyError as error:
-        raise ConversionError(f"{source}: its configuration lacks {error.args[0]!r}; palettize the model again.") from error
+        raise ConversionError(
+            f"{source}: its configuration lacks {error.args[0]!r}; palettize the model again."
+        ) from error
 
 
 @torch.no_grad()

@@ -46,15 +46,21 @@ class Source:
         path = Path(reference)
         if path.is_file():
             if path.suffix.lower() != ".gguf":
-                made = " It looks like a finished checkpoint: `edkm-export coreml` takes it." if path.suffix == ".pt" else ""
+                made = (
+                    " It looks like a finished checkpoint: `edkm-export coreml` takes it."
+                    if path.suffix == ".pt"
+                    else ""
+                )
                 raise InputError(
-                    f"{reference}: expected a Hugging Face folder, a hub id or a .gguf file, not a {path.suffix or 'plain'} "
-                    f"file.{made}"
+                    f"{reference}: expected a Hugging Face folder, a hub id or a .gguf file, "
+                    f"not a {path.suffix or 'plain'} file.{made}"
                 )
             return cls(reference, str(path.absolute().parent), path.name)
         if path.is_dir():
             if not (path / "config.json").is_file():
-                raise InputError(f"{reference}: holds no config.json, so it is not a Hugging Face model folder.")
+                raise InputError(
+                    f"{reference}: holds no config.json, so it is not a Hugging Face model folder."
+                )
             return cls(reference, str(path.absolute()))
         if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
             raise InputError(f"{reference}: no such file or folder.")
@@ -125,7 +131,9 @@ def load_config(source: Source) -> Any:
     import transformers
 
     with _explaining(source):
-        return transformers.AutoConfig.from_pretrained(source.location, trust_remote_code=False, **_arguments(source))
+        return transformers.AutoConfig.from_pretrained(
+            source.location, trust_remote_code=False, **_arguments(source)
+        )
 
 
 def load_model(source: Source, dtype: torch.dtype | None = None) -> Any:
@@ -187,7 +195,9 @@ def load_tokenizer(source: Source) -> Any:
     import transformers
 
     with _explaining(source), _quiet_progress():
-        return transformers.AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **_arguments(source))
+        return transformers.AutoTokenizer.from_pretrained(
+            source.location, trust_remote_code=False, **_arguments(source)
+        )
 
 
 def tokenizer_files(tokenizer: Any, model: Any) -> dict[str, bytes]:
@@ -211,7 +221,14 @@ def _make_portable(files: dict[str, bytes]) -> None:
     name = "tokenizer_config.json"
     if name in files:
         settings = json.loads(files[name])
-        for key in ("name_or_path", "tokenizer_file", "vocab_file", "local_files_only", "is_local", "backend"):
+        for key in (
+            "name_or_path",
+            "tokenizer_file",
+            "vocab_file",
+            "local_files_only",
+            "is_local",
+            "backend",
+        ):
             settings.pop(key, None)
         if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 5 only
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -97,7 +97,9 @@ def compare_bytes(checkpoint: Checkpoint, package: Any, damage: str) -> tuple[Ru
     if faults:
         detail += f"; {len(faults)} faults: {', '.join(faults[:5])}{', ...' if len(faults) > 5 else ''}"
     measures = {"bit_exact": equal, "palettized": len(exact), "dense": others, "faults": faults}
-    return Rung(**names, verdict=Verdict.FAIL if faults else Verdict.PASS, detail=detail, measures=measures), exact
+    return Rung(
+        **names, verdict=Verdict.FAIL if faults else Verdict.PASS, detail=detail, measures=measures
+    ), exact
 
 
 def _same_half(expected: Tensor, found: Tensor) -> bool:

@@ -66,7 +66,9 @@ def sequence_length(package: Any) -> int:
         )
     size = shapes["input_ids"][-1] if shapes["input_ids"] else None
     if not isinstance(size, int):
-        raise PackageError(f"{package.path}: `input_ids` has shape {shapes['input_ids']}, expected a fixed length.")
+        raise PackageError(
+            f"{package.path}: `input_ids` has shape {shapes['input_ids']}, expected a fixed length."
+        )
     return size
 
 

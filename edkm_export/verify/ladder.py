@@ -1,6 +1,6 @@
 """The ladder: each rung is compared with the one before, so that training loss and converter bugs never mix.
 
-    original float model -> hard PyTorch -> decoded artifact (bytes on disk) -> executed artifact
+original float model -> hard PyTorch -> decoded artifact (bytes on disk) -> executed artifact
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _EXECUTION = {
     "rounded": (
         0.99,
         1e-3,
-        "rounding every result to float16 is the least that a phone does; an overflow or a loss of precision shows here",
+        "rounding every result to float16 is the least that a phone does; an overflow or lost precision shows here",
     ),
 }
 
@@ -97,7 +97,9 @@ def verify_coreml(
     windows = token_windows(text, tokenizer, tokens=tokens, context=context, source=text_name)
     vocabulary = int(checkpoint.config["vocab_size"])
     if int(windows.max()) >= vocabulary:
-        raise InputError(f"{checkpoint.path}: its tokenizer gives token {int(windows.max())}, beyond {vocabulary}.")
+        raise InputError(
+            f"{checkpoint.path}: its tokenizer gives token {int(windows.max())}, beyond {vocabulary}."
+        )
 
     perplexities: dict[str, Perplexity] = {}
     reference: list[Tensor] | None = None
@@ -127,7 +129,9 @@ def verify_coreml(
     if reference is None:
         rungs.append(_original_not_run(original_missing, max_perplexity_ratio))
     else:
-        rungs.append(_original_rung(divergence(zip(reference, hard, strict=True)), perplexities, max_perplexity_ratio))
+        rungs.append(
+            _original_rung(divergence(zip(reference, hard, strict=True)), perplexities, max_perplexity_ratio)
+        )
     del reference
 
     step("comparing the bytes on disk")
@@ -163,7 +167,11 @@ def verify_coreml(
         tensors=tensors,
         provenance={
             **_without_folders(checkpoint.provenance),
-            "evaluation": {"text": text_name, "tokens": int(windows.numel()), "context": int(windows.shape[1])},
+            "evaluation": {
+                "text": text_name,
+                "tokens": int(windows.numel()),
+                "context": int(windows.shape[1]),
+            },
         },
     )
 
@@ -174,7 +182,13 @@ def _without_folders(provenance: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(base, dict) or not isinstance(base.get("reference"), str):
         return provenance
     reference = base["reference"]
-    return {**provenance, "base_model": {**base, "reference": Path(reference).name if "/" == reference[:1] else reference}}
+    return {
+        **provenance,
+        "base_model": {
+            **base,
+            "reference": Path(reference).name if Path(reference).is_absolute() else reference,
+        },
+    }
 
 
 _WORDS = {"float32": "float32", "rounded": "float32 rounded to float16 after each op"}
@@ -224,7 +238,7 @@ def _original_not_run(reason: str, ratio: float) -> Rung:
     )
 
 
-_RATIO_WHY = "a doubled perplexity is one more bit of surprise a token: the model is no longer the one that was palettized"
+_RATIO_WHY = "a doubled perplexity is one more bit of surprise a token: it is no longer the same model"
 
 
 def _ratio_threshold(ratio: float) -> str:
@@ -252,7 +266,7 @@ def _size_rung(actual: int, predicted: int | None, damage: str) -> Rung:
     why = "a weight that was left dense, or stored twice, shows in the size"
     names: dict[str, Any] = {"id": "size", "reference": "recipe", "candidate": "package size"}
     if damage or predicted is None:
-        detail = damage and "the package cannot be read" or "no prediction: the package's interface is not known"
+        detail = "the package cannot be read" if damage else "no prediction: the interface is not known"
         return Rung(**names, verdict=Verdict.NOT_RUN, threshold=threshold, why=why, detail=detail)
     off = actual / predicted - 1
     return Rung(

@@ -13,7 +13,10 @@ _WORST = 10
 
 def write_report(report: Report, folder: Path) -> None:
     """Write `report.json` (schema in docs/report.md) and `report.md` into an existing folder."""
-    for name, content in (("report.json", report.model_dump_json(indent=2) + "\n"), ("report.md", markdown(report))):
+    for name, content in (
+        ("report.json", report.model_dump_json(indent=2) + "\n"),
+        ("report.md", markdown(report)),
+    ):
         temporary = folder / f".{name}.partial"
         try:
             temporary.write_text(content, encoding="utf-8")
@@ -37,13 +40,21 @@ def markdown(report: Report) -> str:
     ]
     lines += ["", "## Not run", ""]
     lines += [f"- {item}" for item in report.not_run] or ["Everything was run."]
-    lines += ["", "## Ladder", "", "| checked | against | verdict | threshold | found |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "## Ladder",
+        "",
+        "| checked | against | verdict | threshold | found |",
+        "|---|---|---|---|---|",
+    ]
     lines += [
         f"| {rung.candidate} | {rung.reference} | **{rung.verdict.value}** | {rung.threshold} | {_cell(rung.detail)} |"
         for rung in report.rungs
     ]
     lines += ["", "Why these thresholds:", ""]
-    lines += [f"- {rung.candidate}: {rung.why}." for rung in report.rungs if rung.verdict is not Verdict.NOT_RUN]
+    lines += [
+        f"- {rung.candidate}: {rung.why}." for rung in report.rungs if rung.verdict is not Verdict.NOT_RUN
+    ]
     if report.tensors:
         lines += _tensor_section(report)
     lines += ["", "## Provenance", "", "```json", _provenance(report), "```", ""]
@@ -67,14 +78,20 @@ def _tensor_section(report: Report) -> list[str]:
         rows = sorted(measured, key=lambda tensor: tensor.weight_snr_db or 0.0)[:_WORST]
     else:
         title, rows = "## Palettized weights", report.tensors[:_WORST]
-    lines = ["", title, "", "| weight | shape | bits | LUTs | used centroids | bits a weight | SNR dB | bit-exact |"]
+    lines = [
+        "",
+        title,
+        "",
+        "| weight | shape | bits | LUTs | used centroids | bits a weight | SNR dB | bit-exact |",
+    ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for tensor in rows:
         snr = "" if tensor.weight_snr_db is None else f"{tensor.weight_snr_db:.1f}"
         exact = {True: "yes", False: "**no**", None: "unknown"}[tensor.bit_exact]
         lines.append(
             f"| {tensor.name} | {'x'.join(map(str, tensor.shape))} | {tensor.n_bits} | "
-            f"{tensor.groups[0] * tensor.groups[1]} {tensor.lut_dtype} | {tensor.used_centroids} of {tensor.centroids} | "
+            f"{tensor.groups[0] * tensor.groups[1]} {tensor.lut_dtype} | "
+            f"{tensor.used_centroids} of {tensor.centroids} | "
             f"{tensor.bits_per_weight:.2f} | {snr} | {exact} |"
         )
     if len(report.tensors) > len(rows):

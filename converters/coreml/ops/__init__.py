@@ -1,0 +1,37 @@
+"""The operations of MIL that the interpreter knows, a file a family.
+
+Semantics are those of the op documentation of coremltools (`converters/mil/mil/ops/defs`). `registry` tells
+how to add one.
+"""
+
+from __future__ import annotations
+
+from converters.coreml.ops import (  # noqa: F401  (importing registers the ops)
+    activation,
+    arithmetic,
+    attention,
+    comparison,
+    constexpr,
+    convolution,
+    creation,
+    gathering,
+    joining,
+    normalization,
+    product,
+    reduction,
+    reshaping,
+    slicing,
+    sorting,
+    state,
+)
+from converters.coreml.ops.registry import (
+    Call,
+    OpDefinition,
+    StateCell,
+    UnsupportedForm,
+    definition_of,
+    known_ops,
+    located,
+)
+
+__all__ = ["Call", "OpDefinition", "StateCell", "UnsupportedForm", "definition_of", "known_ops", "located"]
