@@ -135,7 +135,7 @@ def load(path: Path) -> Checkpoint:
     )
     version = contents.get("format_version")
     _require(
-        version == FORMAT_VERSION,
+        type(version) is int and version == FORMAT_VERSION,
         path,
         f"format version is {version!r}, this release reads {FORMAT_VERSION}; "
         "write it again with this release, or install the one that wrote it",
@@ -156,7 +156,7 @@ def load(path: Path) -> Checkpoint:
     _require(not twice, path, f"{', '.join(sorted(twice))}: both palettized and dense; write the file again")
     for name, target in contents["tied"].items():
         _require(
-            isinstance(name, str) and (target in palettized or target in dense),
+            isinstance(name, str) and isinstance(target, str) and (target in palettized or target in dense),
             path,
             f"{name}: tied to {target!r}, which is not in the file; write the file again",
         )
@@ -165,7 +165,7 @@ def load(path: Path) -> Checkpoint:
         plain = isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
         _require(plain, path, f"tokenizer file {name!r} is not a plain file name; refused")
         _require(
-            isinstance(content, Tensor) and content.dtype == torch.uint8 and content.dim() == 1,
+            _is_plain(content) and content.dtype == torch.uint8 and content.dim() == 1,
             path,
             f"tokenizer file {name}: expected its bytes as a uint8 tensor",
         )
@@ -251,8 +251,8 @@ def _unpack_palettized(path: Path, name: Any, parts: Any) -> PalettizedTensor:
     )
     _require(type(n_bits) is int, path, f"{name}: n_bits is {n_bits!r}")
     for key in ("lut", "indices"):
-        _require(isinstance(parts.get(key), Tensor), path, f"{name}: '{key}' is missing or not a tensor")
-    _require(scale is None or isinstance(scale, Tensor), path, f"{name}: 'lut_scale' is not a tensor")
+        _require(_is_plain(parts.get(key)), path, f"{name}: '{key}' is missing or not a plain tensor")
+    _require(scale is None or _is_plain(scale), path, f"{name}: 'lut_scale' is not a plain tensor")
     try:
         tensor = PalettizedTensor(name, tuple(shape), n_bits, parts["lut"], parts["indices"], scale)
         tensor.unpack_indices()  # refuses padding bits that are set
@@ -261,8 +261,18 @@ def _unpack_palettized(path: Path, name: Any, parts: Any) -> PalettizedTensor:
     return tensor
 
 
+def _is_plain(value: Any) -> bool:
+    """A dense tensor in memory. Sparse, meta and expanded ones can claim any size without having the bytes."""
+    return (
+        type(value) is Tensor
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.is_contiguous()
+    )
+
+
 def _check_dense(path: Path, name: Any, tensor: Any) -> None:
-    _require(isinstance(name, str) and isinstance(tensor, Tensor), path, f"{name!r}: is not a tensor")
+    _require(isinstance(name, str) and _is_plain(tensor), path, f"{name!r}: is not a plain tensor")
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DENSE_DTYPES)
     _require(tensor.dtype in _DENSE_DTYPES, path, f"{name}: is {tensor.dtype}, expected one of {names}")
     _require(all_finite(tensor), path, f"{name}: holds NaN or infinity; the model is broken")

@@ -38,17 +38,18 @@ def constexpr_lut_to_dense(
         raise ValueError(f"index {int(indices.max())} is beyond the {entries} entries of the LUT")
     if size > 1 and vector_axis is None:
         raise ValueError(f"vectors of {size} without vector_axis")
-    table = lut.reshape(-1, size)
+    table = lut.reshape(-1) if size == 1 else lut.reshape(-1, size)
     group = torch.zeros([1] * rank, dtype=torch.int32)  # number of the LUT, broadcast over the ungrouped axes
     for axis, (length, groups) in enumerate(zip(indices.shape, lut.shape, strict=False)):
         if groups > 1:
-            block = torch.arange(length, dtype=torch.int32) // (length // groups)
-            group = group * groups + block.reshape([-1 if other == axis else 1 for other in range(rank)])
+            number = torch.arange(length, dtype=torch.int32) // (length // groups)
+            group = group * groups + number.reshape([-1 if other == axis else 1 for other in range(rank)])
     dense = torch.empty(*indices.shape, size, dtype=lut.dtype)
     for start in range(0, indices.shape[0], _DECODE_ROWS):
         rows = slice(start, start + _DECODE_ROWS)
         chosen = group[rows] if group.shape[0] > 1 else group
-        dense[rows] = table[chosen * entries + indices[rows]]
+        block = chosen * entries + indices[rows]
+        dense[rows] = table.index_select(0, block.reshape(-1)).view(*block.shape, size)
     if size == 1:
         return dense.squeeze(-1)
     axis = (vector_axis or 0) % rank
