@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edkm_export.errors import InputError
+from edkm_export.memory import return_freed_memory
 
 __all__ = ["input_energy"]
 
@@ -68,6 +69,7 @@ def input_energy(
     finally:
         for hook in hooks:
             hook.remove()
+        return_freed_memory()
     for name, energy in sums.items():
         if not bool(torch.isfinite(energy).all()):
             raise InputError(f"{name}: its input is not finite on the calibration text; the model is broken.")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edkm_export.clustering import hard_assign, optimal_centroids
 from edkm_export.errors import InputError
+from edkm_export.memory import return_freed_memory
 from edkm_export.palette import PalettizedTensor, all_finite
 from edkm_export.recipe import Recipe, Rule
 
@@ -79,6 +80,7 @@ def palettize_model(
         importance = next((energy[user] for user in users if user in energy), None) if energy else None
         palettized[name] = palettize_weight(name, parameter.data, rule, importance=importance)
         parameter.data = torch.empty(0, dtype=parameter.dtype)
+        return_freed_memory()
         if advance is not None:
             advance(module_name, palettized[name].numel)
     dense = {

@@ -56,7 +56,8 @@ def command(
     from edkm_export import checkpoint
     from edkm_export.atomic import check_output
     from edkm_export.cli.console import bar, err, megabytes, out
-    from edkm_export.models.source import Source, load_model, load_tokenizer, tokenizer_files
+    from edkm_export.models.registry import decoder_config
+    from edkm_export.models.source import Source, load_config, load_model, load_tokenizer, tokenizer_files
     from edkm_export.palettize import palettizable_shapes, palettize_model
     from edkm_export.text import read_text, token_windows
 
@@ -64,6 +65,7 @@ def command(
     text = read_text(calibration) if calibration is not None else None
     source = Source.parse(model)
     with err.status(f"loading {model}"):
+        decoder_config(load_config(source).to_dict(), model)  # refuses a family that could not be exported
         loaded = load_model(source)
         tokenizer = load_tokenizer(source)
     rules = plan.plan(palettizable_shapes(loaded), model)

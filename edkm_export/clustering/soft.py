@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from edkm_export.clustering.dense import cluster_dense
+from edkm_export.clustering.fused import Fused, can_fuse
 from edkm_export.clustering.histogram import Histogram
 from edkm_export.clustering.marshaling import MarshaledTensors
 from edkm_export.clustering.streaming import Streaming
@@ -19,6 +20,9 @@ Method = Literal["auto", "dense", "histogram", "streaming", "marshaled"]
 
 # A smaller group has nearly as many distinct values as weights, and 65,536 bins cost more than they save.
 _LEAST_FOR_HISTOGRAM = 4096
+
+# On a GPU the bins are all swept, while attention costs little.
+_LEAST_FOR_FUSED_HISTOGRAM = 1 << 20
 
 
 def soft_cluster(
@@ -41,12 +45,16 @@ def soft_cluster(
         - "histogram": for scalars; on the distinct values of each group. 16-bit weights take no sorting.
         - "streaming": recomputes attention block by block; for any dtype and for vectors.
         - "marshaled": "dense" under the paper's marshaling and uniquification (see `marshaling`).
-        - "auto": "histogram" for 16-bit scalars in groups of 4,096 weights or more, otherwise "streaming".
+        - "auto": "histogram" for 16-bit scalars in groups of 4,096 weights or more (2**20 on a GPU),
+          otherwise "streaming".
+
+    On CUDA devices with Triton, "histogram" and "streaming" of scalars in float32 run as fused kernels.
 
     Args:
         weight: float [groups, m], or vectors [groups, m, dim].
         centroids: c^0, float [groups, k] or [groups, k, dim].
-        temperature: tau, positive; a number or float [groups]. See `scale_free_temperature`.
+        temperature: tau, positive; a number or float [groups]. See `scale_free_temperature`. A tensor on a
+            GPU is not checked.
         iterations: T, at least 1; or "converge" for a fixed point, whose gradient comes from the implicit
             function theorem and does not depend on c^0. Not for "dense" and "marshaled".
         method: see above.
@@ -63,11 +71,18 @@ def soft_cluster(
     tau = _temperature(temperature, weight, dtype)
     steps = None if iterations == "converge" else int(iterations)
     start = centroids.to(dtype)
+    fused = method in ("auto", "histogram", "streaming") and can_fuse(weight, centroids, tau, steps)
     if method == "auto":
-        repeats = weight.dim() == 2 and weight.element_size() == 2 and weight.shape[1] >= _LEAST_FOR_HISTOGRAM
+        least = _LEAST_FOR_FUSED_HISTOGRAM if fused else _LEAST_FOR_HISTOGRAM
+        repeats = weight.dim() == 2 and weight.element_size() == 2 and weight.shape[1] >= least
         method = "histogram" if repeats else "streaming"
     soft: Tensor
     last: Tensor
+    # With fewer weights than bins, the bins of all groups together would outweigh the weights.
+    counted = method == "histogram" and weight.element_size() == 2 and weight.shape[1] >= 1 << 16
+    if fused and (counted or method == "streaming"):
+        soft, last = Fused.apply(weight, start, tau, steps, counted)  # type: ignore[no-untyped-call]
+        return soft, last
     if method == "histogram":
         soft, last = Histogram.apply(weight, start, tau, steps)  # type: ignore[no-untyped-call]
         return soft, last
@@ -116,13 +131,14 @@ def _check(weight: Tensor, centroids: Tensor, iterations: int | str, method: str
 
 def _temperature(temperature: float | Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """As a tensor [groups]."""
-    tau = torch.as_tensor(temperature).detach().to(device=weight.device, dtype=dtype)
+    tau = torch.as_tensor(temperature).detach().to(dtype)
     if tau.shape not in ((), weight.shape[:1]):
         raise PaletteError(
             f"temperature has shape {list(tau.shape)}, expected a number or [{weight.shape[0]}]."
         )
-    if not bool((tau > 0).all() & (tau < torch.inf).all()):
+    # Looking at a tensor on a GPU would make the host wait for it.
+    if tau.device.type == "cpu" and not bool((tau > 0).all() & (tau < torch.inf).all()):
         raise PaletteError(
             f"temperature is {float(tau.min())} in {dtype}, expected positive and finite values."
         )
-    return tau.expand(weight.shape[0])
+    return tau.to(weight.device).expand(weight.shape[0])
