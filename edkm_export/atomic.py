@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -10,34 +11,56 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edkm_export.errors import InputError, OutputExistsError
+from edkm_export.interrupts import check_interrupt
 
-__all__ = ["MARKER", "atomic_file", "atomic_folder", "check_output"]
+__all__ = ["GENERATOR", "MARKER", "atomic_file", "atomic_folder", "check_output"]
 
-MARKER = "metadata.json"  # every folder of ours holds one; a folder without it is never replaced
+MARKER = "metadata.json"
+"""Every folder that we make holds one, with a `generator`; a folder without it is never replaced."""
+
+GENERATOR = "edkm-export"
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
+def check_output(path: Path, *, overwrite: bool, folder: bool = False) -> None:
     """Refuse, before the long work, an output that could not be written at its end.
 
+    Args:
+        path: what is to be written.
+        overwrite: whether it may replace what is there.
+        folder: whether it will be a folder or a file.
+
     Raises:
-        OutputExistsError: `path` exists and `overwrite` is false, or it is a folder that is not ours to replace.
+        OutputExistsError: `path` exists and `overwrite` is false, is of the other kind, or is a folder that is not
+            ours to replace.
         InputError: the folder that is to hold it does not exist or cannot be written.
     """
     if path.exists() or path.is_symlink():
+        if path.is_dir() and not folder:
+            raise OutputExistsError(f"{path} is a folder, not a file; choose another -o.")
+        if path.is_file() and folder:
+            raise OutputExistsError(f"{path} is a file, not a folder; choose another -o.")
         if not overwrite:
             raise OutputExistsError(
                 f"{path} already exists; choose another -o, or replace it with --overwrite."
             )
-        if path.is_dir() and any(path.iterdir()) and not (path / MARKER).is_file():
+        if folder and any(path.iterdir()) and not _is_ours(path):
             raise OutputExistsError(
-                f"{path} is a folder that edkm-export did not make (it has no {MARKER}), so it is not replaced; "
-                "choose another -o."
+                f"{path} is a folder that edkm-export did not make (its {MARKER} does not say so), so it is not "
+                "replaced; choose another -o."
             )
     parent = path.absolute().parent
     if not parent.is_dir():
         raise InputError(f"{path}: its folder {parent} does not exist; make it first.")
     if not os.access(parent, os.W_OK):
         raise InputError(f"{path}: no permission to write to {parent}; choose another -o.")
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        metadata = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(metadata, dict) and str(metadata.get("generator", "")).startswith(GENERATOR)
 
 
 @contextlib.contextmanager
@@ -48,19 +71,16 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputExistsError, InputError: see `check_output`.
     """
     check_output(path, overwrite=overwrite)
-    if path.is_dir():
-        raise OutputExistsError(f"{path} is a folder, not a file; choose another -o.")
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    # In a folder of its own, so that the file has its final name: torch writes the name into the archive.
+    with tempfile.TemporaryDirectory(
+        prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent
+    ) as folder:
+        temporary = Path(folder) / path.name
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        check_interrupt()
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -72,31 +92,26 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputExistsError, InputError: see `check_output`.
     """
-    check_output(path, overwrite=overwrite)
-    if path.is_file():
-        raise OutputExistsError(f"{path} is a file, not a folder; choose another -o.")
+    check_output(path, overwrite=overwrite, folder=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent))
     retired: Path | None = None
     try:
         yield temporary
         _fsync_tree(temporary)
         temporary.chmod(0o777 & ~_umask())
+        check_interrupt()
         if path.exists():
             retired = Path(
                 tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.absolute().parent)
             )
             path.replace(retired)
-        try:
-            temporary.replace(path)
-        except BaseException:
-            if retired is not None:
-                retired.replace(path)
-                retired = None
-            raise
-    finally:
+        temporary.replace(path)
+    finally:  # a signal can arrive between any two renames: what lies on disk decides, not how far we came
         shutil.rmtree(temporary, ignore_errors=True)
-        if retired is not None:
+        if retired is not None and path.exists():
             shutil.rmtree(retired, ignore_errors=True)
+        elif retired is not None:
+            retired.replace(path)
 
 
 def _fsync_tree(folder: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from converters.coreml.language_model import LogitsPlan, export_logits
 from edkm_export._version import __version__
-from edkm_export.atomic import MARKER
+from edkm_export.atomic import GENERATOR, MARKER
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.errors import PackageError
+from edkm_export.errors import ConversionError, PackageError
 
 __all__ = ["find_package", "write_bundle"]
 
@@ -25,14 +25,22 @@ def write_bundle(checkpoint: Checkpoint, plan: LogitsPlan, folder: Path, name: s
 
     Returns:
         Path of the package.
+
+    Raises:
+        ConversionError: a tokenizer file has the name of one of ours, or see `export_logits`.
     """
     package = folder / f"{name}.mlpackage"
+    ours = {package.name, "config.json", MARKER, "report.json", "report.md"}
+    if taken := sorted(ours & checkpoint.tokenizer.keys()):
+        raise ConversionError(
+            f"{checkpoint.path}: its tokenizer file {taken[0]} would take the place of one of ours; palettize again."
+        )
     export_logits(checkpoint, plan, package)
     for file, content in checkpoint.tokenizer.items():
         (folder / file).write_bytes(content)
     (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n")
     metadata = {
-        "generator": f"edkm-export {__version__}",
+        "generator": f"{GENERATOR} {__version__}",
         "package": package.name,
         "interface": "logits",
         "target": plan.target,

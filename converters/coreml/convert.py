@@ -15,6 +15,7 @@ from converters.coreml.backend import load_coremltools, quiet
 from converters.coreml.targets import check_target
 from converters.coreml.weights import PARAMETERS_KEY
 from edkm_export.errors import ConversionError
+from edkm_export.interrupts import check_interrupt
 from edkm_export.palette import PalettizedTensor
 
 __all__ = ["convert", "save_package"]
@@ -81,7 +82,11 @@ def convert(
                     skip_model_load=True,
                 )
         except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+            check_interrupt()  # coremltools may have made this error out of it
+            if "FileWriter" in str(error):  # it writes the weights while it converts
+                raise OSError(f"{source}: writing failed, is the disk full? ({error})") from error
             raise ConversionError(f"{source}: coremltools cannot convert this model: {error}") from error
+    check_interrupt()  # coremltools swallows what is raised inside of it
     missed = sorted(set(substitution.palettized) - substitution.consumed)
     if missed:
         raise ConversionError(

@@ -49,11 +49,11 @@ def plan_logits(
     """
     source = str(checkpoint.path or "checkpoint")
     config = decoder_config(checkpoint.config, source)
-    limit = int(checkpoint.config.get("max_position_embeddings", DEFAULT_SEQUENCE_LENGTH))
+    limit = config.max_positions
     length = min(DEFAULT_SEQUENCE_LENGTH, limit) if sequence_length is None else sequence_length
-    if not 1 <= length <= limit:
+    if not 2 <= length <= limit:
         raise ConversionError(
-            f"{source}: --sequence-length {length} is outside 1 to {limit}, the model's positions."
+            f"{source}: --sequence-length {length} is outside 2 to {limit}, the model's positions."
         )
     check_target(checkpoint.palettized, target, source)
     return LogitsPlan(length, target, _weights_size_bytes(checkpoint, length, config.head_dim))

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from edkm_export.cli.verification import run_verification, verification_options
+from edkm_export.cli.verification import climb, prepare, verification_options
 
 __all__ = ["command"]
 
@@ -50,18 +50,17 @@ def command(
     from edkm_export.verify.write import write_report
 
     folder = output or checkpoint.with_name(f"{checkpoint.stem}-coreml")
-    check_output(folder, overwrite=overwrite)
+    check_output(folder, overwrite=overwrite, folder=True)
     with err.status(f"reading {checkpoint}"):
         loaded = load(checkpoint)
+    evaluation = None if no_verify else prepare(loaded, **verification)
     plan = plan_logits(loaded, target=target, sequence_length=sequence_length)
     report = None
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         with err.status(f"converting {len(loaded.palettized)} palettized weights to Core ML"):
             package = write_bundle(loaded, plan, temporary, checkpoint.stem)
-        if not no_verify:
-            report = run_verification(
-                loaded, package, predicted_size_bytes=plan.weights_size_bytes, **verification
-            )
+        if evaluation is not None:
+            report = climb(loaded, package, evaluation, plan.weights_size_bytes)
             write_report(report, temporary)
     if report is None:
         out.print(

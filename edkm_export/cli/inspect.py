@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from edkm_export.palette import PalettizedTensor
+if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
+    from edkm_export.palette import PalettizedTensor
 
 __all__ = ["command"]
 

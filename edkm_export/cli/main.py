@@ -5,15 +5,14 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import signal
 import sys
-from types import FrameType
 from typing import NoReturn
 
 import click
 
 from edkm_export._version import __version__
 from edkm_export.errors import EdkmExportError
+from edkm_export.interrupts import watch_signals
 
 __all__ = ["cli", "main"]
 
@@ -55,7 +54,7 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run; exit status 0 success, 1 verification failed, 2 a mistake that the user can mend, 130 interrupted."""
-    signal.signal(signal.SIGTERM, _terminate)
+    watch_signals()
     try:
         status = cli(standalone_mode=False)
     except click.ClickException as error:
@@ -73,11 +72,6 @@ def main() -> NoReturn:
     except MemoryError:
         _fail("out of memory; use a machine with more, or a smaller --tokens.", 2)
     sys.exit(status if isinstance(status, int) else 0)
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    """A polite kill cleans up as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 def _explain(error: OSError) -> str:

@@ -6,11 +6,12 @@ import hashlib
 import platform
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edkm_export.recipe import Recipe, load_recipe, uniform_recipe
+if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
+    from edkm_export.recipe import Recipe
 
 __all__ = ["command"]
 
@@ -135,6 +136,8 @@ def _recipe(
     group_size: int | None,
     lut_dtype: Literal["float16", "int8"] | None,
 ) -> Recipe:
+    from edkm_export.recipe import load_recipe, uniform_recipe
+
     if reference is None:
         return uniform_recipe(
             4 if bits is None else bits, 16 if group_size is None else group_size, lut_dtype or "float16"

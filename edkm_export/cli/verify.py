@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from edkm_export.cli.verification import run_verification, verification_options
+from edkm_export.cli.verification import climb, prepare, verification_options
 
 __all__ = ["command"]
 
@@ -41,7 +41,7 @@ def command(checkpoint: Path, package: Path, report_folder: Path | None, **verif
             raise InputError(f"{report_folder}: is a file; --report takes a folder.") from error
     with err.status(f"reading {checkpoint}"):
         loaded = load(checkpoint)
-    report = run_verification(loaded, found, predicted_size_bytes=_predicted(loaded, found), **verification)
+    report = climb(loaded, found, prepare(loaded, **verification), _predicted(loaded, found))
     if report_folder is not None:
         write_report(report, report_folder)
     out.print(summary_table(report))

@@ -32,6 +32,7 @@ class DecoderConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    max_positions: int
     norm_eps: float
     qkv_bias: bool = False
     output_bias: bool = False

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+import pydantic
 import torch
 
 from edkm_export.checkpoint import Checkpoint
@@ -14,27 +15,44 @@ from edkm_export.models.decoder import Decoder, DecoderConfig
 __all__ = ["FAMILIES", "build_decoder", "check_parameters", "decoder_config"]
 
 
+class _LlamaSettings(pydantic.BaseModel):
+    """What the decoder needs of a Llama configuration; files come from anywhere, so every value is checked."""
+
+    model_config = pydantic.ConfigDict(extra="ignore", strict=True)
+
+    vocab_size: pydantic.PositiveInt
+    hidden_size: pydantic.PositiveInt
+    intermediate_size: pydantic.PositiveInt
+    num_hidden_layers: pydantic.PositiveInt
+    num_attention_heads: pydantic.PositiveInt
+    num_key_value_heads: pydantic.PositiveInt | None = None
+    head_dim: pydantic.PositiveInt | None = None
+    max_position_embeddings: pydantic.PositiveInt = 2048
+    rms_norm_eps: pydantic.PositiveFloat = 1e-6
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+
 def _llama(config: dict[str, Any]) -> DecoderConfig:
     """Llama 2 and 3, SmolLM2, TinyLlama."""
-    if config.get("hidden_act", "silu") != "silu":
-        raise ConversionError(
-            f"hidden_act '{config['hidden_act']}' is not supported in the llama family; use silu."
-        )
-    heads = config["num_attention_heads"]
-    bias = bool(config.get("attention_bias", False))
+    settings = _LlamaSettings.model_validate(config)
+    heads = settings.num_attention_heads
     return DecoderConfig(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_layers=settings.num_hidden_layers,
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        qkv_bias=bias,
-        output_bias=bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        num_kv_heads=settings.num_key_value_heads or heads,
+        head_dim=settings.head_dim or settings.hidden_size // heads,
+        max_positions=settings.max_position_embeddings,
+        norm_eps=settings.rms_norm_eps,
+        qkv_bias=settings.attention_bias,
+        output_bias=settings.attention_bias,
+        mlp_bias=settings.mlp_bias,
+        tied=settings.tie_word_embeddings,
     )
 
 
@@ -46,19 +64,32 @@ def decoder_config(config: dict[str, Any], source: str) -> DecoderConfig:
     """Map a Hugging Face configuration to the decoder's.
 
     Raises:
-        ConversionError: the family is not supported, or the configuration lacks a key.
+        ConversionError: the family is not supported, or the configuration lacks a key or holds a wrong value.
     """
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ConversionError(
             f"{source}: model type {family!r} cannot be exported yet; supported are {', '.join(sorted(FAMILIES))}."
         )
     try:
-        return FAMILIES[family](config)
-    except KeyError as error:
+        found = FAMILIES[family](config)
+    except pydantic.ValidationError as error:
+        raise ConversionError(f"{source}: {_explain(error.errors()[0], family)}") from error
+    if found.num_heads % found.num_kv_heads:
         raise ConversionError(
-            f"{source}: its configuration lacks {error.args[0]!r}; palettize the model again."
-        ) from error
+            f"{source}: {found.num_kv_heads} key/value heads do not divide {found.num_heads} heads."
+        )
+    return found
+
+
+def _explain(detail: Any, family: str) -> str:
+    key = str(detail["loc"][0])
+    if detail["type"] == "missing":
+        return f"its configuration lacks {key!r}; palettize the model again."
+    if detail["type"] == "literal_error":
+        expected = detail["ctx"]["expected"].strip("'")
+        return f"{key} {detail['input']!r} is not supported in the {family} family; use {expected}."
+    return f"{key} of its configuration is {detail['input']!r}: {detail['msg']}; palettize the model again."
 
 
 @torch.no_grad()

@@ -31,57 +31,90 @@ def rope_tables(config: dict[str, Any], head_dim: int, length: int) -> tuple[Ten
     Raises:
         ConversionError: unsupported kind of scaling, or more positions than its frequencies hold for.
     """
-    parameters = dict(config.get("rope_parameters") or {})
-    kind = parameters.get("rope_type", "default")
+    parameters = _Parameters(config)
+    kind = parameters.kind
     if kind not in _FREQUENCIES:
         raise ConversionError(
-            f"RoPE scaling '{kind}' is not supported; supported are {', '.join(sorted(_FREQUENCIES))}."
+            f"RoPE scaling {kind!r} is not supported; supported are {', '.join(sorted(_FREQUENCIES))}."
         )
-    if kind == "dynamic" and length > config["max_position_embeddings"]:
+    if kind == "dynamic" and length > parameters.max_positions:
         raise ConversionError(
-            f"RoPE scaling 'dynamic' changes its frequencies with the text beyond {config['max_position_embeddings']} "
-            f"tokens, which constant tables cannot; use --sequence-length {config['max_position_embeddings']} or less."
+            f"RoPE scaling 'dynamic' changes its frequencies with the text beyond {parameters.max_positions} "
+            f"tokens, which constant tables cannot; use --sequence-length {parameters.max_positions} or less."
         )
-    base = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
+    base = parameters.number("rope_theta", 10000.0)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    frequencies, factor = _FREQUENCIES[kind](base**-exponents, parameters, config, base)
+    frequencies, factor = _FREQUENCIES[kind](base**-exponents, parameters, base)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)  # [length, head_dim / 2]
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
 
+class _Parameters:
+    """`rope_parameters` of a configuration; each number is checked when it is asked for."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        given = config.get("rope_parameters") or {}
+        if not isinstance(given, dict):
+            raise ConversionError(
+                f"rope_parameters is {given!r}, expected a dict; palettize the model again."
+            )
+        self.kind = given.get("rope_type", "default")
+        self.max_positions: int = config.get("max_position_embeddings", 2048)
+        self._values = {"rope_theta": config.get("rope_theta"), **given}
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive number, which must be there unless there is a default."""
+        value = self._values.get(name)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ConversionError(
+                f"RoPE scaling {self.kind!r}: {name} is {value!r}, expected a positive number."
+            )
+        return float(value)
+
+    def has(self, name: str) -> bool:
+        """True when it is given."""
+        return self._values.get(name) is not None
+
+    @property
+    def truncated(self) -> bool:
+        """YaRN rounds the borders of its ramp unless told otherwise."""
+        return bool(self._values.get("truncate", True))
+
+
 _Scaled = tuple[Tensor, float]  # frequencies float64 [head_dim / 2], factor on cos and sin
 
 
-def _default(frequencies: Tensor, parameters: dict[str, Any], config: dict[str, Any], base: float) -> _Scaled:
+def _default(frequencies: Tensor, parameters: _Parameters, base: float) -> _Scaled:
     return frequencies, 1.0
 
 
-def _linear(frequencies: Tensor, parameters: dict[str, Any], config: dict[str, Any], base: float) -> _Scaled:
-    return frequencies / parameters["factor"], 1.0
+def _linear(frequencies: Tensor, parameters: _Parameters, base: float) -> _Scaled:
+    return frequencies / parameters.number("factor"), 1.0
 
 
-def _llama3(frequencies: Tensor, parameters: dict[str, Any], config: dict[str, Any], base: float) -> _Scaled:
+def _llama3(frequencies: Tensor, parameters: _Parameters, base: float) -> _Scaled:
     """Llama 3.1: long waves are stretched by `factor`, short ones kept, those between blended."""
-    turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    turns = parameters.number("original_max_position_embeddings") * frequencies / (2 * math.pi)
+    low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / parameters["factor"]), 1.0
+    return frequencies * (keep + (1 - keep) / parameters.number("factor")), 1.0
 
 
-def _yarn(frequencies: Tensor, parameters: dict[str, Any], config: dict[str, Any], base: float) -> _Scaled:
+def _yarn(frequencies: Tensor, parameters: _Parameters, base: float) -> _Scaled:
     """YaRN, arXiv 2309.00071, sections 3.2 and 3.4."""
-    original = parameters["original_max_position_embeddings"]
-    factor = parameters.get("factor") or config["max_position_embeddings"] / original
+    original = parameters.number("original_max_position_embeddings")
+    factor = parameters.number("factor", parameters.max_positions / original)
     half = len(frequencies)
 
     def channel(turns: float) -> float:
         """The channel whose wave makes so many turns over the original context."""
         return half * math.log(original / (turns * 2 * math.pi)) / math.log(base)
 
-    first = channel(parameters.get("beta_fast") or 32)
-    last = channel(parameters.get("beta_slow") or 1)
-    if parameters.get("truncate", True):
+    first, last = channel(parameters.number("beta_fast", 32)), channel(parameters.number("beta_slow", 1))
+    if parameters.truncated:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * half - 1)
     stretched = ((torch.arange(half, dtype=torch.float64) - first) / max(last - first, 1e-3)).clamp(0, 1)
@@ -90,11 +123,12 @@ def _yarn(frequencies: Tensor, parameters: dict[str, Any], config: dict[str, Any
     def attention(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    given = parameters.get("attention_factor")
-    if given is not None:
-        return scaled, float(given)
-    top, bottom = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    return scaled, attention(top) / attention(bottom) if top and bottom else attention(1.0)
+    if parameters.has("attention_factor"):
+        return scaled, parameters.number("attention_factor")
+    if parameters.has("mscale") and parameters.has("mscale_all_dim"):
+        ratio = attention(parameters.number("mscale")) / attention(parameters.number("mscale_all_dim"))
+        return scaled, ratio
+    return scaled, attention(1.0)
 
 
 _FREQUENCIES = {"default": _default, "dynamic": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}

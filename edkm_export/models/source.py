@@ -107,7 +107,9 @@ def _explaining(source: Source) -> Iterator[None]:
         raise BackendMissingError(
             f"{source.reference}: {_first_line(error)}; pip install 'edkm-export[{needed}]'"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # what a damaged model raises has no common base
         if source.is_local:
             advice = "check that the folder holds config.json, *.safetensors and the tokenizer of one model"
         else:
@@ -160,12 +162,35 @@ def load_model(source: Source, dtype: torch.dtype | None = None) -> Any:
     if not source.gguf_file:
         arguments["use_safetensors"] = True  # the older format is a pickle
     with _explaining(source), _quiet_progress():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype, trust_remote_code=False, **arguments
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            source.location,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **arguments,
         )
+    _check_loaded(source, found)
     if source.gguf_file:
         _forget_quantizer(model)
     return model.eval().requires_grad_(False)
+
+
+def _check_loaded(source: Source, found: dict[str, Any]) -> None:
+    """Refuse a model of which parts were made up: transformers fills in what is missing with random numbers."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(f"{source.reference}: parameter {missing[0]} is missing from its weights.")
+    mismatched = sorted(str(each[0]) for each in found["mismatched_keys"])
+    if mismatched:
+        raise InputError(
+            f"{source.reference}: parameter {mismatched[0]} has another shape than config.json says."
+        )
+    unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
+    if unexpected:
+        raise InputError(
+            f"{source.reference}: parameter {unexpected[0]} is not part of the model in config.json."
+        )
 
 
 def _forget_quantizer(model: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.errors import EdkmExportError, InputError, PackageError
+from edkm_export.errors import CheckpointError, EdkmExportError, InputError, PackageError
 from edkm_export.models.hard import load_hard_model, load_hard_tokenizer
 from edkm_export.models.source import Source, load_model
 from edkm_export.text import token_windows
@@ -28,41 +29,53 @@ from edkm_export.verify.executors import (
 )
 from edkm_export.verify.metrics import divergence, perplexity, token_losses
 from edkm_export.verify.report import Divergence, Perplexity, Report, Rung, Verdict, overall
+from edkm_export.verify.rungs import (
+    DAMAGED,
+    apple_rung,
+    execution_rung,
+    not_run,
+    palettization_rung,
+    size_rung,
+    soft_rung,
+)
+from edkm_export.verify.thresholds import EXECUTION, MAX_PERPLEXITY_RATIO
 
-__all__ = ["MAX_PERPLEXITY_RATIO", "STEPS", "verify_coreml"]
+__all__ = ["STEPS", "Evaluation", "verify_coreml"]
 
-MAX_PERPLEXITY_RATIO = 2.0
-_SIZE_TOLERANCE = 0.01
-STEPS = 7 if platform.system() == "Darwin" else 6
-"""How often `advance` is called when everything is there."""
-
-# Precision -> (least top-1 agreement, largest median KL in nats, why).
-_EXECUTION = {
-    "float32": (
-        0.999,
-        1e-5,
-        "both sides compute in float32, so only the order of sums differs; a wrong weight, table or op shows at once",
-    ),
-    "rounded": (
-        0.99,
-        1e-3,
-        "rounding every result to float16 is the least that a phone does; an overflow or lost precision shows here",
-    ),
-}
+STEPS = 8 if platform.system() == "Darwin" else 7
+"""How often `advance` is called."""
 
 Advance = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a package is verified with.
+
+    Attributes:
+        text: evaluation text.
+        text_name: what to call it in the report.
+        tokens: tokens of it to use.
+        original: the float model; None: its rung is not run.
+        original_missing: why there is none.
+        original_required: the user named it: that it cannot be used is an error, not a rung that is not run.
+        max_perplexity_ratio: threshold of hard PyTorch against the original.
+    """
+
+    text: str
+    text_name: str
+    tokens: int = 1024
+    original: Source | None = None
+    original_missing: str = "it was not given"
+    original_required: bool = False
+    max_perplexity_ratio: float = MAX_PERPLEXITY_RATIO
 
 
 def verify_coreml(
     checkpoint: Checkpoint,
     package_path: Path,
+    evaluation: Evaluation,
     *,
-    text: str,
-    text_name: str,
-    tokens: int = 1024,
-    original: Source | None = None,
-    original_missing: str = "it was not given",
-    max_perplexity_ratio: float = MAX_PERPLEXITY_RATIO,
     predicted_size_bytes: int | None = None,
     advance: Advance | None = None,
 ) -> Report:
@@ -71,12 +84,7 @@ def verify_coreml(
     Args:
         checkpoint: what the package should hold.
         package_path: the .mlpackage on disk.
-        text: evaluation text.
-        text_name: what to call it in the report.
-        tokens: tokens of it to evaluate.
-        original: the float model; None: its rung is not run.
-        original_missing: why there is none.
-        max_perplexity_ratio: threshold of hard PyTorch against the original.
+        evaluation: text, original and threshold.
         predicted_size_bytes: what the recipe promised for the weights; None: not known.
         advance: called with the name of each step before it starts.
 
@@ -87,71 +95,47 @@ def verify_coreml(
         InputError, CheckpointError: the checkpoint, text or original cannot be used.
     """
     step = advance or (lambda _name: None)
-    tokenizer = load_hard_tokenizer(checkpoint)
-    rungs: list[Rung] = []
-
     step("reading the package")
     package, damage = _open(package_path)
-    limit = int(checkpoint.config.get("max_position_embeddings", 512))
-    context = min(512, limit) if damage else min(sequence_length(package), limit)
-    windows = token_windows(text, tokenizer, tokens=tokens, context=context, source=text_name)
-    vocabulary = int(checkpoint.config["vocab_size"])
-    if int(windows.max()) >= vocabulary:
-        raise InputError(
-            f"{checkpoint.path}: its tokenizer gives token {int(windows.max())}, beyond {vocabulary}."
-        )
+    windows = _windows(checkpoint, evaluation, 512 if damage else sequence_length(package))
 
-    perplexities: dict[str, Perplexity] = {}
-    reference: list[Tensor] | None = None
-    original_weights: dict[str, Tensor] = {}
-    if original is not None:
-        step("running the original")
-        try:
-            model = load_model(original, torch.float32)
-        except EdkmExportError as error:
-            original, original_missing = None, str(error)
-        else:
-            reference = _logits(transformers_model(model), windows)
-            perplexities["original"] = _perplexity(reference, windows)
-            names = checkpoint.palettized.keys()
-            original_weights = {name: tensor for name, tensor in model.state_dict().items() if name in names}
-            del model
-
+    step("running the original")
+    reference, weights, missing = _run_original(checkpoint, evaluation, windows)
     step("decoding the weights")
-    tensors = describe_tensors(checkpoint, original_weights)
-    original_weights.clear()
+    tensors = describe_tensors(checkpoint, weights)
+    weights.clear()
     step("running hard PyTorch")
-    model = load_hard_model(checkpoint)
-    hard = _logits(transformers_model(model), windows)
-    del model
-    perplexities["hard PyTorch"] = _perplexity(hard, windows)
-    rungs.append(_no_soft_model(checkpoint))
-    if reference is None:
-        rungs.append(_original_not_run(original_missing, max_perplexity_ratio))
-    else:
-        rungs.append(
-            _original_rung(divergence(zip(reference, hard, strict=True)), perplexities, max_perplexity_ratio)
-        )
-    del reference
+    hard = _logits(transformers_model(load_hard_model(checkpoint)), windows)
+    perplexities = {"hard PyTorch": _perplexity(hard, windows)}
+    distance = None
+    if reference is not None:
+        perplexities = {"original": _perplexity(reference, windows), **perplexities}
+        distance = divergence(zip(reference, hard, strict=True))
+    reference = None
+    rungs = [
+        soft_rung(),
+        palettization_rung(evaluation.max_perplexity_ratio, missing, distance, perplexities),
+    ]
 
     step("comparing the bytes on disk")
     bytes_rung, exact = compare_bytes(checkpoint, package, damage)
-    rungs.append(bytes_rung)
     tensors = [tensor.model_copy(update={"bit_exact": exact.get(tensor.name)}) for tensor in tensors]
-    weights_size = 0 if package is None else package.weights_size_bytes
-    rungs.append(_size_rung(weights_size, predicted_size_bytes, damage))
+    rungs += [
+        bytes_rung,
+        size_rung(None if package is None else package.weights_size_bytes, predicted_size_bytes),
+    ]
 
-    for precision in _EXECUTION:
-        step(f"executing the package in {_WORDS[precision]}")
-        name = f"executed artifact ({precision})"
-        rung, quality = _execution_rung(package, damage, precision, hard, windows)
-        rungs.append(rung)
-        if quality is not None:
-            perplexities[name] = quality
-    if platform.system() == "Darwin" and not damage:
+    for precision, threshold in EXECUTION.items():
+        step(f"executing the package in {threshold.words}")
+        executed = _execute(package, precision, windows)
+        found = executed if isinstance(executed, str) else divergence(zip(hard, executed, strict=True))
+        rung = execution_rung(precision, found)
+        rungs.append(not_run(rung, DAMAGED) if package is None else rung)
+        if not isinstance(executed, str):
+            perplexities[f"executed artifact ({precision})"] = _perplexity(executed, windows)
+    if platform.system() == "Darwin":
         step("executing the package in the Core ML runtime")
-    rungs.append(_runtime_rung(package_path, context, damage, hard, windows))
-
+    rungs.append(_apple(package, package_path, hard, windows))
     return Report(
         artifact=package_path.name,
         kind="coreml",
@@ -165,33 +149,8 @@ def verify_coreml(
         size_bytes=0 if package is None else package.size_bytes,
         predicted_size_bytes=predicted_size_bytes or 0,
         tensors=tensors,
-        provenance={
-            **_without_folders(checkpoint.provenance),
-            "evaluation": {
-                "text": text_name,
-                "tokens": int(windows.numel()),
-                "context": int(windows.shape[1]),
-            },
-        },
+        provenance=_provenance(checkpoint, evaluation, windows),
     )
-
-
-def _without_folders(provenance: dict[str, Any]) -> dict[str, Any]:
-    """The report travels with the package; where its maker keeps the original does not."""
-    base = provenance.get("base_model")
-    if not isinstance(base, dict) or not isinstance(base.get("reference"), str):
-        return provenance
-    reference = base["reference"]
-    return {
-        **provenance,
-        "base_model": {
-            **base,
-            "reference": Path(reference).name if Path(reference).is_absolute() else reference,
-        },
-    }
-
-
-_WORDS = {"float32": "float32", "rounded": "float32 rounded to float16 after each op"}
 
 
 def _open(path: Path) -> tuple[Any, str]:
@@ -201,9 +160,57 @@ def _open(path: Path) -> tuple[Any, str]:
     try:
         package = load_package(path)
         sequence_length(package)
+        _ = package.weights_size_bytes  # opens every blob file
         return package, ""
     except PackageError as error:
         return None, str(error)
+
+
+def _windows(checkpoint: Checkpoint, evaluation: Evaluation, length: int) -> Tensor:
+    """Tokens of the evaluation text, int64 [windows, at most length]."""
+    context = min(length, _positive(checkpoint, "max_position_embeddings"))
+    tokenizer = load_hard_tokenizer(checkpoint)
+    windows = token_windows(
+        evaluation.text, tokenizer, tokens=evaluation.tokens, context=context, source=evaluation.text_name
+    )
+    vocabulary = _positive(checkpoint, "vocab_size")
+    if int(windows.max()) >= vocabulary:
+        raise InputError(
+            f"{checkpoint.path}: its tokenizer gives token {int(windows.max())}, beyond {vocabulary}."
+        )
+    return windows
+
+
+def _positive(checkpoint: Checkpoint, key: str) -> int:
+    value = checkpoint.config.get(key)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(
+            f"{checkpoint.path}: {key} of its configuration is {value!r}; palettize the model again."
+        )
+    return value
+
+
+def _run_original(
+    checkpoint: Checkpoint, evaluation: Evaluation, windows: Tensor
+) -> tuple[list[Tensor] | None, dict[str, Tensor], str]:
+    """Logits of the float model and its palettized weights; without it None, nothing, and the reason."""
+    if evaluation.original is None:
+        return None, {}, evaluation.original_missing
+    try:
+        model = load_model(evaluation.original, torch.float32)
+        state = model.state_dict()
+        for name, tensor in checkpoint.palettized.items():
+            if name not in state or tuple(state[name].shape) != tensor.shape:
+                raise InputError(
+                    f"{evaluation.original.reference}: {name} is missing or has another shape than in "
+                    f"{checkpoint.path}; it is another model."
+                )
+    except EdkmExportError as error:
+        if evaluation.original_required:
+            raise
+        return None, {}, str(error)
+    weights = {name: state[name] for name in checkpoint.palettized}
+    return _logits(transformers_model(model), windows), weights, ""
 
 
 def _logits(execute: Execute, windows: Tensor) -> list[Tensor]:
@@ -214,119 +221,36 @@ def _perplexity(logits: list[Tensor], windows: Tensor) -> Perplexity:
     return perplexity(token_losses(one, window) for one, window in zip(logits, windows, strict=True))
 
 
-def _no_soft_model(checkpoint: Checkpoint) -> Rung:
-    return Rung(
-        id="soft",
-        reference="original float model",
-        candidate="trained soft model",
-        verdict=Verdict.NOT_RUN,
-        threshold="none",
-        why="training error is measured by the training run",
-        detail="the checkpoint was palettized in one shot: there is no soft model",
-    )
-
-
-def _original_not_run(reason: str, ratio: float) -> Rung:
-    return Rung(
-        id="palettization",
-        reference="original float model",
-        candidate="hard PyTorch",
-        verdict=Verdict.NOT_RUN,
-        threshold=_ratio_threshold(ratio),
-        why=_RATIO_WHY,
-        detail=f"no original to compare with: {reason}",
-    )
-
-
-_RATIO_WHY = "a doubled perplexity is one more bit of surprise a token: it is no longer the same model"
-
-
-def _ratio_threshold(ratio: float) -> str:
-    return f"perplexity at most {ratio:g} times the original's"
-
-
-def _original_rung(distance: Divergence, perplexities: dict[str, Perplexity], ratio: float) -> Rung:
-    before, after = perplexities["original"], perplexities["hard PyTorch"]
-    found = after.value / before.value
-    return Rung(
-        id="palettization",
-        reference="original float model",
-        candidate="hard PyTorch",
-        verdict=Verdict.PASS if found <= ratio else Verdict.FAIL,
-        threshold=_ratio_threshold(ratio),
-        why=_RATIO_WHY,
-        detail=f"perplexity {before.value:.2f} -> {after.value:.2f} (x{found:.2f}), "
-        f"top-1 agreement {distance.top1_agreement:.1%}, median KL {distance.kl_median:.2g}",
-        measures={"perplexity_ratio": found, **distance.model_dump()},
-    )
-
-
-def _size_rung(actual: int, predicted: int | None, damage: str) -> Rung:
-    threshold = f"weights within {_SIZE_TOLERANCE:.0%} of what the recipe predicts"
-    why = "a weight that was left dense, or stored twice, shows in the size"
-    names: dict[str, Any] = {"id": "size", "reference": "recipe", "candidate": "package size"}
-    if damage or predicted is None:
-        detail = "the package cannot be read" if damage else "no prediction: the interface is not known"
-        return Rung(**names, verdict=Verdict.NOT_RUN, threshold=threshold, why=why, detail=detail)
-    off = actual / predicted - 1
-    return Rung(
-        **names,
-        verdict=Verdict.PASS if abs(off) <= _SIZE_TOLERANCE else Verdict.FAIL,
-        threshold=threshold,
-        why=why,
-        detail=f"{actual:,} bytes, predicted {predicted:,} ({off:+.2%})",
-        measures={"actual_bytes": actual, "predicted_bytes": predicted},
-    )
-
-
-def _execution_rung(
-    package: Any, damage: str, precision: str, hard: list[Tensor], windows: Tensor
-) -> tuple[Rung, Perplexity | None]:
-    least, largest, why = _EXECUTION[precision]
-    names: dict[str, Any] = {
-        "id": f"execution-{precision}",
-        "reference": "hard PyTorch",
-        "candidate": f"executed artifact, {_WORDS[precision]}",
-        "threshold": f"top-1 agreement at least {least:.1%}, median KL at most {largest:g}",
-        "why": why,
-    }
-    if damage:
-        return Rung(**names, verdict=Verdict.NOT_RUN, detail="the package cannot be read"), None
+def _execute(package: Any, precision: str, windows: Tensor) -> list[Tensor] | str:
+    """Logits of the package, or what keeps it from being executed."""
+    if package is None:
+        return DAMAGED
     try:
-        executed = _logits(interpreted(package, precision), windows)
+        return _logits(interpreted(package, precision), windows)
     except PackageError as error:
-        return Rung(**names, verdict=Verdict.FAIL, detail=str(error)), None
-    distance = divergence(zip(hard, executed, strict=True))
-    return _compared(names, distance, least, largest), _perplexity(executed, windows)
+        return str(error)
 
 
-def _compared(names: dict[str, Any], distance: Divergence, least: float, largest: float) -> Rung:
-    ok = distance.top1_agreement >= least and distance.kl_median <= largest
-    return Rung(
-        **names,
-        verdict=Verdict.PASS if ok else Verdict.FAIL,
-        detail=f"top-1 agreement {distance.top1_agreement:.2%}, KL median {distance.kl_median:.2g}, "
-        f"mean {distance.kl_mean:.2g}, 99.9% {distance.kl_p999:.2g} over {distance.tokens:,} tokens",
-        measures=distance.model_dump(),
-    )
-
-
-def _runtime_rung(path: Path, context: int, damage: str, hard: list[Tensor], windows: Tensor) -> Rung:
-    least, largest, _ = _EXECUTION["rounded"]
-    names: dict[str, Any] = {
-        "id": "execution-apple",
-        "reference": "hard PyTorch",
-        "candidate": "Apple runtime",
-        "threshold": f"top-1 agreement at least {least:.1%}, median KL at most {largest:g}",
-        "why": "only Apple's own runtime shows what its compiler and compute units do",
-    }
-    system = platform.system()
-    if system != "Darwin":
-        return Rung(**names, verdict=Verdict.NOT_RUN, detail=f"needs macOS, this is {system}")
-    if damage:
-        return Rung(**names, verdict=Verdict.NOT_RUN, detail="the package cannot be read")
+def _apple(package: Any, path: Path, hard: list[Tensor], windows: Tensor) -> Rung:
+    if platform.system() != "Darwin":
+        return not_run(apple_rung(""), f"needs macOS, this is {platform.system()}")
+    if package is None:
+        return not_run(apple_rung(""), DAMAGED)
+    found: Divergence | str
     try:
-        executed = _logits(coreml_runtime(str(path), context), windows)
+        executed = _logits(coreml_runtime(str(path), sequence_length(package)), windows)
+        found = divergence(zip(hard, executed, strict=True))
     except Exception as error:  # the runtime's own exceptions have no common base
-        return Rung(**names, verdict=Verdict.FAIL, detail=f"the Core ML runtime refused: {error}")
-    return _compared(names, divergence(zip(hard, executed, strict=True)), least, largest)
+        found = f"the Core ML runtime refused the package: {error}"
+    return apple_rung(found)
+
+
+def _provenance(checkpoint: Checkpoint, evaluation: Evaluation, windows: Tensor) -> dict[str, Any]:
+    """The checkpoint's own, without the folder of the original: the report travels with the package."""
+    known = dict(checkpoint.provenance)
+    base = known.get("base_model")
+    if isinstance(base, dict) and isinstance(base.get("reference"), str):
+        path = Path(base["reference"])
+        known["base_model"] = {**base, "reference": path.name if path.is_absolute() else base["reference"]}
+    used = {"text": evaluation.text_name, "tokens": int(windows.numel()), "context": int(windows.shape[1])}
+    return {**known, "evaluation": used}

@@ -1,0 +1,247 @@
+"""edkm-export train: fine-tune a model while its weights are clustered."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["command"]
+
+_PRESETS = ("4bit", "3bit", "2bit", "paper")
+
+
+@click.command("train", short_help="Fine-tune a model while its weights are clustered (eDKM).")
+@click.argument("model")
+@click.option(
+    "--data", multiple=True, required=True, type=click.Path(path_type=Path),
+    help="Text, or JSONL with Alpaca fields or chat messages. May be given several times.",
+)  # fmt: skip
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option(
+    "--preset",
+    type=click.Choice(_PRESETS),
+    default="4bit",
+    show_default=True,
+    help="Where settings start from.",
+)
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="YAML with any of the settings."
+)
+@click.option("--recipe", help="YAML file or preset: bits, groups and LUT dtype by layer.")
+@click.option("--bits", type=int, help="Bits of an index: 1, 2, 3, 4, 6 or 8.")
+@click.option("--target-bits", type=float, help="Average bits a weight; sensitive layers get more.")
+@click.option("--group-size", type=int, help="Output rows that share a LUT; 0: one for the weight.")
+@click.option("--lut-dtype", type=click.Choice(["float16", "int8"]), help="Grid of the LUT entries.")
+@click.option(
+    "--backward",
+    type=click.Choice(["straight-through", "soft", "dkm"]),
+    help="How gradients pass the clustering.",
+)
+@click.option("--objective", type=click.Choice(["distillation", "cross-entropy"]), help="Loss.")
+@click.option("--temperature", type=float, help="Of the distillation.")
+@click.option(
+    "--importance", type=click.Choice(["fisher", "energy", "none"]), help="What weighs the first clusters."
+)
+@click.option("--fold-scales/--no-fold-scales", default=None, help="Fold activation outliers into the norms.")
+@click.option(
+    "--train-embedding/--freeze-embedding", default=None, help="Train embedding and output head too."
+)
+@click.option("--self-generated", type=int, help="Tokens that the original writes itself, added to the data.")
+@click.option(
+    "--answers-only/--all-tokens", default=None, help="Learn only answers of instructions and chats."
+)
+@click.option(
+    "--chat/--alpaca", default=None, help="Instructions in the model's chat template, or in Alpaca's words."
+)
+@click.option("--steps", type=int, help="Optimizer steps.")
+@click.option("--tokens", type=int, help="Tokens to train on.")
+@click.option("--minutes", type=float, help="Time to train.")
+@click.option("--context", type=int, help="Tokens of a window.")
+@click.option("--batch-size", type=int, help="Windows of a micro-batch.")
+@click.option("--accumulate", type=int, help="Micro-batches of a step.")
+@click.option("--weight-rate", type=float, help="Learning rate of weights, as a share of their size.")
+@click.option("--lut-rate", type=float, help="Learning rate of LUTs, likewise.")
+@click.option("--norm-rate", type=float, help="Learning rate of norms and biases, likewise.")
+@click.option("--warmup", type=float, help="Share of the run in which the rates rise.")
+@click.option("--decay", type=click.Choice(["linear", "cosine", "none"]), help="How the rates fall.")
+@click.option(
+    "--refit-every", type=int, help="Steps between moves of centroids to their weights' mean; 0: never."
+)
+@click.option("--bf16/--float32", default=None, help="Products in bfloat16.  [default: on CUDA]")
+@click.option("--gradient-checkpointing/--keep-activations", default=None)
+@click.option("--seed", type=int)
+@click.option(
+    "--eval-text", multiple=True, type=click.Path(path_type=Path), help="Text for perplexity and KL."
+)
+@click.option("--eval-tokens", type=int, help="Tokens of each.")
+@click.option("--eval-every", type=int, help="Steps between evaluations; 0: first and last only.")
+@click.option("--save-every", type=int, help="Steps between checkpoints; 0: none.")
+@click.option("--log-every", type=int, help="Steps between lines of the log.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]))
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing run.")
+def command(
+    model: str,
+    data: tuple[Path, ...],
+    output: Path,
+    preset: str,
+    config_file: Path | None,
+    recipe: str | None,
+    eval_text: tuple[Path, ...],
+    device: str | None,
+    resume: bool,
+    overwrite: bool,
+    **settings: Any,
+) -> None:
+    """Train MODEL with its weights in lookup tables, and write OUTPUT/model.pt.
+
+    MODEL is a Hugging Face folder, a hub id or a GGUF file. What the forward pass of training sees is bit for bit
+    what `edkm-export coreml OUTPUT/model.pt` ships. By default the model learns to repeat the original's
+    predictions on the data; data in the style of the later use is best, and a few megabytes are enough.
+    """
+    if resume and overwrite:
+        raise click.UsageError("--resume goes on with a run and --overwrite replaces it; give one of them.")
+    if recipe is not None and any(settings[name] is not None for name in ("bits", "group_size", "lut_dtype")):
+        raise click.UsageError(
+            "--recipe decides bits, groups and LUT dtype; leave --bits, --group-size and --lut-dtype out."
+        )
+
+    import torch
+
+    from edkm_export.errors import InputError
+    from edkm_export.models.source import Source
+    from edkm_export.recipe import load_recipe
+    from edkm_export.training.config import PRESETS, load_config_file
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no CUDA device here.")
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    changes: dict[str, Any] = {"bf16": chosen == "cuda"}
+    if config_file is not None:
+        changes |= load_config_file(config_file)
+    changes |= {name: value for name, value in settings.items() if value is not None}
+    if recipe is not None and "target_bits" not in changes:
+        changes["target_bits"] = None
+    if settings["target_bits"] is not None and settings["bits"] is None and recipe is None:
+        changes["bits"] = _below(settings["target_bits"])
+    elif settings["bits"] is not None and settings["target_bits"] is None:
+        changes["target_bits"] = None
+    config = PRESETS[preset].updated(changes)
+    source = Source.parse(model)
+    rules = None if recipe is None else load_recipe(recipe)
+    outcome = _train(source, data, output, config, rules, eval_text, chosen, resume, overwrite)
+    _print(outcome)
+
+
+def _below(target: float) -> int:
+    """The largest size that fits below a target."""
+    from edkm_export.errors import InputError
+    from edkm_export.packing import SUPPORTED_BITS
+
+    sizes = [bits for bits in SUPPORTED_BITS if bits < target]
+    if not sizes:
+        raise InputError(f"--target-bits {target:g}: is below 1 bit and its LUTs.")
+    return max(sizes)
+
+
+def _train(
+    source: Any,
+    data: tuple[Path, ...],
+    output: Path,
+    config: Any,
+    rules: Any,
+    eval_text: tuple[Path, ...],
+    device: str,
+    resume: bool,
+    overwrite: bool,
+) -> Any:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from edkm_export.cli.console import err
+    from edkm_export.training.run import train
+
+    share = TextColumn("{task.percentage:>3.1f}%")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        share,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=err, transient=not err.is_terminal, disable=not err.is_terminal
+    ) as progress:
+        task = progress.add_task("starting", total=1.0)
+
+        def announce(name: str) -> None:
+            progress.update(task, description=name)
+            if not err.is_terminal:
+                err.print(f"- {name}")
+
+        return train(
+            source,
+            data,
+            output,
+            config,
+            recipe=rules,
+            eval_texts=eval_text,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            provenance={
+                "versions": _versions(),
+                "command": ["edkm-export", *sys.argv[1:]],
+                "data": _digests(data),
+            },
+            announce=announce,
+            advance=lambda share: progress.advance(task, share),
+        )
+
+
+def _print(outcome: Any) -> None:
+    from rich.table import Table
+
+    from edkm_export.cli.console import out, print_wide
+
+    if outcome.evaluations:
+        table = Table("text", "model", "perplexity", "KL to the original", "same top token")
+        for text, stages in outcome.evaluations.items():
+            for stage in ("original", "one-shot", "trained"):
+                found = stages[stage]
+                kl = "" if found.kl is None else f"{found.kl:.4f}"
+                top1 = "" if found.top1 is None else f"{found.top1:.1%}"
+                table.add_row(text, stage, f"{found.perplexity:.2f} ± {found.standard_error:.2f}", kl, top1)
+        print_wide(table)
+    minutes = outcome.seconds / 60
+    out.print(
+        f"{outcome.path}: {outcome.steps:,} steps, {outcome.tokens:,} tokens, {minutes:.1f} minutes; "
+        f"{outcome.average_bits:.2f} bits a weight of the decoder, LUTs included",
+        soft_wrap=True,
+    )
+    out.print(f"next: edkm-export coreml {outcome.path}", soft_wrap=True)
+
+
+def _digests(data: tuple[Path, ...]) -> dict[str, str]:
+    """sha256 of the data files; what cannot be read is reported when it is used."""
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in data if path.is_file()}
+
+
+def _versions() -> dict[str, str]:
+    import numpy
+    import torch
+    import transformers
+
+    from edkm_export._version import __version__
+
+    return {
+        "edkm-export": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+    }

@@ -1,0 +1,356 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from folders import snapshot
+from odd_models import build, build_tokenizer
+from safetensors.torch import load_file, save_file
+
+from edkm_export import checkpoint
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch) -> Path:
+    """An empty working folder."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(small_folder, tmp_path) -> Path:
+    """The small model, to be spoiled."""
+    return Path(shutil.copytree(small_folder, tmp_path / "small"))
+
+
+# What it writes
+
+
+def test_defaults(edkm, small_folder, work):
+    result = edkm("palettize", small_folder)
+    assert result.status == 0, result.err
+    assert snapshot(work).keys() == {"model.pt"}
+    made = checkpoint.load(Path("model.pt"))
+    bits = {tensor.n_bits for name, tensor in made.palettized.items() if "embed" not in name}
+    assert bits == {4} and made.palettized["model.embed_tokens.weight"].n_bits == 8
+    assert made.config["model_type"] == "llama" and made.recipe["name"] == "4bitg16"
+    assert made.provenance["command"] == ["edkm-export", "palettize", str(small_folder)]
+    assert made.provenance["base_model"]["sha256"].keys() == {"model.safetensors"}
+    assert made.provenance["versions"].keys() >= {"edkm-export", "python", "torch", "transformers", "numpy"}
+    assert "tokenizer.json" in made.tokenizer
+    assert "15 weights palettized" in result.out and "next: edkm-export coreml model.pt" in result.out
+    assert "No calibration text was given" in result.out
+
+
+def test_options(edkm, small_folder):
+    assert (
+        edkm(
+            "palettize", small_folder, "--bits", 3, "--group-size", 8, "--lut-dtype", "int8", "-o", "x.pt"
+        ).status
+        == 0
+    )
+    made = checkpoint.load(Path("x.pt"))
+    tensor = made.palettized["model.layers.0.mlp.up_proj.weight"]
+    assert (tensor.n_bits, tensor.group_size, tensor.lut.dtype) == (3, 8, torch.int8)
+
+
+def test_recipe_file(edkm, small_folder):
+    Path("mine.yaml").write_text('rules: [{match: "*.mlp.*", bits: 2}, {match: "*", skip: true}]')
+    assert edkm("palettize", small_folder, "--recipe", "mine.yaml").status == 0
+    assert {tensor.n_bits for tensor in checkpoint.load(Path("model.pt")).palettized.values()} == {2}
+
+
+def test_same_input_gives_the_same_bytes(edkm, small_folder, tmp_path):
+    (tmp_path / "text").write_text("Some ordinary words. " * 50)
+    files = []
+    for _ in range(2):
+        assert edkm("palettize", small_folder, "--calibration", tmp_path / "text", "--overwrite").status == 0
+        files.append(Path("model.pt").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_calibration_is_used_and_recorded(edkm, small_folder, tmp_path):
+    text = "Some ordinary words. " * 50
+    (tmp_path / "text").write_text(text)
+    assert edkm("palettize", small_folder, "-o", "plain.pt").status == 0
+    result = edkm(
+        "palettize",
+        small_folder,
+        "-o",
+        "weighted.pt",
+        "--calibration",
+        tmp_path / "text",
+        "--calibration-tokens",
+        256,
+    )
+    assert result.status == 0 and "No calibration text" not in result.out
+    plain, weighted = (checkpoint.load(Path(name)) for name in ("plain.pt", "weighted.pt"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert not plain.palettized[name].same_bits(weighted.palettized[name])
+    assert weighted.provenance["calibration"]["tokens"] == 256
+    assert "calibration" not in plain.provenance
+
+
+def test_overwrite(edkm, small_folder):
+    Path("model.pt").write_text("old")
+    assert edkm("palettize", small_folder, "--overwrite").status == 0
+    checkpoint.load(Path("model.pt"))
+
+
+# Bad input: status 2, one line that names what is wrong, nothing left behind
+
+
+def refused(edkm: Callable[..., Any], work: Path, *arguments: object) -> str:
+    before = snapshot(work)
+    result = edkm("palettize", *arguments)
+    assert result.status == 2, result.err
+    assert snapshot(work) == before
+    return result.message
+
+
+@pytest.mark.parametrize("reference", ["/gone/model", "./gone", "a/b/c"])
+def test_model_that_is_not_there(edkm, work, reference):
+    assert refused(edkm, work, reference).startswith(f"{reference}: no such file or folder")
+
+
+def test_name_that_is_neither_a_folder_nor_on_the_hub(edkm, work):
+    assert refused(edkm, work, "no-such-model").startswith("no-such-model: ")
+
+
+def test_folder_that_is_no_model(edkm, work, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path / 'empty'}: holds no config.json" in refused(edkm, work, tmp_path / "empty")
+
+
+def test_checkpoint_instead_of_a_model(edkm, work, small_export):
+    assert "edkm-export coreml` takes it" in refused(edkm, work, small_export.model)
+
+
+@pytest.mark.parametrize("bits", [0, 5, 7, 16, -4])
+def test_bits(edkm, work, small_folder, bits):
+    message = refused(edkm, work, small_folder, "--bits", bits)
+    assert f"no deployment target can hold {bits} bits, use one of 1, 2, 3, 4, 6, 8" in message
+
+
+def test_group_size_that_does_not_divide(edkm, work, small_folder):
+    message = refused(edkm, work, small_folder, "--group-size", 5)
+    name = f"{small_folder}: model.layers.0.self_attn.q_proj.weight"
+    assert message == f"{name}: group_size 5 does not divide its 32 output rows; use 4, 8, 16 or 32."
+
+
+def test_negative_group_size(edkm, work, small_folder):
+    assert "group_size" in refused(edkm, work, small_folder, "--group-size", -1)
+
+
+def test_unknown_recipe(edkm, work, small_folder):
+    assert "5bit: no such recipe file, and no preset" in refused(edkm, work, small_folder, "--recipe", "5bit")
+
+
+def test_recipe_that_is_wrong(edkm, work, small_folder, tmp_path):
+    (tmp_path / "mine.yaml").write_text("rules: [{bits: 5}]")
+    message = refused(edkm, work, small_folder, "--recipe", tmp_path / "mine.yaml")
+    assert message.startswith(f"{tmp_path / 'mine.yaml'}: rules.0.bits: ")
+
+
+def test_recipe_that_matches_nothing(edkm, work, small_folder, tmp_path):
+    (tmp_path / "mine.yaml").write_text('rules: [{match: "transformer.*"}]')
+    message = refused(edkm, work, small_folder, "--recipe", tmp_path / "mine.yaml")
+    assert "no module matches 'transformer.*'" in message
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"a"])
+def test_calibration_text(edkm, work, small_folder, tmp_path, content):
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    assert refused(edkm, work, small_folder, "--calibration", tmp_path / "text").startswith(
+        f"{tmp_path / 'text'}: "
+    )
+
+
+def test_calibration_with_the_tokenizer_of_another_model(edkm, work, copy, tmp_path):
+    build_tokenizer(1001).save_pretrained(copy)
+    (tmp_path / "text").write_text("words " * 100)
+    message = refused(edkm, work, copy, "--calibration", tmp_path / "text")
+    assert "beyond the model's vocabulary of 320" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_weight_that_is_not_finite(edkm, work, copy, name, value):
+    weights = load_file(copy / "model.safetensors")
+    weights[name].view(-1)[3] = value
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert f"{name} holds NaN or infinity; the model is broken" in refused(edkm, work, copy)
+
+
+def drop(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda weights: weights.pop(name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        drop("model.layers.0.mlp.up_proj.weight"),
+        lambda weights: weights.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(47, 32).half()}),
+        lambda weights: weights.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(48, 32).half()}),
+    ],
+    ids=["missing", "misshapen", "extra"],
+)
+def test_parameter_that_does_not_fit(edkm, work, copy, change):
+    """A weight that is missing would be palettized from random numbers."""
+    weights = load_file(copy / "model.safetensors")
+    change(weights)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    message = refused(edkm, work, copy)
+    assert message.startswith(f"{copy}: ") and "mlp.up_proj.weight" in message
+
+
+@pytest.mark.parametrize("size", [0, 100, 30_000])
+def test_weights_that_are_cut(edkm, work, copy, size):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    assert refused(edkm, work, copy).startswith(f"{copy}: ")
+
+
+def test_tokenizer_that_is_missing(edkm, work, copy):
+    (copy / "tokenizer.json").unlink()
+    assert refused(edkm, work, copy).startswith(f"{copy}: ")
+
+
+# Outputs
+
+
+def test_existing_output(edkm, work, small_folder):
+    Path("model.pt").write_text("precious")
+    message = refused(edkm, work, small_folder)
+    assert message == "model.pt already exists; choose another -o, or replace it with --overwrite."
+
+
+def test_output_in_a_folder_that_is_not_there(edkm, work, small_folder):
+    assert "its folder" in refused(edkm, work, small_folder, "-o", "no/model.pt")
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_output_that_is_a_folder(edkm, work, small_folder, small_export, ours, monkeypatch):
+    """It is refused before the long work, not after it."""
+    if ours:
+        shutil.copytree(small_export.bundle, "model.pt")
+    else:
+        Path("model.pt").mkdir()
+        Path("model.pt/letter.txt").write_text("precious")
+    from edkm_export.models import source
+
+    monkeypatch.setattr(source, "load_model", lambda *_: pytest.fail("the model must not be loaded"))
+    assert "model.pt" in refused(edkm, work, small_folder, "--overwrite")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the superuser")
+def test_output_without_permission(edkm, work, small_folder):
+    work.chmod(0o500)
+    try:
+        assert "no permission to write" in refused(edkm, work, small_folder)
+    finally:
+        work.chmod(0o700)
+
+
+def failing_save(failure: BaseException) -> Callable[[Any, Any], None]:
+    def write(_contents: Any, file: Any) -> None:
+        Path(file).write_bytes(b"half")
+        raise failure
+
+    return write
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "no space left on the device; nothing was left behind",
+        ),
+        (
+            RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+            "is the disk full?",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "model.pt"), "model.pt: Read-only file system"),
+        (MemoryError(), "out of memory"),
+    ],
+    ids=["no space", "torch's own", "read only", "memory"],
+)
+def test_write_that_fails(edkm, work, small_folder, monkeypatch, failure, message, existing):
+    if existing:
+        Path("model.pt").write_text("precious")
+    monkeypatch.setattr(torch, "save", failing_save(failure))
+    assert message in refused(edkm, work, small_folder, "--overwrite")
+
+
+# Families that cannot be exported: said when the checkpoint is converted, with the list of those that can
+
+
+def save_other(model: Any, folder: Path) -> Path:
+    model.half().save_pretrained(folder)
+    build_tokenizer(model.config.vocab_size).save_pretrained(folder)
+    return folder
+
+
+def make_qwen2(folder: Path) -> Path:
+    return save_other(
+        transformers.Qwen2ForCausalLM(
+            transformers.Qwen2Config(
+                vocab_size=320,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            )
+        ),
+        folder,
+    )
+
+
+def make_gpt2(folder: Path) -> Path:
+    return save_other(
+        transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=320, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+        ),
+        folder,
+    )
+
+
+@pytest.mark.parametrize("make", [make_qwen2, make_gpt2])
+def test_unsupported_architecture(edkm, work, tmp_path, make):
+    folder = make(tmp_path / "other")
+    first = edkm("palettize", folder)
+    if first.status == 0:  # it is palettized, which training and other converters may want, but not exported
+        before = snapshot(work)
+        first = edkm("coreml", "model.pt", "--no-verify")
+        assert snapshot(work) == before
+    assert first.status == 2
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    assert re.search(rf"'{kind}' cannot be exported yet; supported are .*llama", first.message)
+
+
+def test_palettized_model_is_that_of_the_library(edkm, small_folder, small_export):
+    assert edkm("palettize", small_folder, "--recipe", "4bit").status == 0
+    made = checkpoint.load(Path("model.pt"))
+    for name, tensor in small_export.checkpoint.palettized.items():
+        assert made.palettized[name].same_bits(tensor)
+
+
+def test_tied_model_stays_tied(edkm, small_folder):
+    assert build("plain").config.tie_word_embeddings
+    edkm("palettize", small_folder)
+    assert checkpoint.load(Path("model.pt")).tied == {"lm_head.weight": "model.embed_tokens.weight"}

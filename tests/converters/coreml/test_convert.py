@@ -1,0 +1,651 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from odd_models import CASES, build, inject_outliers
+from palettes import numpy_decode, random_palette
+from torch import Tensor, nn
+
+from converters.coreml import load_package
+from converters.coreml.backend import load_coremltools
+from converters.coreml.convert import convert, save_package
+from converters.coreml.language_model import export_logits, plan_logits
+from converters.coreml.targets import TARGETS, check_target
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.errors import BackendMissingError, ConversionError
+from edkm_export.models.hard import load_hard_model
+from edkm_export.palette import PalettizedTensor
+from edkm_export.palettize import palettize_model
+from edkm_export.recipe import PRESETS, uniform_recipe
+
+ct = pytest.importorskip("coremltools")
+
+WEIGHT = "layer.weight"
+
+
+class Linear(nn.Module):
+    def __init__(self, palette: PalettizedTensor) -> None:
+        super().__init__()
+        out, columns = palette.shape
+        self.layer = nn.Linear(columns, out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Convolution(nn.Module):
+    def __init__(self, palette: PalettizedTensor) -> None:
+        super().__init__()
+        out, channels, height, width = palette.shape
+        self.layer = nn.Conv2d(channels, out, (height, width), padding=(height // 2, width // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Embedding(nn.Module):
+    def __init__(self, palette: PalettizedTensor) -> None:
+        super().__init__()
+        self.layer = nn.Embedding(*palette.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class TiedEmbedding(Embedding):
+    """Embedding and output head share the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.layer(x), self.layer.weight)
+
+
+class Parallel(nn.Module):
+    """Modules that read the same input, so that one conversion takes many forms."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.form = nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(module(x) for module in self.form)
+
+
+def loaded(module: nn.Module, palettes: dict[str, PalettizedTensor]) -> nn.Module:
+    """The module with the decoded weights in float32, the others rounded to what float16 holds."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.half().float()
+    for name, palette in palettes.items():
+        # an independent decoder, so that convert compares two opinions
+        module.get_parameter(name).data = torch.from_numpy(numpy_decode(palette)).float()
+    return module.eval().requires_grad_(False)
+
+
+def example_for(palette: PalettizedTensor, kind: type[nn.Module] = Linear) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    if issubclass(kind, Embedding):
+        return torch.randint(palette.shape[0], (1, 6), generator=generator, dtype=torch.int32)
+    if kind is Convolution:
+        return torch.randn(1, palette.shape[1], 5, 4, generator=generator)
+    return torch.randn(3, palette.shape[1], generator=generator)
+
+
+def converted(
+    module: nn.Module, example: Tensor, palettes: dict[str, PalettizedTensor], folder: Path, **options: Any
+) -> Path:
+    dtype = np.int32 if example.dtype == torch.int32 else np.float16
+    model = convert(
+        module,
+        (example,),
+        palettes,
+        inputs=[ct.TensorType("x", tuple(example.shape), dtype=dtype)],
+        **options,
+    )
+    save_package(model, folder / "model.mlpackage")
+    return folder / "model.mlpackage"
+
+
+def assert_same_bits(path: Path, palettes: dict[str, PalettizedTensor]) -> None:
+    found = load_package(path).palettized()
+    assert found.keys() == palettes.keys()
+    assert [name for name, palette in palettes.items() if not palette.same_bits(found[name])] == []
+
+
+def assert_computes(path: Path, module: nn.Module, example: Tensor) -> None:
+    expected = module(example)
+    found = tuple(load_package(path).run({"x": example}).values())
+    # both in float32, from weights that are equal: only the order of up to 36 products of size one differs
+    torch.testing.assert_close(
+        found, expected if isinstance(expected, tuple) else (expected,), rtol=1e-5, atol=1e-5
+    )
+
+
+WIDTHS = (1, 2, 3, 4, 6, 8)
+
+# Palettes of one shape go through one conversion.
+FORMS: dict[str, tuple[type[nn.Module], tuple[int, ...], list[dict[str, Any]]]] = {
+    "linear per tensor": (Linear, (24, 16), [{"n_bits": n_bits} for n_bits in WIDTHS]),
+    "linear in groups of rows": (
+        Linear,
+        (24, 16),
+        [{"n_bits": n_bits, "groups": (3, 1)} for n_bits in WIDTHS],
+    ),
+    "linear int8": (
+        Linear,
+        (24, 16),
+        [{"n_bits": n_bits, "groups": (3, 1), "int8": True} for n_bits in WIDTHS]
+        + [{"n_bits": 4, "int8": True}, {"n_bits": 4, "groups": (4, 2), "int8": True}],
+    ),
+    "linear in other groups": (
+        Linear,
+        (24, 16),
+        [
+            {"n_bits": 4, "groups": (1, 4)},
+            {"n_bits": 3, "groups": (4, 2)},
+            {"n_bits": 2, "groups": (24, 1)},
+            {"n_bits": 1, "groups": (24, 16)},
+        ],
+    ),
+    "vectors": (
+        Linear,
+        (24, 16),
+        [
+            {"n_bits": 4, "dim": 2},
+            {"n_bits": 6, "dim": 4},
+            {"n_bits": 3, "groups": (3, 2), "dim": 2},
+            {"n_bits": 8, "dim": 4},
+        ],
+    ),
+    "int8 vectors": (Linear, (24, 16), [{"n_bits": 4, "groups": (3, 1), "dim": 2, "int8": True}]),
+    "5x7": (
+        Linear,
+        (5, 7),
+        [
+            *({"n_bits": n_bits} for n_bits in WIDTHS),
+            {"n_bits": 6, "groups": (5, 1)},
+            {"n_bits": 1, "groups": (1, 7)},
+            {"n_bits": 3, "groups": (5, 7)},
+            {"n_bits": 2, "dim": 5},
+        ],
+    ),
+    "3x5": (Linear, (3, 5), [{"n_bits": 2}, {"n_bits": 3, "groups": (3, 1)}]),
+    "embedding": (
+        Embedding,
+        (40, 12),
+        [
+            *({"n_bits": n_bits} for n_bits in WIDTHS),
+            {"n_bits": 3, "groups": (5, 2)},
+            {"n_bits": 4, "groups": (5, 1), "int8": True},
+        ],
+    ),
+    "odd embedding": (Embedding, (331, 27), [{"n_bits": 8}, {"n_bits": 3}]),
+    "tied embedding": (
+        TiedEmbedding,
+        (40, 12),
+        [{"n_bits": 8}, {"n_bits": 3, "groups": (4, 1)}, {"n_bits": 4, "groups": (5, 1), "int8": True}],
+    ),
+    "convolution 1x1": (
+        Convolution,
+        (12, 8, 1, 1),
+        [
+            {"n_bits": 4},
+            {"n_bits": 3, "groups": (3, 2)},
+            {"n_bits": 4, "groups": (3, 1), "int8": True},
+            {"n_bits": 4, "dim": 2},
+        ],
+    ),
+    "convolution 3x3": (
+        Convolution,
+        (6, 4, 3, 3),
+        [
+            *({"n_bits": n_bits} for n_bits in WIDTHS),
+            {"n_bits": 3, "groups": (3, 2)},
+            {"n_bits": 2, "groups": (3, 1), "int8": True},
+        ],
+    ),
+    "convolution 3x3 of 5x7 channels": (Convolution, (5, 7, 3, 3), [{"n_bits": 6}, {"n_bits": 3}]),
+}
+
+
+def parallel(
+    kind: type[nn.Module], shape: tuple[int, ...], settings: list[dict[str, Any]]
+) -> tuple[nn.Module, Tensor, dict[str, PalettizedTensor]]:
+    """A module for all settings, an input, and its palettes."""
+    names = [f"form.{index}.layer.weight" for index in range(len(settings))]
+    palettes = {
+        name: random_palette(shape, **form, name=name, seed=seed)
+        for seed, (name, form) in enumerate(zip(names, settings, strict=True))
+    }
+    module = loaded(Parallel(kind(palette) for palette in palettes.values()), palettes)
+    return module, example_for(palettes[names[0]], kind), palettes
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_palettes_come_back_bit_for_bit(form, tmp_path):
+    module, example, palettes = parallel(*FORMS[form])
+    path = converted(module, example, palettes, tmp_path)
+    assert_same_bits(path, palettes)
+    assert_computes(path, module, example)
+
+
+def special(lut: list[float], indices: Tensor) -> tuple[Tensor, Tensor]:
+    """LUT and indices"""
+    return torch.tensor(lut).half().view(1, 1, -1, 1), indices.byte()
+
+
+CYCLE = torch.arange(96).view(12, 8)
+
+SPECIAL = {
+    "negative zero": special([1.0, -0.0, 0.0, -1.0], CYCLE % 4),
+    "largest and smallest": special([65504.0, -65504.0, 2.0**-24, -(2.0**-24)], CYCLE % 4),
+    # graph passes remove products with one and sums with zero, and fold constant tensors
+    "zeros": special([0.0, 0.0], CYCLE * 0),
+    "ones": special([1.0, 1.0], CYCLE * 0),
+    "constant": special([0.5, 1.0, 2.0, 3.0], CYCLE * 0 + 2),
+    "last entry only": special([0.5, 1.0, 2.0, 3.0], CYCLE * 0 + 3),
+    "unsorted and repeated": special([3.0, -1.0, 3.0, 0.5], CYCLE % 4),
+}
+
+
+def test_special_values_survive(tmp_path):
+    palettes = {}
+    for index, (lut, indices) in enumerate(SPECIAL.values()):
+        name = f"form.{index}.layer.weight"
+        palettes[name] = PalettizedTensor.from_indices(name, lut, indices)
+    module = loaded(Parallel(Linear(palette) for palette in palettes.values()), palettes)
+    assert_same_bits(converted(module, torch.randn(3, 8), palettes, tmp_path), palettes)
+
+
+# Several weights
+
+
+class Chain(nn.Module):
+    """Linear layers one after the other, with dense ones, biases and a scale among them."""
+
+    def __init__(self, size: int = 16) -> None:
+        super().__init__()
+        self.first = nn.Linear(size, size)
+        self.second = nn.Linear(size, size, bias=False)
+        self.dense = nn.Linear(size, size)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense(self.second(torch.tanh(self.first(x)))) * self.scale
+
+
+def test_two_equal_weights_both_survive(tmp_path):
+    palettes = {
+        name: random_palette((16, 16), 3, (4, 1), name=name) for name in ("first.weight", "second.weight")
+    }
+    assert palettes["first.weight"].same_bits(palettes["second.weight"])
+    module = loaded(Chain(), palettes)
+    example = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    path = converted(module, example, palettes, tmp_path)
+    assert_same_bits(path, palettes)
+    assert_computes(path, module, example)
+
+
+def test_two_equal_weights_of_one_input_both_survive(tmp_path):
+    """As keys and values of a layer that was pruned to zeros; a pass takes the two products for one."""
+    palettes = {
+        name: random_palette((8, 16), 3, name=name) for name in ("form.0.layer.weight", "form.1.layer.weight")
+    }
+    module = loaded(Parallel(Linear(palette) for palette in palettes.values()), palettes)
+    assert_same_bits(converted(module, torch.randn(2, 16), palettes, tmp_path), palettes)
+
+
+def test_equal_weights_with_different_palettes(tmp_path):
+    """The same dense values, but other LUTs: each keeps the one that training learned."""
+    first = random_palette((16, 16), 3, name="first.weight")
+    order = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0])
+    second = PalettizedTensor.from_indices(
+        "second.weight", first.lut[:, :, order], (7 - first.unpack_indices().int()).byte()
+    )
+    assert torch.equal(first.decode(), second.decode()) and not first.same_bits(second)
+    palettes = {"first.weight": first, "second.weight": second}
+    assert_same_bits(converted(loaded(Chain(), palettes), torch.randn(2, 16), palettes, tmp_path), palettes)
+
+
+def test_other_parameters_stay_as_they_are(tmp_path):
+    palettes = {"second.weight": random_palette((16, 16), 4, name="second.weight")}
+    module = loaded(Chain(), palettes)
+    package = load_package(converted(module, torch.randn(2, 16), palettes, tmp_path))
+    dense = package.dense()
+    for name, parameter in module.named_parameters():
+        if name not in palettes:
+            assert torch.equal(dense[name].flatten(), parameter.half().flatten()), name
+    assert_same_bits(package.path, palettes)
+
+
+class Prefixed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.decoder = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(x)
+
+
+def test_names_are_those_of_the_checkpoint_not_of_the_module(tmp_path):
+    palettes = {"first.weight": random_palette((16, 16), 4, name="first.weight")}
+    module = Prefixed(loaded(Chain(), palettes)).eval()
+    path = converted(module, torch.randn(2, 16), palettes, tmp_path, prefix="decoder.")
+    assert_same_bits(path, palettes)
+    assert "dense.weight" in load_package(path).dense()
+
+
+class Named(nn.Module):
+    """Two linear layers under names that identifiers of a program cannot tell apart, or hold."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__()
+        for name in (first, second):
+            parent: nn.Module = self
+            *path, last = name.removesuffix(".weight").split(".")
+            for part in path:
+                if not hasattr(parent, part):
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(last, nn.Linear(16, 16, bias=False))
+        self.order = tuple(name.removesuffix(".weight") for name in (first, second))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = map(self.get_submodule, self.order)
+        return second(torch.tanh(first(x)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("layers.1.weight", "layers.11.weight"),
+        ("0.weight", "1.weight"),  # as in nn.Sequential
+        ("up.proj.weight", "up_proj.weight"),
+        ("x.weight", "main.weight"),  # names of the input and of the function
+        ("größe.weight", "名.weight"),
+    ],
+)
+def test_names_that_a_program_cannot_hold(first, second, tmp_path):
+    palettes = {
+        name: random_palette((16, 16), 3, name=name, seed=seed) for seed, name in enumerate((first, second))
+    }
+    module = loaded(Named(first, second), palettes)
+    assert_same_bits(converted(module, torch.randn(2, 16), palettes, tmp_path), palettes)
+
+
+def test_metadata_is_kept(tmp_path):
+    palettes = {WEIGHT: random_palette((16, 16), 4, name=WEIGHT)}
+    module = loaded(Linear(palettes[WEIGHT]), palettes)
+    path = converted(module, torch.randn(2, 16), palettes, tmp_path, metadata={"mine": "yes"})
+    assert load_package(path).metadata["mine"] == "yes"
+
+
+def test_conversion_without_palettes(tmp_path):
+    module = Chain().eval()
+    path = converted(module, torch.randn(2, 16), {}, tmp_path)
+    assert load_package(path).palettized() == {}
+    assert torch.equal(load_package(path).dense()["first.weight"], module.first.weight.half())
+
+
+def test_passes_of_coremltools_are_left_as_they_were(tmp_path):
+    """Our pass needs a substitution: it must not stay in the pipeline of other conversions."""
+    palettes = {WEIGHT: random_palette((16, 16), 4, name=WEIGHT)}
+    module = loaded(Linear(palettes[WEIGHT]), palettes)
+    before = list(ct.PassPipeline.DEFAULT.passes)
+    converted(module, torch.randn(2, 16), palettes, tmp_path)
+    assert list(ct.PassPipeline.DEFAULT.passes) == before
+    traced = torch.jit.trace(module, torch.randn(2, 16))
+    ct.convert(traced, inputs=[ct.TensorType("x", (2, 16))], skip_model_load=True)
+
+
+# Conversions that would not be exact
+
+
+def test_palette_whose_name_is_not_in_the_module():
+    palettes = {WEIGHT: random_palette((16, 16), 4, name=WEIGHT), "layer.wait": random_palette((16, 16), 4)}
+    module = loaded(Linear(palettes[WEIGHT]), {WEIGHT: palettes[WEIGHT]})
+    with pytest.raises(
+        ConversionError, match=r"model.pt: 1 palettized weights were not found .*: layer.wait\."
+    ):
+        convert(
+            module, (torch.randn(2, 16),), palettes, inputs=[ct.TensorType("x", (2, 16))], source="model.pt"
+        )
+
+
+class Unused(Linear):
+    def __init__(self, palette: PalettizedTensor) -> None:
+        super().__init__(palette)
+        self.other = nn.Linear(16, 16, bias=False)
+
+
+def test_weight_that_the_program_does_not_use():
+    palettes = {name: random_palette((16, 16), 4, name=name) for name in (WEIGHT, "other.weight")}
+    module = loaded(Unused(palettes[WEIGHT]), palettes)
+    with pytest.raises(ConversionError, match="would ship dense: other.weight"):
+        convert(module, (torch.randn(2, 16),), palettes, inputs=[ct.TensorType("x", (2, 16))])
+
+
+@pytest.mark.parametrize("change", [2**-6, -1.0, 1e4])
+def test_weight_that_was_changed_by_hand(change):
+    """The constant in the program is not what the palette decodes to."""
+    palettes = {WEIGHT: random_palette((16, 16), 4, name=WEIGHT)}
+    module = loaded(Linear(palettes[WEIGHT]), palettes)
+    module.layer.weight.data[3, 5] += change
+    with pytest.raises(ConversionError, match=f"{WEIGHT}: another conversion pass changed this weight"):
+        convert(module, (torch.randn(2, 16),), palettes, inputs=[ct.TensorType("x", (2, 16))])
+
+
+class Folded(Linear):
+    """The weight is used through a product that a pass folds into it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.layer.weight * 3.0)
+
+
+def test_weight_that_a_pass_folds_into_another():
+    palettes = {WEIGHT: random_palette((16, 16), 4, name=WEIGHT)}
+    module = loaded(Folded(palettes[WEIGHT]), palettes)
+    with pytest.raises(ConversionError, match=WEIGHT):
+        convert(module, (torch.randn(2, 16),), palettes, inputs=[ct.TensorType("x", (2, 16))])
+
+
+def test_groups_that_split_a_kernel():
+    palettes = {WEIGHT: random_palette((6, 4, 3, 3), 3, (1, 12), name=WEIGHT)}
+    module = loaded(Convolution(palettes[WEIGHT]), palettes)
+    example = example_for(palettes[WEIGHT], type(module))
+    with pytest.raises(
+        ConversionError, match="12 input groups split a convolution kernel; use whole channels"
+    ):
+        convert(module, (example,), palettes, inputs=[ct.TensorType("x", tuple(example.shape))])
+
+
+class Unconvertible(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvals(self.layer(x)).real
+
+
+def test_model_that_coremltools_cannot_convert():
+    palettes = {WEIGHT: random_palette((16, 16), 4, name=WEIGHT)}
+    module = loaded(Unconvertible(palettes[WEIGHT]), palettes)
+    with pytest.raises(ConversionError, match="model.pt: coremltools cannot convert this model"):
+        convert(
+            module, (torch.randn(16, 16),), palettes, inputs=[ct.TensorType("x", (16, 16))], source="model.pt"
+        )
+
+
+# Targets
+
+
+def form(n_bits: int = 4, **settings: Any) -> PalettizedTensor:
+    return random_palette((16, 16), n_bits, name=WEIGHT, **settings)
+
+
+@pytest.mark.parametrize("target", ["iOS16", "iOS17"])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [(Linear, (24, 16)), (Linear, (5, 7)), (Embedding, (40, 12)), (Convolution, (5, 7, 3, 3))],
+)
+def test_older_targets_hold_one_float16_lut(target, kind, shape, tmp_path):
+    module, example, palettes = parallel(kind, shape, [{"n_bits": n_bits} for n_bits in (1, 2, 4, 6, 8)])
+    path = converted(module, example, palettes, tmp_path, target=target)
+    assert load_package(path).functions["main"].opset == {"iOS16": "CoreML6", "iOS17": "CoreML7"}[target]
+    assert_same_bits(path, palettes)
+    assert_computes(path, module, example)
+
+
+@pytest.mark.parametrize("target", ["iOS16", "iOS17"])
+@pytest.mark.parametrize(
+    ("palette", "what", "remedy"),
+    [
+        (form(3), "3-bit indices", "palettize with --bits 2 or 4"),
+        (form(groups=(4, 1)), "grouped LUTs", "palettize with --group-size 0"),
+        (form(groups=(1, 4)), "grouped LUTs", "palettize with --group-size 0"),
+        (form(dim=2), "vector LUTs", "use scalar LUTs"),
+        (form(int8=True), "int8 LUTs", "palettize with a float16 LUT"),
+    ],
+    ids=["3 bits", "rows", "columns", "vectors", "int8"],
+)
+def test_older_targets_refuse_what_they_cannot_hold(target, palette, what, remedy):
+    message = f"model.pt needs iOS18: {WEIGHT} has {what}, which {target} cannot hold. Use --target iOS18, or {remedy}."
+    module = loaded(Linear(palette), {WEIGHT: palette})
+    with pytest.raises(ConversionError) as caught:
+        convert(module, (), {WEIGHT: palette}, inputs=[], target=target, source="model.pt")
+    assert str(caught.value) == message
+    check_target({WEIGHT: palette}, "iOS18", "model.pt")
+
+
+def test_several_weights_are_counted():
+    palettes = {f"{index}.weight": form(3) for index in range(3)}
+    with pytest.raises(ConversionError, match="model.pt needs iOS18: 3 weights have 3-bit indices"):
+        check_target(palettes, "iOS17", "model.pt")
+
+
+@pytest.mark.parametrize("target", ["iOS15", "ios18", "macOS15", ""])
+def test_unknown_target(target):
+    with pytest.raises(
+        ConversionError, match=f"target {target!r} is unknown; use one of iOS16, iOS17, iOS18"
+    ):
+        check_target({}, target, "model.pt")
+    assert TARGETS == ("iOS16", "iOS17", "iOS18")
+
+
+# Saving, and the back end
+
+
+def test_disk_that_is_full_leaves_no_package(tmp_path):
+    class Model:
+        def save(self, path: str) -> None:
+            Path(path).mkdir()
+            (Path(path) / "half").write_bytes(b"half")
+            raise RuntimeError("write failed")
+
+    with pytest.raises(
+        OSError, match=r"model.mlpackage: writing failed, is the disk full\? \(write failed\)"
+    ):
+        save_package(Model(), tmp_path / "model.mlpackage")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_coremltools_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    with pytest.raises(BackendMissingError, match=r"pip install 'edkm-export\[coreml\]'"):
+        load_coremltools()
+
+
+# Language models
+
+
+def exported(model: Any, recipe: Any, folder: Path, length: int = 32) -> tuple[Checkpoint, Path]:
+    """Palettize a model of `odd_models` and export it."""
+    config = model.config.to_dict()
+    parts = palettize_model(model.half(), recipe)
+    made = Checkpoint(config=config, palettized=parts.palettized, dense=parts.dense, tied=parts.tied)
+    plan = plan_logits(made, sequence_length=length)
+    export_logits(made, plan, folder / "model.mlpackage")
+    package = load_package(folder / "model.mlpackage")
+    # as promised before the work; the last blob is not padded to 64 bytes
+    assert 0 <= plan.weights_size_bytes - package.weights_size_bytes < 64
+    return made, package.path
+
+
+# One conversion of each kind of architecture; the decoder itself is compared for every case in tests/models.
+@pytest.mark.parametrize(
+    "case", ["odd_sizes", "gqa_3_of_9_heads", "untied_and_biased", "one_head", "rope_yarn"]
+)
+def test_odd_model_comes_back_and_computes(case, tmp_path):
+    assert case in CASES
+    made, path = exported(build(case), uniform_recipe(4, 0), tmp_path)
+    assert_same_bits(path, made.palettized)
+    tokens = torch.randint(made.config["vocab_size"], (1, 32), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = load_hard_model(made)(tokens).logits
+    found = load_package(path).run({"input_ids": tokens.int()})["logits"]
+    # float32 arithmetic with RoPE tables that the package holds in float16: 2**-11 of each score. 5e-3 as measured.
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("case", ["plain", "untied_and_biased"])
+def test_package_of_an_outlier_model_is_finite(case, tmp_path):
+    """Rounded to float16 after each op, the norm must not overflow where the square of an activation would."""
+    made, path = exported(inject_outliers(build(case)), uniform_recipe(8, 0), tmp_path)
+    hard = load_hard_model(made)
+    residuals: list[Tensor] = []
+    hard.model.norm.register_forward_pre_hook(lambda _module, args: residuals.append(args[0]))
+    tokens = torch.randint(320, (1, 32), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = hard(tokens).logits
+    assert residuals[0].half().square().isinf().any()  # the model does what it is for
+    for precision in ("float32", "rounded", "float16"):
+        found = load_package(path).run({"input_ids": tokens.int()}, precision=precision)["logits"].float()
+        assert found.isfinite().all()
+        # All 32 agree as measured, logits being off by 0.1 at most; nearly undecided ones may differ elsewhere.
+        assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
+
+
+def test_dense_preset_exports(tmp_path):
+    made, path = exported(build("plain"), PRESETS["dense"], tmp_path)
+    dense = load_package(path).dense()
+    assert load_package(path).palettized() == {}
+    for name, tensor in made.dense.items():
+        assert torch.equal(dense[name].flatten(), tensor.flatten()), name
+
+
+@pytest.mark.parametrize("length", [0, 1, -1, 129])
+def test_sequence_length_beyond_the_model(length):
+    model = build("plain")
+    made = Checkpoint(config=model.config.to_dict(), palettized={}, dense={})
+    with pytest.raises(
+        ConversionError, match=f"--sequence-length {length} is outside 2 to 128, the model's positions"
+    ):
+        plan_logits(made, sequence_length=length)
+
+
+def test_plan_refuses_a_target_before_the_work():
+    model = build("plain")
+    made = Checkpoint(config=model.config.to_dict(), palettized={WEIGHT: form(3)}, dense={})
+    with pytest.raises(ConversionError, match="needs iOS18"):
+        plan_logits(made, target="iOS17")
+
+
+def test_plan_refuses_rope_scaling_before_the_work():
+    model = build("plain")
+    config = {**model.config.to_dict(), "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}
+    with pytest.raises(ConversionError, match="RoPE scaling 'longrope' is not supported"):
+        plan_logits(Checkpoint(config=config, palettized={}, dense={}))
+
+
+def test_language_model_for_the_oldest_target(tmp_path):
+    model = build("plain")
+    config = model.config.to_dict()
+    parts = palettize_model(model.half(), PRESETS["4bit-per-tensor"])
+    made = Checkpoint(config=config, palettized=parts.palettized, dense=parts.dense, tied=parts.tied)
+    export_logits(made, plan_logits(made, target="iOS16", sequence_length=32), tmp_path / "model.mlpackage")
+    assert_same_bits(tmp_path / "model.mlpackage", made.palettized)
+    tokens = torch.randint(320, (1, 32), generator=torch.Generator().manual_seed(3))
+    found = load_package(tmp_path / "model.mlpackage").run({"input_ids": tokens.int()})["logits"]
+    with torch.no_grad():
+        torch.testing.assert_close(found, load_hard_model(made)(tokens).logits, rtol=0, atol=2e-2)  # as above
