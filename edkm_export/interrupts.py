@@ -6,20 +6,27 @@ next checkpoint of ours, before anything is put in its place.
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["check_interrupt", "watch_signals"]
+__all__ = ["check_interrupt", "watching_signals"]
 
 _arrived = False
 
 
-def watch_signals() -> None:
-    """Make SIGINT and SIGTERM raise KeyboardInterrupt, and remember it. For the main thread of a command."""
+@contextlib.contextmanager
+def watching_signals() -> Iterator[None]:
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt, and remember them. For the main thread of a command."""
     global _arrived
-    _arrived = False
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        _arrived = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

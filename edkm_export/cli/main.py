@@ -12,7 +12,7 @@ import click
 
 from edkm_export._version import __version__
 from edkm_export.errors import EdkmExportError
-from edkm_export.interrupts import watch_signals
+from edkm_export.interrupts import check_interrupt, watching_signals
 
 __all__ = ["cli", "main"]
 
@@ -54,9 +54,13 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run; exit status 0 success, 1 verification failed, 2 a mistake that the user can mend, 130 interrupted."""
-    watch_signals()
     try:
-        status = cli(standalone_mode=False)
+        with watching_signals():
+            try:
+                status = cli(standalone_mode=False)
+            except Exception:
+                check_interrupt()  # an error that a swallowed signal left behind is not one
+                raise
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
