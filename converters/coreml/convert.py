@@ -56,14 +56,18 @@ def convert(
     """
     check_target(palettized, target, source)
     ct = load_coremltools()
-    from converters.coreml.lut_pass import PASS_NAME, Substitution, substituting
+    from converters.coreml.lut_pass import PASS_NAME, Substitution, program_names, substituting
 
     dense = {
         name: parameter.data
         for name, parameter in module.named_parameters()
         if name.removeprefix(prefix) not in palettized
     }
-    substitution = Substitution({prefix + name: tensor for name, tensor in palettized.items()}, dense)
+    ours = {prefix + name: tensor for name, tensor in palettized.items()}
+    plain = program_names(name.removeprefix(prefix) for name in (*ours, *dense))
+    substitution = Substitution(
+        ours, dense, {name: plain[name.removeprefix(prefix)] for name in (*ours, *dense)}
+    )
     pipeline = ct.PassPipeline.DEFAULT
     # Deduplication would merge two weights that happen to be equal, and one of the two LUTs would be missed.
     pipeline.remove_passes({"common::const_deduplication"})

@@ -17,6 +17,7 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import ConversionError
 from edkm_export.models.decoder import WholeSequence
 from edkm_export.models.registry import build_decoder, decoder_config
+from edkm_export.models.rope import rope_tables
 
 __all__ = ["DEFAULT_SEQUENCE_LENGTH", "LogitsPlan", "export_logits", "plan_logits"]
 
@@ -56,6 +57,9 @@ def plan_logits(
             f"{source}: --sequence-length {length} is outside 2 to {limit}, the model's positions."
         )
     check_target(checkpoint.palettized, target, source)
+    rope_tables(
+        checkpoint.config, config.head_dim, length
+    )  # refuses a scaling that constant tables cannot hold
     return LogitsPlan(length, target, _weights_size_bytes(checkpoint, length, config.head_dim))
 
 
@@ -68,10 +72,14 @@ def _weights_size_bytes(checkpoint: Checkpoint, length: int, head_dim: int) -> i
         if tensor.lut_scale is not None:
             blobs.append((tensor.lut_scale.numel(), tensor.lut_scale.numel() * 2))
     blobs += [(tensor.numel(), tensor.numel() * 2) for tensor in checkpoint.dense.values()]
+    weights: dict[str, tuple[int, ...]] = {
+        name: tensor.shape for name, tensor in checkpoint.palettized.items()
+    }
+    weights |= {name: tuple(tensor.shape) for name, tensor in checkpoint.dense.items()}
     outputs = {
-        tensor.shape[0]
-        for name, tensor in checkpoint.palettized.items()
-        if f"{name[:-6]}bias" not in checkpoint.dense
+        shape[0]
+        for name, shape in weights.items()
+        if len(shape) > 1 and f"{name.removesuffix('weight')}bias" not in weights
     }
     blobs += [
         (size, size * 2) for size in outputs

@@ -7,7 +7,8 @@ constant is swapped for `constexpr_lut_to_dense` built from the indices that tra
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,16 +25,27 @@ from torch import Tensor
 from edkm_export.errors import ConversionError
 from edkm_export.palette import PalettizedTensor
 
-__all__ = ["PASS_NAME", "Substitution", "program_name", "substituting"]
+__all__ = ["PASS_NAME", "Substitution", "program_names", "substituting"]
 
 PASS_NAME = "edkm_export::palettize_constants"
 _SMALLEST_SHARED = 10  # elements; smaller constants are written inline
 _HALF_SUFFIX = "_to_fp16"  # appended by the pass that lowers constants to float16
 
 
-def program_name(parameter: str) -> str:
-    """A parameter's name as an identifier that a Core ML program can hold."""
-    return "".join(character if character.isalnum() else "_" for character in parameter)
+def program_names(parameters: Iterable[str]) -> dict[str, str]:
+    """{parameter: a name for it that a Core ML program can hold}: ASCII identifiers, each once."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for parameter in parameters:
+        plain = re.sub(r"[^A-Za-z0-9_]", "_", parameter)
+        base = plain if re.match(r"[A-Za-z_]", plain) else f"p_{plain}"
+        name, number = base, 1
+        while name in taken:
+            number += 1
+            name = f"{base}_{number}"
+        taken.add(name)
+        names[parameter] = name
+    return names
 
 
 @dataclass
@@ -43,12 +55,14 @@ class Substitution:
     Attributes:
         palettized: by parameter name.
         dense: the other parameters, by name; they are only looked up, to name them in the package.
+        program: {parameter: its name in the program}.
         consumed: palettized parameters whose constant was found and swapped.
         names: {name in the program: parameter name}, palettized and dense.
     """
 
     palettized: Mapping[str, PalettizedTensor]
     dense: Mapping[str, Tensor]
+    program: Mapping[str, str]
     consumed: set[str] = field(default_factory=set)
     names: dict[str, str] = field(default_factory=dict)
 
@@ -89,7 +103,7 @@ def _visit(block: Any, substitution: Substitution) -> None:
         if parameter in substitution.palettized:
             tensor = substitution.palettized[parameter]
             _check_same_values(op, tensor)
-            swapped = _build(tensor, op)
+            swapped = _build(tensor, op, substitution.program[parameter])
             block.replace_uses_of_var_after_op(
                 anchor_op=op, old_var=constant, new_var=swapped, force_replace=True
             )
@@ -98,7 +112,8 @@ def _visit(block: Any, substitution: Substitution) -> None:
             substitution.consumed.add(parameter)
             substitution.names[swapped.name] = parameter
         elif parameter in substitution.dense:
-            substitution.names[program_name(constant.name)] = parameter
+            constant.name = substitution.program[parameter]
+            substitution.names[constant.name] = parameter
         elif np.size(constant.val) >= _SMALLEST_SHARED:
             # Every linear layer without a bias gets zeros of its own; one copy of each size is enough.
             key = (constant.dtype, constant.shape, np.asarray(constant.val).tobytes())
@@ -120,9 +135,8 @@ def _check_same_values(op: Any, tensor: PalettizedTensor) -> None:
         )
 
 
-def _build(tensor: PalettizedTensor, op: Any) -> Any:
+def _build(tensor: PalettizedTensor, op: Any, name: str) -> Any:
     """The operations that decode a palettized tensor, before `op`."""
-    name = program_name(tensor.name)
     dtype = types.nptype_from_builtin(op.outputs[0].dtype)
     kernel = tensor.shape[2:]
     indices = tensor.unpack_indices().numpy().reshape(tensor.shape[0] // tensor.dim, *tensor.shape[1:])

@@ -18,6 +18,7 @@ __all__ = ["cli", "main"]
 
 _COMMANDS = {
     "palettize": "Cluster a model's weights into lookup tables, in one shot.",
+    "train": "Fine-tune a model while its weights are clustered (eDKM).",
     "coreml": "Convert a palettized checkpoint to Core ML and verify the result.",
     "verify": "Check that a package computes what its checkpoint does.",
     "inspect": "Show what is inside a package or a checkpoint.",

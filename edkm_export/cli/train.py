@@ -183,24 +183,28 @@ def _train(
             if not err.is_terminal:
                 err.print(f"- {name}")
 
-        return train(
-            source,
-            data,
-            output,
-            config,
-            recipe=rules,
-            eval_texts=eval_text,
-            device=device,
-            resume=resume,
-            overwrite=overwrite,
-            provenance={
-                "versions": _versions(),
-                "command": ["edkm-export", *sys.argv[1:]],
-                "data": _digests(data),
-            },
-            announce=announce,
-            advance=lambda share: progress.advance(task, share),
-        )
+        try:
+            return train(
+                source,
+                data,
+                output,
+                config,
+                recipe=rules,
+                eval_texts=eval_text,
+                device=device,
+                resume=resume,
+                overwrite=overwrite,
+                provenance={
+                    "versions": _versions(),
+                    "command": ["edkm-export", *sys.argv[1:]],
+                    "data": _digests(data),
+                },
+                announce=announce,
+                advance=lambda share: progress.advance(task, share),
+            )
+        except KeyboardInterrupt:
+            err.print(f"stopped; the same command with --resume goes on from the last checkpoint in {output}")
+            sys.exit(130)
 
 
 def _print(outcome: Any) -> None:

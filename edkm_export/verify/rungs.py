@@ -20,8 +20,14 @@ __all__ = [
 DAMAGED = "the package cannot be read"
 
 
-def soft_rung() -> Rung:
-    """The trained soft model, which only a training run has."""
+def soft_rung(trained: bool) -> Rung:
+    """The trained soft model, which no checkpoint holds."""
+    if trained:
+        detail = (
+            "training keeps no soft model; its log holds the loss, and the next rung compares what came of it"
+        )
+    else:
+        detail = "the checkpoint was palettized in one shot: there is no soft model"
     return Rung(
         id="soft",
         reference="original float model",
@@ -29,7 +35,7 @@ def soft_rung() -> Rung:
         verdict=Verdict.NOT_RUN,
         threshold="none",
         why="training error is measured by the training run",
-        detail="the checkpoint was palettized in one shot: there is no soft model",
+        detail=detail,
     )
 
 

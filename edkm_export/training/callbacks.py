@@ -1,0 +1,137 @@
+"""What happens around the steps: time, refits, the log, evaluation, and a watch on the loss."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from edkm_export.training.batch import ClusterBatch
+from edkm_export.training.clusters import Clusters
+from edkm_export.training.optimizer import Progress
+from edkm_export.training.tables import use_counts
+
+__all__ = ["Clock", "Evaluate", "Finite", "Log", "Refit", "Refresh", "dead_centroids", "moved_share"]
+
+
+def moved_share(clusters: list[Clusters]) -> float:
+    """Share of the codes that changed since the last call."""
+    moved = sum(int(each.moved) for each in clusters)
+    for each in clusters:
+        each.moved.zero_()
+    return moved / max(1, sum(each.codes.numel() for each in clusters))
+
+
+def dead_centroids(clusters: list[Clusters]) -> int:
+    """LUT entries that no weight uses."""
+    return sum(int((use_counts(each.codes, each.k) == 0).sum()) for each in clusters)
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Counts steps and seconds, and ends the run when its time is up. Evaluations and checkpoints do not count."""
+
+    def __init__(self, progress: Progress, advance: Callable[[float], None] | None) -> None:
+        self.progress, self._advance, self._shown = progress, advance, progress.share
+        self._started: float | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        self._started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        assert self._started is not None
+        self.progress.elapsed += time.monotonic() - self._started
+        self.progress.step = state.global_step
+        share = self.progress.share
+        if self._advance is not None:
+            self._advance(share - self._shown)
+            self._shown = share
+        if share >= 1:
+            control.should_training_stop = True
+
+
+class Refresh(TrainerCallback):  # type: ignore[misc]
+    """Clusters once an optimizer step; whatever runs until the next one sees the same codes."""
+
+    def __init__(self, clusters: ClusterBatch) -> None:
+        self.clusters = clusters
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        self.clusters.refresh()
+
+
+class Refit(TrainerCallback):  # type: ignore[misc]
+    """Moves centroids to the mean of their weights every so many steps."""
+
+    def __init__(self, clusters: list[Clusters], every: int) -> None:
+        self.clusters, self.every = clusters, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        if self.every and state.global_step % self.every == 0:
+            for each in self.clusters:
+                if each.lut.requires_grad:
+                    each.refit()
+
+
+class Log(TrainerCallback):  # type: ignore[misc]
+    """Writes log.jsonl: loss, KL, rates, moved codes and dead centroids."""
+
+    def __init__(
+        self, path: Path, clusters: list[Clusters], progress: Progress, *, distilling: bool, step_tokens: int
+    ) -> None:
+        self.path, self.clusters, self.progress = path, clusters, progress
+        self.distilling, self.step_tokens = distilling, step_tokens
+
+    def on_log(  # noqa: D102
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        record: dict[str, Any] = {
+            "step": state.global_step,
+            "tokens": state.global_step * self.step_tokens,
+            "seconds": round(self.progress.elapsed, 3),
+            "loss": logs["loss"],
+            "rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "moved": moved_share(self.clusters),
+            "dead": dead_centroids(self.clusters),
+        }
+        if self.distilling:
+            record["kl"] = logs["loss"]
+        self.write(record)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, sort_keys=True) + "\n")
+
+
+class Evaluate(TrainerCallback):  # type: ignore[misc]
+    """Evaluates every so many steps."""
+
+    def __init__(self, every: int, task: Callable[[int], None]) -> None:
+        self.every, self.task = every, task
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        if self.every and state.global_step % self.every == 0:
+            self.task(state.global_step)
+
+
+class Finite:
+    """Remembers on the device whether a loss was not finite, so that no step waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._broken = torch.zeros((), dtype=torch.bool, device=device)
+
+    def see(self, loss: torch.Tensor) -> None:
+        """Look at a loss."""
+        self._broken |= ~torch.isfinite(loss.detach())
+
+    def broken(self) -> bool:
+        """Whether one was not finite; waits for the device."""
+        return bool(self._broken)

@@ -1,0 +1,109 @@
+"""Adam with a rate for each kind of parameter, and the schedule of the rates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from edkm_export.training.config import TrainConfig
+from edkm_export.training.surgery import clusters_of
+
+__all__ = ["Progress", "build_optimizer", "freeze", "rate_at"]
+
+_BETAS = (0.9, 0.95)
+
+
+@dataclass
+class Progress:
+    """How much of a run is done, by whichever limit is nearest.
+
+    Attributes:
+        steps: limit in optimizer steps.
+        seconds: limit in seconds of training, None for none.
+        step: steps that are done.
+        elapsed: seconds that are done, those before a resume included.
+    """
+
+    steps: int
+    seconds: float | None = None
+    step: int = 0
+    elapsed: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1."""
+        by_time = self.elapsed / self.seconds if self.seconds else 0.0
+        return min(1.0, max(self.step / self.steps, by_time))
+
+
+def rate_at(config: TrainConfig, share: float) -> float:
+    """Factor on the learning rates when `share` of the run is done."""
+    if share < config.warmup:
+        return max(share / config.warmup, 1e-3)
+    left = 1 - (share - config.warmup) / (1 - config.warmup)
+    if config.decay == "none":
+        return 1.0
+    shape = left if config.decay == "linear" else (1 - math.cos(math.pi * left)) / 2
+    return config.final_rate + (1 - config.final_rate) * shape
+
+
+def freeze(model: Any, config: TrainConfig) -> None:
+    """Say which parameters are trained."""
+    model.requires_grad_(False)
+    outer = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    modules = dict(model.named_modules())
+    for name, clusters in clusters_of(model).items():
+        if config.train_embedding or id(modules[name]) not in outer:
+            clusters.weight.requires_grad_(True)
+            clusters.lut.requires_grad_(clusters.method.backward != "dkm")
+    for name, parameter in model.named_parameters():
+        if ".clusters." not in f".{name}" and config.train_norms:
+            is_outer = any(
+                parameter is own
+                for module in modules.values()
+                if id(module) in outer
+                for own in module.parameters()
+            )
+            parameter.requires_grad_(config.train_embedding or not is_outer)
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW without decay. Rates of weights are shares of their root mean square, rounded to powers of two.
+
+    LUTs are held in units of their own size already. Weights of like size share a group, for fused kernels.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    luts: list[nn.Parameter] = []
+    masters: set[int] = set()
+    for clusters in clusters_of(model).values():
+        masters |= {id(clusters.weight), id(clusters.lut)}
+        if clusters.weight.requires_grad:
+            size = float(clusters.weight.detach().float().square().mean().sqrt())
+            scale = 2.0 ** round(math.log2(size)) if size > 0 else 1.0
+            groups.setdefault(scale, []).append(clusters.weight)
+        if clusters.lut.requires_grad:
+            luts.append(clusters.lut)
+    others = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.requires_grad and id(parameter) not in masters
+    ]
+    settings: list[dict[str, Any]] = [
+        {"params": parameters, "lr": config.weight_rate * scale}
+        for scale, parameters in sorted(groups.items())
+    ]
+    if luts:
+        settings.append({"params": luts, "lr": config.lut_rate})
+    by_size: dict[float, list[nn.Parameter]] = {}
+    for parameter in others:
+        size = float(parameter.detach().float().square().mean().sqrt())
+        by_size.setdefault(2.0 ** round(math.log2(size)) if size > 0 else 1.0, []).append(parameter)
+    settings += [
+        {"params": found, "lr": config.norm_rate * scale} for scale, found in sorted(by_size.items())
+    ]
+    device = next(model.parameters()).device
+    return torch.optim.AdamW(settings, betas=_BETAS, weight_decay=0.0, fused=device.type == "cuda")

@@ -1,0 +1,128 @@
+"""What happens before the first step: statistics, scales, bits, seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edkm_export.calibration import input_energy
+from edkm_export.recipe import Recipe, Rule, uniform_recipe
+from edkm_export.training.clusters import ClusterMethod
+from edkm_export.training.config import TrainConfig
+from edkm_export.training.scaling import fold_scales
+from edkm_export.training.sensitivity import (
+    allocate_bits,
+    average_bits,
+    estimate_loss,
+    fisher_factors,
+    mixed_recipe,
+)
+from edkm_export.training.surgery import Importance, insert_clusters, trainable_shapes
+
+__all__ = ["Prepared", "base_recipe", "inner_plan", "insert", "prepare"]
+
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with palettized layers.
+
+    Attributes:
+        recipe: what was used, with the bits that were chosen layer by layer.
+        average_bits: over the layers of the decoder, LUTs included.
+    """
+
+    recipe: Recipe
+    average_bits: float
+
+
+def base_recipe(config: TrainConfig) -> Recipe:
+    """The recipe of the settings, before bits are mixed."""
+    return uniform_recipe(config.bits, config.group_size, config.lut_dtype)
+
+
+def inner_plan(model: Any, plan: dict[str, Rule]) -> dict[str, Rule]:
+    """The part of a plan that is neither embedding nor output head."""
+    outer = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: rule for name, rule in plan.items() if model.get_submodule(name) not in outer}
+
+
+def _importance(model: Any, windows: Tensor, config: TrainConfig) -> dict[str, Importance]:
+    if config.importance == "fisher":
+        return fisher_factors(model, windows, seed=config.seed)
+    if config.importance == "energy":
+        return {name: Importance(energy) for name, energy in input_energy(model, windows).items()}
+    return {}
+
+
+def prepare(
+    model: Any, recipe: Recipe, config: TrainConfig, windows: Tensor, *, source: str, announce: Announce
+) -> Prepared:
+    """Palettize a float model for training.
+
+    Args:
+        model: changed in place.
+        recipe: bits, groups and LUT dtype by module name.
+        config: settings.
+        windows: calibration tokens, int64 [windows, context].
+        source: name of the model, for messages.
+        announce: called with the name of each stage before it starts.
+
+    Raises:
+        RecipeError, PaletteError, InputError: the recipe or the target does not fit the model.
+    """
+    shapes = trainable_shapes(model)
+    plan = inner_plan(model, recipe.plan(shapes, source))
+    windows = windows.to(next(model.parameters()).device)
+    announce("measuring which weights matter")
+    importance = _importance(model, windows, config)
+    if config.fold_scales and importance:
+        announce("folding scales into the norms")
+        importance = fold_scales(model, windows[0], plan, importance)
+    seeds = None
+    if config.target_bits is not None:
+        announce("choosing bits layer by layer")
+        weights = {name: model.get_submodule(name).weight.data for name in plan if len(shapes[name]) == 2}
+        known = importance or {
+            name: Importance(torch.ones(weight.shape[1])) for name, weight in weights.items()
+        }
+        table, seeds = estimate_loss(weights, plan, known)
+        budget = int(config.target_bits * sum(weights[name].numel() for name in table))
+        recipe = mixed_recipe(recipe, allocate_bits(table, budget), plan)
+    announce("clustering")
+    insert(model, recipe, config, importance=importance, seeds=seeds, source=source)
+    return Prepared(recipe, decoder_bits(model, recipe, shapes, source))
+
+
+def decoder_bits(model: Any, recipe: Recipe, shapes: dict[str, tuple[int, ...]], source: str) -> float:
+    """Average bits over the decoder's layers, before or after they are replaced."""
+    return average_bits(shapes, inner_plan(model, recipe.plan(shapes, source)))
+
+
+def insert(
+    model: Any,
+    recipe: Recipe,
+    config: TrainConfig,
+    *,
+    importance: dict[str, Importance] | None = None,
+    seeds: dict[tuple[str, int], Tensor] | None = None,
+    seeded: bool = True,
+    source: str,
+) -> None:
+    """Replace the layers; with `seeded=False`, for a checkpoint of the run to be loaded."""
+    method = ClusterMethod(config.backward, config.alpha, config.iterations)
+    insert_clusters(
+        model,
+        recipe,
+        method=method,
+        importance=importance or None,
+        seeds=seeds,
+        seeded=seeded,
+        in_bfloat16=config.bf16,
+        source=source,
+    )

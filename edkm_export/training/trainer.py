@@ -1,0 +1,241 @@
+"""transformers.Trainer for palettized models: optimizer, schedule, data order, checkpoints that are whole."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from edkm_export.errors import PaletteError
+from edkm_export.training import checkpoints
+from edkm_export.training.batch import ClusterBatch
+from edkm_export.training.callbacks import Finite, Refresh
+from edkm_export.training.config import TrainConfig
+from edkm_export.training.faults import TrainingError
+from edkm_export.training.learner import Learner
+from edkm_export.training.optimizer import Progress, build_optimizer, rate_at
+from edkm_export.training.surgery import clusters_of
+from edkm_export.training.windows import PackedWindows
+
+__all__ = ["PaletteTrainer", "training_arguments"]
+
+_KEPT = 2  # checkpoints
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def training_arguments(
+    config: TrainConfig, folder: Path, *, steps: int, device: str, board: bool
+) -> TrainingArguments:
+    """The part of the settings that transformers' Trainer handles."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        max_steps=steps,
+        max_grad_norm=config.clip,
+        bf16=config.bf16,
+        seed=config.seed,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,  # it waits for the device at each step, and hides what we report
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500,
+        report_to=["tensorboard"] if board else [],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=device != "cpu",
+        use_cpu=device == "cpu",
+        label_names=[],
+    )
+
+
+def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack windows to [batch, context]."""
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+class PaletteTrainer(Trainer):  # type: ignore[misc]
+    """Trains a `Learner`; see `run.train` for the whole."""
+
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(
+        self,
+        learner: Learner,
+        data: PackedWindows,
+        config: TrainConfig,
+        arguments: TrainingArguments,
+        progress: Progress,
+        callbacks: list[Any],
+    ) -> None:
+        self.config, self.progress, self.learner = config, progress, learner
+        self.folder = Path(arguments.output_dir)
+        super().__init__(
+            model=learner, args=arguments, train_dataset=data, data_collator=collate, callbacks=callbacks
+        )
+        self.remove_callback(PrinterCallback)
+        self.clusters = ClusterBatch(list(clusters_of(learner).values()))
+        self.add_callback(Refresh(self.clusters))
+        self.finite = Finite(arguments.device)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided by the micro-batches
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Adam with our groups."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.learner.model, self.config)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Rates follow the share of the run that is done, in steps or in time."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda _step: rate_at(self.config, self.progress.share)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        """`PackedWindows` shuffles by itself."""
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The learner's loss."""
+        loss = model(**inputs)
+        self.finite.see(loss)
+        if loss.device.type == "cpu":
+            self.check()
+        return (loss, {}) if return_outputs else loss
+
+    def check(self) -> None:
+        """Stop if a loss was not finite.
+
+        Raises:
+            TrainingError: it was not.
+        """
+        if self.finite.broken():
+            raise self.failure(
+                "the loss is not finite; lower --weight-rate and --lut-rate, or raise --warmup"
+            )
+
+    def failure(self, reason: str) -> TrainingError:
+        """What to raise: the step, the reason, and the last checkpoint that is whole."""
+        last = checkpoints.last_complete(self.folder)
+        found = (
+            f"the last good checkpoint is {last}; go on from it with --resume"
+            if last
+            else "there is no checkpoint yet"
+        )
+        return TrainingError(f"step {self.state.global_step + 1}: {reason}. {found[0].upper()}{found[1:]}.")
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Check the loss before it is logged."""
+        self.check()
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Weights, LUTs and codes; frozen master weights come from the original again."""
+        self.clusters.refresh()
+        state = self.learner.model.state_dict() if state_dict is None else state_dict
+        frozen = _frozen_masters(self.learner.model)
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {name: value for name, value in state.items() if name not in frozen}, folder / checkpoints.WEIGHTS
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save, flush, mark as whole, and only then remove older ones."""
+        self.check()
+        path = self.folder / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            checkpoints.complete(path, {"elapsed": self.progress.elapsed, "step": self.state.global_step})
+            checkpoints.retire(self.folder, _KEPT)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, OSError) and error.errno not in _FULL:
+                raise
+            reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+            raise self.failure(
+                f"the checkpoint could not be written to {path}, is the disk full? ({reason})"
+            ) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load weights, LUTs and codes."""
+        load_weights(self.learner.model, Path(resume_from_checkpoint))
+
+    def run(self, resume: Path | None) -> None:
+        """Train to the end.
+
+        Raises:
+            TrainingError: what is said in `faults`.
+        """
+        if resume is not None:
+            state = checkpoints.read_state(resume)
+            self.progress.step, self.progress.elapsed = int(state["step"]), float(state["elapsed"])
+        try:
+            self.train(resume_from_checkpoint=None if resume is None else str(resume))
+            self.check()
+        except PaletteError as error:
+            raise self.failure(f"a weight is no longer finite ({error})") from error
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise self.failure(
+                f"{error.filename or self.folder}: {error.strerror}; free some space"
+            ) from error
+        except torch.OutOfMemoryError as error:
+            raise self.failure(_OUT_OF_MEMORY) from error
+        except MemoryError as error:
+            raise self.failure(_OUT_OF_MEMORY) from error
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error):
+                raise self.failure(_OUT_OF_MEMORY) from error
+            raise
+
+
+_OUT_OF_MEMORY = (
+    "out of memory; use a smaller --batch-size with --accumulate to make up for it, a smaller --context, "
+    "or --gradient-checkpointing"
+)
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Load what `_save` wrote.
+
+    Raises:
+        TrainingError: it belongs to another model or recipe.
+    """
+    state = torch.load(folder / checkpoints.WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        missing, unknown = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise TrainingError(
+            f"{folder}: does not fit the model ({' '.join(str(error).split())[:200]})."
+        ) from error
+    excused = _frozen_masters(model)
+    lost = [name for name in missing if name not in excused]
+    if lost or unknown:
+        raise TrainingError(f"{folder}: does not fit the model: {', '.join((lost + list(unknown))[:4])}.")
+    for clusters in clusters_of(model).values():
+        clusters.restored()
+
+
+def _frozen_masters(model: Any) -> set[str]:
+    """State dict names of master weights that are not trained, under each name of tied ones."""
+    return {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name.endswith(".clusters.weight") and not parameter.requires_grad
+    }

@@ -1,0 +1,94 @@
+"""Triton kernels for tables and codes. Imported only where CUDA and Triton are.
+
+Each program works on one block of one group. Codes are read as the bytes they are: nothing of the size of the
+weight is ever held in a wider type.
+"""
+# Triton's language is untyped.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["assign", "look_up", "segment_sums"]
+
+_BLOCK = 4096
+
+
+@triton.jit
+def _look_up(codes, table, out, m, blocks, k: tl.constexpr, block: tl.constexpr) -> None:
+    group = tl.program_id(0) // blocks
+    inside = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    at = group.to(tl.int64) * m + inside
+    code = tl.load(codes + at, mask=inside < m, other=0).to(tl.int32)
+    tl.store(out + at, tl.load(table + group * k + code), mask=inside < m)
+
+
+@triton.jit
+def _assign(
+    weight,
+    centroids,
+    codes,
+    moved,
+    m,
+    blocks,
+    k: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    group = tl.program_id(0) // blocks
+    inside = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    at = group.to(tl.int64) * m + inside
+    value = tl.load(weight + at, mask=inside < m, other=0.0).to(tl.float32)
+    nearest = tl.full((block,), float("inf"), tl.float32)
+    best = tl.zeros((block,), tl.int32)
+    for j in range(k):
+        distance = tl.abs(value - tl.load(centroids + group * k + j))
+        nearer = distance < nearest
+        nearest = tl.where(nearer, distance, nearest)
+        best = tl.where(nearer, j, best)
+    before = tl.load(codes + at, mask=inside < m, other=0).to(tl.int32)
+    changed = tl.sum(((before != best) & (inside < m)).to(tl.int32), axis=0)
+    tl.store(codes + at, best.to(tl.uint8), mask=inside < m)
+    tl.atomic_add(moved, changed)
+
+
+@triton.jit
+def _sums(values, codes, partial, m, blocks, k: tl.constexpr, block: tl.constexpr) -> None:
+    group = tl.program_id(0) // blocks
+    inside = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    at = group.to(tl.int64) * m + inside
+    value = tl.load(values + at, mask=inside < m, other=0.0).to(tl.float32)
+    code = tl.load(codes + at, mask=inside < m, other=0).to(tl.int32)
+    row = partial + tl.program_id(0).to(tl.int64) * k
+    for j in range(k):
+        tl.store(row + j, tl.sum(tl.where(code == j, value, 0.0), axis=0))
+
+
+def look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """See `tables.look_up`."""
+    groups, m = codes.shape
+    out = torch.empty(groups, m, dtype=table.dtype, device=codes.device)
+    blocks = triton.cdiv(m, _BLOCK)
+    _look_up[(groups * blocks,)](codes, table, out, m, blocks, k=table.shape[1], block=_BLOCK)
+    return out
+
+
+def assign(weight: Tensor, centroids: Tensor, codes: Tensor, moved: Tensor) -> None:
+    """See `tables.assign`; `moved` is int32 here."""
+    groups, m = codes.shape
+    blocks = triton.cdiv(m, _BLOCK)
+    _assign[(groups * blocks,)](
+        weight, centroids, codes, moved, m, blocks, k=centroids.shape[1], block=_BLOCK
+    )
+
+
+def segment_sums(values: Tensor, codes: Tensor, k: int) -> Tensor:
+    """See `tables.segment_sums`. Blocks are added in a fixed order, so that the result is reproducible."""
+    groups, m = codes.shape
+    blocks = triton.cdiv(m, _BLOCK)
+    partial = torch.empty(groups, blocks, k, dtype=torch.float32, device=codes.device)
+    _sums[(groups * blocks,)](values, codes, partial, m, blocks, k=k, block=_BLOCK)
+    return partial.sum(1)

@@ -1,0 +1,84 @@
+"""Training data as windows of tokens: documents end to end, cut at a different place in each pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from edkm_export.errors import InputError
+
+__all__ = ["PackedWindows", "Tokens"]
+
+
+class Tokens:
+    """All documents in one row.
+
+    Attributes:
+        ids: int32 [tokens].
+        counts: bool [tokens], whether predicting this token is part of the loss; None: all of them.
+    """
+
+    def __init__(self, ids: Tensor, counts: Tensor | None = None) -> None:
+        assert ids.dim() == 1 and (counts is None or counts.shape == ids.shape)
+        self.ids, self.counts = ids.to(torch.int32), counts
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def join(cls, parts: Sequence[Tokens]) -> Tokens:
+        """Put several behind each other."""
+        counts = None
+        if any(part.counts is not None for part in parts):
+            counts = torch.cat(
+                [
+                    torch.ones(len(part), dtype=torch.bool) if part.counts is None else part.counts
+                    for part in parts
+                ]
+            )
+        return cls(torch.cat([part.ids for part in parts]), counts)
+
+
+class PackedWindows(Dataset[dict[str, Tensor]]):
+    """Sample i is a function of the seed and i alone, so that training can be resumed at any of them.
+
+    Each pass over the tokens starts at a random place of the row, which is taken as a ring, and visits its
+    windows in a random order: the same text is never cut twice at the same borders.
+    """
+
+    def __init__(
+        self, tokens: Tokens, *, context: int, samples: int, seed: int, source: str = "training data"
+    ) -> None:
+        if len(tokens) < context:
+            raise InputError(
+                f"{source}: {len(tokens)} tokens, but a window takes {context}; give more text or a smaller context."
+            )
+        self.tokens, self.context, self.samples, self.seed = tokens, context, samples, seed
+        self.windows = len(tokens) // context
+        self._pass: tuple[int, int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, sample: int) -> dict[str, Tensor]:
+        """Sample `sample`: {"input_ids": int64 [context], "counts": bool [context] if some tokens do not count}."""
+        turn, place = divmod(sample, self.windows)
+        if self._pass is None or self._pass[0] != turn:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+            offset = int(torch.randint(len(self.tokens), (1,), generator=generator))
+            self._pass = (turn, offset, torch.randperm(self.windows, generator=generator))
+        _, offset, order = self._pass
+        start = (offset + int(order[place]) * self.context) % len(self.tokens)
+        found = {"input_ids": self._cut(self.tokens.ids, start).long()}
+        if self.tokens.counts is not None:
+            found["counts"] = self._cut(self.tokens.counts, start)
+        return found
+
+    def _cut(self, row: Tensor, start: int) -> Tensor:
+        end = start + self.context
+        if end <= len(row):
+            return row[start:end]
+        return torch.cat([row[start:], row[: end - len(row)]])

@@ -1,0 +1,162 @@
+"""Fisher estimates, mixed bits, and scales that are folded."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from odd_models import build
+
+from edkm_export.errors import InputError
+from edkm_export.recipe import uniform_recipe
+from edkm_export.training.clusters import ClusterMethod
+from edkm_export.training.scaling import fold_scales, norm_readers
+from edkm_export.training.sensitivity import (
+    Estimate,
+    allocate_bits,
+    average_bits,
+    estimate_loss,
+    fisher_factors,
+    mixed_recipe,
+)
+from edkm_export.training.surgery import Importance, insert_clusters, to_checkpoint, trainable_shapes
+
+
+def test_factors_are_mean_squares_of_inputs_and_output_gradients() -> None:
+    """One window: the gradient of a layer's bias-like shift, by autograd, is the sum of its output gradients."""
+    model = build("untied_and_biased").requires_grad_(False)
+    windows = torch.randint(256, (1, 8), generator=torch.Generator().manual_seed(0))
+    found = fisher_factors(model, windows, seed=5)
+    name = "model.layers.1.mlp.down_proj"
+    module = model.get_submodule(name)
+    inputs, outputs = [], []
+
+    def keep(_module: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        inputs.append(args[0])
+        outputs.append(output)
+
+    hook = module.register_forward_hook(keep)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    logits = model(input_ids=windows, use_cache=False).logits[0]
+    hook.remove()
+    labels = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(5))[:, 0]
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, outputs)
+    torch.testing.assert_close(found[name].inputs, inputs[0][0].square().mean(0), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(found[name].outputs, gradient[0].square().mean(0), rtol=1e-4, atol=1e-8)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_greedy_bits_are_within_one_layers_step_of_the_optimum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(20):
+        losses = torch.rand(5, generator=generator) + 0.01
+        table = {
+            str(n): {b: Estimate(float(losses[n]) * 4.0 ** (2 - b), (n + 1) * 100 * b) for b in (2, 3, 4)}
+            for n in range(5)
+        }
+        budget = 1500 * 2 + 150 * (trial + 1) // 2
+        chosen = allocate_bits(table, budget)
+        assert sum(table[name][bits].size_bits for name, bits in chosen.items()) <= budget
+        best = min(
+            sum(table[str(n)][bits].loss for n, bits in enumerate(each))
+            for each in itertools.product((2, 3, 4), repeat=5)
+            if sum(table[str(n)][bits].size_bits for n, bits in enumerate(each)) <= budget
+        )
+        largest = max(choices[2].loss for choices in table.values())
+        assert sum(table[name][bits].loss for name, bits in chosen.items()) <= best + largest
+    with pytest.raises(InputError, match="100 bits are not enough: the smallest choice takes 3000"):
+        allocate_bits(table, 100)
+
+
+def test_mixed_bits_average_what_was_asked_and_what_is_stored() -> None:
+    model = build("plain").requires_grad_(False)
+    windows = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
+    base = uniform_recipe(2, 4)
+    shapes = trainable_shapes(model)
+    plan = {name: rule for name, rule in base.plan(shapes, "m").items() if "embed" not in name}
+    table, seeds = estimate_loss(
+        {name: model.get_submodule(name).weight for name in plan}, plan, fisher_factors(model, windows)
+    )
+    for choices in table.values():
+        losses = [choices[bits].loss for bits in sorted(choices)]
+        assert losses == sorted(losses, reverse=True) and losses[0] > 0
+    numel = sum(model.get_submodule(name).weight.numel() for name in plan)
+    recipe = mixed_recipe(base, allocate_bits(table, int(3.9 * numel)), plan)
+    mixed = {name: recipe.rule_for(name) for name in plan}
+    assert {rule.bits for rule in mixed.values()} >= {2, 3}
+    insert_clusters(model, recipe, method=ClusterMethod(), seeds=seeds)
+    stored = [t for n, t in to_checkpoint(model, recipe).palettized.items() if "embed" not in n]
+    actual = sum(tensor.size_bytes for tensor in stored) * 8 / numel
+    assert average_bits(shapes, mixed) == pytest.approx(actual, abs=1e-9)
+    assert 3.5 < actual <= 3.9
+
+
+def loud_model() -> Any:
+    """One channel of a norm is 30 times as loud as the others."""
+    model = build("untied").requires_grad_(False)
+    model.model.layers[0].input_layernorm.weight[3] *= 30
+    return model
+
+
+def test_folding_keeps_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edkm_export.training.scaling._EXPONENTS", (0.5,))  # scales whether it helps or not
+    windows = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
+    model = loud_model()
+    logits = model(input_ids=windows).logits
+    shapes = trainable_shapes(model)
+    plan = {name: rule for name, rule in uniform_recipe(3, 0).plan(shapes, "m").items() if "proj" in name}
+    name = "model.layers.0.self_attn.q_proj"
+    before = model.get_submodule(name).weight.clone()
+    folded = fold_scales(model, windows[0], plan, fisher_factors(model, windows))
+    torch.testing.assert_close(model(input_ids=windows).logits, logits, rtol=1e-5, atol=1e-5)
+    grown = model.get_submodule(name).weight / before
+    assert (grown == grown[:1]).all() and grown[0, 3] == grown[0].max() >= 2  # powers of two, exact
+    again = fisher_factors(model, windows)[name]
+    torch.testing.assert_close(folded[name].inputs, again.inputs, rtol=1e-3, atol=1e-6)
+
+
+def test_folding_never_raises_the_estimate() -> None:
+    windows = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
+    model = loud_model()
+    shapes = trainable_shapes(model)
+    plan = {name: rule for name, rule in uniform_recipe(3, 4).plan(shapes, "m").items() if "proj" in name}
+
+    def estimate(importance: dict[str, Importance]) -> float:
+        table, _ = estimate_loss({name: model.get_submodule(name).weight for name in plan}, plan, importance)
+        return sum(choices[3].loss for choices in table.values())
+
+    importance = fisher_factors(model, windows)
+    before = estimate(importance)
+    after = estimate(fold_scales(model, windows[0], plan, importance))
+    assert after <= before * 1.0001
+
+
+def test_readers_of_a_norm() -> None:
+    model = build("one_layer")
+    found = norm_readers(model, torch.randint(256, (8,)))
+    layer = "model.layers.0"
+    assert found == {
+        f"{layer}.input_layernorm": [f"{layer}.self_attn.{name}_proj" for name in "qkv"],
+        f"{layer}.post_attention_layernorm": [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"],
+    }
+
+
+def test_a_norm_of_another_form_is_left_alone() -> None:
+    """Gemma multiplies by (1 + weight): dividing the weight changes the function, which the check undoes."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    torch.manual_seed(0)
+    config = GemmaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=8)  # fmt: skip
+    model = GemmaForCausalLM(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.normal_()
+    windows = torch.randint(64, (2, 16))
+    before = model(input_ids=windows).logits
+    plan = {n: r for n, r in uniform_recipe(2, 0).plan(trainable_shapes(model), "m").items() if "proj" in n}
+    fold_scales(model, windows[0], plan, fisher_factors(model, windows))
+    torch.testing.assert_close(model(input_ids=windows).logits, before, rtol=1e-4, atol=1e-4)
