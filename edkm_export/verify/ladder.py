@@ -113,7 +113,7 @@ def verify_coreml(
         distance = divergence(zip(reference, hard, strict=True))
     reference = None
     rungs = [
-        soft_rung(),
+        soft_rung("training" in checkpoint.provenance),
         palettization_rung(evaluation.max_perplexity_ratio, missing, distance, perplexities),
     ]
 
