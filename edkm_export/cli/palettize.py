@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -61,6 +60,7 @@ def command(
     from edkm_export.models.source import Source, load_config, load_model, load_tokenizer, tokenizer_files
     from edkm_export.palettize import palettizable_shapes, palettize_model
     from edkm_export.text import read_text, token_windows
+    from edkm_export.versions import library_versions
 
     check_output(output, overwrite=overwrite)
     text = read_text(calibration) if calibration is not None else None
@@ -73,7 +73,7 @@ def command(
 
     energy = None
     provenance: dict[str, Any] = {
-        "versions": _versions(),
+        "versions": library_versions(),
         "command": ["edkm-export", *sys.argv[1:]],
         "seed": None,
         "base_model": source.provenance(),
@@ -147,19 +147,3 @@ def _recipe(
             "--recipe decides bits, groups and LUT dtype; leave --bits, --group-size and --lut-dtype out."
         )
     return load_recipe(reference)
-
-
-def _versions() -> dict[str, str]:
-    import numpy
-    import torch
-    import transformers
-
-    from edkm_export._version import __version__
-
-    return {
-        "edkm-export": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
-    }

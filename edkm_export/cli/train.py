@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -164,6 +163,7 @@ def _train(
 
     from edkm_export.cli.console import err
     from edkm_export.training.run import train
+    from edkm_export.versions import library_versions
 
     share = TextColumn("{task.percentage:>3.1f}%")
     columns = (
@@ -195,7 +195,7 @@ def _train(
                 resume=resume,
                 overwrite=overwrite,
                 provenance={
-                    "versions": _versions(),
+                    "versions": library_versions(),
                     "command": ["edkm-export", *sys.argv[1:]],
                     "data": _digests(data),
                 },
@@ -233,19 +233,3 @@ def _print(outcome: Any) -> None:
 def _digests(data: tuple[Path, ...]) -> dict[str, str]:
     """sha256 of the data files; what cannot be read is reported when it is used."""
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in data if path.is_file()}
-
-
-def _versions() -> dict[str, str]:
-    import numpy
-    import torch
-    import transformers
-
-    from edkm_export._version import __version__
-
-    return {
-        "edkm-export": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
-    }

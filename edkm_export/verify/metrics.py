@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from edkm_export.verify.report import Divergence, Perplexity
+from edkm_export.verify.thresholds import NEAR_TIE_NATS
 
 __all__ = ["divergence", "perplexity", "snr_db", "token_losses"]
 
@@ -49,18 +50,23 @@ def divergence(pairs: Iterable[tuple[Tensor, Tensor]]) -> Divergence:
         pairs: (reference, candidate) logits, float [positions, vocab_size], of each window.
 
     Returns:
-        KL(reference || candidate) in nats (mean, median, 99.9th percentile, maximum) and top-1 agreement. A
+        KL(reference || candidate) in nats (mean, median, 99.9th percentile, maximum), top-1 agreement, and how many
+        of the disagreements are near ties: the reference holds both tokens equally likely, within NEAR_TIE_NATS. A
         candidate that is not finite counts as infinitely far and as disagreeing.
     """
-    kl_parts, agree_parts = [], []
+    kl_parts, agree_parts, tie_parts = [], [], []
     for reference, candidate in pairs:
         p = reference.double().log_softmax(-1)
         q = candidate.double().log_softmax(-1)
         kl = (p.exp() * (p - q)).sum(-1)
         finite = torch.isfinite(candidate).all(-1)
         kl_parts.append(torch.where(finite & ~kl.isnan(), kl.clamp_min(0), torch.inf))
-        agree_parts.append((reference.argmax(-1) == candidate.argmax(-1)) & finite)
-    kl, agree = torch.cat(kl_parts), torch.cat(agree_parts)
+        best, chosen = p.argmax(-1, keepdim=True), candidate.argmax(-1, keepdim=True)
+        agree = (best == chosen)[:, 0] & finite
+        gap = (p.gather(-1, best) - p.gather(-1, chosen))[:, 0]
+        agree_parts.append(agree)
+        tie_parts.append(~agree & finite & (gap <= NEAR_TIE_NATS))
+    kl, agree, ties = torch.cat(kl_parts), torch.cat(agree_parts), torch.cat(tie_parts)
     ordered = kl.sort().values
     return Divergence(
         tokens=len(kl),
@@ -69,6 +75,7 @@ def divergence(pairs: Iterable[tuple[Tensor, Tensor]]) -> Divergence:
         kl_p999=float(ordered[min(len(ordered) - 1, math.ceil(0.999 * len(ordered)) - 1)]),
         kl_max=float(ordered[-1]),
         top1_agreement=float(agree.double().mean()),
+        near_ties=int(ties.sum()),
     )
 
 

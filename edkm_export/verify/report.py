@@ -34,7 +34,10 @@ class Perplexity(_Record):
 
 
 class Divergence(_Record):
-    """Distance between the next-token distributions of two models; KL in nats."""
+    """Distance between the next-token distributions of two models; KL in nats.
+
+    `near_ties` counts the disagreements on the top token at which the reference holds both equally likely.
+    """
 
     tokens: int
     kl_mean: float
@@ -42,6 +45,12 @@ class Divergence(_Record):
     kl_p999: float
     kl_max: float
     top1_agreement: float
+    near_ties: int
+
+    @property
+    def settled_agreement(self) -> float:
+        """Top-1 agreement, near ties counted as agreeing."""
+        return self.top1_agreement + self.near_ties / self.tokens
 
 
 class Rung(_Record):

@@ -115,11 +115,12 @@ def _executed(
     }
     if isinstance(found, str):
         return Rung(**names, verdict=Verdict.FAIL, detail=found)
-    ok = found.top1_agreement >= threshold.top1 and found.kl_median <= threshold.median_kl
+    ok = found.settled_agreement >= threshold.top1 and found.kl_median <= threshold.median_kl
+    ties = f" ({found.near_ties} near ties)" if found.near_ties else ""
     return Rung(
         **names,
         verdict=Verdict.PASS if ok else Verdict.FAIL,
-        detail=f"top-1 agreement {found.top1_agreement:.2%}, KL median {found.kl_median:.2g}, "
+        detail=f"top-1 agreement {found.top1_agreement:.2%}{ties}, KL median {found.kl_median:.2g}, "
         f"mean {found.kl_mean:.2g}, 99.9% {found.kl_p999:.2g} over {found.tokens:,} tokens",
         measures=found.model_dump(),
     )

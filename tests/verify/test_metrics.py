@@ -135,3 +135,18 @@ def test_snr_at_its_ends():
     assert snr_db(ones, torch.zeros(3)) == 0
     assert snr_db(torch.zeros(3), ones) == -math.inf
     assert snr_db(ones.half(), ones.half() * 1.5) == pytest.approx(10 * math.log10(4))
+
+
+@pytest.mark.parametrize(("gap", "ties"), [(0.005, 1), (0.02, 0)])
+def test_near_ties_are_disagreements_between_equally_likely_tokens(gap: float, ties: int):
+    reference = torch.tensor([[1.0, 1.0 - gap, -3.0], [2.0, 0.0, 0.0]])
+    candidate = torch.tensor([[1.0, 1.001, -3.0], [2.0, 0.0, 0.0]])
+    found = divergence([(reference, candidate)])
+    assert (found.top1_agreement, found.near_ties) == (0.5, ties)
+    assert found.settled_agreement == 0.5 + ties / 2
+
+
+def test_an_output_that_is_not_finite_is_no_tie():
+    reference = torch.tensor([[1.0, 1.0]])
+    found = divergence([(reference, torch.tensor([[math.nan, 1.0]]))])
+    assert (found.top1_agreement, found.near_ties) == (0.0, 0)

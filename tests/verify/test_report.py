@@ -92,7 +92,13 @@ def test_json_reads_back():
 def test_numbers_that_json_lacks_read_back():
     """An output that overflowed has an infinite divergence: the report of it must be valid JSON."""
     far = Divergence(
-        tokens=4, kl_mean=math.inf, kl_median=0.1, kl_p999=math.inf, kl_max=math.inf, top1_agreement=0
+        tokens=4,
+        kl_mean=math.inf,
+        kl_median=0.1,
+        kl_p999=math.inf,
+        kl_max=math.inf,
+        top1_agreement=0,
+        near_ties=0,
     )
     made = report(
         rungs=[rung(Verdict.FAIL, measures=far.model_dump())],
