@@ -24,6 +24,10 @@ _LEAST_FOR_HISTOGRAM = 4096
 # On a GPU the bins are all swept, while attention costs little.
 _LEAST_FOR_FUSED_HISTOGRAM = 1 << 20
 
+# Up to this many centroids recomputing is faster than counting with atomics: 2.5 against 5.7 ms for 8 centroids and
+# 4.9 against 5.6 ms for 16, on an H100 (benchmarks/clustering_gpu.py).
+_MOST_FOR_FUSED_STREAMING = 16
+
 
 def soft_cluster(
     weight: Tensor,
@@ -45,7 +49,8 @@ def soft_cluster(
         - "histogram": for scalars; on the distinct values of each group. 16-bit weights take no sorting.
         - "streaming": recomputes attention block by block; for any dtype and for vectors.
         - "marshaled": "dense" under the paper's marshaling and uniquification (see `marshaling`).
-        - "auto": "histogram" for 16-bit scalars in groups of 4,096 weights or more (2**20 on a GPU),
+        - "auto": "histogram" for 16-bit scalars in groups of 4,096 weights or more (2**20, and more than 16
+          centroids, on a GPU),
           otherwise "streaming".
 
     On CUDA devices with Triton, "histogram" and "streaming" of scalars in float32 run as fused kernels.
@@ -75,6 +80,7 @@ def soft_cluster(
     if method == "auto":
         least = _LEAST_FOR_FUSED_HISTOGRAM if fused else _LEAST_FOR_HISTOGRAM
         repeats = weight.dim() == 2 and weight.element_size() == 2 and weight.shape[1] >= least
+        repeats = repeats and (not fused or centroids.shape[1] > _MOST_FOR_FUSED_STREAMING)
         method = "histogram" if repeats else "streaming"
     soft: Tensor
     last: Tensor
