@@ -21,17 +21,16 @@ def edkm(*arguments: object) -> Measured:
 
 @click.command(help=__doc__)
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
-@click.option("--calibration", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--calibration", type=click.Path(exists=True, path_type=Path), help="None: plain k-means.")
 @click.option("--text", required=True, type=click.Path(exists=True, path_type=Path), help="Perplexity text.")
 @click.option("--output", default="smollm2-output", type=click.Path(path_type=Path), show_default=True)
 @click.option("--bits", default=4, show_default=True)
-def main(model: Path, calibration: Path, text: Path, output: Path, bits: int) -> None:
+def main(model: Path, calibration: Path | None, text: Path, output: Path, bits: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
     checkpoint, bundle = str(output / "smollm2.pt"), str(output / "smollm2-coreml")
     source = ("--original", model, "--report", output)
-    palettize = edkm(
-        "palettize", model, "--bits", bits, "--calibration", calibration, "-o", checkpoint, "--overwrite"
-    )
+    weights = () if calibration is None else ("--calibration", calibration)
+    palettize = edkm("palettize", model, "--bits", bits, *weights, "-o", checkpoint, "--overwrite")
     export = edkm("coreml", checkpoint, "-o", bundle, "--no-verify", "--overwrite")
     verify = edkm("verify", checkpoint, bundle, "--tokens", 1024, *source)
     short = json.loads((output / "report.json").read_text())
