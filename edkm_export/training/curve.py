@@ -10,7 +10,7 @@ __all__ = ["draw"]
 
 
 def draw(log: Path, output: Path) -> None:
-    """Draw loss and perplexities over tokens from log.jsonl.
+    """Draw training loss and perplexities over tokens from log.jsonl, one above the other.
 
     Raises:
         ImportError: matplotlib is not installed (pip install 'edkm-export[train]').
@@ -21,32 +21,53 @@ def draw(log: Path, output: Path) -> None:
         json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()
     ]
     losses = [record for record in records if "loss" in record]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(
-        [record["tokens"] for record in losses], [record["loss"] for record in losses], label="training loss"
-    )
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("KL to the original (nats)" if losses and "kl" in losses[-1] else "loss (nats)")
-    if losses and min(record["loss"] for record in losses) > 0:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    step_tokens = losses[-1]["tokens"] / losses[-1]["step"] if losses else 0
-    right = axes.twinx()
     texts = sorted({record["text"] for record in records if "text" in record})
-    for text in texts:
-        found = [record for record in records if record.get("text") == text and record["stage"] != "original"]
-        places = [record["step"] * step_tokens for record in found]
-        (line,) = right.plot(places, [record["perplexity"] for record in found], "o--", label=text)
-        original = [
-            record["perplexity"]
-            for record in records
-            if record.get("text") == text and record["stage"] == "original"
-        ]
-        if original:
-            right.axhline(original[-1], color=line.get_color(), linewidth=0.8, alpha=0.6)
+    step_tokens = losses[-1]["tokens"] / losses[-1]["step"] if losses else 0
+    figure = Figure(figsize=(8, 7 if texts else 4), layout="constrained")
+    panels = figure.subplots(2 if texts else 1, sharex=True, squeeze=False)[:, 0]
+    panels[0].plot(
+        [record["tokens"] for record in losses], [record["loss"] for record in losses], color="black"
+    )
+    distilled = bool(losses) and "kl" in losses[-1]
+    panels[0].set_ylabel("training KL to the original (nats)" if distilled else "training loss (nats)")
     if texts:
-        right.set_yscale("log")
-        right.set_ylabel("perplexity (thin: the original)")
-        right.legend(loc="upper right")
+        _draw_perplexities(panels[1], records, texts, step_tokens)
+    for axes in panels:
+        _plain_scale(axes)
+    panels[-1].set_xlabel("tokens")
     figure.savefig(output, dpi=120)
+
+
+def _draw_perplexities(
+    axes: Any, records: list[dict[str, Any]], texts: list[str], step_tokens: float
+) -> None:
+    for text in texts:
+        of_text = [record for record in records if record.get("text") == text]
+        found = [record for record in of_text if record["stage"] != "original"]
+        original = [record["perplexity"] for record in of_text if record["stage"] == "original"]
+        places = [record["step"] * step_tokens for record in found]
+        (line,) = axes.plot(places, [record["perplexity"] for record in found], "o-", label=text)
+        if original:
+            axes.axhline(
+                original[-1], color=line.get_color(), linestyle="--", linewidth=1, label=f"{text}, original"
+            )
+    axes.set_ylabel("perplexity")
+    axes.legend(loc="upper right")
+
+
+def _plain_scale(axes: Any) -> None:
+    """Logarithmic, with ordinary numbers at the ticks."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axes.grid(alpha=0.3, which="both")
+    low, _ = axes.get_ylim()
+    if low <= 0:
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    formatter = ScalarFormatter()
+    formatter.set_scientific(False)
+    axes.yaxis.set_major_formatter(formatter)
+    # Within one decade the major ticks alone may be too few to read.
+    bottom, top = axes.get_ylim()
+    axes.yaxis.set_minor_formatter(formatter if top / bottom < 5 else NullFormatter())
