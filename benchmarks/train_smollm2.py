@@ -26,7 +26,10 @@ from edkm_export.training.data import read_documents, tokenize
 from edkm_export.training.generation import generate, save_tokens
 from edkm_export.training.run import train
 
-GOALS = {"4bit": ("cfi.txt", 40.5, 4.1), "3bit": ("cfi.txt", 42.5, 3.25), "2bit": ("cfi.txt", 60.0, 2.3)}
+# Perplexity on cfi.txt and average bits. The perplexities were set on a segment of that text where the float model has
+# 39.2; on another segment only the ratio to the original means anything.
+GOALS = {"4bit": (40.5, 4.1), "3bit": (42.5, 3.25), "2bit": (60.0, 2.3)}
+GOALS_ORIGINAL = 39.2
 
 
 @click.command(help=__doc__)
@@ -117,11 +120,15 @@ def main(
             f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on {torch.cuda.get_device_name()}"
         )
     if preset in GOALS and (config.eval_tokens, config.context) == (4096, 512):
-        text, goal, bits = GOALS[preset]
-        reached = outcome.evaluations.get(text, {}).get("trained")
-        if reached is not None:
-            ok = reached.perplexity <= goal and outcome.average_bits <= bits
-            print(f"goal on {text}: at most {goal} at {bits} bits: {'reached' if ok else 'MISSED'}")
+        goal, bits = GOALS[preset]
+        stages = outcome.evaluations.get("cfi.txt")
+        if stages is not None:
+            found, most = stages["trained"].perplexity / stages["original"].perplexity, goal / GOALS_ORIGINAL
+            ok = found <= most and outcome.average_bits <= bits
+            print(
+                f"goal on cfi.txt: {most:.3f} times the original's perplexity at {bits} bits, found {found:.4f} "
+                f"at {outcome.average_bits:.3f}: {'reached' if ok else 'MISSED'}"
+            )
     results = {
         text: {stage: asdict(found) for stage, found in stages.items()}
         for text, stages in outcome.evaluations.items()

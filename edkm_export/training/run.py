@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -244,8 +243,10 @@ def _finish(
     if run.texts:
         # What is on disk is evaluated, by the code that every export is checked against.
         run.evaluate(load_hard_model(checkpoint.load(path)).to(run.device), "trained", progress.step)
-    with contextlib.suppress(ImportError):
+    try:
         draw(run.folder.log, run.folder.curve)
+    except ImportError:
+        run.announce("no curve.png, since matplotlib is missing: pip install 'edkm-export[train]'")
     return Outcome(path, progress.step, tokens, progress.elapsed, average, run.results)
 
 
