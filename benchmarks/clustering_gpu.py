@@ -3,7 +3,8 @@
     python benchmarks/clustering_gpu.py --size 4096 --iterations 5
 
 Compares dense autograd, plain torch on the histogram or block by block, and the fused kernels, for one table a
-matrix and for one each 16 rows. Times are medians of CUDA events around forward and backward together; the
+matrix and for one each 16 rows. Times are medians of CUDA events around forward and backward together, launched one
+by one and, for the fused kernels, as a recorded CUDA graph, as the trainer runs them: what the GPU itself takes. The
 peak is above weight, upstream gradient and centroids.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from edkm_export.clustering import optimal_centroids, scale_free_temperature
 from edkm_export.clustering.dense import cluster_dense
-from edkm_export.clustering.fused import Fused
+from edkm_export.clustering.fused import FusedHistogram, FusedStreaming
 from edkm_export.clustering.histogram import Histogram
 from edkm_export.clustering.streaming import Streaming
 
@@ -38,18 +39,23 @@ def methods(dtype: torch.dtype) -> dict[str, Forward]:
         "torch streaming": lambda w, c, tau, t: Streaming.apply(w[..., None], c[..., None], tau, t)[0][
             ..., 0
         ],
-        "fused streaming": lambda w, c, tau, t: Fused.apply(w, c, tau, t, False)[0],
+        "fused streaming": lambda w, c, tau, t: FusedStreaming.apply(w, c, tau, t)[0],
     }
     if dtype == torch.bfloat16:
         found["torch histogram"] = lambda w, c, tau, t: Histogram.apply(w, c, tau, t)[0]
-        found["fused histogram"] = lambda w, c, tau, t: Fused.apply(w, c, tau, t, True)[0]
+        found["fused histogram"] = lambda w, c, tau, t: FusedHistogram.apply(w, c, tau, t)[0]
     return found
 
 
 def measure(
-    forward: Forward, inputs: tuple[Tensor, Tensor, Tensor], upstream: Tensor, options: argparse.Namespace
-):
-    """Median milliseconds, peak MiB, and the gradient of the weight."""
+    forward: Forward,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    upstream: Tensor,
+    options: argparse.Namespace,
+    *,
+    record: bool,
+) -> tuple[float, float | None, float, Tensor]:
+    """Median milliseconds, those of a recorded graph or None, peak MiB, and the gradient of the weight."""
     weight, centroids, tau = inputs
 
     def run() -> None:
@@ -66,15 +72,27 @@ def measure(
     run()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
+    recorded = None
+    if record:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        recorded = timed(graph.replay, options.repeats)
+        weight.grad = centroids.grad = None
+    return timed(run, options.repeats), recorded, peak / 2**20, gradient
+
+
+def timed(run: Callable[[], None], repeats: int) -> float:
+    """Median milliseconds."""
     times = []
-    for _ in range(options.repeats):
+    for _ in range(repeats):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
         stop.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop))
-    return sorted(times)[len(times) // 2], peak / 2**20, gradient
+    return sorted(times)[len(times) // 2]
 
 
 def main() -> None:
@@ -89,7 +107,8 @@ def main() -> None:
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     print(f"{options.size}x{options.size}, {options.iterations} iterations, forward and backward")
-    print(f"{'dtype':<10}{'bits':>5}{'rows':>6}  {'method':<18}{'ms':>10}{'peak MiB':>10}{'difference':>12}")
+    columns = f"{'ms':>10}{'recorded':>10}{'peak MiB':>10}{'difference':>12}"
+    print(f"{'dtype':<10}{'bits':>5}{'rows':>6}  {'method':<18}{columns}")
     for dtype in (torch.bfloat16, torch.float32):
         for rows in options.group_rows:
             for bits in options.bits:
@@ -106,14 +125,21 @@ def main() -> None:
                 for name, forward in methods(dtype).items():
                     label = f"{str(dtype)[6:]:<10}{bits:>5}{rows:>6}  {name:<18}"
                     try:
-                        ms, peak, gradient = measure(forward, (weight, centroids, tau), upstream, options)
+                        ms, recorded, peak, gradient = measure(
+                            forward,
+                            (weight, centroids, tau),
+                            upstream,
+                            options,
+                            record=name.startswith("fused"),
+                        )
                     except torch.cuda.OutOfMemoryError:
                         print(f"{label}{'out of memory':>20}", flush=True)
                         continue
                     if name == "torch streaming":
                         reference = gradient.float()
                     off = "-" if reference is None else f"{_difference(gradient.float(), reference):.1e}"
-                    print(f"{label}{ms:>10.3f}{peak:>10.0f}{off:>12}", flush=True)
+                    replay = "-" if recorded is None else f"{recorded:.3f}"
+                    print(f"{label}{ms:>10.3f}{replay:>10}{peak:>10.0f}{off:>12}", flush=True)
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

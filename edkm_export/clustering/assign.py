@@ -14,6 +14,8 @@ from edkm_export.errors import PaletteError
 __all__ = ["hard_assign"]
 
 _BLOCK = 1 << 20  # distances (or weights, for scalars) handled at a time, to bound the temporaries
+_MOST_COUNTED = 16  # centroids whose borders are all compared on the CPU
+_IN_CACHE = 4096  # weights whose ranks are counted before the next
 
 
 def hard_assign(weight: Tensor, centroids: Tensor) -> Tensor:
@@ -86,6 +88,17 @@ def _assign_scalars(weight: Tensor, centroids: Tensor, indices: Tensor) -> None:
 
 def _search_on_cpu(weight: Tensor, borders: Tensor, answer: Tensor, indices: Tensor) -> None:
     groups, k = answer.shape
+    if k <= _MOST_COUNTED and weight.dtype != torch.float64:
+        # Rounded down to float32, a border still parts the float32 numbers where it did.
+        rounded = borders.float()
+        low = torch.where(rounded > borders, rounded.nextafter(rounded.new_tensor(-torch.inf)), rounded)
+        few, names, out = low.numpy(), answer.numpy(), indices.numpy()
+
+        def count(rows: slice, columns: slice) -> None:
+            _count_below(weight[rows, columns].float().numpy(), few[rows], names[rows], out[rows, columns])
+
+        _by_blocks(count, weight.shape, _BLOCK // 4)
+        return
     levels = (k - 1).bit_length()
     # Padded to a power of two, the search is a fixed number of steps without branches.
     padded = torch.full((groups, 1 << levels), torch.inf, dtype=torch.float64)
@@ -97,6 +110,21 @@ def _search_on_cpu(weight: Tensor, borders: Tensor, answer: Tensor, indices: Ten
         _search(weight[rows, columns].to(wide).numpy(), edges[rows], names[rows], levels, out[rows, columns])
 
     _by_blocks(search, weight.shape, _BLOCK // 4)
+
+
+@kernel
+def _count_below(weight: Array, borders: Array, answer: Array, indices: Array) -> None:
+    """Compare with every border: these loops vectorize, and a search does not."""
+    for group in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], _IN_CACHE):
+            values = weight[group, start : start + _IN_CACHE]
+            ranks = indices[group, start : start + _IN_CACHE]
+            ranks[:] = 0
+            for border in borders[group]:
+                for i in range(len(values)):
+                    ranks[i] += np.uint8(values[i] > border)
+            for i in range(len(values)):
+                ranks[i] = answer[group, ranks[i]]
 
 
 @kernel

@@ -1,4 +1,4 @@
-"""DKM on the GPU with fused kernels: one launch a pass, no attention in memory.
+"""DKM on the GPU with fused kernels: no attention in memory.
 
 Same mathematics and same saved tensors as `histogram` and `streaming`, whose plain torch code remains the
 fallback and the oracle.
@@ -6,6 +6,7 @@ fallback and the oracle.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from functools import cache
 from types import ModuleType
@@ -15,86 +16,43 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from edkm_export.clustering.native import values_of_bits
 from edkm_export.clustering.recurrence import least_mass
 
-__all__ = ["Fused", "can_fuse"]
+__all__ = ["FusedHistogram", "FusedStreaming", "bins_of", "can_fuse"]
 
-_PATTERNS = 1 << 16
-_TILE = 4096  # entries of an attention tile: 16 a thread
-_WARPS = 8
-_FLAT_BLOCK = 1024  # weights a program looks up or counts
+_TILE = 2048  # entries of an attention tile: 16 a thread, which 4 warps hold in registers
+_WARPS = 4
+_FLAT_BLOCK = 2048  # weights that a program counts or looks up
+_WORTH_SAVING = 512  # the share of the weight that saved counts may take: 1 / 512
+_COPIES = 64  # of the bins, at most, to count in at the same time
 _LEAST = least_mass(torch.float32)
 
 
 @cache
-def _kernels() -> ModuleType | None:
-    """The kernels, or None where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("edkm_export.clustering.kernels")
+def _kernels(name: str) -> ModuleType:
+    return importlib.import_module(f"edkm_export.clustering.{name}")
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def can_fuse(weight: Tensor, centroids: Tensor, tau: Tensor, iterations: int | None) -> bool:
-    """Tell whether `Fused` takes it: scalars on a CUDA device, float32 arithmetic, a given T, k <= 256."""
+    """Tell whether the kernels take it: scalars on a CUDA device, float32 arithmetic, a given T, k <= 256."""
     return (
         weight.is_cuda
         and weight.dim() == 2
         and tau.dtype == torch.float32
         and iterations is not None
         and centroids.shape[1] <= 256
-        and _kernels() is not None
+        and _has_triton()
     )
 
 
-class _Passes:
-    """The launches over one set of points: weights [groups, m], or the bins of a histogram [groups, 65536]."""
-
-    def __init__(self, weight: Tensor, tau: Tensor, k: int, *, counted: bool) -> None:
-        self.weight, self.tau, self.k, self.counted = weight, tau, k, counted
-        self.points = self.counts = weight
-        if counted:
-            self.points = _pattern_values(weight.dtype, weight.device)
-            self.counts = self.bins(torch.int32)
-            self.flat("count", self.counts)
-        self.groups, self.m = self.counts.shape
-        self.width = 1 << (k - 1).bit_length()
-        self.block = max(16, _TILE // self.width)
-        blocks = -(-self.m // self.block)
-        self.parts = max(1, min(-(-2 * _cores(weight.device) // self.groups), blocks))
-        self.chunk = -(-blocks // self.parts) * self.block
-
-    def bins(self, dtype: torch.dtype) -> Tensor:
-        """Zeros [groups, 65536]."""
-        return torch.zeros(len(self.weight), _PATTERNS, dtype=dtype, device=self.weight.device)
-
-    def sums(self) -> Tensor:
-        """Room for the partial sums of a pass."""
-        return self.tau.new_empty(self.groups, self.parts, 2, self.width)
-
-    def launch(self, name: str, *arguments: Tensor | int, reduces: bool = True) -> None:
-        """Launch a pass over the points, with what its kernel takes between `counts` and `m`.
-
-        `reduces`: it begins by adding up the sums of the pass before.
-        """
-        tail: tuple[float, ...] = (self.m, self.chunk, self.groups, self.k, self.parts)
-        options: dict[str, Any] = {"COUNTED": self.counted, "K": self.width, "BLOCK": self.block}
-        if reduces:
-            tail, options["ROWS"] = (*tail, _LEAST), max(1, _TILE // self.width)
-        if name == "step":
-            options["FIRST"] = arguments[-1] == 0
-        kernel = getattr(_kernels(), name)
-        kernel[(self.groups * self.parts,)](
-            self.points, self.counts, *arguments, *tail, **options, num_warps=_WARPS
-        )  # fmt: skip
-
-    def flat(self, name: str, *tensors: Tensor) -> None:
-        """Launch a kernel over the patterns of all weights."""
-        groups, m = self.weight.shape
-        kernel = getattr(_kernels(), name)
-        kernel[(-(-groups * m // _FLAT_BLOCK),)](
-            self.weight.view(torch.int16), *tensors, groups * m, m, GROUPED=groups > 1, BLOCK=_FLAT_BLOCK
-        )
+def bins_of(dtype: torch.dtype) -> int:
+    """Bins of a group's histogram (see `histogram_kernels`); 0 for types that are not counted."""
+    return {torch.bfloat16: 1 << 13, torch.float16: 1 << 16}.get(dtype, 0)
 
 
 @cache
@@ -103,67 +61,209 @@ def _cores(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@cache
-def _pattern_values(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return values_of_bits(dtype).to(device)
+class _Passes:
+    """Launches of passes over weights [groups, m], `parts` programs a group."""
+
+    def __init__(self, weight: Tensor, tau: Tensor, k: int) -> None:
+        self.weight, self.tau, self.k = weight, tau, k
+        self.groups, self.m = weight.shape
+        self.width = 1 << (k - 1).bit_length()
+        self.block = max(16, _TILE // self.width)
+        blocks = -(-self.m // self.block)
+        self.parts = max(1, min(-(-4 * _cores(weight.device) // self.groups), blocks))
+        self.chunk = -(-blocks // self.parts) * self.block
+
+    @property
+    def rows(self) -> int:
+        """Programs whose sums are added up at a time."""
+        return max(1, _TILE // self.width)
+
+    def sums(self) -> Tensor:
+        """Room for the partial sums of a pass."""
+        return self.tau.new_empty(self.groups, self.parts, 2, self.width)
+
+    def launch(self, name: str, *arguments: Tensor | int, reduces: bool = True, **choices: bool) -> None:
+        """Launch a pass, with what its kernel takes between `x` and `m`.
+
+        `reduces`: it begins by adding up the sums of the pass before.
+        """
+        tail: tuple[float, ...] = (self.m, self.chunk, self.groups, self.k, self.parts)
+        options: dict[str, Any] = {"K": self.width, "BLOCK": self.block, **choices}
+        if reduces:
+            tail, options["ROWS"] = (*tail, _LEAST), self.rows
+        if name == "step":
+            options["FIRST"] = arguments[-1] == 0
+        kernel = getattr(_kernels("kernels"), name)
+        kernel[(self.groups * self.parts,)](self.weight, *arguments, *tail, **options, num_warps=_WARPS)
+
+    def apply_sums(self, upstream: Tensor, steps: Tensor, collected: Tensor | None) -> Tensor:
+        """Sums for the gradients of c^T and c^{T-1} through the soft weight; G d goes to `collected`."""
+        applied = self.sums()
+        room = upstream if collected is None else collected
+        self.launch(
+            "pull_apply", upstream, self.tau, steps, applied, room, len(steps) - 1, reduces=False,
+            COLLECT=collected is not None,
+        )  # fmt: skip
+        return applied
 
 
-class Fused(torch.autograd.Function):
-    """Soft weight and last centroids.
+def _room(centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Tensors for the centroids, c^0 filled in, and the masses of each iteration."""
+    groups, k = centroids.shape
+    steps = centroids.new_empty(iterations + 1, groups, k)
+    steps[0] = centroids
+    return steps, centroids.new_empty(iterations, groups, k)
 
-    apply(weight [groups, m], centroids float32 [groups, k], tau float32 [groups], iterations, counted)
-    -> (weight's dtype [groups, m], float32 [groups, k]). With `counted` the recurrence runs on the histogram
-    of 16-bit weights, which takes 0.75 MiB a group meanwhile.
+
+class FusedStreaming(torch.autograd.Function):
+    """Soft weight and last centroids, by passes over the weights.
+
+    apply(weight [groups, m], centroids float32 [groups, k], tau float32 [groups], iterations)
+    -> (weight's dtype [groups, m], float32 [groups, k]). The backward pass of a 16-bit weight takes a float32
+    tensor of its shape meanwhile.
     """
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, weight: Tensor, centroids: Tensor, tau: Tensor, iterations: int, counted: bool
+        ctx: Any, weight: Tensor, centroids: Tensor, tau: Tensor, iterations: int
     ) -> tuple[Tensor, Tensor]:
         weight, tau = weight.contiguous(), tau.contiguous()
-        groups, k = centroids.shape
-        steps = centroids.new_empty(iterations + 1, groups, k)
-        masses = centroids.new_empty(iterations, groups, k)
-        steps[0] = centroids
+        steps, masses = _room(centroids, iterations)
         soft = torch.empty_like(weight)
         with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
-            passes = _Passes(weight, tau, k, counted=counted)
+            passes = _Passes(weight, tau, centroids.shape[1])
             before, sums = passes.sums(), passes.sums()
             for t in range(iterations):
                 before, sums = sums, before
                 passes.launch("step", tau, steps, masses, before, sums, t)
-            out = passes.bins(torch.float32) if counted else soft
-            passes.launch("soften", tau, steps, masses, sums, out, iterations)
-            if counted:
-                passes.flat("look_up", out.to(weight.dtype), soft)
+            passes.launch("soften", tau, steps, masses, sums, soft, iterations)
         ctx.save_for_backward(weight, tau, steps, masses)
-        ctx.counted = counted
         return soft, steps[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_soft: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         weight, tau, steps, masses = ctx.saved_tensors
-        grad_soft = upstream = grad_soft.contiguous()
-        last, counted = len(masses), ctx.counted
-        gradients, rates = torch.empty_like(steps), torch.empty_like(masses)
+        last, grad_soft = len(masses), grad_soft.contiguous()
+        gradients, out = torch.empty_like(steps), torch.empty_like(weight)
         gradients[-1] = grad_last
-        out = shared = torch.empty_like(weight)
+        collected = out if weight.dtype == torch.float32 else torch.empty_like(weight, dtype=torch.float32)
         with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
-            passes = _Passes(weight, tau, steps.shape[2], counted=counted)
-            if counted:
-                upstream = passes.bins(torch.float32)
-                passes.flat("add_gradients", grad_soft, upstream)
-                out, shared = passes.bins(torch.float32), passes.bins(torch.float32)
-            applied, before, sums = passes.sums(), passes.sums(), passes.sums()
-            passes.launch("pull_apply", upstream, tau, steps, applied, last, reduces=False)
-            trace = (steps, masses, gradients, rates, applied)
+            passes = _Passes(weight, tau, steps.shape[2])
+            applied = passes.apply_sums(grad_soft, steps, collected)
+            before, sums = passes.sums(), passes.sums()
+            trace = (steps, masses, gradients, applied)
             for t in range(last - 1, -1, -1):
                 before, sums = sums, before
-                passes.launch("pull_step", tau, *trace, before, sums, t, last)
-            passes.launch("finish", upstream, tau, *trace, sums, out, shared, last)
-            if counted:
-                grad_weight = torch.empty_like(weight)
-                passes.flat("combine", grad_soft, out, shared, grad_weight)
-                out = grad_weight
-        return out, gradients[0], None, None, None
+                target = out if t == 0 else collected
+                passes.launch("pull_step", tau, *trace, before, sums, collected, target, t, last)
+            _kernels("kernels").close[(passes.groups,)](
+                tau, masses, gradients, applied, sums, last, passes.groups, passes.k, passes.parts, _LEAST,
+                K=passes.width, ROWS=passes.rows, num_warps=_WARPS,
+            )  # fmt: skip
+        return out, gradients[0], None, None
+
+
+class _Bins:
+    """The histogram of a 16-bit weight, and what is looked up in tables over its bins.
+
+    Attributes:
+        largest: largest magnitude pattern of each group, int32 [groups].
+        counts: how many weights fall into each bin, int32 [groups, bins].
+    """
+
+    def __init__(self, weight: Tensor, known: tuple[Tensor, ...] = ()) -> None:
+        """`known`: what `memory` gave earlier."""
+        self.weight = weight
+        self.groups, self.m = weight.shape
+        self.number = bins_of(weight.dtype)
+        self.kernels = _kernels("histogram_kernels")
+        if known:
+            self.largest, self.counts = known
+            return
+        self.largest = torch.zeros(self.groups, dtype=torch.int32, device=weight.device)
+        self._flat("find_largest", self.largest, windowed=False)
+        self.counts = self._count()
+
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """What to save for the backward pass: the counts where they are next to nothing."""
+        small = self.counts.nbytes * _WORTH_SAVING <= self.weight.nbytes
+        return (self.largest, self.counts) if small else ()
+
+    def _count(self) -> Tensor:
+        copies = max(1, min(_COPIES, _cores(self.weight.device) // self.groups))
+        shape = (self.groups, copies, self.number)
+        counts = torch.zeros(shape, dtype=torch.int32, device=self.weight.device)
+        self._flat("count", self.largest, counts, copies=copies)
+        return counts[:, 0] if copies == 1 else counts.sum(1, dtype=torch.int32)
+
+    def look_up(self, table: Tensor, out: Tensor) -> None:
+        """Entry of the table [groups, bins] for each weight."""
+        self._flat("look_up", self.largest, table, out)
+
+    def combine(self, grad: Tensor, own: Tensor, shared: Tensor, out: Tensor) -> None:
+        """grad * own + shared, the tables looked up."""
+        self._flat("combine", self.largest, grad, own, shared, out)
+
+    def recurrence(self, name: str, *arguments: Any, width: int, **options: int) -> None:
+        """Launch `settle` or `unsettle`, one program a group."""
+        getattr(self.kernels, name)[(self.groups,)](
+            *arguments, _LEAST, HALF=self.number // 2, K=width, BLOCK=max(16, _TILE // width), num_warps=_WARPS,
+            **options,
+        )  # fmt: skip
+
+    def _flat(self, name: str, *tensors: Tensor, windowed: bool = True, copies: int | None = None) -> None:
+        blocks = -(-self.m // _FLAT_BLOCK)
+        sizes = (self.m, blocks) if copies is None else (self.m, blocks, copies)
+        options = {"HALF": self.number // 2} if windowed else {}
+        getattr(self.kernels, name)[(self.groups * blocks,)](
+            self.weight, *tensors, *sizes, BLOCK=_FLAT_BLOCK, **options
+        )
+
+
+class FusedHistogram(torch.autograd.Function):
+    """Soft weight and last centroids of 16-bit weights, by the recurrence on their histogram.
+
+    apply(weight [groups, m], centroids float32 [groups, k], tau float32 [groups], iterations)
+    -> (weight's dtype [groups, m], float32 [groups, k]). Saved are references to the weight and the
+    temperature, the centroids and masses of each iteration, and the counts where the groups are large (32 KiB for
+    bfloat16); otherwise these are counted again.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, weight: Tensor, centroids: Tensor, tau: Tensor, iterations: int
+    ) -> tuple[Tensor, Tensor]:
+        weight, tau = weight.contiguous(), tau.contiguous()
+        groups, k = centroids.shape
+        steps, masses = _room(centroids, iterations)
+        soft = torch.empty_like(weight)
+        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
+            bins = _Bins(weight)
+            table = weight.new_empty(groups, bins.number)
+            bins.recurrence(
+                "settle", bins.counts, bins.largest, tau, steps, masses, table, iterations, groups, k,
+                width=1 << (k - 1).bit_length(),
+            )  # fmt: skip
+            bins.look_up(table, soft)
+        ctx.save_for_backward(weight, tau, steps, masses, *bins.memory)
+        return soft, steps[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_soft: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        weight, tau, steps, masses, *known = ctx.saved_tensors
+        grad_soft, out = grad_soft.contiguous(), torch.empty_like(weight)
+        gradients = torch.empty_like(steps)
+        gradients[-1] = grad_last
+        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
+            passes, bins = _Passes(weight, tau, steps.shape[2]), _Bins(weight, tuple(known))
+            applied = passes.apply_sums(grad_soft, steps, None)
+            own, shared = (tau.new_empty(passes.groups, bins.number) for _ in range(2))
+            bins.recurrence(
+                "unsettle", weight, bins.counts, bins.largest, tau, steps, masses, gradients, applied, own, shared,
+                len(masses), passes.groups, passes.k, passes.parts, width=passes.width, ROWS=passes.rows,
+            )  # fmt: skip
+            bins.combine(grad_soft, own, shared, out)
+        return out, gradients[0], None, None

@@ -1,15 +1,15 @@
-"""Triton kernels of the DKM recurrence on scalars, in float32. Imported only where a GPU is to be used.
+"""Triton kernels of the DKM recurrence on weights, in float32. Imported only where a GPU is to be used.
 
-Every pass reads the points once and recomputes attention as a [K, BLOCK] tile: the centroids lie along the
+Every pass reads the weights once and recomputes attention as a [K, BLOCK] tile: the centroids lie along the
 registers of one thread, so that the softmax needs no exchange between threads. A group is shared by `parts`
-programs; each writes its sums, and every program of the next pass adds up those of its group: one launch a
-pass. Atomics are used for histograms only, so that the gradient sums of these may differ in the last digit.
+programs; each writes its sums, and every program of the next pass adds up those of its group in a fixed order:
+one launch a pass, no atomics, the same digits in each run.
 
-Points are the weights, or all 65,536 patterns of a 16-bit type with their counts (COUNTED): the recurrence on so
-short a table costs next to nothing, without finding out first which patterns occur.
+Inside a tile weights and centroids are multiplied by s = sqrt(log2(e) / tau), so that attention is 2**-distance**2
+and takes seven instructions an entry. Sums of offsets are divided by s where they are added up.
 
-Layouts, all contiguous: centroids [T + 1, groups, k]; masses [T, groups, k]; rates and gradients of centroids
-likewise; partial sums [groups, parts, 2, K], K the power of two from k.
+Layouts, all contiguous: weights [groups, m]; centroids and gradients [T + 1, groups, k]; masses [T, groups, k];
+partial sums [groups, parts, 2, K], K the power of two from k.
 """
 # Triton's language is untyped, and its kernels take pointers and sizes in long rows.
 # mypy: ignore-errors
@@ -19,44 +19,70 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = [
-    "add_gradients",
-    "combine",
-    "count",
-    "finish",
-    "look_up",
-    "pull_apply",
-    "pull_step",
-    "soften",
-    "step",
-]
+__all__ = ["close", "pull_apply", "pull_step", "soften", "step"]
+
+_FAR = tl.constexpr(1e18)  # a centroid that attracts nothing: its square is finite, and 2**-square is zero
 
 
 @triton.jit
-def _centroids(pointer, t, group, groups, k, fill, K: tl.constexpr):
+def row(pointer, t, group, groups, k, fill, K: tl.constexpr):
     """Row [K] of [T, groups, k]; `fill` behind k."""
     j = tl.arange(0, K)
     return tl.load(pointer + (t * groups + group) * k + j, mask=j < k, other=fill)
 
 
 @triton.jit
-def _keep(pointer, t, group, groups, k, values, first, K: tl.constexpr):
+def keep(pointer, t, group, groups, k, values, first, K: tl.constexpr):
     """Write a row of [T, groups, k], from the first program of a group only."""
     j = tl.arange(0, K)
     tl.store(pointer + (t * groups + group) * k + j, values, mask=(j < k) & first)
 
 
 @triton.jit
-def _total(partial, which, group, parts, K: tl.constexpr, ROWS: tl.constexpr):
+def total(partial, which, group, parts, K: tl.constexpr, ROWS: tl.constexpr):
     """Add up sum `which` [K] of the programs of a group."""
     j = tl.arange(0, K)
-    row = tl.arange(0, ROWS)
+    part = tl.arange(0, ROWS)
     start = partial + group * parts * 2 * K + which * K
-    total = tl.zeros([K, ROWS], tl.float32)
+    sums = tl.zeros([K, ROWS], tl.float32)
     for first in range(0, parts, ROWS):
-        at = start + (first + row)[None, :] * 2 * K + j[:, None]
-        total += tl.load(at, mask=(first + row < parts)[None, :], other=0.0)
-    return tl.sum(total, 1)
+        at = start + (first + part)[None, :] * 2 * K + j[:, None]
+        sums += tl.load(at, mask=(first + part < parts)[None, :], other=0.0)
+    return tl.sum(sums, 1)
+
+
+@triton.jit
+def scale_of(tau, group):
+    """s, and 2 / (tau s), which turns a sum of scaled offsets into a gradient."""
+    inverse = 1.0 / tl.load(tau + group)
+    scale = tl.sqrt(inverse * 1.4426950408889634)
+    return scale, 2.0 * inverse / scale
+
+
+@triton.jit
+def scaled(c, k, scale, K: tl.constexpr):
+    """Centroids times s [K]; those behind k are far away."""
+    return tl.where(tl.arange(0, K) < k, c * scale, _FAR)
+
+
+@triton.jit
+def attention(y, c):
+    """Attention of y [BLOCK] to c [K], both scaled: its numerators, their inverse sum, and the offsets y - c."""
+    offset = y[None, :] - c[:, None]
+    distance = offset * offset
+    power = tl.exp2(tl.min(distance, 0)[None, :] - distance)
+    return power, 1.0 / tl.sum(power, 0), offset
+
+
+@triton.jit
+def pulled(power, inverse, offset, y, after, rate):
+    """Gradient of the logits through c^{t+1} = F(c^t, x) times the offsets [K, BLOCK], and what each x receives
+    through the masses [BLOCK]; `rate` is gradient / S^t, `after` c^{t+1}, scaled.
+    """
+    share = power * inverse[None, :]
+    received = rate[:, None] * (y[None, :] - after[:, None])
+    received = (received - tl.sum(share * received, 0)[None, :]) * share
+    return received * offset, tl.sum(share * rate[:, None], 0)
 
 
 @triton.jit
@@ -66,116 +92,106 @@ def _leave(partial, which, group, part, parts, values, K: tl.constexpr):
 
 
 @triton.jit
-def _points(x, counts, group, m, at, COUNTED: tl.constexpr):
-    """Values and multiplicities [BLOCK]; the points behind the end have multiplicity 0."""
-    inside = at < m
-    if COUNTED:  # one table of values for all groups, which holds NaN and infinity where nothing is counted
-        n = tl.load(counts + group * m + at, mask=inside, other=0).to(tl.float32)
-        value = tl.load(x + at, mask=inside, other=0.0)
-        value = tl.where(n > 0, value, 0.0)
-    else:
-        n = tl.where(inside, 1.0, 0.0)
-        value = tl.load(x + group * m + at, mask=inside, other=0.0).to(tl.float32)
-    return value, n
-
-
-@triton.jit
-def _attention(value, c, k, inverse_tau, K: tl.constexpr):
-    """A and x - c, both [K, BLOCK]."""
-    offset = value[None, :] - c[:, None]
-    valid = (tl.arange(0, K) < k)[:, None]
-    logit = tl.where(valid, offset * offset * (inverse_tau * -1.4426950408889634), float("-inf"))
-    power = tl.exp2(logit - tl.max(logit, 0)[None, :])
-    return power * (1.0 / tl.sum(power, 0))[None, :], offset
+def moved(mass, moment, c, least):
+    """c^{t+1} from the sums of pass t, in the units of c; a centroid without mass stays."""
+    return tl.where(mass > least, moment / mass, c)
 
 
 @triton.jit
 def _next(
-    centroids, masses, partial, t, group, groups, k, parts, least, first, K: tl.constexpr, ROWS: tl.constexpr
-):
-    """c^t from the sums of pass t - 1: (sum n A, sum n A (x - c)). Keeps it, and S^{t-1}."""
-    c = _centroids(centroids, t - 1, group, groups, k, 0.0, K)
-    mass = _total(partial, 0, group, parts, K, ROWS)
-    moved = _total(partial, 1, group, parts, K, ROWS)
-    c = tl.where(mass > least, c + moved / mass, c)
-    _keep(centroids, t, group, groups, k, c, first, K)
-    _keep(masses, t - 1, group, groups, k, mass, first, K)
+    centroids, masses, partial, t, group, groups, k, parts, least, scale, first,
+    K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """c^t from the sums of pass t - 1. Keeps it, and S^{t-1}."""
+    mass = total(partial, 0, group, parts, K, ROWS)
+    moment = total(partial, 1, group, parts, K, ROWS) / scale
+    c = moved(mass, moment, row(centroids, t - 1, group, groups, k, 0.0, K), least)
+    keep(centroids, t, group, groups, k, c, first, K)
+    keep(masses, t - 1, group, groups, k, mass, first, K)
     return c
 
 
 @triton.jit(do_not_specialize=["t"])
 def step(
-    x, counts, tau, centroids, masses, before, partial, t, m, chunk, groups, k, parts, least,
-    FIRST: tl.constexpr, COUNTED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    x, tau, centroids, masses, before, partial, t, m, chunk, groups, k, parts, least,
+    FIRST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Pass t of the forward recurrence: c^t from `before`, its sums to `partial`."""
     part = tl.program_id(0) % parts
     group = (tl.program_id(0) // parts).to(tl.int64)
-    inverse_tau = 1.0 / tl.load(tau + group)
+    scale, _ = scale_of(tau, group)
     if FIRST:
-        c = _centroids(centroids, 0, group, groups, k, 0.0, K)
+        c = row(centroids, 0, group, groups, k, 0.0, K)
     else:
-        c = _next(centroids, masses, before, t, group, groups, k, parts, least, part == 0, K, ROWS)
+        c = _next(centroids, masses, before, t, group, groups, k, parts, least, scale, part == 0, K, ROWS)
+    c = scaled(c, k, scale, K)
     mass = tl.zeros([K, BLOCK], tl.float32)
-    moved = tl.zeros([K, BLOCK], tl.float32)
+    moment = tl.zeros([K, BLOCK], tl.float32)
     for start in range(part * chunk, tl.minimum(part * chunk + chunk, m), BLOCK):
-        value, n = _points(x, counts, group, m, start + tl.arange(0, BLOCK), COUNTED)
-        attention, offset = _attention(value, c, k, inverse_tau, K)
-        attention *= n[None, :]
-        mass += attention
-        moved += attention * offset
+        at = start + tl.arange(0, BLOCK)
+        y = tl.load(x + group * m + at, mask=at < m, other=0.0).to(tl.float32) * scale
+        power, inverse, _offset = attention(y, c)
+        inverse = tl.where(at < m, inverse, 0.0)
+        mass += power * inverse[None, :]
+        moment += power * (inverse * y)[None, :]
     _leave(partial, 0, group, part, parts, tl.sum(mass, 1), K)
-    _leave(partial, 1, group, part, parts, tl.sum(moved, 1), K)
+    _leave(partial, 1, group, part, parts, tl.sum(moment, 1), K)
 
 
 @triton.jit(do_not_specialize=["t"])
 def soften(
-    x, counts, tau, centroids, masses, before, out, t, m, chunk, groups, k, parts, least,
-    COUNTED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    x, tau, centroids, masses, before, out, t, m, chunk, groups, k, parts, least,
+    K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Last pass, t = T: c^T from `before`, then A^{T-1} c^T to `out` [groups, m]."""
     part = tl.program_id(0) % parts
     group = (tl.program_id(0) // parts).to(tl.int64)
-    inverse_tau = 1.0 / tl.load(tau + group)
-    c = _centroids(centroids, t - 1, group, groups, k, 0.0, K)
-    last = _next(centroids, masses, before, t, group, groups, k, parts, least, part == 0, K, ROWS)
+    scale, _ = scale_of(tau, group)
+    c = scaled(row(centroids, t - 1, group, groups, k, 0.0, K), k, scale, K)
+    last = _next(centroids, masses, before, t, group, groups, k, parts, least, scale, part == 0, K, ROWS)
     for start in range(part * chunk, tl.minimum(part * chunk + chunk, m), BLOCK):
         at = start + tl.arange(0, BLOCK)
-        value, _ = _points(x, counts, group, m, at, COUNTED)
-        attention, _ = _attention(value, c, k, inverse_tau, K)
-        soft = tl.sum(attention * last[:, None], 0)
+        y = tl.load(x + group * m + at, mask=at < m, other=0.0).to(tl.float32) * scale
+        power, inverse, _offset = attention(y, c)
+        soft = tl.sum(power * last[:, None], 0) * inverse
         tl.store(out + group * m + at, soft.to(out.dtype.element_ty), mask=at < m)
 
 
 @triton.jit(do_not_specialize=["t"])
 def pull_apply(
-    x, counts, upstream, tau, centroids, partial, t, m, chunk, groups, k, parts,
-    COUNTED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    x, upstream, tau, centroids, partial, collected, t, m, chunk, groups, k, parts,
+    COLLECT: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Through f = A(c^{T-1}) c^T, t = T: sums for the gradients of c^T and of c^{T-1} (times tau / 2)."""
+    """Through f = A(c^{T-1}) c^T, t = T: sums for the gradients of c^T and of c^{T-1}.
+
+    With COLLECT, what the weights receive at fixed centroids, G d, goes to `collected`, float32 [groups, m].
+    """
     part = tl.program_id(0) % parts
     group = (tl.program_id(0) // parts).to(tl.int64)
-    inverse_tau = 1.0 / tl.load(tau + group)
-    c = _centroids(centroids, t - 1, group, groups, k, 0.0, K)
-    last = _centroids(centroids, t, group, groups, k, 0.0, K)
+    scale, pull = scale_of(tau, group)
+    c = scaled(row(centroids, t - 1, group, groups, k, 0.0, K), k, scale, K)
+    last = row(centroids, t, group, groups, k, 0.0, K)
     of_last = tl.zeros([K, BLOCK], tl.float32)
     of_c = tl.zeros([K, BLOCK], tl.float32)
     for start in range(part * chunk, tl.minimum(part * chunk + chunk, m), BLOCK):
         at = start + tl.arange(0, BLOCK)
-        value, _ = _points(x, counts, group, m, at, COUNTED)
+        y = tl.load(x + group * m + at, mask=at < m, other=0.0).to(tl.float32) * scale
         received = tl.load(upstream + group * m + at, mask=at < m, other=0.0).to(tl.float32)
-        attention, offset = _attention(value, c, k, inverse_tau, K)
-        soft = tl.sum(attention * last[:, None], 0)
-        attention *= received[None, :]
-        of_last += attention
-        of_c += attention * (last[:, None] - soft[None, :]) * offset
+        power, inverse, offset = attention(y, c)
+        soft = tl.sum(power * last[:, None], 0) * inverse
+        share = power * (inverse * received)[None, :]
+        of_last += share
+        share *= (last[:, None] - soft[None, :]) * offset
+        of_c += share
+        if COLLECT:
+            tl.store(collected + group * m + at, -pull * tl.sum(share, 0), mask=at < m)
     _leave(partial, 0, group, part, parts, tl.sum(of_last, 1), K)
     _leave(partial, 1, group, part, parts, tl.sum(of_c, 1), K)
 
 
 @triton.jit
 def _gradient(
-    gradients, masses, applied, before, t, last, group, groups, k, parts, least, inverse_tau, first,
+    gradients, masses, applied, before, t, last, group, groups, k, parts, least, pull, first,
     K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of c^t: from `pull_apply` at t = T, otherwise from pass t of `pull_step`. Keeps it.
@@ -183,126 +199,89 @@ def _gradient(
     gradients[T] holds the upstream gradient of c^T beforehand, and stays as it is: every program reads it.
     """
     if t == last:
-        grad = _centroids(gradients, t, group, groups, k, 0.0, K) + _total(applied, 0, group, parts, K, ROWS)
+        grad = row(gradients, t, group, groups, k, 0.0, K) + total(applied, 0, group, parts, K, ROWS)
     else:
-        alive = _centroids(masses, t, group, groups, k, 1.0, K) > least
-        grad = 2 * inverse_tau * _total(before, 0, group, parts, K, ROWS)
+        alive = row(masses, t, group, groups, k, 1.0, K) > least
+        grad = pull * total(before, 0, group, parts, K, ROWS)
         if t == last - 1:
-            grad += 2 * inverse_tau * _total(applied, 1, group, parts, K, ROWS)
-            after = _centroids(gradients, last, group, groups, k, 0.0, K)
-            after += _total(applied, 0, group, parts, K, ROWS)
+            grad += pull * total(applied, 1, group, parts, K, ROWS)
+            after = row(gradients, last, group, groups, k, 0.0, K)
+            after += total(applied, 0, group, parts, K, ROWS)
         else:
-            after = _centroids(gradients, t + 1, group, groups, k, 0.0, K)
+            after = row(gradients, t + 1, group, groups, k, 0.0, K)
         grad += tl.where(alive, 0.0, after)  # a centroid that stayed hands its gradient on
-        _keep(gradients, t, group, groups, k, grad, first, K)
+        keep(gradients, t, group, groups, k, grad, first, K)
     return grad
 
 
 @triton.jit(do_not_specialize=["t", "last"])
 def pull_step(
-    x, counts, tau, centroids, masses, gradients, rates, applied, before, partial, t, last, m, chunk, groups, k,
+    x, tau, centroids, masses, gradients, applied, before, partial, collected, out, t, last, m, chunk, groups, k,
     parts, least,
-    COUNTED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Through c^{t+1} = F(c^t, x): the sum for the gradient of c^t (times tau / 2); keeps gradient / S^t."""
+    """Through c^{t+1} = F(c^t, x): sums for the gradient of c^t, and what the weights receive.
+
+    The latter is added to `collected`, float32 [groups, m], to which `out` is the same tensor or, at t = 0, that of
+    the result.
+    """
     part = tl.program_id(0) % parts
     group = (tl.program_id(0) // parts).to(tl.int64)
-    inverse_tau = 1.0 / tl.load(tau + group)
+    scale, pull = scale_of(tau, group)
     grad = _gradient(
-        gradients, masses, applied, before, t + 1, last, group, groups, k, parts, least, inverse_tau, part == 0,
-        K, ROWS,
-    )  # fmt: skip
-    mass = _centroids(masses, t, group, groups, k, 0.0, K)
+        gradients,
+        masses,
+        applied,
+        before,
+        t + 1,
+        last,
+        group,
+        groups,
+        k,
+        parts,
+        least,
+        pull,
+        part == 0,
+        K,
+        ROWS,
+    )
+    mass = row(masses, t, group, groups, k, 0.0, K)
     rate = tl.where(mass > least, grad / mass, 0.0)
-    _keep(rates, t, group, groups, k, rate, part == 0, K)
-    c = _centroids(centroids, t, group, groups, k, 0.0, K)
-    after = _centroids(centroids, t + 1, group, groups, k, 0.0, K)
+    c = scaled(row(centroids, t, group, groups, k, 0.0, K), k, scale, K)
+    after = row(centroids, t + 1, group, groups, k, 0.0, K) * scale
     of_c = tl.zeros([K, BLOCK], tl.float32)
     for start in range(part * chunk, tl.minimum(part * chunk + chunk, m), BLOCK):
-        value, n = _points(x, counts, group, m, start + tl.arange(0, BLOCK), COUNTED)
-        attention, offset = _attention(value, c, k, inverse_tau, K)
-        received = rate[:, None] * (value[None, :] - after[:, None])
-        received -= tl.sum(attention * received, 0)[None, :]
-        of_c += attention * received * offset * n[None, :]
-    _leave(partial, 0, group, part, parts, tl.sum(of_c, 1), K)
+        at = start + tl.arange(0, BLOCK)
+        y = tl.load(x + group * m + at, mask=at < m, other=0.0).to(tl.float32) * scale
+        received = tl.load(collected + group * m + at, mask=at < m, other=0.0)
+        power, inverse, offset = attention(y, c)
+        inverse = tl.where(at < m, inverse, 0.0)
+        push, through = pulled(power, inverse, offset, y, after, rate)
+        of_c += push
+        # The offsets of `push` were scaled twice: once as a derivative, once in `pulled`.
+        received += through - (pull / scale) * tl.sum(push, 0)
+        tl.store(out + group * m + at, received.to(out.dtype.element_ty), mask=at < m)
+    _leave(partial, 0, group, part, parts, tl.sum(of_c, 1) / scale, K)
 
 
 @triton.jit(do_not_specialize=["last"])
-def finish(
-    x, counts, upstream, tau, centroids, masses, gradients, rates, applied, before, out, shared, last, m, chunk,
-    groups, k, parts, least,
-    COUNTED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Last pass of the backward: G d + h to `out`, or with COUNTED the tables d to `out` and h to `shared`."""
-    part = tl.program_id(0) % parts
-    group = (tl.program_id(0) // parts).to(tl.int64)
-    inverse_tau = 1.0 / tl.load(tau + group)
+def close(
+    tau,
+    masses,
+    gradients,
+    applied,
+    before,
+    last,
+    groups,
+    k,
+    parts,
+    least,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The gradient of c^0, from the sums of pass 0; one program a group."""
+    group = tl.program_id(0).to(tl.int64)
+    _, pull = scale_of(tau, group)
     _gradient(
-        gradients, masses, applied, before, 0, last, group, groups, k, parts, least, inverse_tau, part == 0,
-        K, ROWS,
-    )  # fmt: skip
-    for start in range(part * chunk, tl.minimum(part * chunk + chunk, m), BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        value, _ = _points(x, counts, group, m, at, COUNTED)
-        own = tl.zeros([BLOCK], tl.float32)
-        term = tl.zeros([BLOCK], tl.float32)
-        for t in range(0, last):
-            c = _centroids(centroids, t, group, groups, k, 0.0, K)
-            after = _centroids(centroids, t + 1, group, groups, k, 0.0, K)
-            rate = _centroids(rates, t, group, groups, k, 0.0, K)
-            attention, offset = _attention(value, c, k, inverse_tau, K)
-            received = rate[:, None] * (value[None, :] - after[:, None])
-            received -= tl.sum(attention * received, 0)[None, :]
-            term += tl.sum(attention * (rate[:, None] - 2 * inverse_tau * received * offset), 0)
-            if t == last - 1:
-                soft = tl.sum(attention * after[:, None], 0)
-                own = tl.sum(attention * (after[:, None] - soft[None, :]) * offset, 0) * (-2 * inverse_tau)
-        if COUNTED:
-            tl.store(out + group * m + at, own, mask=at < m)
-            tl.store(shared + group * m + at, term, mask=at < m)
-        else:
-            grad = tl.load(upstream + group * m + at, mask=at < m, other=0.0).to(tl.float32)
-            tl.store(out + group * m + at, (grad * own + term).to(out.dtype.element_ty), mask=at < m)
-
-
-@triton.jit
-def _bins(bits, at, size, m, GROUPED: tl.constexpr):
-    """Bin of each weight of the flat range `at`: pattern + 65,536 group."""
-    pattern = tl.load(bits + at, mask=at < size, other=0).to(tl.int32) & 0xFFFF
-    if GROUPED:
-        pattern += (at // m).to(tl.int32) * 65536
-    return pattern
-
-
-@triton.jit
-def count(bits, counts, size, m, GROUPED: tl.constexpr, BLOCK: tl.constexpr):
-    """Count the patterns int16 [groups, m] in int32 [groups, 65536], which starts at zero."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.atomic_add(counts + _bins(bits, at, size, m, GROUPED), 1, mask=at < size, sem="relaxed")
-
-
-@triton.jit
-def add_gradients(bits, grad, sums, size, m, GROUPED: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum the gradient [groups, m] by pattern in float32 [groups, 65536], which starts at zero."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(grad + at, mask=at < size, other=0.0).to(tl.float32)
-    tl.atomic_add(sums + _bins(bits, at, size, m, GROUPED), values, mask=at < size, sem="relaxed")
-
-
-@triton.jit
-def look_up(bits, table, out, size, m, GROUPED: tl.constexpr, BLOCK: tl.constexpr):
-    """Entry of table [groups, 65536] for each weight, to `out` [groups, m]; both of the weight's dtype."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    tl.store(out + at, tl.load(table + _bins(bits, at, size, m, GROUPED), mask=inside), mask=inside)
-
-
-@triton.jit
-def combine(bits, grad, factor, term, out, size, m, GROUPED: tl.constexpr, BLOCK: tl.constexpr):
-    """Write grad * factor + term, the float32 tables [groups, 65536] looked up."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    bins = _bins(bits, at, size, m, GROUPED)
-    values = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    values = values * tl.load(factor + bins, mask=inside) + tl.load(term + bins, mask=inside)
-    tl.store(out + at, values.to(out.dtype.element_ty), mask=inside)
+        gradients, masses, applied, before, 0, last, group, groups, k, parts, least, pull, True, K, ROWS
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -70,18 +70,15 @@ class HostPatterns:
 
     def sums(self, grad: Tensor) -> Tensor:
         """Sum the gradient [groups, m] over the weights of each value, in float64: [groups, U]."""
-        groups = len(grad)
-        total = np.zeros((groups, len(self._parts) - 1, _PATTERNS))
+        total = np.zeros((len(grad), len(self._parts) - 1, _PATTERNS))
 
         def run(group: int, part: int, some: slice) -> None:
-            for start in range(some.start, some.stop, _BLOCK):
-                block = slice(start, min(start + _BLOCK, some.stop))
-                _add(self._bits[group, block], _wide(grad[group, block]), total[group, part])
+            for block, values in _wide(grad[group], some, torch.float32):
+                _add(self._bits[group, block], values.numpy(), total[group, part])
 
         self._each(run)
-        whole = total.sum(1)
-        sums = torch.from_numpy(np.take_along_axis(whole, self._patterns, axis=1))
-        return sums.to(self.values.dtype).mul_(self.counts > 0)
+        whole = np.take_along_axis(total, self._patterns[:, None], axis=2).sum(1)
+        return torch.from_numpy(whole).to(self.values.dtype).mul_(self.counts > 0)
 
     def combine(self, grad: Tensor, factor: Tensor, term: Tensor, out: Tensor) -> None:
         """Write `grad * factor + term` to `out` [groups, m], the tables [groups, U] looked up."""
@@ -89,13 +86,9 @@ class HostPatterns:
         terms = [self._full(group, term) for group in range(len(grad))]
 
         def run(group: int, _: int, some: slice) -> None:
-            result = np.empty(_BLOCK, factors[group].dtype)
-            for start in range(some.start, some.stop, _BLOCK):
-                block = slice(start, min(start + _BLOCK, some.stop))
-                size = block.stop - start
-                row = self._bits[group, block]
-                _multiply_add(row, _wide(grad[group, block]), factors[group], terms[group], result[:size])
-                out[group, block] = torch.from_numpy(result[:size])
+            for block, values in _wide(grad[group], some, factor.dtype):
+                _multiply_add(self._bits[group, block], values.numpy(), factors[group], terms[group])
+                out[group, block] = values
 
         self._each(run)
 
@@ -106,9 +99,12 @@ def _parts(groups: int, m: int) -> list[int]:
     return [m * part // count for part in range(count + 1)]
 
 
-def _wide(block: Tensor) -> Array:
-    array: Array = block.detach().float().numpy()
-    return array
+def _wide(row: Tensor, some: slice, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of a range of `row` in another dtype: (range, values). One buffer holds them all, one after the other."""
+    buffer = torch.empty(min(_BLOCK, some.stop - some.start), dtype=dtype)
+    for start in range(some.start, some.stop, _BLOCK):
+        block = slice(start, min(start + _BLOCK, some.stop))
+        yield block, buffer[: block.stop - start].copy_(row[block])
 
 
 @kernel
@@ -141,9 +137,9 @@ def _add(bits: Array, values: Array, sums: Array) -> None:
 
 
 @kernel
-def _multiply_add(bits: Array, values: Array, factors: Array, terms: Array, out: Array) -> None:
+def _multiply_add(bits: Array, values: Array, factors: Array, terms: Array) -> None:
     for i in range(len(bits)):
-        out[i] = values[i] * factors[bits[i]] + terms[bits[i]]
+        values[i] = values[i] * factors[bits[i]] + terms[bits[i]]
 
 
 class Patterns:

@@ -62,6 +62,10 @@ class Points:
                 None if self.counts is None else self.counts[:, some],
             )
 
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums over all points of each group, from those over the points that are here [groups, ...]."""
+        return sums
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -104,6 +108,7 @@ def _step(points: Points, centroids: Tensor) -> tuple[Tensor, Tensor]:
         mass += attention.sum(2)
         for axis in range(dim):
             moment[..., axis] += (attention * x[:, None, :, axis]).sum(2)
+    mass, moment = points.total(mass), points.total(moment)
     alive = (mass > least_mass(mass.dtype))[..., None]
     return torch.where(alive, moment / mass[..., None], centroids), mass
 
@@ -222,7 +227,7 @@ def _pull_back_apply(
             grad_before[..., axis] += factor * pull.sum(2)
             if out is not None:
                 out[:, some, axis] -= factor * pull.sum(1)
-    return grad_after, grad_before
+    return points.total(grad_after), points.total(grad_before)
 
 
 def _pull_back_step(points: Points, trace: Trace, t: int, grad: Tensor, out: Tensor) -> Tensor:
@@ -231,7 +236,7 @@ def _pull_back_step(points: Points, trace: Trace, t: int, grad: Tensor, out: Ten
     dim, factor = after.shape[2], (2 / points.temperature)[:, None]
     alive = (trace.masses[t] > least_mass(grad.dtype))[..., None]
     rate = torch.where(alive, grad / trace.masses[t][..., None], 0.0)
-    pulled = torch.where(alive, 0.0, grad)
+    pulled = torch.zeros_like(grad)
     for some, x, counts in points.blocks(after.shape[1]):
         attention = _attention(x, before, points.temperature)
         grad_attention = torch.zeros_like(attention)
@@ -242,7 +247,7 @@ def _pull_back_step(points: Points, trace: Trace, t: int, grad: Tensor, out: Ten
             pull = grad_logits * _offset(x, before, axis)
             out[:, some, axis] += (attention * rate[:, :, None, axis]).sum(1) - factor * pull.sum(1)
             pulled[..., axis] += factor * _weighed(pull, counts).sum(2)
-    return pulled
+    return points.total(pulled) + torch.where(alive, 0.0, grad)
 
 
 def _solve_adjoint(points: Points, trace: Trace, grad: Tensor, alive: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edkm_export.clustering.dense import cluster_dense
-from edkm_export.clustering.fused import Fused, can_fuse
+from edkm_export.clustering.fused import FusedHistogram, FusedStreaming, bins_of, can_fuse
 from edkm_export.clustering.histogram import Histogram
 from edkm_export.clustering.marshaling import MarshaledTensors
 from edkm_export.clustering.streaming import Streaming
@@ -21,12 +21,8 @@ Method = Literal["auto", "dense", "histogram", "streaming", "marshaled"]
 # A smaller group has nearly as many distinct values as weights, and 65,536 bins cost more than they save.
 _LEAST_FOR_HISTOGRAM = 4096
 
-# On a GPU the bins are all swept, while attention costs little.
-_LEAST_FOR_FUSED_HISTOGRAM = 1 << 20
-
-# Up to this many centroids recomputing is faster than counting with atomics: 2.5 against 5.7 ms for 8 centroids and
-# 4.9 against 5.6 ms for 16, on an H100 (benchmarks/clustering_gpu.py).
-_MOST_FOR_FUSED_STREAMING = 16
+# The kernels sweep all bins of a group, used or not.
+_LEAST_PER_BIN = 4
 
 
 def soft_cluster(
@@ -49,9 +45,8 @@ def soft_cluster(
         - "histogram": for scalars; on the distinct values of each group. 16-bit weights take no sorting.
         - "streaming": recomputes attention block by block; for any dtype and for vectors.
         - "marshaled": "dense" under the paper's marshaling and uniquification (see `marshaling`).
-        - "auto": "histogram" for 16-bit scalars in groups of 4,096 weights or more (2**20, and more than 16
-          centroids, on a GPU),
-          otherwise "streaming".
+        - "auto": "histogram" for 16-bit scalars in groups of 4,096 weights or more (on a GPU 32,768 of bfloat16,
+          262,144 of float16), otherwise "streaming".
 
     On CUDA devices with Triton, "histogram" and "streaming" of scalars in float32 run as fused kernels.
 
@@ -77,17 +72,18 @@ def soft_cluster(
     steps = None if iterations == "converge" else int(iterations)
     start = centroids.to(dtype)
     fused = method in ("auto", "histogram", "streaming") and can_fuse(weight, centroids, tau, steps)
+    bins = bins_of(weight.dtype)
     if method == "auto":
-        least = _LEAST_FOR_FUSED_HISTOGRAM if fused else _LEAST_FOR_HISTOGRAM
-        repeats = weight.dim() == 2 and weight.element_size() == 2 and weight.shape[1] >= least
-        repeats = repeats and (not fused or centroids.shape[1] > _MOST_FOR_FUSED_STREAMING)
-        method = "histogram" if repeats else "streaming"
+        least = _LEAST_PER_BIN * bins if fused else _LEAST_FOR_HISTOGRAM
+        method = "histogram" if weight.dim() == 2 and bins and weight.shape[1] >= least else "streaming"
     soft: Tensor
     last: Tensor
+    if fused and method == "streaming":
+        soft, last = FusedStreaming.apply(weight, start, tau, steps)  # type: ignore[no-untyped-call]
+        return soft, last
     # With fewer weights than bins, the bins of all groups together would outweigh the weights.
-    counted = method == "histogram" and weight.element_size() == 2 and weight.shape[1] >= 1 << 16
-    if fused and (counted or method == "streaming"):
-        soft, last = Fused.apply(weight, start, tau, steps, counted)  # type: ignore[no-untyped-call]
+    if fused and method == "histogram" and 0 < bins <= weight.shape[1]:
+        soft, last = FusedHistogram.apply(weight, start, tau, steps)  # type: ignore[no-untyped-call]
         return soft, last
     if method == "histogram":
         soft, last = Histogram.apply(weight, start, tau, steps)  # type: ignore[no-untyped-call]

@@ -42,6 +42,17 @@ def test_nearest_centroid_and_lowest_index(dtypes, groups, m, k, dim, data):
     assert found.dtype == torch.uint8 and torch.equal(found, reference(weight, centroids))
 
 
+@pytest.mark.parametrize("k", [2, 3, 8, 16])
+def test_float32_weights_beside_borders_that_float32_cannot_hold(k):
+    torch.manual_seed(0)
+    centroids = torch.randn(2, k)
+    ordered = centroids.double().sort(1).values
+    border = ((ordered[:, 1:] + ordered[:, :-1]) / 2).float()
+    up, down = border.nextafter(torch.tensor(torch.inf)), border.nextafter(torch.tensor(-torch.inf))
+    weight = torch.cat([border, up, down, torch.randn(2, 5000)], dim=1)  # more than one block of the cache
+    assert torch.equal(hard_assign(weight, centroids), reference(weight, centroids))
+
+
 @pytest.mark.parametrize("shape", [(3, 1000), (3, 1000, 2), (50, 7), (50, 7, 4)])
 def test_blocks_do_not_matter(shape, monkeypatch):
     torch.manual_seed(0)

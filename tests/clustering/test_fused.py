@@ -13,7 +13,7 @@ import torch
 
 from edkm_export.clustering import optimal_centroids, scale_free_temperature, soft_cluster
 from edkm_export.clustering.dense import cluster_dense
-from edkm_export.clustering.fused import Fused
+from edkm_export.clustering.fused import FusedHistogram, FusedStreaming
 from edkm_export.clustering.histogram import Histogram
 from edkm_export.clustering.streaming import Streaming
 
@@ -45,7 +45,7 @@ def dense(weight, centroids, tau, steps, upstream, grad_last):
 
 def fused(weight, centroids, tau, steps, upstream, grad_last, counted):
     weight, centroids = weight.clone().requires_grad_(), centroids.clone().requires_grad_()
-    soft, last = Fused.apply(weight, centroids, tau, steps, counted)
+    soft, last = (FusedHistogram if counted else FusedStreaming).apply(weight, centroids, tau, steps)
     torch.autograd.backward([soft, last], [upstream, grad_last])
     return soft.detach(), last.detach(), weight.grad, centroids.grad
 
@@ -70,11 +70,31 @@ def test_close_to_dense(counted, dtype, groups, m, k, steps):
     weight, centroids, tau, upstream, grad_last = problem(groups, m, k, dtype)
     arguments = (weight, centroids, tau, steps, upstream, grad_last)
     soft, last, grad_weight, grad_centroids = differences(fused(*arguments, counted), dense(*arguments))
-    # float32 arithmetic, measured 1e-5 and less. What is returned in 16 bits is rounded besides, to half an
+    # float32 arithmetic, measured 4e-5 and less. What is returned in 16 bits is rounded besides, to half an
     # ulp on a GPU, while the interpreter truncates.
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / (1 if INTERPRETED else 2)
-    assert soft < 3e-5 + rounding and grad_weight < 3e-5 + rounding
-    assert last < 3e-5 and grad_centroids < 3e-5
+    assert soft < 6e-5 + rounding and grad_weight < 6e-5 + rounding
+    assert last < 6e-5 and grad_centroids < 6e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bins_hold_every_magnitude(dtype):
+    """Magnitudes over 2**60, zeros of both signs, and a group without any weight above zero."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(3, 1500, generator=generator)
+    weight[0] *= torch.exp2(-60 * torch.rand(1500, generator=generator))
+    weight[1, ::7], weight[1, 1::7], weight[1, 3] = 0.0, -0.0, 50.0
+    weight[2] = 0.0
+    weight = weight.to(dtype).to(DEVICE)
+    centroids = torch.tensor([[-1.5, -0.1, 0.2, 1.0]], device=DEVICE).repeat(3, 1)
+    tau = torch.tensor([0.05, 0.3, 0.1], device=DEVICE)
+    upstream = torch.randn(3, 1500, generator=generator).to(dtype).to(DEVICE)
+    arguments = (weight, centroids, tau, 2, upstream, torch.ones_like(centroids))
+    found = differences(fused(*arguments, True), dense(*arguments))
+    # As above; the outlier, 50 times the rest, costs the sums of its group's gradient two digits.
+    rounding = torch.finfo(dtype).eps / (1 if INTERPRETED else 2)
+    assert found[0] < 6e-5 + rounding and found[1] < 1e-3 + rounding
+    assert found[2] < 6e-5 and found[3] < 1e-3
 
 
 def test_a_centroid_out_of_reach_stays():

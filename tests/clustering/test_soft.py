@@ -77,8 +77,10 @@ def test_exactly_dense_autograd_for_any_shape(method, groups, m, k, iterations, 
     weight, centroids, temperature, *grads = problem(groups, m, k, dim, seed=seed)
     expected = run("dense", weight, centroids, temperature, iterations, *grads)
     found = run(method, weight, centroids, temperature, iterations, *grads)
-    # With few weights a centroid can hold almost no mass, which costs digits in both evaluations.
-    assert largest_difference(found, expected) < 1e-8
+    # With few weights a centroid can hold almost no mass, which costs digits in both evaluations; and where every
+    # weight sits on its centroid, the gradient of the centroids is what rounding leaves of terms of size one.
+    for value, dense in zip(found, expected, strict=True):
+        assert float((value - dense).abs().max()) < 1e-8 * float(dense.abs().max()) + 1e-13
 
 
 def test_blocks_and_chunks_do_not_matter(monkeypatch):
