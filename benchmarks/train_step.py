@@ -4,7 +4,8 @@
     python benchmarks/train_step.py --model FOLDER
 
 Both sides use the same batches, the same loss (next tokens, in chunks), the same fused AdamW and, on CUDA, bfloat16
-autocast over float32 masters. They alternate in fresh processes' worth of memory: each is built, warmed up, timed
+autocast over float32 masters. Palettized steps are recorded as a CUDA graph, as `edkm-export train` does; plain ones
+are run both ways. They alternate in fresh processes' worth of memory: each is built, warmed up, timed
 and freed. Exit status 1 when the step is more than 15% slower or the peak more than 5% higher (CUDA only).
 """
 
@@ -28,6 +29,7 @@ from edkm_export.recipe import uniform_recipe
 from edkm_export.training.batch import ClusterBatch
 from edkm_export.training.clusters import ClusterMethod
 from edkm_export.training.config import TrainConfig
+from edkm_export.training.graphs import GraphedStep, can_record
 from edkm_export.training.learner import Learner
 from edkm_export.training.optimizer import build_optimizer, freeze
 from edkm_export.training.surgery import clusters_of, insert_clusters
@@ -66,7 +68,14 @@ def make_model(reference: str | None, layers: int | None) -> Any:
 
 
 def measure(
-    side: str, reference: str | None, config: TrainConfig, *, device: str, steps: int, layers: int | None
+    side: str,
+    reference: str | None,
+    config: TrainConfig,
+    *,
+    device: str,
+    steps: int,
+    layers: int | None,
+    recorded: bool = True,
 ) -> Found:
     model = make_model(reference, layers).to(device)
     model.config.use_cache = False
@@ -86,10 +95,18 @@ def measure(
     learner = Learner(model, None, objective="cross-entropy")
     optimizer = build_optimizer(model, config)
     clusters = ClusterBatch(list(clusters_of(model).values()))
+    clusters.defer()
+    graph = None
+    if recorded and can_record(learner):
+        graph = GraphedStep(learner, divide=config.accumulate, bf16=config.bf16)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator(device=device).manual_seed(0)
     times: list[float] = []
     on_gpu = device == "cuda"
+    if on_gpu:  # the peak is that of all steps, those before a recording and the recording itself included
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     loss = torch.zeros(())
     for step in range(-5, steps):
         ids = torch.randint(
@@ -97,13 +114,15 @@ def measure(
         )
         if on_gpu:
             torch.cuda.synchronize()
-            if step == 0:
-                torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         for part in ids.chunk(config.accumulate):
+            if graph is not None:
+                loss = graph(part)
+                continue
             with torch.autocast(device, torch.bfloat16, enabled=config.bf16):
-                loss = learner(part)
-            (loss / config.accumulate).backward()
+                loss = learner(part) / config.accumulate
+            loss.backward()
+        clusters.gradients()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         clusters.refresh()
@@ -114,7 +133,7 @@ def measure(
             times.append((time.perf_counter() - start) * 1e3)
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     spread = statistics.quantiles(times, n=4)
-    return Found(statistics.median(times), spread[2] - spread[0], peak, float(loss))
+    return Found(statistics.median(times), spread[2] - spread[0], peak, float(loss.detach()))
 
 
 @click.command(help=__doc__)
@@ -147,12 +166,14 @@ def main(model: str | None, backward: tuple[str, ...], rounds: int, steps: int, 
 
         print(f"{torch.cuda.get_device_name()}; kernels: {'Triton' if tables._triton() else 'plain torch'}")
     found: dict[str, list[Found]] = {}
-    sides = ["plain", *backward]
+    # Plain fine-tuning as everyone runs it, and recorded as a CUDA graph, as our trainer runs palettized models.
+    sides = ["plain", *(["plain, recorded"] if chosen == "cuda" else []), *backward]
     for _ in range(rounds):
         for side in sides:
-            own = config if side == "plain" else config.updated({"backward": side})
+            kind = side.split(",")[0]
+            own = config if kind == "plain" else config.updated({"backward": kind})
             found.setdefault(side, []).append(
-                measure(side, model, own, device=chosen, steps=steps, layers=layers)
+                measure(kind, model, own, device=chosen, steps=steps, layers=layers, recorded=side != "plain")
             )
             gc.collect()
             if chosen == "cuda":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 )
 @click.option("--bf16/--float32", default=None, help="Products in bfloat16.  [default: on CUDA]")
 @click.option("--gradient-checkpointing/--keep-activations", default=None)
+@click.option(
+    "--record-steps/--launch-steps",
+    default=None,
+    help="On CUDA, run steps as a recorded CUDA graph.  [default: record, where the model allows it]",
+)
 @click.option("--seed", type=int)
 @click.option(
     "--eval-text", multiple=True, type=click.Path(path_type=Path), help="Text for perplexity and KL."
@@ -102,6 +108,8 @@ def command(
     MODEL is a Hugging Face folder, a hub id or a GGUF file. What the forward pass of training sees is bit for bit
     what `edkm-export coreml OUTPUT/model.pt` ships. By default the model learns to repeat the original's
     predictions on the data; data in the style of the later use is best, and a few megabytes are enough.
+
+    `torchrun --nproc-per-node N -m edkm_export train ...` trains on N GPUs, each with its share of the weights.
     """
     if resume and overwrite:
         raise click.UsageError("--resume goes on with a run and --overwrite replaces it; give one of them.")
@@ -134,7 +142,13 @@ def command(
     source = Source.parse(model)
     rules = None if recipe is None else load_recipe(recipe)
     outcome = _train(source, data, output, config, rules, eval_text, chosen, resume, overwrite)
-    _print(outcome)
+    if _is_first():
+        _print(outcome)
+
+
+def _is_first() -> bool:
+    """Whether this process talks to the user; torchrun may have started several."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _below(target: float) -> int:
@@ -174,13 +188,13 @@ def _train(
         TimeRemainingColumn(),
     )
     with Progress(
-        *columns, console=err, transient=not err.is_terminal, disable=not err.is_terminal
+        *columns, console=err, transient=not err.is_terminal, disable=not err.is_terminal or not _is_first()
     ) as progress:
         task = progress.add_task("starting", total=1.0)
 
         def announce(name: str) -> None:
             progress.update(task, description=name)
-            if not err.is_terminal:
+            if not err.is_terminal and _is_first():
                 err.print(f"- {name}")
 
         try:

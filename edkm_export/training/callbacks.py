@@ -14,29 +14,35 @@ from transformers import TrainerCallback
 from edkm_export.training.batch import ClusterBatch
 from edkm_export.training.clusters import Clusters
 from edkm_export.training.optimizer import Progress
-from edkm_export.training.tables import use_counts
+from edkm_export.training.processes import ALONE, Processes
 
 __all__ = ["Clock", "Evaluate", "Finite", "Log", "Refit", "Refresh", "dead_centroids", "moved_share"]
 
 
-def moved_share(clusters: list[Clusters]) -> float:
+def moved_share(clusters: list[Clusters], processes: Processes = ALONE) -> float:
     """Share of the codes that changed since the last call."""
-    moved = sum(int(each.moved) for each in clusters)
+    moved = processes.number(sum(int(each.moved) for each in clusters))
     for each in clusters:
         each.moved.zero_()
-    return moved / max(1, sum(each.codes.numel() for each in clusters))
+    return moved / max(1, sum(each.weight.numel() for each in clusters))
 
 
 def dead_centroids(clusters: list[Clusters]) -> int:
     """LUT entries that no weight uses."""
-    return sum(int((use_counts(each.codes, each.k) == 0).sum()) for each in clusters)
+    return sum(int((each.use_counts() == 0).sum()) for each in clusters)
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Counts steps and seconds, and ends the run when its time is up. Evaluations and checkpoints do not count."""
+    """Counts steps and seconds, and ends the run when its time is up. Evaluations and checkpoints do not count.
 
-    def __init__(self, progress: Progress, advance: Callable[[float], None] | None) -> None:
+    All processes go by the slowest: their rates and their last step have to be the same.
+    """
+
+    def __init__(
+        self, progress: Progress, advance: Callable[[float], None] | None, processes: Processes = ALONE
+    ) -> None:
         self.progress, self._advance, self._shown = progress, advance, progress.share
+        self._processes = processes
         self._started: float | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
@@ -44,7 +50,10 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         assert self._started is not None
-        self.progress.elapsed += time.monotonic() - self._started
+        taken = time.monotonic() - self._started
+        if self.progress.seconds is not None:
+            taken = self._processes.number(taken, largest=True)
+        self.progress.elapsed += taken
         self.progress.step = state.global_step
         share = self.progress.share
         if self._advance is not None:
@@ -81,9 +90,16 @@ class Log(TrainerCallback):  # type: ignore[misc]
     """Writes log.jsonl: loss, KL, rates, moved codes and dead centroids."""
 
     def __init__(
-        self, path: Path, clusters: list[Clusters], progress: Progress, *, distilling: bool, step_tokens: int
+        self,
+        path: Path,
+        clusters: list[Clusters],
+        progress: Progress,
+        *,
+        distilling: bool,
+        step_tokens: int,
+        processes: Processes = ALONE,
     ) -> None:
-        self.path, self.clusters, self.progress = path, clusters, progress
+        self.path, self.clusters, self.progress, self.processes = path, clusters, progress, processes
         self.distilling, self.step_tokens = distilling, step_tokens
 
     def on_log(  # noqa: D102
@@ -98,7 +114,7 @@ class Log(TrainerCallback):  # type: ignore[misc]
             "loss": logs["loss"],
             "rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
-            "moved": moved_share(self.clusters),
+            "moved": moved_share(self.clusters, self.processes),
             "dead": dead_centroids(self.clusters),
         }
         if self.distilling:
@@ -106,7 +122,9 @@ class Log(TrainerCallback):  # type: ignore[misc]
         self.write(record)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line."""
+        """Append a line, from the first process."""
+        if not self.processes.is_first:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, sort_keys=True) + "\n")
 
@@ -125,7 +143,8 @@ class Evaluate(TrainerCallback):  # type: ignore[misc]
 class Finite:
     """Remembers on the device whether a loss was not finite, so that no step waits for it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, processes: Processes = ALONE) -> None:
+        self._processes = processes
         self._broken = torch.zeros((), dtype=torch.bool, device=device)
 
     def see(self, loss: torch.Tensor) -> None:
@@ -133,5 +152,5 @@ class Finite:
         self._broken |= ~torch.isfinite(loss.detach())
 
     def broken(self) -> bool:
-        """Whether one was not finite; waits for the device."""
-        return bool(self._broken)
+        """Whether one was not finite, in any process; waits for the device."""
+        return self._processes.number(float(self._broken), largest=True) > 0

@@ -9,9 +9,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-__all__ = ["WEIGHTS", "clear", "complete", "drop_partial", "last_complete", "read_state", "retire"]
+__all__ = [
+    "OPTIMIZER",
+    "SCHEDULER",
+    "WEIGHTS",
+    "clear",
+    "complete",
+    "drop_partial",
+    "last_complete",
+    "read_state",
+    "retire",
+]
 
 WEIGHTS = "weights.pt"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # as transformers' Trainer calls them
 _MARK = "complete.json"  # written last
 _NAME = re.compile(r"checkpoint-(\d+)")
 

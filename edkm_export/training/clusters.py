@@ -14,7 +14,7 @@ from edkm_export.clustering import soft_cluster
 from edkm_export.palette import PalettizedTensor
 from edkm_export.recipe import Rule
 from edkm_export.training.grid import Grid, Rounded
-from edkm_export.training.tables import assign, look_up, segment_sums
+from edkm_export.training.tables import assign, look_up, segment_sums, use_counts
 
 __all__ = ["Backward", "ClusterMethod", "Clusters"]
 
@@ -74,6 +74,7 @@ class Clusters(nn.Module):
         codes: uint8 [groups, m].
         temperature: of soft clustering, [groups].
         moved: int32 [1], codes that changed since it was last set to zero.
+        deferred: leave the gradient of `lut` to `ClusterBatch.gradients`. With "straight-through" only.
     """
 
     weight: nn.Parameter
@@ -112,6 +113,7 @@ class Clusters(nn.Module):
         self.register_buffer(
             "moved", torch.zeros(1, dtype=torch.int32, device=weight.device), persistent=False
         )
+        self.deferred = False
         self._seen: tuple[int, int, int] | None = None
         self._tables: dict[torch.dtype, Tensor] = {}
         self._last: Tensor | None = None
@@ -135,6 +137,23 @@ class Clusters(nn.Module):
     def is_soft(self) -> bool:
         """Whether the forward pass of training uses the soft weight."""
         return self.method.backward == "dkm" and self.training
+
+    @property
+    def defers_gradients(self) -> bool:
+        """Whether gradients get their final form once a step instead of in each backward pass."""
+        return self.deferred
+
+    def product_codes(self, weight: Tensor) -> Tensor:
+        """Codes for a product with the whole weight; `weight` is the parameter as autograd sees it."""
+        return self.codes
+
+    def decode(self, table: Tensor, codes: Tensor) -> Tensor:
+        """The whole weight from a table of its LUT values and `product_codes`, in the table's dtype."""
+        return look_up(table, codes)
+
+    def use_counts(self) -> Tensor:
+        """How often each code of each group is used, int32 [groups, k]."""
+        return use_counts(self.codes, self.k)
 
     def grouped(self, values: Tensor) -> Tensor:
         """View of the weight's shape as [groups, m]."""
@@ -184,11 +203,21 @@ class Clusters(nn.Module):
         return self.unit / math.sqrt(weights)
 
     def _round(self) -> None:
-        self.take(self.grid.round(self.centroids()), {})
+        rounded = self.grid.round(self.centroids())
+        self._rounded = rounded
+        self._tables = {
+            dtype: each for dtype, each in self._tables.items() if each.device == self.codes.device
+        }
+        for table in self._tables.values():
+            table.copy_(rounded.values)  # in place, for a recorded CUDA graph reads them there
+        self.seen()
 
-    def take(self, rounded: Rounded, tables: dict[torch.dtype, Tensor]) -> None:
-        """Use these LUT values from now on; `tables` are the same ones in other dtypes."""
+    def keep(self, rounded: Rounded, tables: dict[torch.dtype, Tensor]) -> None:
+        """Hold LUT values in these tensors, which a `ClusterBatch` writes; `tables` are the same in other dtypes."""
         self._rounded, self._tables = rounded, tables
+
+    def seen(self) -> None:
+        """Take note that LUT values and codes are those of the parameters as they are."""
         self._seen = self._state()
 
     @property

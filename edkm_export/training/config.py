@@ -43,6 +43,7 @@ class TrainConfig(pydantic.BaseModel):
         clip: largest norm of the gradient; 0: do not clip.
         bf16: products in bfloat16; master weights stay in float32.
         gradient_checkpointing: recompute activations in the backward pass.
+        record_steps: on CUDA, launch steps as a recorded CUDA graph where the model allows it (`graphs.can_record`).
         self_generated: tokens that the original writes itself, added to the data.
         seed: of data order and sampling.
         answers_only: learn only the answers of instructions and conversations.
@@ -83,6 +84,7 @@ class TrainConfig(pydantic.BaseModel):
     clip: float = pydantic.Field(default=1.0, ge=0)
     bf16: bool = False
     gradient_checkpointing: bool = False
+    record_steps: bool = True
     self_generated: int = pydantic.Field(default=0, ge=0)
     seed: int = pydantic.Field(default=0, ge=0, lt=2**31)
     answers_only: bool = False

@@ -102,9 +102,8 @@ def cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     Returns:
         Scalar, float32 or wider; differentiable in `hidden` and `head`.
     """
-    keep = targets >= 0
     loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden[keep], head.weight, head.bias, targets[keep], None, 1.0
+        hidden, head.weight, head.bias, targets, None, 1.0
     )
     return loss
 
@@ -126,6 +125,8 @@ class _HeadLoss(torch.autograd.Function):
         positions = len(hidden)
         needs = ctx.needs_input_grad
         total = torch.zeros((), dtype=wide, device=hidden.device)
+        # A tensor where it depends on the targets: the host does not wait for it.
+        count = max(1, positions) if targets is None else (targets >= 0).sum().clamp_min(1).to(wide)
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
@@ -141,7 +142,7 @@ class _HeadLoss(torch.autograd.Function):
             total += loss
             if not any(needs[:3]):
                 continue
-            low = grad.mul_(1 / max(1, positions)).to(weight.dtype)
+            low = grad.div_(count).to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[some] = low @ weight
             if grad_weight is not None:
@@ -150,7 +151,7 @@ class _HeadLoss(torch.autograd.Function):
                 grad_bias += grad.sum(0)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return total / max(1, positions)
+        return total / count
 
     @staticmethod
     @once_differentiable
@@ -172,12 +173,17 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dty
 
 
 def _likelihood(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss, and the gradient of the logits, [positions, vocab_size]; overwrites them."""
+    """Summed loss, and the gradient of the logits, [positions, vocab_size]; overwrites them.
+
+    Negative targets do not count.
+    """
+    counts = (targets >= 0).to(logits.dtype)
     normalizer = logits.logsumexp(-1)
-    at = targets[:, None]
-    loss = (normalizer - logits.gather(1, at)[:, 0]).sum()
+    at = targets.clamp_min(0)[:, None]
+    loss = ((normalizer - logits.gather(1, at)[:, 0]) * counts).sum()
     grad = logits.sub_(normalizer[:, None]).exp_()
-    return loss, grad.scatter_add_(1, at, torch.full_like(at, -1, dtype=grad.dtype))
+    grad.scatter_add_(1, at, torch.full_like(at, -1, dtype=grad.dtype))
+    return loss, grad.mul_(counts[:, None])
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

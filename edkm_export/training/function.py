@@ -23,7 +23,8 @@ def _save(
     ctx: Any, clusters: Clusters, weight: Tensor, lut: Tensor, dtype: torch.dtype, *inputs: Tensor
 ) -> None:
     ctx.clusters, ctx.soft, ctx.dtype = clusters, clusters.is_soft, dtype
-    ctx.save_for_backward(clusters.codes, clusters.table(dtype), weight, lut, *inputs)
+    codes = clusters.product_codes(weight)
+    ctx.save_for_backward(codes, clusters.table(dtype), weight, lut, *inputs)
 
 
 def _dense(ctx: Any, saved: tuple[Tensor, ...]) -> Tensor:
@@ -36,7 +37,7 @@ def _dense(ctx: Any, saved: tuple[Tensor, ...]) -> Tensor:
     if ctx.soft:
         soft = clusters.soft_weight(weight.detach(), lut.detach() * clusters.unit)
         return soft.to(ctx.dtype).view(weight.shape)
-    return look_up(table, codes).view(weight.shape)
+    return clusters.decode(table, codes).view(weight.shape)
 
 
 def _pull_back(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -44,6 +45,8 @@ def _pull_back(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tenso
     codes, _, weight, lut = saved[:4]
     clusters: Clusters = ctx.clusters
     need_weight, need_lut = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    if clusters.defers_gradients:
+        return (grad.to(weight.dtype) if need_weight else None), None
     grad_lut = None
     if need_lut and not ctx.soft:
         grad_lut = clusters.lut_gradient(clusters.grouped(grad.contiguous()), codes)
@@ -77,7 +80,7 @@ def _forward_weight(clusters: Clusters, weight: Tensor, lut: Tensor, dtype: torc
     if clusters.is_soft:
         soft = clusters.soft_weight(weight.detach(), lut.detach() * clusters.unit)
         return soft.to(dtype).view(weight.shape)
-    return look_up(clusters.table(dtype), clusters.codes).view(weight.shape)
+    return clusters.decode(clusters.table(dtype), clusters.product_codes(weight)).view(weight.shape)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -123,9 +126,10 @@ class EmbeddingFunction(torch.autograd.Function):
     ) -> Tensor:
         _save(ctx, clusters, weight, lut, dtype, ids)
         ctx.padding = padding
-        if clusters.is_soft:
+        codes = clusters.product_codes(weight)
+        if clusters.is_soft or codes.is_floating_point():
             return F.embedding(ids, _forward_weight(clusters, weight, lut, dtype))
-        rows, table = _rows(clusters.codes, clusters.table(dtype), weight.shape, ids)
+        rows, table = _rows(codes, clusters.table(dtype), weight.shape, ids)
         return look_up(table, rows).view(*ids.shape, weight.shape[1])
 
     @staticmethod
@@ -177,7 +181,7 @@ class ConvFunction(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.settings
         need_weight = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         # The weight is looked at for the gradient of the input only; otherwise its shape is enough.
-        dense = _dense(ctx, saved) if ctx.needs_input_grad[3] else saved[2].to(x.dtype)
+        dense = _dense(ctx, saved) if ctx.needs_input_grad[3] else x.new_empty(saved[2].shape)
         grad_x, grad_dense, grad_bias = torch.ops.aten.convolution_backward(
             grad,
             x,

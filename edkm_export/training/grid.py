@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from edkm_export.palette import int8_scale
+
 __all__ = ["Grid", "Rounded"]
 
 
@@ -35,10 +37,10 @@ class Grid:
     """How entries are rounded.
 
     Attributes:
-        lut_dtype: "float16", or "int8" with one float16 scale a group: its largest entry over 127, so that the
-            scale follows the entries as they are learned.
+        lut_dtype: "float16", or "int8" with one float16 scale a group: about its largest entry over 127, so that
+            the scale follows the entries as they are learned.
         in_bfloat16: keep to float16 values that bfloat16 holds as well, so that a product in bfloat16 sees the
-            very weights that ship. Entries of an int8 grid take 18 bits and cannot: there, bfloat16 rounds.
+            very weights that ship. Entries of an int8 grid take 11 bits and cannot: there, bfloat16 rounds.
     """
 
     lut_dtype: Literal["float16", "int8"] = "float16"
@@ -47,11 +49,8 @@ class Grid:
     def round(self, centroids: Tensor) -> Rounded:
         """Round centroids, float32 or float64 [groups, k]."""
         if self.lut_dtype == "int8":
-            largest = centroids.abs().amax(1) / 127
-            scale = torch.where(largest > 0, largest, 1.0).half()
-            steps = (
-                (centroids.double() / scale.double().clamp_min(2.0**-24)[:, None]).round_().clamp_(-127, 127)
-            )
+            scale = int8_scale(centroids.abs().amax(1))
+            steps = (centroids.double() / scale.double()[:, None]).round_().clamp_(-127, 127)
             lut = steps.to(torch.int8)
             return Rounded((lut.float() * scale.float()[:, None]).half(), lut, scale)
         # Rounded to 8 digits and then to float16: in its subnormal range the second rounding drops digits only.

@@ -52,6 +52,11 @@ class Learner(nn.Module):
             return self._loss_in_chunks(input_ids, counts)
         return self._loss_of_logits(input_ids, counts)
 
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Logits of the student, [batch, context, vocab_size]."""
+        found: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return found
+
     def _loss_in_chunks(self, ids: Tensor, counts: Tensor | None) -> Tensor:
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         dtype = _product_dtype(hidden)

@@ -79,11 +79,11 @@ class PalettizedConv1D(PalettizedLinear):
 
 
 class PalettizedEmbedding(PalettizedModule):
-    """nn.Embedding: ids int64 [...] -> [..., width], in the dtype of the master weight."""
+    """nn.Embedding: ids int64 [...] -> [..., width], in the dtype of the master weight, times a scale."""
 
-    def __init__(self, clusters: Clusters, padding_idx: int | None) -> None:
+    def __init__(self, clusters: Clusters, padding_idx: int | None, scale: float = 1.0) -> None:
         super().__init__(clusters)
-        self.padding_idx = padding_idx
+        self.padding_idx, self.scale = padding_idx, scale
         self.num_embeddings, self.embedding_dim = clusters.weight.shape
 
     def forward(self, ids: Tensor) -> Tensor:  # noqa: D102
@@ -93,7 +93,7 @@ class PalettizedEmbedding(PalettizedModule):
         y: Tensor = EmbeddingFunction.apply(  # type: ignore[no-untyped-call]
             weight, self.clusters.lut, ids, self.clusters, padding, weight.dtype
         )
-        return y
+        return y if self.scale == 1 else y * self.scale
 
 
 class PalettizedConv2d(PalettizedModule):

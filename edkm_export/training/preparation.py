@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from edkm_export.calibration import input_energy
+from edkm_export.models.conv1d import held_weight
 from edkm_export.recipe import Recipe, Rule, uniform_recipe
 from edkm_export.training.clusters import ClusterMethod
 from edkm_export.training.config import TrainConfig
@@ -87,7 +88,7 @@ def prepare(
     seeds = None
     if config.target_bits is not None:
         announce("choosing bits layer by layer")
-        weights = {name: model.get_submodule(name).weight.data for name in plan if len(shapes[name]) == 2}
+        weights = {name: held_weight(model.get_submodule(name)) for name in plan if len(shapes[name]) == 2}
         known = importance or {
             name: Importance(torch.ones(weight.shape[1])) for name, weight in weights.items()
         }

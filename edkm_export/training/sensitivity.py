@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edkm_export.errors import InputError
+from edkm_export.models.conv1d import is_conv1d
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.training.surgery import Importance, seed_centroids
@@ -58,7 +59,7 @@ def fisher_factors(
     hooks = [
         module.register_forward_hook(watch(name))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) or is_conv1d(module)
     ]
     # Gradients of activations are enough: they start at the embeddings, and no parameter needs its own.
     hooks.append(

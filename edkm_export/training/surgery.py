@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.clustering import optimal_centroids
 from edkm_export.errors import InputError
+from edkm_export.models.conv1d import conv1d_weights, held_weight, is_conv1d
 from edkm_export.palette import PalettizedTensor
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.training.clusters import ClusterMethod, Clusters
@@ -48,21 +49,20 @@ class Importance:
     outputs: Tensor | None = None
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, told by its name, so that transformers need not be imported."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+def _is_embedding(module: nn.Module) -> bool:
+    """True for Gemma's scaled embeddings too."""
+    return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and _scale_of(module) != 1)
+
+
+def _scale_of(module: nn.Module) -> float:
+    """The factor that Gemma's embeddings multiply their output by; one for others."""
+    return float(getattr(module, "scalar_embed_scale", 1.0))
 
 
 def _targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules(remove_duplicate=True):
-        if type(module) in (nn.Linear, nn.Embedding, nn.Conv2d) or _is_conv1d(module):
+        if type(module) in (nn.Linear, nn.Conv2d) or _is_embedding(module) or is_conv1d(module):
             yield name, module
-
-
-def _matrix(module: Any) -> Tensor:
-    """The weight as [out, in, ...]: GPT-2's Conv1D is turned."""
-    weight: Tensor = module.weight.data
-    return weight.t().contiguous() if _is_conv1d(module) else weight
 
 
 def trainable_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -73,7 +73,7 @@ def trainable_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         if id(module.weight) not in seen:
             seen.add(id(module.weight))
             shape = tuple(module.weight.shape)  # type: ignore[arg-type]
-            shapes[name] = shape[::-1] if _is_conv1d(module) else shape
+            shapes[name] = shape[::-1] if is_conv1d(module) else shape
     return shapes
 
 
@@ -143,7 +143,7 @@ def insert_clusters(
         users.setdefault(id(module.weight), []).append((name, module))
     for name, rule in plan.items():
         layer: Any = model.get_submodule(name)
-        weight = _matrix(layer)
+        weight = held_weight(layer)
         if not bool(torch.isfinite(weight).all()):
             raise InputError(f"{source}: {name}.weight holds NaN or infinity; the model is broken.")
         sharing = users[id(layer.weight)]
@@ -173,12 +173,12 @@ def _palettized(where: str, module: Any, clusters: Clusters) -> PalettizedModule
             raise InputError(
                 f"{where}: embeddings with max_norm, sparse or scale_grad_by_freq cannot be trained."
             )
-        return PalettizedEmbedding(clusters, module.padding_idx)
+        return PalettizedEmbedding(clusters, module.padding_idx, _scale_of(module))
     if isinstance(module, nn.Conv2d):
         if module.padding_mode != "zeros":
             raise InputError(f"{where}: padding mode {module.padding_mode!r} cannot be trained, use zeros.")
         return PalettizedConv2d(clusters, bias, module)
-    if _is_conv1d(module):
+    if is_conv1d(module):
         return PalettizedConv1D(clusters, bias)
     return PalettizedLinear(clusters, bias)
 
@@ -207,10 +207,12 @@ def to_checkpoint(
     *,
     tokenizer: Mapping[str, bytes] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    whole: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach,
 ) -> Checkpoint:
     """Exactly what the hard forward pass of the model uses.
 
-    Parameters that are not palettized keep float32 where float16 would change them.
+    Parameters that are not palettized keep float32 where float16 would change them. `whole` makes ordinary
+    tensors of parameters of which each process holds a share.
     """
     palettized: dict[str, PalettizedTensor] = {}
     tied: dict[str, str] = {}
@@ -224,12 +226,14 @@ def to_checkpoint(
             else:
                 tied[weight_name] = first
     dense: dict[str, Tensor] = {}
+    turned = conv1d_weights(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if ".clusters." in f".{name}":
             continue
         first = stored.setdefault(id(parameter), name)
         if first == name:
-            dense[name] = _compact(parameter.detach().cpu())
+            tensor = whole(parameter).cpu()
+            dense[name] = _compact(tensor.t().contiguous() if name in turned else tensor)
         else:
             tied[name] = first
     return Checkpoint(

@@ -17,7 +17,7 @@ from torch import Tensor
 from edkm_export.clustering import hard_assign
 from edkm_export.clustering.native import Array, kernel, spread
 
-__all__ = ["assign", "look_up", "segment_sums", "use_counts"]
+__all__ = ["assign", "has_kernels", "look_up", "segment_sums", "use_counts"]
 
 _BLOCK = 1 << 20  # weights whose codes are widened at a time
 _HOST_BLOCK = 1 << 18  # weights that one CPU task handles
@@ -34,6 +34,11 @@ def _triton() -> ModuleType | None:
 
 def _kernels(codes: Tensor) -> ModuleType | None:
     return _triton() if codes.device.type == "cuda" else None
+
+
+def has_kernels(codes: Tensor) -> bool:
+    """Whether tables of these codes are handled by Triton's kernels."""
+    return _kernels(codes) is not None
 
 
 def _blocks(groups: int, m: int) -> Iterator[tuple[slice, slice]]:

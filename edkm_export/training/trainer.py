@@ -11,30 +11,39 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from edkm_export.errors import PaletteError
+from edkm_export.errors import InputError, PaletteError
 from edkm_export.training import checkpoints
 from edkm_export.training.batch import ClusterBatch
 from edkm_export.training.callbacks import Finite, Refresh
 from edkm_export.training.config import TrainConfig
 from edkm_export.training.faults import TrainingError
+from edkm_export.training.graphs import GraphedStep, can_record
 from edkm_export.training.learner import Learner
 from edkm_export.training.optimizer import Progress, build_optimizer, rate_at
+from edkm_export.training.processes import ALONE, Processes
+from edkm_export.training.sharding import Sharding
 from edkm_export.training.surgery import clusters_of
 from edkm_export.training.windows import PackedWindows
 
-__all__ = ["PaletteTrainer", "training_arguments"]
+__all__ = ["PaletteTrainer", "load_weights", "training_arguments"]
 
 _KEPT = 2  # checkpoints
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def training_arguments(
-    config: TrainConfig, folder: Path, *, steps: int, device: str, board: bool
+    config: TrainConfig,
+    folder: Path,
+    *,
+    steps: int,
+    device: str,
+    board: bool,
+    processes: Processes = ALONE,
 ) -> TrainingArguments:
     """The part of the settings that transformers' Trainer handles."""
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=processes.share(config.batch_size),
         gradient_accumulation_steps=config.accumulate,
         max_steps=steps,
         max_grad_norm=config.clip,
@@ -73,16 +82,34 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         arguments: TrainingArguments,
         progress: Progress,
         callbacks: list[Any],
+        processes: Processes = ALONE,
+        original: Any | None = None,
     ) -> None:
+        self.processes, self.sharding = processes, None
+        optimizer = None
+        if processes.are_many:
+            if not hasattr(Trainer, "_clip_grad_norm"):  # it would clip each share by itself
+                raise InputError("several processes need a newer transformers: pip install -U transformers")
+            optimizer = build_optimizer(learner.model, config)  # its groups are of whole weights' sizes
+            self.sharding = Sharding(learner, original, optimizer, processes)
         self.config, self.progress, self.learner = config, progress, learner
         self.folder = Path(arguments.output_dir)
         super().__init__(
-            model=learner, args=arguments, train_dataset=data, data_collator=collate, callbacks=callbacks
+            model=learner,
+            args=arguments,
+            train_dataset=data,
+            data_collator=collate,
+            callbacks=callbacks,
+            optimizers=(optimizer, None),
         )
         self.remove_callback(PrinterCallback)
         self.clusters = ClusterBatch(list(clusters_of(learner).values()))
+        self.clusters.defer()
+        self.graph: GraphedStep | None = None
+        if config.record_steps and self.sharding is None and can_record(learner):
+            self.graph = GraphedStep(learner, divide=config.accumulate, bf16=config.bf16)
         self.add_callback(Refresh(self.clusters))
-        self.finite = Finite(arguments.device)
+        self.finite = Finite(arguments.device, processes)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided by the micro-batches
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -90,6 +117,43 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.learner.model, self.config)
         return self.optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let accelerate prepare autocast, but neither move nor wrap a learner that is sharded."""
+        super().create_accelerator_and_postprocess()
+        if self.sharding is not None:
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = lambda model, **_: prepare(
+                model, device_placement=False, evaluation_mode=True
+            )
+
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        if self.sharding is None:  # shares are where they have to be, and codes would lose their padding
+            super()._move_model_to_device(model, device)
+
+    def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch; after the last one of a step, what is left to do for gradients of LUTs and shares."""
+        loss: Tensor
+        if self.graph is not None and self.graph.takes(inputs):
+            loss = self.graph(inputs["input_ids"])
+            self.finite.see(loss)
+        else:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.clusters.gradients()
+            if self.sharding is not None:
+                self.sharding.finish_gradients()
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.sharding is None:
+            return super()._clip_grad_norm(model)
+        return self.sharding.clip_gradients(self.config.clip)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self.sharding is None or grad_norm is not None:
+            return super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.sharding.clip_gradients(0.0)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Rates follow the share of the run that is done, in steps or in time."""
@@ -113,6 +177,10 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """The learner's loss."""
         loss = model(**inputs)
+        if self.processes.are_many and "counts" in inputs:
+            # The mean over all processes' tokens, which is no mean of means when not all tokens count.
+            own = inputs["counts"][:, 1:].sum().to(loss.dtype)
+            loss = loss * (own * self.processes.count / self.processes.total(own.clone()).clamp_min(1))
         self.finite.see(loss)
         if loss.device.type == "cpu":
             self.check()
@@ -145,8 +213,12 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Weights, LUTs and codes; frozen master weights come from the original again."""
+        """Weights, LUTs and codes, whole; frozen master weights come from the original again."""
         self.clusters.refresh()
+        if self.sharding is not None:
+            state_dict = self.sharding.whole_state()
+        if not self.processes.is_first:
+            return
         state = self.learner.model.state_dict() if state_dict is None else state_dict
         frozen = _frozen_masters(self.learner.model)
         folder = Path(output_dir or self.args.output_dir)
@@ -161,8 +233,11 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         path = self.folder / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-            checkpoints.complete(path, {"elapsed": self.progress.elapsed, "step": self.state.global_step})
-            checkpoints.retire(self.folder, _KEPT)
+            self.processes.wait()  # each writes the state of its random numbers
+            if self.processes.is_first:
+                checkpoints.complete(path, {"elapsed": self.progress.elapsed, "step": self.state.global_step})
+                checkpoints.retire(self.folder, _KEPT)
+            self.processes.wait()
         except (OSError, RuntimeError) as error:
             if isinstance(error, OSError) and error.errno not in _FULL:
                 raise
@@ -171,9 +246,26 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
                 f"the checkpoint could not be written to {path}, is the disk full? ({reason})"
             ) from error
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.sharding is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = self.sharding.optimizer_state()
+        if self.processes.is_first:
+            torch.save(state, Path(output_dir) / checkpoints.OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / checkpoints.SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.sharding is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self.sharding.load_optimizer(_load(Path(checkpoint) / checkpoints.OPTIMIZER))
+        self.lr_scheduler.load_state_dict(_load(Path(checkpoint) / checkpoints.SCHEDULER))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights, LUTs and codes."""
-        load_weights(self.learner.model, Path(resume_from_checkpoint))
+        """Load weights, LUTs and codes, unless that was done before the model was sharded."""
+        if self.sharding is None:
+            load_weights(self.learner.model, Path(resume_from_checkpoint))
 
     def run(self, resume: Path | None) -> None:
         """Train to the end.
@@ -211,13 +303,17 @@ _OUT_OF_MEMORY = (
 )
 
 
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
 def load_weights(model: Any, folder: Path) -> None:
     """Load what `_save` wrote.
 
     Raises:
         TrainingError: it belongs to another model or recipe.
     """
-    state = torch.load(folder / checkpoints.WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
+    state = _load(folder / checkpoints.WEIGHTS)
     try:
         missing, unknown = model.load_state_dict(state, strict=False)
     except RuntimeError as error:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["assign", "look_up", "segment_sums"]
+__all__ = ["assign", "look_up", "nearest", "segment_sums"]
 
 _BLOCK = 4096
 
@@ -25,6 +25,19 @@ def _look_up(codes, table, out, m, blocks, k: tl.constexpr, block: tl.constexpr)
     at = group.to(tl.int64) * m + inside
     code = tl.load(codes + at, mask=inside < m, other=0).to(tl.int32)
     tl.store(out + at, tl.load(table + group * k + code), mask=inside < m)
+
+
+@triton.jit
+def nearest(value, row, k: tl.constexpr, block: tl.constexpr):
+    """Number of the entry of `row` [k] that is nearest to each value [block], the first of equals."""
+    least = tl.full((block,), float("inf"), tl.float32)
+    best = tl.zeros((block,), tl.int32)
+    for j in range(k):
+        distance = tl.abs(value - tl.load(row + j))
+        nearer = distance < least
+        least = tl.where(nearer, distance, least)
+        best = tl.where(nearer, j, best)
+    return best
 
 
 @triton.jit
@@ -42,13 +55,7 @@ def _assign(
     inside = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     at = group.to(tl.int64) * m + inside
     value = tl.load(weight + at, mask=inside < m, other=0.0).to(tl.float32)
-    nearest = tl.full((block,), float("inf"), tl.float32)
-    best = tl.zeros((block,), tl.int32)
-    for j in range(k):
-        distance = tl.abs(value - tl.load(centroids + group * k + j))
-        nearer = distance < nearest
-        nearest = tl.where(nearer, distance, nearest)
-        best = tl.where(nearer, j, best)
+    best = nearest(value, centroids + group * k, k, block)
     before = tl.load(codes + at, mask=inside < m, other=0).to(tl.int32)
     changed = tl.sum(((before != best) & (inside < m)).to(tl.int32), axis=0)
     tl.store(codes + at, best.to(tl.uint8), mask=inside < m)
