@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from edkm_export.errors import InputError
 from edkm_export.memory import return_freed_memory
+from edkm_export.models.conv1d import is_conv1d
 
 __all__ = ["input_energy"]
 
@@ -56,7 +57,7 @@ def input_energy(
     hooks = [
         module.register_forward_pre_hook(lambda _module, args, name=name: record(name, args[0]))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
     ]
     try:
         with _float32_activations(model):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from edkm_export.clustering import hard_assign, optimal_centroids
 from edkm_export.errors import InputError
 from edkm_export.memory import return_freed_memory
-from edkm_export.palette import PalettizedTensor, all_finite
+from edkm_export.models.conv1d import as_linear, held_weight, is_conv1d
+from edkm_export.palette import PalettizedTensor, all_finite, int8_scale
 from edkm_export.recipe import Recipe, Rule
 
 __all__ = ["PalettizedModel", "palettizable_shapes", "palettize_model", "palettize_weight"]
@@ -30,13 +31,16 @@ class PalettizedModel:
 
 
 def palettizable_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """{module name: weight shape} of linear and embedding layers; tied ones under their first name."""
+    """{module name: weight shape (out, in)} of linear and embedding layers; tied ones under their first name."""
     shapes: dict[str, tuple[int, ...]] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            shapes[name] = tuple(module.weight.shape)
+        if not isinstance(module, (nn.Linear, nn.Embedding)) and not is_conv1d(module):
+            continue
+        weight = module.get_parameter("weight")
+        if id(weight) not in seen:
+            seen.add(id(weight))
+            shapes[name] = tuple(weight.shape)[::-1] if is_conv1d(module) else tuple(weight.shape)
     return shapes
 
 
@@ -78,14 +82,15 @@ def palettize_model(
             *(alias.removesuffix(".weight") for alias, target in aliases.items() if target == name),
         ]
         importance = next((energy[user] for user in users if user in energy), None) if energy else None
-        palettized[name] = palettize_weight(name, parameter.data, rule, importance=importance)
+        weight = held_weight(model.get_submodule(module_name))
+        palettized[name] = palettize_weight(name, weight, rule, importance=importance)
+        del weight
         parameter.data = torch.empty(0, dtype=parameter.dtype)
         return_freed_memory()
         if advance is not None:
             advance(module_name, palettized[name].numel)
-    dense = {
-        name: parameter.data.clone() for name, parameter in model.named_parameters() if name not in palettized
-    }
+    left = {name: parameter.data for name, parameter in model.named_parameters() if name not in palettized}
+    dense = {name: tensor.clone() for name, tensor in as_linear(model, left).items()}
     for name, tensor in dense.items():
         if not all_finite(tensor):
             raise InputError(f"{source}: {name} holds NaN or infinity; the model is broken.")
@@ -146,8 +151,7 @@ def _round(centroids: Tensor, lut: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         lut.copy_(centroids[:, None, :, None])
         return lut[:, 0, :, 0]
-    largest = centroids.abs().amax(1, keepdim=True) / 127  # [groups, 1]
-    scale.copy_(torch.where(largest > 0, largest, torch.ones_like(largest)))
-    steps = (centroids / scale.double().clamp_min(2.0**-24)).round().clamp(-127, 127)
+    scale.copy_(int8_scale(centroids.abs().amax(1, keepdim=True)))  # [groups, 1]
+    steps = (centroids / scale.double()).round().clamp(-127, 127)
     lut.copy_(steps[:, None, :, None])
     return (steps.float() * scale.float()).half()

@@ -103,7 +103,9 @@ class Recipe(_Strict):
 
 
 # Embeddings and output heads, by the names that the supported families use.
-_OUTER = ("*embed_tokens", "*lm_head")
+_OUTER = ("*embed_tokens", "*lm_head", "*transformer.wte")
+# Tables of learned positions: small, and added to every token.
+_DENSE = ("*transformer.wpe",)
 
 
 def uniform_recipe(
@@ -123,7 +125,8 @@ def uniform_recipe(
     except pydantic.ValidationError as error:
         raise RecipeError(_explain(error)) from error
     suffix = f"g{group_size}" if group_size else ""
-    return Recipe(name=f"{bits}bit{suffix}", rules=(*outer, inner))
+    dense = [Rule(match=pattern, lut_dtype=lut_dtype, skip=True, optional=True) for pattern in _DENSE]
+    return Recipe(name=f"{bits}bit{suffix}", rules=(*outer, *dense, inner))
 
 
 PRESETS: dict[str, Recipe] = {

@@ -13,6 +13,7 @@ import torch
 
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import CheckpointError
+from edkm_export.models.conv1d import as_linear
 from edkm_export.models.registry import check_parameters
 
 __all__ = ["load_hard_model", "load_hard_tokenizer"]
@@ -42,9 +43,9 @@ def load_hard_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
             )
     except Exception as error:  # what a configuration that makes no sense raises has no common base
         raise CheckpointError(f"{source}: transformers cannot build its model: {error}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in as_linear(model, model.state_dict()).items()}
     check_parameters(checkpoint, expected, source)
-    model.load_state_dict(checkpoint.state_dict(dtype), assign=True)
+    model.load_state_dict(as_linear(model, checkpoint.state_dict(dtype)), assign=True)
     model.tie_weights()
     return model.eval().requires_grad_(False)
 

@@ -1,63 +1,19 @@
-"""Model families that can be exported, and how their configurations map to the decoder."""
+"""From a checkpoint to the decoder of its family."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
 import torch
 
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import CheckpointError, ConversionError
-from edkm_export.models.decoder import Decoder, DecoderConfig
+from edkm_export.models.config import FULL, DecoderConfig
+from edkm_export.models.decoder import Decoder
+from edkm_export.models.families import FAMILIES
 
-__all__ = ["FAMILIES", "build_decoder", "check_parameters", "decoder_config"]
-
-
-class _LlamaSettings(pydantic.BaseModel):
-    """What the decoder needs of a Llama configuration; files come from anywhere, so every value is checked."""
-
-    model_config = pydantic.ConfigDict(extra="ignore", strict=True)
-
-    vocab_size: pydantic.PositiveInt
-    hidden_size: pydantic.PositiveInt
-    intermediate_size: pydantic.PositiveInt
-    num_hidden_layers: pydantic.PositiveInt
-    num_attention_heads: pydantic.PositiveInt
-    num_key_value_heads: pydantic.PositiveInt | None = None
-    head_dim: pydantic.PositiveInt | None = None
-    max_position_embeddings: pydantic.PositiveInt = 2048
-    rms_norm_eps: pydantic.PositiveFloat = 1e-6
-    hidden_act: Literal["silu"] = "silu"
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    tie_word_embeddings: bool = False
-
-
-def _llama(config: dict[str, Any]) -> DecoderConfig:
-    """Llama 2 and 3, SmolLM2, TinyLlama."""
-    settings = _LlamaSettings.model_validate(config)
-    heads = settings.num_attention_heads
-    return DecoderConfig(
-        vocab_size=settings.vocab_size,
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_layers=settings.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=settings.num_key_value_heads or heads,
-        head_dim=settings.head_dim or settings.hidden_size // heads,
-        max_positions=settings.max_position_embeddings,
-        norm_eps=settings.rms_norm_eps,
-        qkv_bias=settings.attention_bias,
-        output_bias=settings.attention_bias,
-        mlp_bias=settings.mlp_bias,
-        tied=settings.tie_word_embeddings,
-    )
-
-
-FAMILIES: dict[str, Callable[[dict[str, Any]], DecoderConfig]] = {"llama": _llama}
-"""{`model_type` of the Hugging Face configuration: its mapping}."""
+__all__ = ["FAMILIES", "build_decoder", "check_parameters", "decoder_config", "empty_decoder"]
 
 
 def decoder_config(config: dict[str, Any], source: str) -> DecoderConfig:
@@ -72,14 +28,36 @@ def decoder_config(config: dict[str, Any], source: str) -> DecoderConfig:
             f"{source}: model type {family!r} cannot be exported yet; supported are {', '.join(sorted(FAMILIES))}."
         )
     try:
-        found = FAMILIES[family](config)
+        settings = FAMILIES[family].model_validate(config)
     except pydantic.ValidationError as error:
         raise ConversionError(f"{source}: {_explain(error.errors()[0], family)}") from error
+    found = settings.decoder_config()
+    _check_sizes(found, config, source)
+    return found
+
+
+def _check_sizes(found: DecoderConfig, config: dict[str, Any], source: str) -> None:
+    """Refuse values that are right each for itself but not together."""
     if found.num_heads % found.num_kv_heads:
         raise ConversionError(
             f"{source}: {found.num_kv_heads} key/value heads do not divide {found.num_heads} heads."
         )
-    return found
+    layers = config.get("num_hidden_layers", found.num_layers)
+    if found.num_layers != layers:
+        raise ConversionError(
+            f"{source}: layer_types of its configuration names {found.num_layers} layers, but num_hidden_layers is "
+            f"{layers}; palettize the model again."
+        )
+    if found.sliding_window is None and set(found.layer_kinds) != {FULL}:
+        raise ConversionError(
+            f"{source}: some of its layers are of type 'sliding_attention', but sliding_window of its configuration "
+            f"is {config.get('sliding_window')!r}; palettize the model again."
+        )
+    if found.rotary_dim % 2:
+        raise ConversionError(
+            f"{source}: {found.rotary_dim} channels of a head rotate, which must be an even number; it has "
+            f"head_dim {found.head_dim}."
+        )
 
 
 def _explain(detail: Any, family: str) -> str:
@@ -87,14 +65,14 @@ def _explain(detail: Any, family: str) -> str:
     if detail["type"] == "missing":
         return f"its configuration lacks {key!r}; palettize the model again."
     if detail["type"] == "literal_error":
-        expected = detail["ctx"]["expected"].strip("'")
+        expected = detail["ctx"]["expected"].replace("'", "")
         return f"{key} {detail['input']!r} is not supported in the {family} family; use {expected}."
-    return f"{key} of its configuration is {detail['input']!r}: {detail['msg']}; palettize the model again."
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{key} of its configuration is {detail['input']!r}: {message}; palettize the model again."
 
 
-@torch.no_grad()
-def build_decoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The export-friendly decoder with the checkpoint's decoded weights.
+def empty_decoder(checkpoint: Checkpoint) -> Decoder:
+    """The decoder of a checkpoint without its weights, on the meta device.
 
     Returns:
         Decoder in eval mode; its parameter names are those of the checkpoint.
@@ -109,11 +87,28 @@ def build_decoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) ->
         decoder = Decoder(config)
     expected = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
     check_parameters(checkpoint, expected, source)
-    state = checkpoint.state_dict(dtype)
-    decoder.load_state_dict(state, assign=True)
-    if config.tied:
-        decoder.lm_head.weight = decoder.model.embed_tokens.weight
+    if config.tied and "lm_head.weight" not in checkpoint.tied:
+        raise CheckpointError(
+            f"{source}: lm_head.weight is stored apart, but its configuration says tie_word_embeddings; "
+            "palettize the model again."
+        )
     return decoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def build_decoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The export-friendly decoder with the checkpoint's decoded weights.
+
+    Returns:
+        Decoder in eval mode; its parameter names are those of the checkpoint.
+
+    Raises:
+        ConversionError, CheckpointError: see `empty_decoder`.
+    """
+    decoder = empty_decoder(checkpoint)
+    decoder.load_state_dict(checkpoint.state_dict(dtype), assign=True)
+    decoder.tie()
+    return decoder.to(dtype).eval().requires_grad_(False)
 
 
 def check_parameters(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], source: str) -> None:

@@ -13,25 +13,31 @@ import torch
 from torch import Tensor
 
 from edkm_export.errors import ConversionError
+from edkm_export.models.config import FULL, SLIDING
 
 __all__ = ["rope_tables"]
 
+_LAYER_TYPES = {FULL: "full_attention", SLIDING: "sliding_attention"}
 
-def rope_tables(config: dict[str, Any], head_dim: int, length: int) -> tuple[Tensor, Tensor]:
+
+def rope_tables(
+    config: dict[str, Any], rotary_dim: int, length: int, layer_kind: str = FULL
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position, as the model's configuration scales them.
 
     Args:
         config: Hugging Face configuration with `rope_parameters`.
-        head_dim: channels of a head; the two halves of a head rotate together ("rotate half").
+        rotary_dim: channels of a head that rotate, its two halves together ("rotate half").
         length: number of positions, from 0.
+        layer_kind: FULL or SLIDING; some models have parameters for each.
 
     Returns:
-        cos, sin: float32 [length, head_dim], with the attention factor of YaRN folded in.
+        cos, sin: float32 [length, rotary_dim], with the attention factor of YaRN or LongRoPE folded in.
 
     Raises:
         ConversionError: unsupported kind of scaling, or more positions than its frequencies hold for.
     """
-    parameters = _Parameters(config)
+    parameters = _Parameters(config, layer_kind)
     kind = parameters.kind
     if kind not in _FREQUENCIES:
         raise ConversionError(
@@ -42,10 +48,16 @@ def rope_tables(config: dict[str, Any], head_dim: int, length: int) -> tuple[Ten
             f"RoPE scaling 'dynamic' changes its frequencies with the text beyond {parameters.max_positions} "
             f"tokens, which constant tables cannot; use --sequence-length {parameters.max_positions} or less."
         )
+    if kind == "longrope" and length > parameters.number("original_max_position_embeddings"):
+        limit = int(parameters.number("original_max_position_embeddings"))
+        raise ConversionError(
+            f"RoPE scaling 'longrope' has other frequencies for texts beyond {limit} tokens, also for their first "
+            f"tokens, which constant tables cannot; use --sequence-length {limit} or less."
+        )
     base = parameters.number("rope_theta", 10000.0)
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
     frequencies, factor = _FREQUENCIES[kind](base**-exponents, parameters, base)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)  # [length, head_dim / 2]
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)  # [length, rotary_dim / 2]
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
@@ -53,8 +65,10 @@ def rope_tables(config: dict[str, Any], head_dim: int, length: int) -> tuple[Ten
 class _Parameters:
     """`rope_parameters` of a configuration; each number is checked when it is asked for."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], layer_kind: str) -> None:
         given = config.get("rope_parameters") or {}
+        if isinstance(given, dict) and any(name in given for name in _LAYER_TYPES.values()):
+            given = given.get(_LAYER_TYPES[layer_kind])
         if not isinstance(given, dict):
             raise ConversionError(
                 f"rope_parameters is {given!r}, expected a dict; palettize the model again."
@@ -74,6 +88,20 @@ class _Parameters:
             )
         return float(value)
 
+    def factors(self, name: str, count: int) -> Tensor:
+        """A list of positive numbers, float64 [count]."""
+        values = self._values.get(name)
+        if (
+            not isinstance(values, list)
+            or len(values) != count
+            or not all(type(value) in (int, float) and 0 < value < math.inf for value in values)
+        ):
+            shown = f"{len(values)} values" if isinstance(values, list) else repr(values)
+            raise ConversionError(
+                f"RoPE scaling {self.kind!r}: {name} is {shown}, expected {count} positive numbers."
+            )
+        return torch.tensor(values, dtype=torch.float64)
+
     def has(self, name: str) -> bool:
         """True when it is given."""
         return self._values.get(name) is not None
@@ -84,7 +112,7 @@ class _Parameters:
         return bool(self._values.get("truncate", True))
 
 
-_Scaled = tuple[Tensor, float]  # frequencies float64 [head_dim / 2], factor on cos and sin
+_Scaled = tuple[Tensor, float]  # frequencies float64 [rotary_dim / 2], factor on cos and sin
 
 
 def _default(frequencies: Tensor, parameters: _Parameters, base: float) -> _Scaled:
@@ -131,4 +159,20 @@ def _yarn(frequencies: Tensor, parameters: _Parameters, base: float) -> _Scaled:
     return scaled, attention(1.0)
 
 
-_FREQUENCIES = {"default": _default, "dynamic": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _longrope(frequencies: Tensor, parameters: _Parameters, base: float) -> _Scaled:
+    """LongRoPE, arXiv 2402.13753, within the context of the pretraining; Phi-3 gives the factors."""
+    original = parameters.number("original_max_position_embeddings")
+    factor = parameters.number("factor", parameters.max_positions / original)
+    attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    scaled = frequencies / parameters.factors("short_factor", len(frequencies))
+    return scaled, parameters.number("attention_factor", attention)
+
+
+_FREQUENCIES = {
+    "default": _default,
+    "dynamic": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "longrope": _longrope,
+    "yarn": _yarn,
+}

@@ -20,6 +20,8 @@ from edkm_export.errors import BackendMissingError, InputError
 __all__ = ["Source", "load_config", "load_model", "load_tokenizer", "tokenizer_files"]
 
 _HASH_CHUNK = 1 << 24
+# Constants that older versions of transformers saved with the weights.
+_CONSTANTS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def _check_loaded(source: Source, found: dict[str, Any]) -> None:
         raise InputError(
             f"{source.reference}: parameter {mismatched[0]} has another shape than config.json says."
         )
-    unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
+    unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith(_CONSTANTS))
     if unexpected:
         raise InputError(
             f"{source.reference}: parameter {unexpected[0]} is not part of the model in config.json."

@@ -305,32 +305,39 @@ def save_other(model: Any, folder: Path) -> Path:
     return folder
 
 
-def make_qwen2(folder: Path) -> Path:
+def make_opt(folder: Path) -> Path:
     return save_other(
-        transformers.Qwen2ForCausalLM(
-            transformers.Qwen2Config(
+        transformers.OPTForCausalLM(
+            transformers.OPTConfig(
                 vocab_size=320,
                 hidden_size=32,
-                intermediate_size=48,
+                ffn_dim=48,
                 num_hidden_layers=1,
                 num_attention_heads=4,
-                num_key_value_heads=2,
+                word_embed_proj_dim=32,
             )
         ),
         folder,
     )
 
 
-def make_gpt2(folder: Path) -> Path:
+def make_gpt_neox(folder: Path) -> Path:
     return save_other(
-        transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=320, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+        transformers.GPTNeoXForCausalLM(
+            transformers.GPTNeoXConfig(
+                vocab_size=320,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                max_position_embeddings=64,
+            )
         ),
         folder,
     )
 
 
-@pytest.mark.parametrize("make", [make_qwen2, make_gpt2])
+@pytest.mark.parametrize("make", [make_opt, make_gpt_neox])
 def test_unsupported_architecture(edkm, work, tmp_path, make):
     folder = make(tmp_path / "other")
     first = edkm("palettize", folder)

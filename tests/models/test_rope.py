@@ -154,11 +154,55 @@ def test_theta_of_older_configurations():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["longrope", "su", "mrope"])
+@pytest.mark.parametrize("kind", ["ntk", "su", "mrope"])
 def test_unsupported_kind_lists_those_that_are(kind):
-    message = f"RoPE scaling '{kind}' is not supported; supported are default, dynamic, linear, llama3, yarn"
+    message = f"RoPE scaling '{kind}' is not supported; supported are default, dynamic, linear, llama3, longrope, yarn"
     with pytest.raises(ConversionError, match=message):
         rope_tables({"rope_parameters": {"rope_type": kind, **THETA}}, 16, 8)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.25, 1.5, 2.0],
+    "long_factor": [1.0, 4.0, 9.0, 16.0],
+    "original_max_position_embeddings": 64,
+    **THETA,
+}
+
+
+@pytest.mark.parametrize("change", [{}, {"attention_factor": 0.8}, {"factor": 16.0}])
+def test_longrope_within_its_context(change):
+    config = LlamaConfig(
+        hidden_size=16,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        rope_parameters={**LONGROPE, **change},
+    )
+    assert_tables(config, 8, 64)
+
+
+def test_longrope_beyond_its_context_is_refused():
+    config = {"rope_parameters": LONGROPE, "max_position_embeddings": 512}
+    with pytest.raises(ConversionError, match=r"beyond 64 tokens.*use --sequence-length 64 or less"):
+        rope_tables(config, 8, 65)
+
+
+@pytest.mark.parametrize("factors", [None, 2.0, [1.0, 2.0], [1.0, 2.0, 0.0, 1.0], [1.0, 2.0, "3", 1.0]])
+def test_longrope_with_factors_that_make_no_sense(factors):
+    config = {"rope_parameters": {**LONGROPE, "short_factor": factors}, "max_position_embeddings": 512}
+    with pytest.raises(ConversionError, match="'longrope': short_factor is .*, expected 4 positive numbers"):
+        rope_tables(config, 8, 64)
+
+
+def test_parameters_for_each_kind_of_layer():
+    nested = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    for kind, name in (("full", "full_attention"), ("sliding", "sliding_attention")):
+        expected = rope_tables({"rope_parameters": nested[name]}, 16, 8)
+        found = rope_tables({"rope_parameters": nested}, 16, 8, kind)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_dynamic_scaling_beyond_its_context_is_refused():

@@ -1,0 +1,99 @@
+"""What a decoder is made of: sizes, options, and the names that its family uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = ["FULL", "SLIDING", "DecoderConfig", "Names"]
+
+FULL, SLIDING = "full", "sliding"
+"""Kinds of layers: attention over all earlier positions, or over the last `sliding_window`."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Module names of the family's Hugging Face model, which are those of the checkpoint.
+
+    Attributes:
+        stack: everything below the output head.
+        embedding, layers, final_norm: in the stack.
+        positions: table of learned positions in the stack, None with rotary ones.
+        attention, mlp: in a layer.
+        attention_norm, mlp_norm: norms in front of them.
+        attention_output_norm, mlp_output_norm: norms behind them, None without.
+        attention_inputs: projections to queries, keys and values; a single one makes all three.
+        mlp_inputs: projections to gate and values; a single one makes both.
+        attention_output, mlp_output: projections back to the hidden size.
+    """
+
+    stack: str = "model"
+    embedding: str = "embed_tokens"
+    positions: str | None = None
+    layers: str = "layers"
+    final_norm: str = "norm"
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    attention_norm: str = "input_layernorm"
+    attention_output_norm: str | None = None
+    mlp_norm: str = "post_attention_layernorm"
+    mlp_output_norm: str | None = None
+    attention_inputs: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    attention_output: str = "o_proj"
+    mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")
+    mlp_output: str = "down_proj"
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and options of a decoder; sizes in elements.
+
+    Attributes:
+        max_positions: longest text that the model was made for.
+        layer_kinds: FULL or SLIDING for each layer.
+        sliding_window: positions that a sliding layer sees, the token's own included.
+        rotary_dim: channels of a head that rotate; 0: positions are learned.
+        norm: root mean square norm, or layer norm with bias.
+        norm_offset: the norm multiplies by one plus its weight.
+        query_key_norm: queries and keys are normalized head by head.
+        activation: key of `mlp.ACTIVATIONS`.
+        gated: the MLP multiplies its values by an activated gate.
+        attention_scale: factor on the scores; None: one over the root of `head_dim`.
+        attention_cap, logit_cap: c in c * tanh(x / c) of scores and logits; None: no cap.
+        embedding_scale: factor on the token embeddings.
+        residual_scale: power of two by which the residual stream is held smaller than in the Hugging Face model.
+            Norms do not see it; it keeps streams beyond 65,504 inside float16.
+        tied: the output head is the embedding.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float
+    layer_kinds: tuple[str, ...]
+    sliding_window: int | None = None
+    rotary_dim: int = 0
+    norm: Literal["rms", "layer"] = "rms"
+    norm_offset: bool = False
+    query_key_norm: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    logit_cap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    tied: bool = False
+    names: Names = field(default_factory=Names)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of attention and MLP."""
+        return len(self.layer_kinds)

@@ -1,0 +1,67 @@
+"""Where the new tokens of a forward pass stand, what they may see, and where keys and values are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = ["MASKED", "Cache", "Context", "causal_mask", "sliding_mask"]
+
+# Additive mask of a forbidden position: exp underflows to zero, and adding a score does not overflow float16.
+MASKED = -3e4
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a forward pass knows of its new tokens. Dictionaries have an entry for each kind of layer.
+
+    Attributes:
+        position_ids: int [batch, new].
+        rotary: cos and sin, each float [batch, new, rotary_dim]; empty when positions are learned.
+        masks: additive, float [batch, 1, new, total].
+    """
+
+    position_ids: Tensor
+    rotary: dict[str, tuple[Tensor, Tensor]]
+    masks: dict[str, Tensor]
+
+
+class Cache(Protocol):
+    """Keys and values of earlier positions."""
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values [batch, kv_heads, new, head_dim]; return those of all positions (total)."""
+        ...
+
+
+def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    """The mask that hides later positions.
+
+    Args:
+        query_positions: int [batch, new].
+        key_positions: int [batch, total].
+
+    Returns:
+        float32 [batch, 1, new, total], 0 or MASKED.
+    """
+    later = key_positions[:, None, None, :] > query_positions[:, None, :, None]
+    return later.float() * MASKED
+
+
+def sliding_mask(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
+    """Hide also what lies before a sliding window.
+
+    Args:
+        mask: float [batch, 1, new, total], additive.
+        query_positions: int [batch, new].
+        key_positions: int [batch, total]; only differences to `query_positions` matter.
+        window: positions that a token sees, its own included.
+
+    Returns:
+        float [batch, 1, new, total].
+    """
+    before = key_positions[:, None, None, :] <= query_positions[:, None, :, None] - window
+    # The smaller one, not the sum, which could leave the range of float16.
+    return mask.minimum(before.to(mask.dtype) * MASKED)
