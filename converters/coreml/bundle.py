@@ -1,11 +1,14 @@
-"""The folder that `edkm-export coreml` leaves: package, tokenizer and metadata."""
+"""The folder that `edkm-export coreml` leaves: packages, tokenizer and metadata."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from converters.coreml.language_model import LogitsPlan, export_logits
+from converters.coreml.export_plan import ExportPlan
+from converters.coreml.language_model import export_packages
+from converters.coreml.neural_engine import HIDDEN_IN, HIDDEN_OUT
 from edkm_export._version import __version__
 from edkm_export.atomic import GENERATOR, MARKER
 from edkm_export.checkpoint import Checkpoint
@@ -13,57 +16,89 @@ from edkm_export.errors import ConversionError, PackageError
 
 __all__ = ["find_package", "write_bundle"]
 
+_OURS = ("config.json", MARKER, "report.json", "report.md", "report.html", "README.md")
 
-def write_bundle(checkpoint: Checkpoint, plan: LogitsPlan, folder: Path, name: str) -> Path:
+
+def write_bundle(checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str) -> Path:
     """Export into an existing, empty folder.
 
     Args:
         checkpoint: what to export.
-        plan: from `plan_logits`.
-        folder: receives `<name>.mlpackage`, the tokenizer files, config.json and metadata.json.
-        name: of the package.
+        plan: from `plan_export`.
+        folder: receives the packages, the tokenizer files, config.json and metadata.json.
+        name: of the model.
 
     Returns:
-        Path of the package.
+        Path of the first package.
 
     Raises:
-        ConversionError: a tokenizer file has the name of one of ours, or see `export_logits`.
+        ConversionError: a tokenizer file has the name of one of ours, or see `export_packages`.
     """
-    package = folder / f"{name}.mlpackage"
-    ours = {package.name, "config.json", MARKER, "report.json", "report.md"}
+    ours = {*plan.package_names(name), *_OURS}
     if taken := sorted(ours & checkpoint.tokenizer.keys()):
         raise ConversionError(
             f"{checkpoint.path}: its tokenizer file {taken[0]} would take the place of one of ours; palettize again."
         )
-    export_logits(checkpoint, plan, package)
+    packages = export_packages(checkpoint, plan, folder, name)
     for file, content in checkpoint.tokenizer.items():
         (folder / file).write_bytes(content)
     (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n")
-    metadata = {
+    (folder / MARKER).write_text(json.dumps(_metadata(checkpoint, plan, name), indent=2) + "\n")
+    return packages[0]
+
+
+def _metadata(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, Any]:
+    """What an app, or a person, needs to know to run the packages."""
+    sizes = zip(plan.package_names(name), plan.chunks, plan.package_sizes_bytes, strict=True)
+    known: dict[str, Any] = {
         "generator": f"{GENERATOR} {__version__}",
-        "package": package.name,
-        "interface": "logits",
+        "package": plan.package_names(name)[0],
+        "interface": plan.interface,
         "target": plan.target,
-        "sequence_length": plan.sequence_length,
+        "sequence_length": plan.context,
+        "packages": [
+            {
+                "file": file,
+                "layers": [layers.first, layers.end],
+                "input": "inputIds" if layers.embeds else HIDDEN_IN,
+                "output": "logits" if layers.gives_logits else HIDDEN_OUT,
+                "predicted_weights_size_bytes": size,
+            }
+            for file, layers, size in sizes
+        ],
         "predicted_weights_size_bytes": plan.weights_size_bytes,
         "bits_per_weight": checkpoint.bits_per_weight,
         "recipe": checkpoint.recipe,
     }
-    (folder / MARKER).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
-    return package
+    if plan.interface == "logits":
+        known["packages"][0]["input"] = "input_ids"
+    if plan.interface == "neural-engine":
+        known["functions"] = {"prefill": plan.prefill, "decode": 1}
+    return known
 
 
 def find_package(path: Path) -> Path:
-    """The .mlpackage that a user means: the package itself, or the one inside a bundle.
+    """The .mlpackage that a user means: the package itself, or the first one inside a bundle.
 
     Raises:
-        PackageError: there is none, or more than one.
+        PackageError: there is none, or it is not clear which.
     """
     if not path.exists():
         raise PackageError(f"{path}: no such package.")
     if path.suffix == ".mlpackage" or (path / "Manifest.json").is_file():
         return path
     found = sorted(path.glob("*.mlpackage")) if path.is_dir() else []
+    if len(found) > 1 and (first := _first_of(path)) in found:
+        return first
     if len(found) != 1:
         raise PackageError(f"{path}: expected an .mlpackage, or a folder with one in it; found {len(found)}.")
     return found[0]
+
+
+def _first_of(folder: Path) -> Path | None:
+    """The package that metadata.json names, if it can be read."""
+    try:
+        name = json.loads((folder / MARKER).read_text(encoding="utf-8"))["package"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return folder / name if isinstance(name, str) else None

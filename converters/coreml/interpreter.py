@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from converters.coreml.constants import Constants
-from converters.coreml.ops import Call, StateCell, located
-from converters.coreml.plan import Step, plan_steps
+from converters.coreml.constants import Constants, ConstantValue
+from converters.coreml.ops import FAULTS, Call, StateCell, explained
+from converters.coreml.plan import plan_steps
 from converters.coreml.precision import Precision
 from converters.coreml.program import Function, Operation
-from converters.coreml.values import TensorType
+from converters.coreml.values import TensorType, Value
 from edkm_export.errors import PackageError
 
 __all__ = ["Interpreter", "Observer"]
 
 Observer: TypeAlias = Callable[[Operation, Mapping[str, Tensor]], None]
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A constant binding, which may be a string itself."""
+
+    value: ConstantValue
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A step at one precision.
+
+    Attributes:
+        call: what its op may need to know.
+        constant: converted arguments that do not change from run to run.
+        variable: the other arguments; a binding is the name of a value, or a constant.
+    """
+
+    call: Call
+    constant: Mapping[str, Any]
+    variable: tuple[tuple[str, tuple[str | _Constant, ...]], ...]
 
 
 class Interpreter:
@@ -39,6 +62,7 @@ class Interpreter:
         self._constants = constants
         self._where = f"{where}: function {function.name}"
         self._steps = plan_steps(function, where)
+        self._held: dict[tuple[int, Precision], _Bound] = {}
 
     @torch.no_grad()
     def run(
@@ -68,8 +92,8 @@ class Interpreter:
         values.update({name: StateCell(name, states) for name in self._function.states})
         if observer is not None:
             self._show_constants(precision, observer)
-        for step in self._steps:
-            made = self._run_step(step, values, precision)
+        for index, step in enumerate(self._steps):
+            made = self._run_step(index, values, precision)
             values.update(made)
             if observer is not None:
                 observer(step.operation, made)
@@ -78,41 +102,59 @@ class Interpreter:
         return {name: self._output(name, values, precision) for name in self._function.outputs}
 
     def _run_step(
-        self, step: Step, values: Mapping[str, Tensor | StateCell], precision: Precision
+        self, index: int, values: Mapping[str, Tensor | StateCell], precision: Precision
     ) -> dict[str, Tensor]:
+        step = self._steps[index]
         operation, definition = step.operation, step.definition
-        arguments = {
-            key: [self._bound(operation, binding, values, precision) for binding in bindings]
-            for key, bindings in operation.arguments.items()
-        }
-        call = Call(operation, self._function.opset, precision, step.in_place)
         made: dict[str, Tensor] = {}
-        with located(f"{self._where}: {operation.label}"):
-            results = definition.evaluate(call, arguments)
+        try:
+            bound = self._bound(index, precision)
+            passed = dict(bound.constant)
+            for key, bindings in bound.variable:
+                passed[key] = definition.convert(
+                    key, [values[one] if isinstance(one, str) else one.value for one in bindings]
+                )
+            results = definition.compute(bound.call, passed)
             if len(results) != len(operation.outputs):
                 raise PackageError(
                     f"{len(operation.outputs)} outputs are declared, the op makes {len(results)}."
                 )
             for output, result in zip(operation.outputs, results, strict=True):
-                if not _fits(result, output.type):
+                if result.shape != output.type.shape and not _fits(result, output.type):
                     raise PackageError(
                         f"{output.name!r} is declared as {output.type}, the op makes {list(result.shape)}."
                     )
                 made[output.name] = precision.settle(
                     result, output.type.dtype, rounded=definition.moves, owned=not definition.moves
                 )
+        except FAULTS as fault:
+            raise explained(fault, f"{self._where}: {operation.label}") from fault
         return made
 
-    def _bound(
-        self,
-        operation: Operation,
-        binding: object,
-        values: Mapping[str, Tensor | StateCell],
-        precision: Precision,
-    ) -> object:
-        if not isinstance(binding, str):
-            return self._constants.literal(binding, operation, precision)  # type: ignore[arg-type]
-        return values[binding] if binding in values else self._constants.get(binding, precision)
+    def _bound(self, index: int, precision: Precision) -> _Bound:
+        """Bind the constant arguments of a step; once for each precision, since a token takes thousands of steps."""
+        if (index, precision) not in self._held:
+            step = self._steps[index]
+            constant: dict[str, Any] = {}
+            variable: list[tuple[str, tuple[str | _Constant, ...]]] = []
+            for key, bindings in step.operation.arguments.items():
+                values = tuple(self._constant(step.operation, binding, precision) for binding in bindings)
+                if any(isinstance(value, str) for value in values):
+                    variable.append((key, values))
+                else:
+                    held = [value.value for value in values if isinstance(value, _Constant)]
+                    constant[key] = step.definition.convert(key, held)
+            call = Call(step.operation, self._function.opset, precision, step.in_place)
+            self._held[index, precision] = _Bound(call, constant, tuple(variable))
+        return self._held[index, precision]
+
+    def _constant(self, operation: Operation, binding: str | Value, precision: Precision) -> str | _Constant:
+        """The value of a constant binding; the name of any other."""
+        if isinstance(binding, Value):
+            return _Constant(self._constants.literal(binding, operation, precision))
+        if binding in self._constants:
+            return _Constant(self._constants.get(binding, precision))
+        return binding
 
     def _output(self, name: str, values: Mapping[str, Tensor | StateCell], precision: Precision) -> Tensor:
         value = values[name] if name in values else self._constants.get(name, precision)

@@ -1,119 +1,126 @@
-"""A palettized checkpoint becomes a Core ML package with whole-sequence logits."""
+"""A palettized checkpoint becomes Core ML packages, as its plan says."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from converters.coreml import neural_engine, stateful
 from converters.coreml.backend import load_coremltools
-from converters.coreml.convert import convert, save_package
-from converters.coreml.targets import check_target
-from edkm_export._version import __version__
+from converters.coreml.cache import state_types
+from converters.coreml.conversion import convert, save_package
+from converters.coreml.description import describe
+from converters.coreml.export_plan import ExportPlan, chunk_decoder
+from converters.coreml.multifunction import merge_functions
+from converters.coreml.neural_engine import HIDDEN_OUT, Chunk, LayerRange
+from converters.coreml.standins import decoder_of_stand_ins
+from converters.coreml.vocabulary import split_palettes
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.errors import ConversionError
-from edkm_export.models.decoder import WholeSequence
-from edkm_export.models.registry import build_decoder, decoder_config
-from edkm_export.models.rope import rope_tables
+from edkm_export.models.positions import PositionTables
+from edkm_export.models.whole_sequence import WholeSequence
 
-__all__ = ["DEFAULT_SEQUENCE_LENGTH", "LogitsPlan", "export_logits", "plan_logits"]
-
-DEFAULT_SEQUENCE_LENGTH = 512
-_ALIGNMENT = 64  # of a blob in weight.bin, and size of the record in front of it
+__all__ = ["export_packages"]
 
 
-@dataclass(frozen=True)
-class LogitsPlan:
-    """What an export will make.
-
-    Attributes:
-        sequence_length: tokens of the one input, `input_ids` int32 [1, sequence_length].
-        target: deployment target.
-        weights_size_bytes: predicted size of weight.bin.
-    """
-
-    sequence_length: int
-    target: str
-    weights_size_bytes: int
-
-
-def plan_logits(
-    checkpoint: Checkpoint, *, target: str = "iOS18", sequence_length: int | None = None
-) -> LogitsPlan:
-    """Check that a checkpoint can be exported, and predict the size, before the long work.
-
-    Raises:
-        ConversionError: unsupported family or target, or a sequence length beyond the model's.
-    """
-    source = str(checkpoint.path or "checkpoint")
-    config = decoder_config(checkpoint.config, source)
-    limit = config.max_positions
-    length = min(DEFAULT_SEQUENCE_LENGTH, limit) if sequence_length is None else sequence_length
-    if not 2 <= length <= limit:
-        raise ConversionError(
-            f"{source}: --sequence-length {length} is outside 2 to {limit}, the model's positions."
-        )
-    check_target(checkpoint.palettized, target, source)
-    rope_tables(
-        checkpoint.config, config.head_dim, length
-    )  # refuses a scaling that constant tables cannot hold
-    return LogitsPlan(length, target, _weights_size_bytes(checkpoint, length, config.head_dim))
-
-
-def _weights_size_bytes(checkpoint: Checkpoint, length: int, head_dim: int) -> int:
-    """Every blob behind its record, both aligned; blobs below ten elements stay in the program."""
-    blobs = []
-    for tensor in checkpoint.palettized.values():
-        blobs.append((tensor.index_shape[0] * tensor.index_shape[1], tensor.indices.numel()))
-        blobs.append((tensor.lut.numel(), tensor.lut.numel() * tensor.lut.element_size()))
-        if tensor.lut_scale is not None:
-            blobs.append((tensor.lut_scale.numel(), tensor.lut_scale.numel() * 2))
-    blobs += [(tensor.numel(), tensor.numel() * 2) for tensor in checkpoint.dense.values()]
-    weights: dict[str, tuple[int, ...]] = {
-        name: tensor.shape for name, tensor in checkpoint.palettized.items()
-    }
-    weights |= {name: tuple(tensor.shape) for name, tensor in checkpoint.dense.items()}
-    outputs = {
-        shape[0]
-        for name, shape in weights.items()
-        if len(shape) > 1 and f"{name.removesuffix('weight')}bias" not in weights
-    }
-    blobs += [
-        (size, size * 2) for size in outputs
-    ]  # zeros, since a linear layer has a bias whether needed or not
-    blobs += [(length * head_dim, length * head_dim * 2)] * 2 + [(length * length, length * length * 2)]
-    aligned = (math.ceil(size / _ALIGNMENT) * _ALIGNMENT for count, size in blobs if count >= 10)
-    return _ALIGNMENT + sum(size + _ALIGNMENT for size in aligned)
-
-
-def export_logits(checkpoint: Checkpoint, plan: LogitsPlan, path: Path) -> None:
-    """Write the package.
-
-    One function, `input_ids` int32 [1, sequence_length] -> `logits` float16 [1, sequence_length, vocab_size].
+def export_packages(checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str) -> list[Path]:
+    """Write the packages of a plan.
 
     Args:
         checkpoint: what to export.
-        plan: from `plan_logits`.
-        path: the .mlpackage, which must not exist.
+        plan: from `plan_export`.
+        folder: which gets them.
+        name: of the model.
+
+    Returns:
+        The packages, in the order in which they run.
 
     Raises:
         ConversionError, CheckpointError, BackendMissingError: see `convert` and `build_decoder`.
     """
+    paths = [folder / file for file in plan.package_names(name)]
+    metadata = describe(checkpoint, plan, name)
+    if plan.interface == "logits":
+        _export_logits(checkpoint, plan, metadata, paths[0])
+    elif plan.interface == "swift-transformers":
+        _export_stateful(checkpoint, plan, metadata, paths[0])
+    else:
+        for layers, path in zip(plan.chunks, paths, strict=True):
+            _export_chunk(checkpoint, plan, layers, metadata, path)
+    return paths
+
+
+def _export_logits(checkpoint: Checkpoint, plan: ExportPlan, metadata: dict[str, str], path: Path) -> None:
+    """One function, `input_ids` int32 [1, context] -> `logits` float16 [1, context, vocab_size]."""
     ct = load_coremltools()
-    module = WholeSequence(build_decoder(checkpoint), checkpoint.config, plan.sequence_length).eval()
+    decoder = decoder_of_stand_ins(checkpoint)
+    module = WholeSequence(decoder, checkpoint.config, plan.context).eval()
     model = convert(
         module,
-        (torch.zeros(1, plan.sequence_length, dtype=torch.int32),),
+        (torch.zeros(1, plan.context, dtype=torch.int32),),
         checkpoint.palettized,
-        inputs=[ct.TensorType("input_ids", (1, plan.sequence_length), dtype=np.int32)],
+        inputs=[ct.TensorType("input_ids", (1, plan.context), dtype=np.int32)],
         outputs=[ct.TensorType("logits", dtype=np.float16)],
         target=plan.target,
-        metadata={"com.github.edkm-export.version": __version__},
-        prefix="decoder.",
-        source=str(checkpoint.path or "checkpoint"),
+        **_options(checkpoint, metadata),
     )
-    del module
     save_package(model, path)
+
+
+def _export_stateful(checkpoint: Checkpoint, plan: ExportPlan, metadata: dict[str, str], path: Path) -> None:
+    """One function of flexible shapes, see `stateful`."""
+    ct = load_coremltools()
+    module = stateful.Stateful(decoder_of_stand_ins(checkpoint), checkpoint.config, plan.context).eval()
+    model = convert(
+        module,
+        stateful.example_inputs(),
+        checkpoint.palettized,
+        inputs=stateful.input_types(plan.context),
+        outputs=[ct.TensorType("logits", dtype=np.float16)],
+        states=state_types(module.shape),
+        target=plan.target,
+        **_options(checkpoint, metadata),
+    )
+    save_package(model, path)
+
+
+def _export_chunk(
+    checkpoint: Checkpoint, plan: ExportPlan, layers: LayerRange, metadata: dict[str, str], path: Path
+) -> None:
+    """Two functions of static shapes with shared weights, see `neural_engine`."""
+    ct = load_coremltools()
+    decoder = chunk_decoder(checkpoint, layers, plan.split)
+    held = {name for name, _ in decoder.named_parameters()}
+    palettes = split_palettes(checkpoint.palettized, plan.split)
+    palettes = {name: palette for name, palette in palettes.items() if name in held}
+    held_layers = slice(layers.first, layers.end)
+    tables = PositionTables(decoder.config, checkpoint.config, plan.context, held_layers)
+    lengths = {"prefill": plan.prefill, "decode": 1}
+    with tempfile.TemporaryDirectory(prefix=".functions.", dir=path.parent) as work:
+        packages = {function: Path(work) / f"{function}.mlpackage" for function in lengths}
+        for function, new in lengths.items():
+            chunk = Chunk(decoder, tables, layers, new).eval()
+            model = convert(
+                chunk,
+                neural_engine.example_inputs(chunk),
+                palettes,
+                inputs=neural_engine.input_types(chunk),
+                outputs=[ct.TensorType("logits" if layers.gives_logits else HIDDEN_OUT, dtype=np.float16)],
+                states=state_types(chunk.shape),
+                target=plan.target,
+                **_options(checkpoint, metadata),
+            )
+            save_package(model, packages[function])
+        merge_functions(packages, "decode", path)
+
+
+def _options(checkpoint: Checkpoint, metadata: dict[str, str]) -> dict[str, Any]:
+    return {
+        "metadata": metadata,
+        "prefix": "decoder.",
+        "stand_ins": True,
+        "source": str(checkpoint.path or "checkpoint"),
+    }

@@ -120,7 +120,7 @@ def read_program(path: Path) -> Program:
         BackendMissingError: coremltools is not installed.
     """
     model = model_message()
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     try:
         model.ParseFromString(path.read_bytes())

@@ -25,13 +25,25 @@ from converters.coreml.ops import (  # noqa: F401  (importing registers the ops)
     state,
 )
 from converters.coreml.ops.registry import (
+    FAULTS,
     Call,
     OpDefinition,
     StateCell,
     UnsupportedForm,
     definition_of,
+    explained,
     known_ops,
     located,
 )
 
-__all__ = ["Call", "OpDefinition", "StateCell", "UnsupportedForm", "definition_of", "known_ops", "located"]
+__all__ = [
+    "FAULTS",
+    "Call",
+    "OpDefinition",
+    "StateCell",
+    "UnsupportedForm",
+    "definition_of",
+    "explained",
+    "known_ops",
+    "located",
+]

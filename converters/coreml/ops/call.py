@@ -12,7 +12,7 @@ from converters.coreml.precision import Precision
 from converters.coreml.program import Operation
 from edkm_export.errors import InputError, PackageError, UnsupportedOpError
 
-__all__ = ["Call", "OutOfRange", "StateCell", "UnsupportedForm", "located"]
+__all__ = ["FAULTS", "Call", "OutOfRange", "StateCell", "UnsupportedForm", "explained", "located"]
 
 
 class UnsupportedForm(Exception):
@@ -68,23 +68,45 @@ class Call:
         return int(digits) + 10 if digits.isdigit() else 0
 
 
+FAULTS = (
+    UnsupportedForm,
+    OutOfRange,
+    PackageError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+)
+"""What the function of an op raises when it cannot compute its result."""
+
+
+def explained(fault: Exception, where: str) -> PackageError | InputError:
+    """The error that says where an op went wrong.
+
+    Args:
+        fault: one of `FAULTS`.
+        where: package, function and op.
+
+    Returns:
+        UnsupportedOpError for a form that is not implemented, InputError for an index out of range, which stems
+        from the inputs of the run, PackageError for anything else that the op could not do.
+    """
+    if isinstance(fault, UnsupportedForm):
+        return UnsupportedOpError(f"{where}: {fault}.")
+    if isinstance(fault, OutOfRange):
+        return InputError(f"{where}: {fault}.")
+    return PackageError(f"{where}: {fault}")
+
+
 @contextmanager
 def located(where: str) -> Iterator[None]:
     """Turn what goes wrong in an op into an error that says where.
 
-    Args:
-        where: package, function and op.
-
     Raises:
-        UnsupportedOpError: a form that is not implemented.
-        InputError: an index out of range, which stems from the inputs of the run.
-        PackageError: anything else that the op could not do.
+        UnsupportedOpError, InputError, PackageError: see `explained`.
     """
     try:
         yield
-    except UnsupportedForm as error:
-        raise UnsupportedOpError(f"{where}: {error}.") from error
-    except OutOfRange as error:
-        raise InputError(f"{where}: {error}.") from error
-    except (PackageError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
-        raise PackageError(f"{where}: {error}") from error
+    except FAULTS as fault:
+        raise explained(fault, where) from fault

@@ -22,18 +22,28 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from converters.coreml.ops.call import Call, OutOfRange, StateCell, UnsupportedForm, located
+from converters.coreml.ops.call import (
+    FAULTS,
+    Call,
+    OutOfRange,
+    StateCell,
+    UnsupportedForm,
+    explained,
+    located,
+)
 from converters.coreml.ops.conversion import Converter, converter_for
 from converters.coreml.program import Operation
 from edkm_export.errors import PackageError
 
 __all__ = [
+    "FAULTS",
     "Call",
     "OpDefinition",
     "OutOfRange",
     "StateCell",
     "UnsupportedForm",
     "definition_of",
+    "explained",
     "known_ops",
     "located",
     "op",
@@ -74,18 +84,30 @@ class OpDefinition:
             UnsupportedForm: an argument, or a value of one, that is not implemented.
             PackageError: an argument is missing or of the wrong kind.
         """
-        passed: dict[str, Any] = {}
-        for name, bindings in arguments.items():
-            converter = self.converters.get(name)
-            if converter is None:
-                raise UnsupportedForm(f"argument {name!r} is not implemented")
-            try:
-                passed[name] = converter(bindings)
-            except (TypeError, ValueError) as error:
-                raise PackageError(f"argument {name!r}: {error}") from error
-        missing = self.required - passed.keys()
-        if missing:
-            raise PackageError(f"argument {sorted(missing)[0]!r} is missing")
+        return self.compute(call, {name: self.convert(name, given) for name, given in arguments.items()})
+
+    def convert(self, name: str, bindings: Sequence[Any]) -> Any:
+        """Bring the bindings of an argument to the Python value that the function takes.
+
+        Raises:
+            UnsupportedForm, PackageError: see `evaluate`.
+        """
+        converter = self.converters.get(name)
+        if converter is None:
+            raise UnsupportedForm(f"argument {name!r} is not implemented")
+        try:
+            return converter(bindings)
+        except (TypeError, ValueError) as error:
+            raise PackageError(f"argument {name!r}: {error}") from error
+
+    def compute(self, call: Call, passed: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Call the function; `passed` holds converted arguments, and may be changed.
+
+        Raises:
+            PackageError: an argument is missing.
+        """
+        if not self.required <= passed.keys():
+            raise PackageError(f"argument {min(self.required - passed.keys())!r} is missing")
         if self.call_parameter is not None:
             passed[self.call_parameter] = call
         result = self.function(**passed)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from converters.coreml import load_package
 from converters.coreml.backend import load_coremltools
-from converters.coreml.convert import convert, save_package
-from converters.coreml.language_model import export_logits, plan_logits
+from converters.coreml.conversion import convert, save_package
+from converters.coreml.export_plan import plan_export
+from converters.coreml.language_model import export_packages
 from converters.coreml.targets import TARGETS, check_target
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import BackendMissingError, ConversionError
@@ -564,8 +565,8 @@ def exported(model: Any, recipe: Any, folder: Path, length: int = 32) -> tuple[C
     config = model.config.to_dict()
     parts = palettize_model(model.half(), recipe)
     made = Checkpoint(config=config, palettized=parts.palettized, dense=parts.dense, tied=parts.tied)
-    plan = plan_logits(made, sequence_length=length)
-    export_logits(made, plan, folder / "model.mlpackage")
+    plan = plan_export(made, interface="logits", sequence_length=length)
+    export_packages(made, plan, folder, "model")
     package = load_package(folder / "model.mlpackage")
     # as promised before the work; the last blob is not padded to 64 bytes
     assert 0 <= plan.weights_size_bytes - package.weights_size_bytes < 64
@@ -621,21 +622,21 @@ def test_sequence_length_beyond_the_model(length):
     with pytest.raises(
         ConversionError, match=f"--sequence-length {length} is outside 2 to 128, the model's positions"
     ):
-        plan_logits(made, sequence_length=length)
+        plan_export(made, sequence_length=length, interface="logits")
 
 
 def test_plan_refuses_a_target_before_the_work():
     model = build("plain")
     made = Checkpoint(config=model.config.to_dict(), palettized={WEIGHT: form(3)}, dense={})
     with pytest.raises(ConversionError, match="needs iOS18"):
-        plan_logits(made, target="iOS17")
+        plan_export(made, target="iOS17", interface="logits")
 
 
 def test_plan_refuses_rope_scaling_before_the_work():
     model = build("plain")
-    config = {**model.config.to_dict(), "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}
-    with pytest.raises(ConversionError, match="RoPE scaling 'longrope' is not supported"):
-        plan_logits(Checkpoint(config=config, palettized={}, dense={}))
+    config = {**model.config.to_dict(), "rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}
+    with pytest.raises(ConversionError, match="RoPE scaling 'ntk' is not supported"):
+        plan_export(Checkpoint(config=config, palettized={}, dense={}), interface="logits")
 
 
 def test_language_model_for_the_oldest_target(tmp_path):
@@ -643,7 +644,8 @@ def test_language_model_for_the_oldest_target(tmp_path):
     config = model.config.to_dict()
     parts = palettize_model(model.half(), PRESETS["4bit-per-tensor"])
     made = Checkpoint(config=config, palettized=parts.palettized, dense=parts.dense, tied=parts.tied)
-    export_logits(made, plan_logits(made, target="iOS16", sequence_length=32), tmp_path / "model.mlpackage")
+    plan = plan_export(made, interface="logits", target="iOS16", sequence_length=32)
+    export_packages(made, plan, tmp_path, "model")
     assert_same_bits(tmp_path / "model.mlpackage", made.palettized)
     tokens = torch.randint(320, (1, 32), generator=torch.Generator().manual_seed(3))
     found = load_package(tmp_path / "model.mlpackage").run({"input_ids": tokens.int()})["logits"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,11 +27,13 @@ def convert(
     example_inputs: Sequence[Tensor],
     palettized: Mapping[str, PalettizedTensor],
     *,
-    inputs: Sequence[Any],
+    inputs: Sequence[Any] | None = None,
     outputs: Sequence[Any] | None = None,
+    states: Sequence[Any] | None = None,
     target: str = "iOS18",
     metadata: Mapping[str, str] | None = None,
     prefix: str = "",
+    stand_ins: bool = False,
     source: str = "model",
 ) -> Any:
     """Convert a module whose palettized weights hold their decoded values.
@@ -39,10 +42,13 @@ def convert(
         module: in eval mode; every palettized weight must be one of its parameters.
         example_inputs: arguments to trace it with.
         palettized: {parameter name: palette}.
-        inputs: `coremltools.TensorType` of each argument.
-        outputs: `coremltools.TensorType` of each result.
+        inputs: `coremltools.TensorType` of each argument; None: named as the arguments of `module.forward`, with
+            the shapes of the examples, floating point as float16 and integers as int32.
+        outputs: `coremltools.TensorType` of each result; None: named by coremltools.
+        states: `coremltools.StateType` of buffers that outlive a call; iOS18.
         target: one of `targets.TARGETS`.
         metadata: further user metadata of the package.
+        stand_ins: palettized weights hold `standins.stand_in` instead of their values.
         prefix: what `module` puts in front of the names in `palettized` ("decoder.").
         source: where the palettes are from, for messages.
 
@@ -66,7 +72,10 @@ def convert(
     ours = {prefix + name: tensor for name, tensor in palettized.items()}
     plain = program_names(name.removeprefix(prefix) for name in (*ours, *dense))
     substitution = Substitution(
-        ours, dense, {name: plain[name.removeprefix(prefix)] for name in (*ours, *dense)}
+        ours,
+        dense,
+        {name: plain[name.removeprefix(prefix)] for name in (*ours, *dense)},
+        {name: module.get_parameter(name).data for name in ours} if stand_ins else {},
     )
     pipeline = ct.PassPipeline.DEFAULT
     # Deduplication would merge two weights that happen to be equal, and one of the two LUTs would be missed.
@@ -78,8 +87,9 @@ def convert(
             with substituting(substitution):
                 model = ct.convert(
                     traced,
-                    inputs=list(inputs),
+                    inputs=list(_input_types(module, example_inputs) if inputs is None else inputs),
                     outputs=None if outputs is None else list(outputs),
+                    states=None if states is None else list(states),
                     minimum_deployment_target=getattr(ct.target, target),
                     compute_precision=ct.precision.FLOAT16,
                     pass_pipeline=pipeline,
@@ -102,6 +112,26 @@ def convert(
     for key, value in (metadata or {}).items():
         model.user_defined_metadata[key] = value
     return model
+
+
+def _input_types(module: nn.Module, examples: Sequence[Tensor]) -> list[Any]:
+    """`coremltools.TensorType` of the examples, named as the arguments of the module."""
+    ct = load_coremltools()
+    import numpy as np
+
+    names = [
+        name
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(examples) > len(names):
+        raise ConversionError(
+            f"{type(module).__name__}.forward takes {len(names)} arguments, {len(examples)} example inputs were given."
+        )
+    return [
+        ct.TensorType(name, tuple(example.shape), np.float16 if example.is_floating_point() else np.int32)
+        for name, example in zip(names, examples, strict=False)
+    ]
 
 
 def save_package(model: Any, path: Path) -> None:

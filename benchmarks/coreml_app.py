@@ -1,0 +1,119 @@
+"""Each Core ML interface of one checkpoint: export, exactness, cache, greedy text and speed.
+
+python benchmarks/coreml_app.py MODEL.PT OUTPUT [--interface NAME ...] [--export-only]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from measure import measure
+
+from converters.coreml.artifact import open_artifact
+from converters.coreml.bundle import find_package
+from converters.coreml.export_plan import INTERFACES, plan_export
+from edkm_export.checkpoint import Checkpoint, load
+from edkm_export.generation import Session, first_difference, generate
+from edkm_export.models.hard import load_hard_tokenizer
+from edkm_export.models.session import TorchSession
+
+PROMPT = "The history of the printing press begins with"
+NEW_TOKENS = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--interface", action="append", choices=INTERFACES)
+    parser.add_argument("--export-only", action="store_true")
+    given = parser.parse_args()
+    checkpoint = load(given.checkpoint)
+    for interface in given.interface or INTERFACES:
+        folder = given.output / interface
+        command = [
+            sys.executable, "-m", "edkm_export", "coreml", str(given.checkpoint), "-o", str(folder),
+            "--interface", interface, "--no-verify", "--overwrite",
+        ]  # fmt: skip
+        given.output.mkdir(parents=True, exist_ok=True)
+        found = measure(command)
+        assert not found.status, f"export failed with status {found.status}"
+        print(
+            f"## {interface}\nexport: {found.seconds:.0f} s, peak {found.peak_bytes / 1e9:.2f} GB "
+            f"(float16 model: {checkpoint.numel * 2 / 1e9:.2f} GB)",
+            flush=True,
+        )
+        sizes(checkpoint, interface, folder)
+        if not given.export_only:
+            compute(checkpoint, folder)
+
+
+def sizes(checkpoint: Checkpoint, interface: str, folder: Path) -> None:
+    """Weights on disk against the plan, and bit by bit against the checkpoint."""
+    artifact = open_artifact(find_package(folder))
+    predicted = plan_export(checkpoint, interface=interface).weights_size_bytes
+    actual = artifact.weights_size_bytes()
+    print(f"weights: {actual:,} bytes, predicted {predicted:,} ({actual / predicted - 1:+.3%})")
+    found = artifact.palettized()
+    equal = sum(
+        name in found and tensor.same_bits(found[name]) for name, tensor in checkpoint.palettized.items()
+    )
+    print(f"bit-exact: {equal} of {len(checkpoint.palettized)}", flush=True)
+
+
+@torch.no_grad()
+def compute(checkpoint: Checkpoint, folder: Path) -> None:
+    """Prefill against decode, greedy text, and speed, in the interpreter."""
+    artifact = open_artifact(find_package(folder))
+    tokenizer = load_hard_tokenizer(checkpoint)
+    prompt = torch.tensor(tokenizer(PROMPT)["input_ids"])
+    hard = TorchSession.of(checkpoint)
+    reference = generate(hard, prompt, max_new_tokens=NEW_TOKENS)
+    text = torch.cat((prompt, torch.tensor(reference.tokens)))
+    hard.reset()
+    expected = hard.feed(text).log_softmax(-1)
+    del hard
+    session = artifact.session()
+    if session is None:
+        print("no cache")
+        return
+    session.reset()
+    split = len(prompt)
+    pieces = [session.feed(text[:split]), *(session.feed(token[None]) for token in text[split:])]
+    found = torch.cat(pieces).log_softmax(-1)
+    divergence = float((expected.exp() * (expected - found)).sum(-1).max())
+    print(f"prefill then decode against hard PyTorch's whole sequence: KL at most {divergence:.2g}")
+    candidate = generate(session, prompt, max_new_tokens=NEW_TOKENS)
+    difference = first_difference(reference.choices, candidate.choices)
+    print(f"{NEW_TOKENS} greedy tokens: {'identical to hard PyTorch' if difference is None else difference}")
+    speed(session, text)
+
+
+def speed(session: Session, text: torch.Tensor) -> None:
+    """Median seconds of a prefill of 64 tokens and of a decode step, weights being decoded."""
+    long = text.repeat(-(-64 // len(text)))[:64]
+    prefills, steps = [], []
+    for _ in range(5):
+        session.reset()
+        prefills.append(timed(session, long))
+    for token in long[:32]:
+        steps.append(timed(session, token[None]))
+    print(f"prefill of 64 tokens {median(prefills):.2f} s, decode step {median(steps):.3f} s", flush=True)
+
+
+def timed(session: Session, tokens: torch.Tensor) -> float:
+    started = time.perf_counter()
+    session.feed(tokens)
+    return time.perf_counter() - started
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Embedding and output head in parts of rows, for the Neural Engine.
+
+It runs no layer with a dimension above 16,384, as users report, so the rows of the vocabulary are held in several
+weights. An embedding that is the head too is split with it, so that the
+parts are stored once. On disk the parts are weights of their own; `joined` makes one weight of them again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edkm_export.errors import PackageError, PaletteError
+from edkm_export.models.decoder import Decoder
+from edkm_export.palette import PalettizedTensor
+
+__all__ = [
+    "LARGEST_DIMENSION",
+    "SPLIT_KEY",
+    "RowSplit",
+    "SplitEmbedding",
+    "SplitHead",
+    "joined_dense",
+    "joined_palettes",
+    "plan_split",
+    "read_splits",
+    "split_palettes",
+    "split_vocabulary",
+]
+
+LARGEST_DIMENSION = 16_384
+"""Longest axis that the Neural Engine works on."""
+
+# User-defined metadata: JSON {name of a weight that is held in parts: number of its LUT groups of rows}.
+SPLIT_KEY = "com.github.edkm-export.split"
+
+_PART = re.compile(r"(?P<name>.+)_rows_(?P<start>\d+)_(?P<end>\d+)")
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """How the rows of a weight are cut.
+
+    Attributes:
+        name: of the weight.
+        bounds: first row of each part, and the number of rows.
+        groups: its LUTs along the rows; 1 also for a dense weight.
+    """
+
+    name: str
+    bounds: tuple[int, ...]
+    groups: int
+
+    @property
+    def parts(self) -> list[tuple[str, int, int]]:
+        """Name, first row and end of each part."""
+        pairs = zip(self.bounds, self.bounds[1:], strict=False)
+        return [(f"{self.name}_rows_{start}_{end}", start, end) for start, end in pairs]
+
+
+def plan_split(name: str, rows: int, palette: PalettizedTensor | None) -> RowSplit | None:
+    """Cut rows into parts of nearly the same size, each of whole LUT groups.
+
+    Args:
+        name: of the weight.
+        rows: of the weight.
+        palette: of the weight, None when it is dense.
+
+    Returns:
+        None when it needs no split, or when a single group is too long to be a part.
+    """
+    if rows <= LARGEST_DIMENSION:
+        return None
+    groups = 1 if palette is None else palette.groups[0]
+    dim = 1 if palette is None else palette.dim
+    step = dim if groups == 1 else rows // groups
+    if step > LARGEST_DIMENSION:
+        return None
+    count = math.ceil(rows / LARGEST_DIMENSION)
+    size = math.ceil(rows / count / step) * step
+    if size > LARGEST_DIMENSION:  # rounding up to whole groups went too far
+        size = LARGEST_DIMENSION // step * step
+    return RowSplit(name, (*range(0, rows, size), rows), groups)
+
+
+class _Parts(nn.Module):
+    """Weights of the parts; an attribute is named as its part, without the module."""
+
+    def __init__(self, split: RowSplit, weights: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.spans = [(name.rsplit(".", 1)[-1], start, end) for name, start, end in split.parts]
+        for (name, _, _), weight in zip(self.spans, weights, strict=True):
+            self.register_parameter(name, weight)
+
+    def weights(self) -> list[tuple[Tensor, int, int]]:
+        """Weight, first row and end of each part."""
+        return [(self.get_parameter(name), start, end) for name, start, end in self.spans]
+
+
+class SplitEmbedding(_Parts):
+    """Looks each token up in every part, and keeps what the right one gives."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids int [batch, new] -> [batch, new, hidden]."""
+        (first, _, end), *others = self.weights()
+        found = F.embedding(input_ids.clamp(max=end - 1), first)
+        for weight, start, end in others:
+            rows = F.embedding((input_ids - start).clamp(0, end - start - 1), weight)
+            found = torch.where((input_ids >= start).unsqueeze(-1), rows, found)
+        return found
+
+
+class SplitHead(_Parts):
+    """Linear layers over the parts, side by side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden] -> [..., vocab_size]."""
+        return torch.cat([F.linear(x, weight) for weight, _, _ in self.weights()], -1)
+
+
+def split_vocabulary(decoder: Decoder, split: RowSplit) -> None:
+    """Cut the output head of a decoder; when the embedding is tied to it, that one too."""
+    whole = decoder.lm_head.weight
+    parts = [nn.Parameter(whole[start:end], requires_grad=False) for _, start, end in split.parts]
+    if decoder.config.tied:
+        decoder.stack.add_module(decoder.config.names.embedding, SplitEmbedding(split, parts))
+    decoder.lm_head = SplitHead(split, parts)  # type: ignore[assignment]
+
+
+def split_palettes(
+    palettized: Mapping[str, PalettizedTensor], split: RowSplit | None
+) -> dict[str, PalettizedTensor]:
+    """The palettes with one of them cut; the others as they are."""
+    if split is None or split.name not in palettized:
+        return dict(palettized)
+    kept = {name: tensor for name, tensor in palettized.items() if name != split.name}
+    return kept | {part.name: part for part in _cut(palettized[split.name], split)}
+
+
+def _cut(tensor: PalettizedTensor, split: RowSplit) -> list[PalettizedTensor]:
+    indices = tensor.unpack_indices()
+    dim, group = tensor.dim, tensor.shape[0] // split.groups
+    cut = []
+    for name, start, end in split.parts:
+        rows = slice(None) if split.groups == 1 else slice(start // group, end // group)
+        scale = None if tensor.lut_scale is None else tensor.lut_scale[rows]
+        part = indices[start // dim : end // dim]
+        shape = (end - start, *tensor.shape[1:])
+        cut.append(PalettizedTensor.from_indices(name, tensor.lut[rows], part, shape=shape, lut_scale=scale))
+    return cut
+
+
+def read_splits(metadata: Mapping[str, str], where: str) -> dict[str, int]:
+    """{weight that is held in parts: its LUT groups}, from the user-defined metadata.
+
+    Raises:
+        PackageError: the entry is not a JSON object of positive integers.
+    """
+    try:
+        splits = json.loads(metadata.get(SPLIT_KEY, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise PackageError(f"{where}: metadata {SPLIT_KEY} is not JSON: {error}.") from error
+    if not isinstance(splits, dict) or not all(type(count) is int and count > 0 for count in splits.values()):
+        raise PackageError(f"{where}: metadata {SPLIT_KEY} is {splits!r}, expected an object of counts.")
+    return splits
+
+
+def joined_palettes(
+    palettized: Mapping[str, PalettizedTensor], splits: Mapping[str, int], where: str
+) -> dict[str, PalettizedTensor]:
+    """Palettes as read from disk, with parts joined to the weights that they were cut from.
+
+    Raises:
+        PackageError: the parts do not make a weight.
+    """
+    found, parts = _sorted_parts(palettized, splits)
+    for name, pieces in parts.items():
+        _check_rows(name, [(start, end, tensor.shape[0]) for start, end, tensor in pieces], where)
+        tensors = [tensor for _, _, tensor in pieces]
+        whole = splits[name] == 1
+        if whole and any(not _same_tables(tensors[0], other) for other in tensors):
+            raise PackageError(
+                f"{where}: {name}: its parts have different LUTs, but it was cut from one LUT."
+            )
+        tables = tensors[:1] if whole else tensors
+        scales = [tensor.lut_scale for tensor in tables if tensor.lut_scale is not None]
+        try:
+            found[name] = PalettizedTensor.from_indices(
+                name,
+                torch.cat([tensor.lut for tensor in tables]),
+                torch.cat([tensor.unpack_indices() for tensor in tensors]),
+                shape=(sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:]),
+                lut_scale=torch.cat(scales) if scales else None,
+            )
+        except (PaletteError, RuntimeError) as error:
+            raise PackageError(f"{where}: {name}: its parts do not fit together: {error}") from error
+    return found
+
+
+def joined_dense(dense: Mapping[str, Tensor], splits: Mapping[str, int], where: str) -> dict[str, Tensor]:
+    """Dense constants as read from disk, with parts joined.
+
+    Raises:
+        PackageError: the parts do not make a weight.
+    """
+    found, parts = _sorted_parts(dense, splits)
+    for name, pieces in parts.items():
+        _check_rows(name, [(start, end, tensor.shape[0]) for start, end, tensor in pieces], where)
+        found[name] = torch.cat([tensor for _, _, tensor in pieces])
+    return found
+
+
+_T = TypeVar("_T", PalettizedTensor, Tensor)
+
+
+def _sorted_parts(
+    weights: Mapping[str, _T], splits: Mapping[str, int]
+) -> tuple[dict[str, _T], dict[str, list[tuple[int, int, _T]]]]:
+    """Whole weights, and the parts of each split one in the order of their rows."""
+    whole: dict[str, _T] = {}
+    parts: dict[str, list[tuple[int, int, _T]]] = {}
+    for name, weight in weights.items():
+        match = _PART.fullmatch(name)
+        if match is None or match["name"] not in splits:
+            whole[name] = weight
+        else:
+            parts.setdefault(match["name"], []).append((int(match["start"]), int(match["end"]), weight))
+    return whole, {name: sorted(pieces, key=lambda piece: piece[0]) for name, pieces in parts.items()}
+
+
+def _check_rows(name: str, spans: Sequence[tuple[int, int, int]], where: str) -> None:
+    expected = 0
+    for start, end, rows in spans:
+        if start != expected or end - start != rows:
+            raise PackageError(
+                f"{where}: {name}: a part of {rows} rows is said to hold rows {start} to {end}, "
+                f"expected from {expected}."
+            )
+        expected = end
+
+
+def _same_tables(first: PalettizedTensor, other: PalettizedTensor) -> bool:
+    """True when LUTs and scales are equal bit for bit."""
+    pairs = [(first.lut, other.lut)]
+    if first.lut_scale is not None and other.lut_scale is not None:
+        pairs.append((first.lut_scale, other.lut_scale))
+    return all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in pairs
+    )

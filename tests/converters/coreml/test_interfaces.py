@@ -1,0 +1,254 @@
+"""Every interface of a language model: contract, bits, cache, sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import odd_families
+import pytest
+import torch
+from odd_models import build
+from torch import Tensor
+
+from converters.coreml import load_package
+from converters.coreml.artifact import CoreMLArtifact, open_artifact
+from converters.coreml.export_plan import plan_export
+from converters.coreml.language_model import export_packages
+from converters.coreml.session import CoreMLSession, open_chunks
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.errors import ConversionError, InputError, PackageError
+from edkm_export.models.hard import load_hard_model
+from edkm_export.palettize import palettize_model
+from edkm_export.recipe import uniform_recipe
+
+pytest.importorskip("coremltools")
+
+# Float32 arithmetic with tables and norms that the package holds in float16; 1e-4 is the promise, 1e-5 as measured.
+MOST_KL = 1e-4
+
+
+def palettized(model: Any) -> Checkpoint:
+    config = model.config.to_dict()
+    parts = palettize_model(model.half(), uniform_recipe(4, 0))
+    return Checkpoint(config=config, palettized=parts.palettized, dense=parts.dense, tied=parts.tied)
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    checkpoint: Checkpoint
+    plan: Any
+    packages: list[Path]
+
+    @property
+    def artifact(self) -> CoreMLArtifact:
+        found = open_artifact(self.packages[0])
+        assert isinstance(found, CoreMLArtifact), vars(found)
+        return found
+
+
+def made(checkpoint: Checkpoint, folder: Path, **options: Any) -> Made:
+    plan = plan_export(checkpoint, **options)
+    return Made(checkpoint, plan, export_packages(checkpoint, plan, folder, "model"))
+
+
+@pytest.fixture(scope="module")
+def plain() -> Checkpoint:
+    return palettized(build("plain"))
+
+
+@pytest.fixture(scope="module")
+def stateful(plain, tmp_path_factory) -> Made:
+    return made(plain, tmp_path_factory.mktemp("stateful"), sequence_length=48)
+
+
+@pytest.fixture(scope="module")
+def chunked(tmp_path_factory) -> Made:
+    """Two chunks, a tied vocabulary in parts, heads that need padding."""
+    from converters.coreml import vocabulary
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "LARGEST_DIMENSION", 130)
+        folder = tmp_path_factory.mktemp("chunked")
+        options = {"interface": "neural-engine", "sequence_length": 64, "prefill": 8, "chunks": 2}
+        return made(palettized(build("gqa_3_of_9_heads")), folder, **options)
+
+
+@pytest.fixture(params=["stateful", "chunked"])
+def either(request) -> Made:
+    return request.getfixturevalue(request.param)
+
+
+def tokens_for(checkpoint: Checkpoint, count: int = 40) -> Tensor:
+    return torch.randint(
+        checkpoint.config["vocab_size"], (count,), generator=torch.Generator().manual_seed(3)
+    )
+
+
+def divergence(expected: Tensor, found: Tensor) -> float:
+    p, q = expected.log_softmax(-1), found.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).max())
+
+
+def test_every_bit_is_there(either):
+    found = either.artifact.palettized()
+    assert found.keys() == either.checkpoint.palettized.keys()
+    assert all(tensor.same_bits(found[name]) for name, tensor in either.checkpoint.palettized.items())
+
+
+def test_prefill_then_decode_is_the_whole_sequence(either):
+    tokens = tokens_for(either.checkpoint)
+    with torch.no_grad():
+        expected = load_hard_model(either.checkpoint)(tokens[None]).logits[0]
+    session = either.artifact.session()
+    assert session is not None
+    for pieces in ([40], [13, *[1] * 27], [1] * 40, [3, 20, 1, 16]):
+        session.reset()
+        found = torch.cat([session.feed(piece) for piece in tokens.split(pieces)])
+        assert divergence(expected, found) <= MOST_KL, pieces
+
+
+def test_executions_are_close_to_hard_pytorch(either):
+    tokens = tokens_for(either.checkpoint)
+    with torch.no_grad():
+        expected = load_hard_model(either.checkpoint)(tokens[None]).logits[0]
+    for execution in either.artifact.executions[:2]:
+        assert execution.execute is not None
+        # rounded to float16 after each op: 1e-4 as measured
+        limit = MOST_KL if execution.id == "execution-float32" else 1e-2
+        assert divergence(expected, execution.execute(tokens)) <= limit
+
+
+def test_size_is_predicted(either):
+    """The prediction counts one function: two that did not share their weights would be at twice of it."""
+    actual = either.artifact.weights_size_bytes()
+    assert actual == pytest.approx(either.plan.weights_size_bytes, rel=0.01)
+
+
+def test_prediction_needs_no_plan(stateful):
+    assert stateful.artifact.predicted_size_bytes(stateful.checkpoint) == stateful.plan.weights_size_bytes
+
+
+def test_session_refuses_what_does_not_fit(stateful):
+    session = CoreMLSession.open(stateful.packages[0])
+    assert session.context == 48
+    session.feed(tokens_for(stateful.checkpoint, 48))
+    with pytest.raises(InputError, match="holds 48 positions; 48 are taken, 1 more"):
+        session.feed(torch.tensor([1]))
+    session.reset()
+    with pytest.raises(InputError, match="token 320 is outside its vocabulary of 320"):
+        session.feed(torch.tensor([320]))
+
+
+def test_contract_of_swift_transformers(stateful):
+    """Names, ranks and types that `LanguageModelWithStatefulKVCache` looks for."""
+    (function,) = load_package(stateful.packages[0]).functions.values()
+    assert set(function.inputs) == {"inputIds", "fullAttentionMask"} and list(function.outputs) == ["logits"]
+    ids, mask = function.inputs["inputIds"], function.inputs["fullAttentionMask"]
+    assert ids.type.dtype.name == "int32" and ids.ranges == ((1, 1), (1, 48))
+    assert mask.type.dtype.name == "float16" and mask.ranges == ((1, 1), (1, 1), (1, 48), (1, 48))
+    assert function.outputs["logits"].dtype.name == "float16" and len(function.outputs["logits"].shape) == 3
+    assert set(function.states) == {"keyCache", "valueCache"}
+    assert {state.type.shape for state in function.states.values()} == {(2, 2, 48, 8)}
+    metadata = load_package(stateful.packages[0]).metadata
+    assert metadata["co.huggingface.exporters.name"] == "model"
+
+
+def test_chunks_have_static_shapes_and_padded_states(chunked):
+    assert [path.name for path in chunked.packages] == ["model-1-of-2.mlpackage", "model-2-of-2.mlpackage"]
+    assert chunked.plan.split is not None and len(chunked.plan.split.parts) == 3
+    for path, source in zip(chunked.packages, ("inputIds", "hiddenStates"), strict=True):
+        package = load_package(path)
+        assert package.functions.keys() == {"prefill", "decode"} and package.default_function == "decode"
+        for name, function in package.functions.items():
+            new = {"prefill": 8, "decode": 1}[name]
+            assert set(function.inputs) == {source, "position", "fullAttentionMask"}
+            assert all(given.type.fixed_shape for given in function.inputs.values())
+            assert function.inputs["fullAttentionMask"].type.shape == (1, 1, new, 64)
+            # one layer a chunk, three heads, 8 channels padded to 32
+            assert {state.type.shape for state in function.states.values()} == {(1, 3, 64, 32)}
+
+
+def test_any_chunk_opens_all(chunked):
+    packages, description = open_chunks(chunked.packages[1])
+    assert [package.path.name for package in packages] == list(description.packages)
+
+
+def test_missing_chunk(chunked, tmp_path):
+    import shutil
+
+    shutil.copytree(chunked.packages[0], tmp_path / chunked.packages[0].name)
+    with pytest.raises(PackageError, match=r"model-2-of-2.mlpackage: does not exist"):
+        open_chunks(tmp_path / chunked.packages[0].name)
+
+
+@pytest.mark.parametrize(
+    ("case", "interface"),
+    [
+        ("mistral", "swift-transformers"),
+        ("gemma3", "neural-engine"),
+        pytest.param("mistral", "neural-engine", marks=pytest.mark.slow),
+        pytest.param("gemma3", "swift-transformers", marks=pytest.mark.slow),
+        pytest.param("gpt2", "swift-transformers", marks=pytest.mark.slow),
+        pytest.param("gpt2", "neural-engine", marks=pytest.mark.slow),
+    ],
+)
+def test_families_decode_through_the_state(case, interface, tmp_path):
+    """Windows, caps, norms and learned positions, behind a cache."""
+    model = odd_families.build(case)
+    one = made(
+        odd_families.checkpoint_of(model), tmp_path, interface=interface, sequence_length=32, **(
+            {"prefill": 8} if interface == "neural-engine" else {}
+        ),
+    )  # fmt: skip
+    tokens = tokens_for(one.checkpoint, 24)
+    with torch.no_grad():
+        expected = load_hard_model(one.checkpoint)(tokens[None]).logits[0]
+    session = one.artifact.session()
+    assert session is not None
+    found = torch.cat([session.feed(piece) for piece in tokens.split([17, *[1] * 7])])
+    assert divergence(expected, found) <= MOST_KL
+
+
+# Plans
+
+
+def test_plan_refuses_what_an_interface_cannot(plain):
+    for options, message in [
+        ({"target": "iOS17"}, "which iOS17 does not have. Use --target iOS18, or --interface logits"),
+        ({"interface": "tflite"}, "--interface 'tflite' is unknown; use one of swift-transformers"),
+        ({"chunks": 2}, "--chunks 2 is for --interface neural-engine"),
+        ({"interface": "neural-engine", "chunks": 3}, "--chunks 3 is outside 1 to 2, the model's layers"),
+        ({"interface": "neural-engine", "prefill": 1}, "--prefill 1 is too short"),
+        ({"interface": "neural-engine", "sequence_length": 40}, "use a multiple of 32 up to 128"),
+        (
+            {"interface": "neural-engine", "sequence_length": 32},
+            "--prefill 64 is longer than the context of 32",
+        ),
+        ({"sequence_length": 129}, "--sequence-length 129 is outside 3 to 128"),
+    ]:
+        with pytest.raises(ConversionError) as caught:
+            plan_export(plain, **options)
+        assert message in str(caught.value)
+
+
+def test_automatic_chunks_stay_below_the_limit(plain, monkeypatch):
+    from converters.coreml import export_plan
+
+    whole = plan_export(plain, interface="neural-engine")
+    assert len(whole.chunks) == 1 and whole.context == 128
+    monkeypatch.setattr(export_plan, "LARGEST_CHUNK_BYTES", whole.weights_size_bytes - 1)
+    cut = plan_export(plain, interface="neural-engine")
+    assert len(cut.chunks) == 2 and max(cut.package_sizes_bytes) < whole.weights_size_bytes
+
+
+def test_metadata_of_a_bundle_tells_how_chunks_chain(chunked, tmp_path):
+    from converters.coreml.bundle import _metadata
+
+    told = json.loads(json.dumps(_metadata(chunked.checkpoint, chunked.plan, "model")))
+    assert [part["layers"] for part in told["packages"]] == [[0, 1], [1, 2]]
+    assert [part["input"] for part in told["packages"]] == ["inputIds", "hiddenStates"]
+    assert [part["output"] for part in told["packages"]] == ["hiddenStatesOut", "logits"]
+    assert told["functions"] == {"prefill": 8, "decode": 1}
