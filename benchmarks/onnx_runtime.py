@@ -1,0 +1,198 @@
+"""ONNX profiles in onnxruntime: speed, load time and memory, against float32, float16 and uniform 4 bits.
+
+CHECKPOINT must have int8 LUTs, so that all profiles hold the same model. Every row is measured in a process of its
+own. Memory is resident memory beyond that of the process before it loads, after freed heap is given back to the
+system; the prompt and the text are random tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+PROMPT, DECODED, REPEATS = 128, 64, 3
+ENOUGH_SECONDS = 60  # after which nothing is repeated
+FASTER, SMALLER, RESIDENT = 3.0, 0.5, 1.3  # goals: fast against float32, low-memory against its file
+ROWS = ("float32", "float16", "uniform 4-bit", "exact", "low-memory", "fast")
+
+
+def make(kind: str, checkpoint_path: Path, folder: Path) -> None:
+    """Write the graph of one row."""
+    import torch
+
+    from converters.onnx import profiles
+    from converters.onnx.convert import write_graph
+    from converters.onnx.plan import plan_onnx
+    from edkm_export import checkpoint
+
+    class DenseForms(profiles.Forms):
+        """Decoded weights as they are multiplied, [in, out]."""
+
+        def linear(self, x: str, name: str) -> str:
+            tensor = self.checkpoint.palettized[self._stored(name)]
+            dtype = torch.float16 if kind == "float16" else torch.float32
+            weight = self.graph.weight(
+                f"{name}.transposed",
+                np.float16 if kind == "float16" else np.float32,
+                tensor.shape[::-1],
+                lambda: tensor.decode().T.contiguous().to(dtype).numpy(),
+            )
+            return self.graph.node("MatMul", x, weight, name=f"{name}.product")
+
+        def embedding(self, ids: str, name: str) -> str:
+            tensor = self.checkpoint.palettized[self._stored(name)]
+            dtype = torch.float16 if kind == "float16" else torch.float32
+            weight = self.graph.weight(
+                tensor.name,
+                np.float16 if kind == "float16" else np.float32,
+                tensor.shape,
+                lambda: tensor.decode().to(dtype).numpy(),
+            )
+            return self.graph.node("Gather", weight, ids)
+
+    loaded = checkpoint.load(checkpoint_path)
+    folder.mkdir()
+    if kind in profiles.PROFILES:
+        write_graph(plan_onnx(loaded, runtime=kind), folder)
+        return
+    profiles.PROFILES["dense"] = DenseForms
+    dtype = "float16" if kind == "float16" else "float32"
+    model = write_graph(plan_onnx(loaded, runtime="dense", dtype=dtype), folder)
+    if kind == "uniform 4-bit":
+        import onnx
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        quantizer = MatMulNBitsQuantizer(onnx.load(model), block_size=32, is_symmetric=True, accuracy_level=4)
+        quantizer.process()
+        for file in folder.iterdir():
+            file.unlink()
+        quantizer.model.save_model_to_file(str(model), use_external_data_format=True)
+
+
+def resident(key: str = "VmRSS") -> int:
+    """Resident memory of this process in bytes; with VmHWM its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+def run(kind: str, model: Path, threads: int) -> dict[str, Any]:
+    """Load a graph and generate."""
+    import onnxruntime
+
+    from converters.onnx.genai import session_options
+    from edkm_export.memory import return_freed_memory
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    for name, value in session_options(kind).items():
+        if name.startswith("enable_"):
+            setattr(options, name, value)
+    return_freed_memory()
+    before, start = resident(), time.perf_counter()
+    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    load_seconds, load_peak = time.perf_counter() - start, resident("VmHWM") - before
+    return_freed_memory()
+    outputs = [output.name for output in session.get_outputs()]
+    inputs = {value.name: value for value in session.get_inputs()}
+    cache = [value for name, value in inputs.items() if name.startswith("past_key_values.")]
+    dtype = np.float16 if "float16" in cache[0].type else np.float32
+    empty = {value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), dtype) for value in cache}
+    tokens = np.random.default_rng(0).integers(0, session.get_outputs()[0].shape[2], (1, PROMPT + DECODED))
+
+    def step(past: dict[str, Any], first: int, count: int) -> dict[str, Any]:
+        feeds = {
+            "input_ids": tokens[:, first : first + count],
+            "attention_mask": np.ones((1, first + count), np.int64),
+            "position_ids": np.arange(first, first + count)[None],
+        }
+        results = session.run(None, {**feeds, **past})
+        named = dict(zip(outputs, results, strict=True))
+        return {name: named[name.replace("past_key_values", "present")] for name in past}
+
+    prefill, decode, begin = [], [], time.perf_counter()
+    while not decode or (len(decode) < REPEATS and time.perf_counter() - begin < ENOUGH_SECONDS):
+        start = time.perf_counter()
+        past = step(empty, 0, PROMPT)
+        prefill.append(PROMPT / (time.perf_counter() - start))
+        start = time.perf_counter()
+        for place in range(PROMPT, PROMPT + DECODED):
+            past = step(past, place, 1)
+        decode.append(DECODED / (time.perf_counter() - start))
+    return_freed_memory()
+    return {
+        "prefill": max(prefill),
+        "decode": max(decode),
+        "load_seconds": load_seconds,
+        "load_peak": load_peak,
+        "resident": resident() - before,
+    }
+
+
+def fresh(*arguments: str) -> str:
+    """Call this script in a process of its own; what it prints last."""
+    command = [sys.executable, __file__, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+
+
+@click.command(help=__doc__)
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.option("--threads", default=os.cpu_count() or 1, show_default=True)
+@click.option("--only", multiple=True, type=click.Choice(ROWS), help="Rows to measure; by default all.")
+@click.option("--make", "making", hidden=True)
+@click.option("--run", "running", hidden=True)
+@click.option("--folder", hidden=True, type=click.Path(path_type=Path))
+def main(
+    checkpoint: Path,
+    threads: int,
+    only: tuple[str, ...],
+    making: str | None,
+    running: str | None,
+    folder: Path | None,
+) -> None:
+    if making is not None and folder is not None:
+        make(making, checkpoint, folder)
+        print(sum(path.stat().st_size for path in folder.iterdir()))
+        return
+    if running is not None and folder is not None:
+        print(json.dumps(run(running, folder / "model.onnx", threads)))
+        return
+    found: dict[str, dict[str, Any]] = {}
+    print(f"prompt of {PROMPT} tokens, {DECODED} decoded, {threads} threads, best of {REPEATS}")
+    print("| | file MB | load s | load peak MB | resident MB | prefill tokens/s | decode tokens/s |")
+    print("|---|---|---|---|---|---|---|")
+    for kind in only or ROWS:
+        with tempfile.TemporaryDirectory() as temporary:
+            place = str(Path(temporary) / "graph")
+            size = int(fresh(str(checkpoint), "--make", kind, "--folder", place))
+            row = json.loads(
+                fresh(str(checkpoint), "--run", kind, "--folder", place, "--threads", str(threads))
+            )
+        found[kind] = {**row, "size": size}
+        print(
+            f"| {kind} | {size / 1e6:.1f} | {row['load_seconds']:.1f} | {row['load_peak'] / 1e6:.0f} "
+            f"| {row['resident'] / 1e6:.0f} | {row['prefill']:.0f} | {row['decode']:.1f} |",
+            flush=True,
+        )
+    if {"fast", "float32"} <= found.keys():
+        fast, base = found["fast"], found["float32"]
+        print(
+            f"fast decodes {fast['decode'] / base['decode']:.2f} times as fast as float32 (goal {FASTER:g}),"
+        )
+        print(f"in {fast['resident'] / base['resident']:.2f} of its memory (goal {SMALLER:g})")
+    if "low-memory" in found:
+        low = found["low-memory"]
+        print(f"low-memory resides in {low['resident'] / low['size']:.2f} times its file (goal {RESIDENT:g})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The graph of a decoder with a key-value cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from converters.onnx.builder import GraphBuilder
+from converters.onnx.tracing import Tracer, Value, WeightForms
+from edkm_export.models.config import FULL, SLIDING
+from edkm_export.models.context import MASKED, Context, causal_mask, sliding_mask
+from edkm_export.models.decoder import Decoder
+from edkm_export.models.norms import LayerNorm, RMSNorm
+from edkm_export.models.positions import PositionTables
+
+__all__ = ["BATCH", "NEW", "PAST", "TOTAL", "build_graph"]
+
+BATCH, NEW, PAST, TOTAL = (
+    "batch_size",
+    "sequence_length",
+    "past_sequence_length",
+    "total_sequence_length",
+)
+"""Names of the open sizes."""
+
+
+def build_graph(
+    decoder: Decoder, hf_config: dict[str, Any], context: int, weights: WeightForms, graph: GraphBuilder,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Trace a decoder.
+
+    Args:
+        decoder: on the meta device.
+        hf_config: Hugging Face configuration, for the position tables.
+        context: positions that the tables hold.
+        weights: the forms of parameters, which write to `graph`.
+        graph: receives the nodes; its inputs and outputs have the names that docs/onnx.md lists.
+        dtype: of activations, float32 or float16.
+
+    Raises:
+        ConversionError: constant tables cannot hold the positions, or the decoder has an unknown function.
+    """
+    config = decoder.config
+    parameters = {id(parameter): name for name, parameter in decoder.named_parameters()}
+    tracer = Tracer(graph, weights, parameters, dtype)
+    for module in decoder.modules():  # the module is ours alone, and its norms know only float16's limits
+        if isinstance(module, RMSNorm):
+            module.forward = _RMSNorm(module, tracer)  # type: ignore[method-assign, assignment]
+        elif isinstance(module, LayerNorm):
+            module.forward = _LayerNorm(module, tracer)  # type: ignore[method-assign, assignment]
+    tables = PositionTables(config, hf_config, context)
+    input_ids = Value(tracer, "input_ids", (BATCH, NEW), torch.int64)
+    position_ids = Value(tracer, "position_ids", (BATCH, NEW), torch.int64)
+    cache = _GrowingCache(tracer, config.num_layers, config.num_kv_heads, config.head_dim)
+    masks = _masks(tracer, decoder, cache.past("key", 0))
+    logits = decoder(input_ids, Context(position_ids, tables(position_ids), masks), cache)  # type: ignore[arg-type]
+    outputs = {"logits": logits.name, **cache.present}
+    graph.rename({value: name for name, value in outputs.items()})
+    graph.prune(list(outputs))
+
+
+def _masks(tracer: Tracer, decoder: Decoder, past: Value) -> dict[str, Value]:
+    """Additive masks [batch, 1, new, total] of each kind of layer: causal, and without padding."""
+    graph = tracer.graph
+
+    def size(name: str, axis: int) -> str:
+        length = graph.node("Shape", name, start=axis, end=axis + 1)
+        return graph.node("Squeeze", length, graph.integers(0))  # type: ignore[no-any-return]
+
+    total = size("attention_mask", 1)
+    zero, one = tracer.constant(0, torch.int64), tracer.constant(1, torch.int64)
+    # Places in the cache, not position_ids: these repeat in padding.
+    keys = Value(tracer, graph.node("Range", zero, total, one), (TOTAL,), torch.int64)
+    queries = Value(tracer, graph.node("Range", size(past.name, 2), total, one), (NEW,), torch.int64)
+    keys, queries = keys.unsqueeze(0), queries.unsqueeze(0)
+    causal: Any = causal_mask(queries, keys)  # type: ignore[arg-type]
+    given = Value(tracer, "attention_mask", (BATCH, TOTAL), torch.int64)
+    padding = (1 - given)[:, None, None, :].float() * MASKED
+    masks = {FULL: causal.minimum(padding)}
+    window = decoder.config.sliding_window
+    if window is not None:
+        masks[SLIDING] = sliding_mask(masks[FULL], queries, keys, window)  # type: ignore[arg-type]
+    return {kind: masks[kind] for kind in sorted(set(decoder.config.layer_kinds))}
+
+
+class _GrowingCache:
+    """Keys and values that come in as inputs, grow by the new ones, and go out."""
+
+    def __init__(self, tracer: Tracer, layers: int, kv_heads: int, head_dim: int) -> None:
+        self._tracer, self._shape = tracer, (BATCH, kv_heads, PAST, head_dim)
+        self.present: dict[str, str] = {}
+
+    def past(self, what: str, layer: int) -> Value:
+        """An input of the graph."""
+        return Value(self._tracer, f"past_key_values.{layer}.{what}", self._shape, self._tracer.dtype)
+
+    def update(self, layer: int, keys: Value, values: Value) -> tuple[Value, Value]:
+        """Append the new ones [batch, kv_heads, new, head_dim]."""
+        grown = []
+        for what, new in (("key", keys), ("value", values)):
+            both: Value = torch.cat((self.past(what, layer), new), dim=2)  # type: ignore[arg-type, assignment]
+            self.present[f"present.{layer}.{what}"] = both.name
+            grown.append(both)
+        return grown[0], grown[1]
+
+
+class _Norm:
+    """A norm in the plain form that runtimes fuse, computed in float32.
+
+    Args:
+        module: the decoder's norm.
+        tracer: of the graph.
+    """
+
+    def __init__(self, module: Any, tracer: Tracer) -> None:
+        self._module, self._tracer = module, tracer
+        self._eps = float(module.root_eps.double()) ** 2
+
+    def _weight(self, which: str) -> Value:
+        parameter = getattr(self._module, which)
+        name = self._tracer.weights.vector(self._tracer.parameters[id(parameter)])
+        return Value(self._tracer, name, tuple(parameter.shape), self._tracer.dtype)
+
+    def _mean(self, x: Value) -> Value:
+        axes = self._tracer.graph.integers(-1)
+        return self._tracer.emit(
+            "ReduceMean", x.name, axes, shape=(*x.shape[:-1], 1), dtype=x.dtype, keepdims=1
+        )
+
+    def _power(self, x: Value) -> Value:
+        two = self._tracer.constant(2.0, x.dtype)
+        return self._tracer.emit("Pow", x.name, two, shape=x.shape, dtype=x.dtype)
+
+    def _normalize(self, x: Value) -> Value:
+        """Divide by the root mean square."""
+        return x / (self._mean(self._power(x)) + self._eps)._unary("Sqrt")
+
+
+class _RMSNorm(_Norm):
+    """Root mean square norm: x [..., size] -> [..., size]."""
+
+    def __call__(self, x: Value) -> Value:
+        normal = self._normalize(x.to(torch.float32)).to(self._tracer.dtype)
+        weight = self._weight("weight")
+        if self._module.offset:
+            weight = weight + 1.0
+        if self._module.scale != 1:
+            weight = weight * self._module.scale
+        return normal * weight
+
+
+class _LayerNorm(_Norm):
+    """Layer norm with weight and bias: x [..., size] -> [..., size]."""
+
+    def __call__(self, x: Value) -> Value:
+        wide = x.to(torch.float32)
+        normal = self._normalize(wide - self._mean(wide)).to(self._tracer.dtype)
+        return normal * self._weight("weight") + self._weight("bias")

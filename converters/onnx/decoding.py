@@ -1,0 +1,243 @@
+"""Nodes that decode palettized weights.
+
+Codes become symbols by gathering from small constant tables, symbols become values by gathering from the LUT, spread
+so that one index fetches all values of a symbol. Nothing shifts bits and nothing is wider than it must be: a runtime
+that folds constants holds every step of every weight at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from converters.onnx.backend import load_onnx
+from converters.onnx.builder import GraphBuilder
+from converters.onnx.codes import Layout, code_planes, high_table, low_table
+from edkm_export.palette import PalettizedTensor
+
+__all__ = ["Rows", "WeightNodes"]
+
+_OFFSET = 128  # int8 entries are stored as uint8, which gathers and MatMulNBits take
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A range of the rows of indices of a weight, whole row groups or a part of one."""
+
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        """Rows in it."""
+        return self.stop - self.start
+
+
+class WeightNodes:
+    """The nodes of one palettized weight.
+
+    Args:
+        graph: receives them.
+        tensor: the weight.
+        zero: name of a zero, int64 [1], that depends on an activation: added to where a slice starts, it keeps a
+            runtime from folding the weight. None: it may be folded.
+    """
+
+    def __init__(self, graph: GraphBuilder, tensor: PalettizedTensor, zero: str | None = None) -> None:
+        self._graph, self._tensor, self._zero = graph, tensor, zero
+        self._layout = Layout(tensor.n_bits)
+        self.rows, columns = tensor.index_shape
+        self.groups_out, self.groups_in = tensor.groups
+        self.group_rows, self.group_columns = self.rows // self.groups_out, columns // self.groups_in
+        self._row_weights = tensor.numel // self.rows
+
+    def parts(self, largest: int) -> list[Rows]:
+        """Cut the rows into ranges of at most `largest` weights: whole row groups, or parts of one."""
+        fits = self.group_rows * self._row_weights <= largest
+        span = self.rows if fits else self.group_rows  # no range goes beyond it
+        unit = self.group_rows if fits else 1
+        pieces = -(-span // (max(largest // (unit * self._row_weights), 1) * unit))
+        step = -(-span // (pieces * unit)) * unit
+        return [
+            Rows(start, min(start + step, first + span))
+            for first in range(0, self.rows, span)
+            for start in range(first, first + span, step)
+        ]
+
+    def values(self, rows: Rows, dtype: int) -> str:
+        """Decode rows to floats, as `PalettizedTensor.decode` does.
+
+        Args:
+            rows: which.
+            dtype: TensorProto type of the result, FLOAT or FLOAT16.
+
+        Returns:
+            Name of the value [rows.count * dim, columns].
+        """
+        return self._decode(rows, self._lut_values(self._group_range(rows), dtype))
+
+    def steps(self, rows: Rows) -> str:
+        """Decode rows to entries of an int8 LUT plus 128, uint8 [rows.count * dim, columns]."""
+        assert self._tensor.lut_scale is not None
+        return self._decode(rows, self._lut(self._group_range(rows)))
+
+    def scales(self, rows: Rows, blocks: int) -> str:
+        """Spread the scales of an int8 LUT over blocks of columns, float32 [rows.count * dim, blocks]."""
+        onnx_float, groups = _types().FLOAT, self._group_range(rows)
+        scale = self._graph.node("Cast", self._scale(groups), to=onnx_float)
+        height = rows.count // groups.count * self._tensor.dim
+        size = (groups.count, height, self.groups_in, blocks // self.groups_in)
+        open_axes = self._graph.node("Unsqueeze", scale, self._graph.integers(1, 3))
+        spread = self._graph.node("Expand", open_axes, self._graph.integers(*size))
+        return self._reshape(spread, groups.count * height, blocks)
+
+    def lookup(self, ids: str, dtype: int) -> str:
+        """Rows of the weight as an embedding: ids int64 [batch, new] -> float [batch, new, columns].
+
+        Only the codes of these rows are touched.
+        """
+        assert self._tensor.dim == 1
+        graph, layout, types = self._graph, self._layout, _types()
+        planes = [graph.node("Gather", plane, ids) for plane in self._codes()]
+        symbols = graph.node("Cast", self._join(planes, (0, 0)), to=types.INT32)
+        if layout.in_symbol > 1:
+            symbols = graph.node("Gather", graph.constant(layout.indices_of_symbol()), symbols)
+        indices = self._reshape(symbols, 0, 0, self.groups_in, layout.padded(self.group_columns))
+        entries = 1 << self._tensor.n_bits
+        if self.groups_in > 1:
+            places = np.arange(self.groups_in, dtype=np.int32)[:, None] * entries
+            indices = graph.node("Add", indices, graph.constant(places))
+        if self.groups_out > 1:
+            group = graph.node("Div", ids, graph.integers(self.group_rows))
+            first = graph.node("Mul", group, graph.integers(entries * self.groups_in))
+            first = graph.node("Cast", first, to=types.INT32)
+            first = graph.node("Unsqueeze", first, graph.integers(2, 3))
+            indices = graph.node("Add", indices, first)
+        lut = self._reshape(self._lut_values(Rows(0, self.groups_out), dtype), -1)
+        values = self._trim(graph.node("Gather", lut, indices), 3)
+        return self._reshape(values, 0, 0, self._tensor.index_shape[1])
+
+    def _decode(self, rows: Rows, lut: str) -> str:
+        """Gather from a LUT [row groups, groups_in, entries, dim] what the indices of rows select."""
+        graph, layout, dim = self._graph, self._layout, self._tensor.dim
+        planes = [self._part(plane, rows, self.rows) for plane in self._codes()]
+        symbols = graph.node("Cast", self._join(planes, (rows.count, self.groups_in)), to=_types().INT32)
+        if (offsets := self._offsets(rows)) is not None:
+            symbols = graph.node("Add", symbols, offsets)
+        if layout.in_symbol > 1:
+            lut = graph.node("Gather", lut, graph.constant(layout.indices_of_symbol()), axis=2)
+        width = layout.in_symbol * dim
+        tables = self._reshape(lut, -1, width) if width > 1 else self._reshape(lut, -1)
+        values = graph.node("Gather", tables, symbols)
+        padded = layout.padded(self.group_columns)
+        if dim == 1 and padded == self.group_columns:
+            return self._reshape(values, rows.count, self._tensor.index_shape[1])
+        values = self._trim(self._reshape(values, rows.count, self.groups_in, padded, dim), 2)
+        if dim == 1:
+            return self._reshape(values, rows.count, self._tensor.index_shape[1])
+        values = self._reshape(values, rows.count, self._tensor.index_shape[1], dim)
+        values = graph.node("Transpose", values, perm=[0, 2, 1])
+        return self._reshape(values, rows.count * dim, self._tensor.index_shape[1])
+
+    def _join(self, planes: list[str], leading: tuple[int, int]) -> str:
+        """Planes to symbols, uint8 [rows, groups_in, ...]."""
+        if not self._layout.split:
+            return planes[0]
+        graph = self._graph
+        low, high = planes
+        (_, quads) = self._layout.bytes_of(self.group_columns)
+        # [..., quads, 2] -> [..., quads, 2, 2], and [..., quads] likewise
+        shape = (*leading, self.groups_in, quads, 2) if leading == (0, 0) else (*leading, quads, 2)
+        low = graph.node("Gather", graph.constant(low_table()), self._index(self._reshape(low, *shape)))
+        high = graph.node("Gather", graph.constant(high_table()), self._index(high))
+        return graph.node("BitwiseOr", low, high)  # type: ignore[no-any-return]
+
+    def _index(self, codes: str) -> str:
+        return self._graph.node("Cast", codes, to=_types().INT32)  # type: ignore[no-any-return]
+
+    def _offsets(self, rows: Rows) -> str | None:
+        """Where the table of each group starts, int32 [rows, groups_in, 1, ...]; None when there is one table."""
+        groups = self._group_range(rows)
+        if groups.count * self.groups_in == 1:
+            return None
+        height = rows.count // groups.count
+        group = np.arange(rows.count)[:, None] // height * self.groups_in + np.arange(self.groups_in)
+        axes = (1, 1, 1) if self._layout.split else (1,)
+        offsets = (group * self._layout.symbols).astype(np.int32)
+        return self._graph.constant(offsets.reshape(rows.count, self.groups_in, *axes))
+
+    def _lut_values(self, groups: Rows, dtype: int) -> str:
+        """LUTs as they decode; the product with a scale is rounded once to float16."""
+        graph, types = self._graph, _types()
+        values = self._lut(groups)
+        if self._tensor.lut_scale is not None:
+            steps = graph.node("Cast", values, to=types.FLOAT)
+            steps = graph.node("Sub", steps, graph.constant(_OFFSET, np.float32))
+            scale = graph.node("Cast", self._scale(groups), to=types.FLOAT)
+            scale = graph.node("Unsqueeze", scale, graph.integers(2, 3))
+            values = graph.node("Cast", graph.node("Mul", steps, scale), to=types.FLOAT16)
+        return values if dtype == types.FLOAT16 else graph.node("Cast", values, to=dtype)
+
+    def _group_range(self, rows: Rows) -> Rows:
+        """The row groups that rows lie in."""
+        return Rows(rows.start // self.group_rows, (rows.stop - 1) // self.group_rows + 1)
+
+    def _part(self, value: str, rows: Rows, whole: int) -> str:
+        """A range of the first axis of an initializer."""
+        if rows == Rows(0, whole) and self._zero is None:
+            return value
+        graph = self._graph
+        start = graph.integers(rows.start)
+        if self._zero is not None:
+            start = graph.node("Add", start, self._zero)
+        return graph.node(  # type: ignore[no-any-return]
+            "Slice", value, start, graph.integers(rows.stop), graph.integers(0)
+        )
+
+    def _trim(self, values: str, axis: int) -> str:
+        """Cut the padding of column groups off."""
+        if self._layout.padded(self.group_columns) == self.group_columns:
+            return values
+        graph = self._graph
+        end = graph.integers(self.group_columns)
+        return graph.node("Slice", values, graph.integers(0), end, graph.integers(axis))  # type: ignore[no-any-return]
+
+    def _reshape(self, value: str, *shape: int) -> str:
+        return self._graph.node("Reshape", value, self._graph.integers(*shape))  # type: ignore[no-any-return]
+
+    def _codes(self) -> list[str]:
+        tensor = self._tensor
+        sizes = self._layout.bytes_of(self.group_columns)
+
+        def declare(place: int, part: str) -> str:
+            shape = (self.rows, self.groups_in, sizes[place])
+            return self._graph.weight(
+                f"{tensor.name}.{part}", np.uint8, shape, lambda: code_planes(tensor)[place]
+            )
+
+        return [declare(place, part) for place, part in enumerate(("codes", "codes_high")[: len(sizes)])]
+
+    def _lut(self, groups: Rows) -> str:
+        """LUTs of row groups as stored, [row groups, groups_in, entries, dim]."""
+        name, lut = f"{self._tensor.name}.lut", self._tensor.lut
+        shape = tuple(lut.shape)
+        if self._tensor.lut_scale is None:
+            value = self._graph.weight(name, np.float16, shape, lut.numpy)
+        else:
+            value = self._graph.weight(name, np.uint8, shape, lambda: (lut.short() + _OFFSET).byte().numpy())
+        return self._part(value, groups, self.groups_out)
+
+    def _scale(self, groups: Rows) -> str:
+        """Scales of row groups, float16 [row groups, groups_in]."""
+        scale = self._tensor.lut_scale
+        assert scale is not None
+        value = self._graph.weight(
+            f"{self._tensor.name}.lut_scale", np.float16, tuple(scale.shape), scale.numpy
+        )
+        return self._part(value, groups, self.groups_out)
+
+
+def _types() -> Any:
+    return load_onnx().TensorProto

@@ -1,0 +1,130 @@
+"""onnxruntime-genai, optimum and transformers.js load the folder as it is and generate hard PyTorch's tokens.
+
+Each lives in an environment of its own, named by a variable; these tests run when their marker is chosen:
+
+    EDKM_GENAI_PYTHON=venv/bin/python          pytest -m genai           # pip install onnxruntime-genai
+    EDKM_OPTIMUM_PYTHON=venv/bin/python        pytest -m optimum         # pip install optimum-onnx[onnxruntime]
+    EDKM_TRANSFORMERSJS=folder/with/node_modules  pytest -m transformersjs  # npm install @huggingface/transformers
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import palettized_folder
+from onnx_models import export
+
+from edkm_export.models.hard import load_hard_model
+from edkm_export.recipe import uniform_recipe
+
+PROMPT = [5, 9, 100, 33, 2, 7, 64, 8]
+COUNT = 32
+
+GENAI = """
+import json, sys
+import onnxruntime_genai as og
+folder, prompt, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model = og.Model(folder)
+settings = og.GeneratorParams(model)
+settings.set_search_options(do_sample=False, max_length=len(prompt) + count)
+generator = og.Generator(model, settings)
+generator.append_tokens(prompt)
+while not generator.is_done():
+    generator.generate_next_token()
+print(json.dumps([int(token) for token in generator.get_sequence(0)][len(prompt):]))
+"""
+
+OPTIMUM = """
+import json, sys
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM
+folder, prompt, count = sys.argv[1], torch.tensor([json.loads(sys.argv[2])]), int(sys.argv[3])
+model = ORTModelForCausalLM.from_pretrained(folder)
+found = model.generate(
+    input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=count
+)
+print(json.dumps(found[0, prompt.shape[1]:].tolist()))
+"""
+
+TRANSFORMERS_JS = """
+import { env, AutoModelForCausalLM, Tensor } from '@huggingface/transformers';
+import path from 'node:path';
+const [folder, prompt, count] = [process.argv[2], JSON.parse(process.argv[3]), +process.argv[4]];
+env.allowRemoteModels = false;
+env.localModelPath = path.dirname(folder);
+const model = await AutoModelForCausalLM.from_pretrained(path.basename(folder));
+const ids = BigInt64Array.from(prompt.map(BigInt));
+const found = await model.generate({
+    inputs: new Tensor('int64', ids, [1, ids.length]),
+    attention_mask: new Tensor('int64', ids.map(() => 1n), [1, ids.length]),
+    do_sample: false,
+    max_new_tokens: count,
+});
+console.log(JSON.stringify(Array.from(found.data).map(Number).slice(prompt.length)));
+"""
+
+FORMS = [
+    {"runtime": "exact"},
+    {"runtime": "low-memory"},
+    {"runtime": "fast"},
+    {"runtime": "exact", "dtype": "float16"},
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama, tmp_path_factory):
+    return palettized_folder(
+        tiny_llama, uniform_recipe(3, 16, "int8"), tmp_path_factory.mktemp("tiny") / "model.pt"
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint) -> list[int]:
+    model, tokens = load_hard_model(checkpoint), list(PROMPT)
+    with torch.no_grad():
+        for _ in range(COUNT):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(PROMPT) :]
+
+
+@pytest.fixture(scope="module", params=FORMS, ids=lambda form: "-".join(form.values()))
+def folder(request, checkpoint, tmp_path_factory) -> Path:
+    return export(checkpoint, tmp_path_factory.mktemp("onnx") / "model", **request.param)
+
+
+def place(variable: str) -> str:
+    if not (found := os.environ.get(variable)):
+        pytest.skip(f"{variable} does not say where it is installed")
+    return found
+
+
+def run(command: list[str], folder: Path, **options) -> list[int]:
+    done = subprocess.run(
+        [*command, str(folder), json.dumps(PROMPT), str(COUNT)], capture_output=True, text=True, **options
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.genai
+def test_onnxruntime_genai(folder, expected):
+    assert run([place("EDKM_GENAI_PYTHON"), "-c", GENAI], folder) == expected
+
+
+@pytest.mark.optimum
+def test_optimum(folder, expected):
+    assert run([place("EDKM_OPTIMUM_PYTHON"), "-c", OPTIMUM], folder) == expected
+
+
+@pytest.mark.transformersjs
+def test_transformers_js(folder, expected, tmp_path):
+    modules = Path(place("EDKM_TRANSFORMERSJS"))
+    (tmp_path / "node_modules").symlink_to((modules / "node_modules").resolve())
+    script = tmp_path / "run.mjs"
+    script.write_text(TRANSFORMERS_JS)
+    assert run(["node", str(script)], folder) == expected

@@ -1,0 +1,296 @@
+"""How palettized weights are stored in a graph and decoded by it, in every profile."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import palettized_folder
+from onnx_models import export, palettized_checkpoint
+from palettes import numpy_decode, random_palette
+
+from converters.onnx.builder import GraphBuilder
+from converters.onnx.codes import code_planes
+from converters.onnx.decoding import Rows, WeightNodes
+from converters.onnx.plan import plan_onnx
+from edkm_export.errors import ConversionError
+from edkm_export.palette import PalettizedTensor, int8_scale
+from edkm_export.recipe import uniform_recipe
+
+BITS = (1, 2, 3, 4, 6, 8)
+FLOAT = onnx.TensorProto.FLOAT
+
+
+def evaluate(
+    graph: GraphBuilder, output: str, kind: int, optimized: bool, rank: int = 2, **feeds
+) -> np.ndarray:
+    """Run a part of a graph in onnxruntime."""
+    tensors = [onnx.numpy_helper.from_array(each.produce(), each.name) for each in graph.weights.values()]
+    inputs = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, value.shape)
+        for name, value in feeds.items()
+    ]
+    made = onnx.helper.make_graph(
+        graph.nodes, "part", inputs, [onnx.helper.make_tensor_value_info(output, kind, [None] * rank)],
+        initializer=[*graph.inline, *tensors],
+    )  # fmt: skip
+    model = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    onnx.checker.check_model(model, full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    return session.run(None, feeds)[0]
+
+
+def palettes(n_bits):
+    """Sizes that fill bytes and sizes that do not, groups along both axes, vectors."""
+    yield random_palette((8, 16), n_bits, (2, 1), seed=1)
+    yield random_palette((6, 27), n_bits, (1, 1), seed=2)
+    yield random_palette((12, 15), n_bits, (3, 3), seed=3)
+    yield random_palette((8, 12), n_bits, (2, 2), 2, seed=4)
+    yield random_palette((12, 7), n_bits, (3, 1), 4, seed=5)
+    yield random_palette((8, 16), n_bits, (4, 2), int8=True, seed=6)
+
+
+@pytest.mark.parametrize("n_bits", BITS)
+@pytest.mark.parametrize("optimized", [True, False])
+def test_every_palette_decodes_to_the_same_bits(n_bits, optimized):
+    """float16 values fit float32 exactly, so no rounding is allowed: -0.0 and 0.0 differ too."""
+    for tensor in palettes(n_bits):
+        expected = numpy_decode(tensor)
+        for kind in (FLOAT, onnx.TensorProto.FLOAT16):
+            graph = GraphBuilder(18)
+            value = WeightNodes(graph, tensor).values(Rows(0, tensor.index_shape[0]), kind)
+            found = evaluate(graph, value, kind, optimized)
+            assert found.astype(np.float16).tobytes() == expected.tobytes(), tensor.shape
+            assert np.array_equal(found, expected.astype(found.dtype))
+
+
+@pytest.mark.parametrize("n_bits", BITS)
+def test_rows_are_decoded_in_parts_behind_a_barrier(n_bits):
+    for tensor in palettes(n_bits):
+        expected = numpy_decode(tensor)
+        for largest in (1, 20, 60, 1000):
+            graph = GraphBuilder(18)
+            zero = graph.node("Mul", graph.node("Shape", "ids", start=0, end=1), graph.integers(0))
+            nodes = WeightNodes(graph, tensor, zero)
+            parts = nodes.parts(largest)
+            assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
+            assert parts[-1].stop == tensor.index_shape[0]
+            value = graph.node("Concat", *(nodes.values(part, FLOAT) for part in parts), axis=0)
+            found = evaluate(graph, value, FLOAT, True, ids=np.zeros(1, np.int64))
+            assert np.array_equal(found, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("n_bits", BITS)
+def test_embedding_gathers_rows_of_codes(n_bits):
+    ids = np.array([[0, 5, 3], [7, 7, 1]])
+    for tensor in (
+        random_palette((8, 16), n_bits, (2, 1), seed=1),
+        random_palette((8, 27), n_bits, (1, 1), seed=2),
+        random_palette((8, 15), n_bits, (4, 3), int8=True, seed=3),
+    ):
+        graph = GraphBuilder(18)
+        value = WeightNodes(graph, tensor).lookup("ids", FLOAT)
+        found = evaluate(graph, value, FLOAT, True, rank=3, ids=ids)
+        assert np.array_equal(found, numpy_decode(tensor).astype(np.float32)[ids])
+        first = next(node for node in graph.nodes if node.op_type == "Gather")
+        assert list(first.input) == [f"{tensor.name}.codes", "ids"]  # nothing of the table before it
+
+
+@pytest.mark.parametrize("n_bits", BITS)
+def test_codes_take_their_bits(n_bits):
+    tensor = random_palette((24, 64), n_bits)
+    planes = code_planes(tensor)
+    assert sum(plane.nbytes for plane in planes) * 8 == n_bits * tensor.numel
+    bits = [np.unpackbits(plane, axis=-1, bitorder="little") for plane in planes]
+    assert sum(int(each.sum()) for each in bits) == int(np.unpackbits(tensor.indices.numpy()).sum())
+
+
+def test_int8_scales_make_products_that_float16_holds():
+    largest = torch.cat((torch.logspace(-9, 4.8, 5000), torch.tensor([0.0, 65504.0, 6e-8, 127.0])))
+    scale = int8_scale(largest)
+    entries = torch.arange(-127, 128)
+    product = scale.double()[:, None] * entries
+    assert torch.equal(product.half().double(), product)
+    fits = largest <= 65024  # 127 * 512; the one beyond is clipped by less than one percent
+    assert bool((scale.double() * 127 >= largest.double() * (1 - 1e-7))[fits].all())
+    # four significant bits are at most 1/8 too coarse; below, float16 itself is coarser
+    normal = largest > 127 * 2.0**-20
+    assert bool((scale.double() * 127 <= largest.double() * 1.1251)[normal].all())
+
+
+@pytest.mark.parametrize("runtime", ["exact", "low-memory", "fast"])
+@pytest.mark.parametrize("n_bits", [3, 4])
+def test_prediction_is_the_size_on_disk(runtime, n_bits, tmp_path):
+    made = palettized_checkpoint(n_bits, int8=True)
+    plan = plan_onnx(made, runtime=runtime)
+    folder = export(made, tmp_path / "out", runtime=runtime) / "onnx"
+    assert (folder / "model.onnx_data").stat().st_size == plan.weights_size_bytes
+    assert sum(file.stat().st_size for file in folder.iterdir()) == plan.size_bytes
+
+
+def test_three_bits_of_a_large_weight_stay_below_three_point_two():
+    """LUTs included, groups of 16 rows of 576."""
+    tensor = random_palette((576, 576), 3, (36, 1))
+    graph = GraphBuilder(18)
+    WeightNodes(graph, tensor).values(Rows(0, 576), FLOAT)
+    stored = sum(each.size_bytes for name, each in graph.weights.items() if name.startswith(tensor.name))
+    assert 3.0 <= stored * 8 / tensor.numel < 3.2
+
+
+@pytest.mark.parametrize("runtime", ["exact", "low-memory", "fast"])
+@pytest.mark.parametrize("n_bits", BITS)
+def test_graphs_neither_shift_bits_nor_hold_a_weight_twice(runtime, n_bits):
+    made = palettized_checkpoint(n_bits, int8=True)
+    plan = plan_onnx(made, runtime=runtime)
+    assert not {node.op_type for node in plan.model.graph.node} & {"BitShift", "BitwiseAnd"}
+    names = [weight.name for _, weight in plan.weights]
+    assert len(set(names)) == len(names)
+    tables = [name for name in names if name.startswith("lm_head")]
+    assert not tables  # tied to the embedding, whose codes both use
+
+
+def test_planning_touches_no_weight(monkeypatch):
+    made = palettized_checkpoint(3)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a weight was decoded")
+
+    monkeypatch.setattr(PalettizedTensor, "decode", refuse)
+    monkeypatch.setattr(PalettizedTensor, "unpack_indices", refuse)
+    plan_onnx(made)
+
+
+def test_low_memory_is_not_folded_and_exact_is(tmp_path):
+    """What onnxruntime keeps after its optimizations: codes, or dense weights."""
+    made = palettized_checkpoint(4)
+    kept = {}
+    for runtime in ("exact", "low-memory"):
+        folder = export(made, tmp_path / runtime, runtime=runtime) / "onnx"
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(tmp_path / f"{runtime}.onnx")
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(str(folder / "model.onnx"), options)
+        optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+        kept[runtime] = {
+            tuple(tensor.dims)
+            for tensor in optimized.graph.initializer
+            if tensor.data_type == FLOAT and len(tensor.dims) == 2
+        }
+    assert (32, 48) in kept["exact"]  # gate_proj, transposed
+    # cos and sin are all that is left in float32
+    assert all(shape[0] == made.config["max_position_embeddings"] for shape in kept["low-memory"])
+
+
+def test_fast_multiplies_with_matmulnbits(tmp_path):
+    made = palettized_checkpoint(4, int8=True)
+    nodes = plan_onnx(made, runtime="fast").model.graph.node
+    products = [node for node in nodes if node.op_type == "MatMulNBits"]
+    assert len(products) == 2 * 7 + 1
+    settings = {a.name: onnx.helper.get_attribute_value(a) for a in products[0].attribute}
+    assert settings["bits"] == 8 and settings["accuracy_level"] == 4
+    standard = plan_onnx(made, runtime="fast", standard_ops=True)
+    assert {node.domain for node in standard.model.graph.node} == {""}
+
+
+def test_onnxruntime_fuses_the_standard_form(tiny_llama, tmp_path):
+    """In matrices of at least 128 columns; it leaves some smaller ones alone."""
+    made = palettized_folder(tiny_llama, uniform_recipe(3, 16, "int8"), tmp_path / "model.pt")
+    folder = export(made, tmp_path / "out", runtime="fast", standard_ops=True) / "onnx"
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(folder / "model.onnx"), options)
+    optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    assert sum(node.op_type == "MatMulNBits" for node in optimized.graph.node) == 4 * 7 + 1
+
+
+# Mistakes
+
+
+def test_fast_refuses_float_luts():
+    with pytest.raises(ConversionError, match=r"15 weights have float16 LUTs, .*--lut-dtype int8"):
+        plan_onnx(palettized_checkpoint(4), runtime="fast")
+
+
+def test_fast_refuses_scales_whose_products_are_rounded():
+    made = palettized_checkpoint(4, int8=True)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensor = made.palettized[name]
+    rough = replace(tensor, lut_scale=torch.full_like(tensor.lut_scale, 0.0077))
+    broken = replace(made, palettized={**made.palettized, name: rough})
+    with pytest.raises(ConversionError, match=rf"{name}: its int8 entries times their scale are rounded"):
+        plan_onnx(broken, runtime="fast")
+    plan_onnx(broken, runtime="exact")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"runtime": "small"}, "--runtime 'small' is unknown; use one of exact, low-memory, fast"),
+        ({"dtype": "bfloat16"}, "--dtype 'bfloat16' is unknown"),
+        ({"opset": 17}, "--opset 17 is outside 18 to 23"),
+        ({"opset": 24}, "--opset 24 is outside 18 to 23"),
+        ({"runtime": "fast", "standard_ops": True, "opset": 20}, "--opset 20 is outside 21 to 23"),
+        ({"standard_ops": True}, "--standard-ops is for --runtime fast"),
+        ({"context": 129}, "--context-length 129 is outside 2 to 128"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(ConversionError, match=message):
+        plan_onnx(palettized_checkpoint(4), **options)
+
+
+def test_embeddings_of_vectors_are_refused():
+    made = palettized_checkpoint(4)
+    name = "model.embed_tokens.weight"
+    vectors = random_palette((320, 32), 4, (10, 1), 2, name=name)
+    with pytest.raises(ConversionError, match=rf"{name}: an embedding whose LUT holds vectors of 2"):
+        plan_onnx(replace(made, palettized={**made.palettized, name: vectors}))
+
+
+# The folder
+
+
+def test_folder(tmp_path):
+    made = replace(palettized_checkpoint(4), tokenizer={"tokenizer.json": b"{}"})
+    folder = export(made, tmp_path / "out", runtime="low-memory", context=100)
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert files == [
+        "config.json", "genai_config.json", "generation_config.json", "metadata.json",
+        "onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json",
+    ]  # fmt: skip
+    onnx.checker.check_model(str(folder / "onnx" / "model.onnx"), full_check=True)
+    genai = json.loads((folder / "genai_config.json").read_text())
+    assert genai["model"]["decoder"]["filename"] == "onnx/model.onnx"
+    assert genai["model"]["context_length"] == 100
+    assert genai["search"]["past_present_share_buffer"] is False
+
+
+def test_tokenizer_file_in_the_way(tmp_path):
+    made = replace(palettized_checkpoint(4), tokenizer={"genai_config.json": b"{}"})
+    with pytest.raises(ConversionError, match="tokenizer file genai_config.json would take the place"):
+        export(made, tmp_path / "out")
+
+
+def test_names_of_open_sizes(tmp_path):
+    graph = plan_onnx(palettized_checkpoint(4)).model.graph
+    shapes = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    assert shapes["input_ids"] == ["batch_size", "sequence_length"]
+    assert shapes["attention_mask"] == ["batch_size", "total_sequence_length"]
+    assert shapes["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 8]
+    assert shapes["present.1.value"] == ["batch_size", 2, "total_sequence_length", 8]
+    assert shapes["logits"] == ["batch_size", "sequence_length", 320]
