@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo-output
+# About a minute on 2 cores.
+DEMO_STEPS ?= 250
 SMOLLM2 := smollm2-output
 CALIBRATION ?= fixtures/calibration.txt
 # Evaluation text of `make smollm2`; empty: the built-in sample.
@@ -16,8 +18,10 @@ TEXT ?=
 
 demo: $(READY)
 	mkdir -p $(DEMO)
-	$(BIN)/edkm-export palettize fixtures/tiny-llama --bits 4 --calibration $(CALIBRATION) -o $(DEMO)/tiny.pt --overwrite
-	$(BIN)/edkm-export coreml $(DEMO)/tiny.pt --text fixtures/heldout.txt --sequence-length 256 --overwrite
+	$(BIN)/edkm-export train fixtures/tiny-llama --data $(CALIBRATION) --self-generated 32768 --preset 3bit --context 256 \
+		--steps $(DEMO_STEPS) --eval-text fixtures/heldout.txt -o $(DEMO)/tiny-train --overwrite
+	$(BIN)/edkm-export coreml $(DEMO)/tiny-train/model.pt --text fixtures/heldout.txt --sequence-length 256 \
+		-o $(DEMO)/tiny-coreml --overwrite
 
 test: $(READY)
 	$(BIN)/python -m pytest

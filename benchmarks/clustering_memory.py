@@ -3,10 +3,12 @@
     python benchmarks/clustering_memory.py --size 4096 --bits 3 --iterations 1
 
 Prints for each method the bytes saved for backward (the weight itself excluded where it is only referred to),
-the peak of resident memory above the inputs (soft weight and gradient of the weight are part of it), and the
-best time of some runs. Every row is measured in a process of its own. `M`, `U` and `S` are the paper's
-marshaling, uniquification and sharding (eDKM, arXiv 2309.00964, table 2) on dense bfloat16 autograd; `S` is
-what one of 8 learners holds, for which memory is counted after the forward pass only.
+the peak of resident memory above the inputs, and the best time of some runs. The soft weight and the gradient of
+the weight are part of the peak: "kept" is the peak when the caller holds the soft weight through backward, so that
+it is at least both; "freed" when the caller gives it up before, as our palettized modules do. Every row is measured
+in a process of its own. `M`, `U` and `S` are the paper's marshaling, uniquification and sharding (eDKM, arXiv
+2309.00964, table 2) on dense bfloat16 autograd; `S` is what one of 8 learners holds, for which memory is counted
+after the forward pass only. `coremltools` is its DKM with default settings and as many iterations.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -34,7 +37,8 @@ MARSHALED = {
     "dense bf16, M+U": {"marshal": True, "uniquify": True},
     "dense bf16, M+U+S": {"marshal": True, "uniquify": True, "shard": True},
 }
-METHODS = [*MARSHALED, "histogram", "streaming", "streaming float32"]
+METHODS = [*MARSHALED, "coremltools", "histogram", "streaming", "streaming float32"]
+MISSING = 4  # exit status of a worker: a library that a row needs is not installed
 
 
 def resident(key: str) -> int:
@@ -58,6 +62,38 @@ def saved_bytes(function: Any, weight: torch.Tensor) -> tuple[Any, int]:
     return result, sum(seen.values())
 
 
+def coremltools_layer(weight: torch.Tensor, options: argparse.Namespace) -> Any:
+    """coremltools' function of the weight, with centroids found already."""
+    from coremltools.optimize.torch.palettization import (
+        DKMPalettizer,
+        DKMPalettizerConfig,
+        ModuleDKMPalettizerConfig,
+    )
+
+    layer = torch.nn.Linear(options.size, options.size, bias=False)
+    layer.weight = torch.nn.Parameter(weight.detach().view(options.size, options.size))
+    groups = {"granularity": "per_grouped_channel", "group_size": options.group_rows}
+    settings = ModuleDKMPalettizerConfig(
+        n_bits=options.bits, kmeans_max_iter=options.iterations, weight_threshold=0, milestone=0,
+        **(groups if options.group_rows else {"granularity": "per_tensor"}),
+    )  # fmt: skip
+    palettizer = DKMPalettizer(torch.nn.Sequential(layer), DKMPalettizerConfig(global_config=settings))
+    (made,) = palettizer.prepare().train()
+    palettizer.step()
+    cluster = made.weight_fake_quant
+    assert cluster.palett_max_mem == 1.0  # it installs no hooks of its own
+    with torch.no_grad():
+        cluster(made.weight)
+
+    def forward() -> torch.Tensor:
+        # Its hooks, which return what they are given, would hide the saved tensors from ours.
+        with mock.patch("torch.autograd.graph.saved_tensors_hooks", lambda *_: nullcontext()):
+            soft: torch.Tensor = cluster(weight.view(options.size, options.size)).view_as(weight)
+        return soft
+
+    return forward
+
+
 def measure(method: str, options: argparse.Namespace) -> dict[str, float | None]:
     """One row: saved_bytes, peak_bytes, forward_ms, backward_ms."""
     torch.manual_seed(0)
@@ -72,6 +108,7 @@ def measure(method: str, options: argparse.Namespace) -> dict[str, float | None]
         torch.float32 if settings is None else dtype
     )
     centroids.requires_grad_()
+    theirs = coremltools_layer(weight, options) if method == "coremltools" else None
     group = None
     if settings is not None and settings.get("shard"):
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -90,6 +127,9 @@ def measure(method: str, options: argparse.Namespace) -> dict[str, float | None]
             )
 
         def forward(context: Any = context) -> torch.Tensor:
+            if theirs is not None:
+                made: torch.Tensor = theirs()
+                return made
             if settings is None:
                 name = method.split()[0]
                 return soft_cluster(
@@ -111,7 +151,10 @@ def measure(method: str, options: argparse.Namespace) -> dict[str, float | None]
         row: dict[str, float | None] = {"saved_bytes": saved, "forward_ms": (middle - start) * 1e3}
         row["peak_bytes"] = row["backward_ms"] = None
         if group is None:
-            soft.backward(upstream)
+            edge = torch.autograd.graph.get_gradient_edge(soft)
+            if options.free_result:
+                del soft
+            torch.autograd.backward(edge, upstream)
             row["backward_ms"] = (time.perf_counter() - middle) * 1e3
             row["peak_bytes"] = resident("VmHWM:") - before
         if not best:
@@ -134,10 +177,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--free-result", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         small = argparse.Namespace(**{**vars(options), "size": max(256, options.group_rows), "repeats": 1})
-        measure(options.methods[0], small)  # compilation and libraries take memory once
+        try:
+            measure(options.methods[0], small)  # compilation and libraries take memory once
+        except ImportError as error:
+            print(error, file=sys.stderr)
+            sys.exit(MISSING)
         print(json.dumps(measure(options.methods[0], options)))
         return
     print(
@@ -145,25 +193,30 @@ def main() -> None:
         f"{options.group_rows or options.size} rows a group, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}"
     )
-    print(f"{'method':<20}{'saved MiB':>12}{'peak MiB':>12}{'forward ms':>12}{'backward ms':>12}")
+    heads = ("saved MiB", "peak, kept", "peak, freed", "forward ms", "backward ms")
+    print(f"{'method':<20}" + "".join(f"{head:>13}" for head in heads))
+    given = sys.argv[1 : sys.argv.index("--methods")] if "--methods" in sys.argv else sys.argv[1:]
     for method in options.methods:
-        given = sys.argv[1 : sys.argv.index("--methods")] if "--methods" in sys.argv else sys.argv[1:]
-        command = [sys.executable, __file__, *given, "--worker", "--methods", method]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            print(f"{method:<20}  failed: {done.stderr.strip().splitlines()[-1:]}")
+        row, freed = (run_worker(method, [*given, *extra]) for extra in ([], ["--free-result"]))
+        if isinstance(row, str) or isinstance(freed, str):
+            print(f"{method:<20}  {row if isinstance(row, str) else freed}")
             continue
-        row = json.loads(done.stdout)
-        cells = [
-            f"{row[key] / scale:.4g}" if row[key] is not None else "-"
-            for key, scale in (
-                ("saved_bytes", MIB),
-                ("peak_bytes", MIB),
-                ("forward_ms", 1),
-                ("backward_ms", 1),
-            )
-        ]
-        print(f"{method:<20}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
+        sizes = (row["saved_bytes"], row["peak_bytes"], freed["peak_bytes"])
+        cells = ["-" if size is None else f"{size / MIB:.4g}" for size in sizes]
+        cells += ["-" if row[key] is None else f"{row[key]:.4g}" for key in ("forward_ms", "backward_ms")]
+        print(f"{method:<20}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
+
+
+def run_worker(method: str, given: list[str]) -> dict[str, Any] | str:
+    """The row of a method, or why there is none."""
+    command = [sys.executable, __file__, *given, "--worker", "--methods", method]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == MISSING:
+        return f"NOT RUN: {done.stderr.strip().splitlines()[-1]}"
+    if done.returncode:
+        return f"failed: {done.stderr.strip().splitlines()[-1:]}"
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
 if __name__ == "__main__":

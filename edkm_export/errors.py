@@ -49,7 +49,7 @@ class ConversionError(EdkmExportError):
 
 
 class PackageError(EdkmExportError):
-    """An .mlpackage that is damaged, hostile or not understood."""
+    """An .mlpackage or ONNX folder that is damaged, hostile or not understood."""
 
 
 class UnsupportedOpError(PackageError):

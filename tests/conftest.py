@@ -86,10 +86,10 @@ def palettized_folder(folder: Path, recipe: Recipe, path: Path) -> Checkpoint:
 def exported(folder: Path, recipe: Recipe, work: Path) -> Exported:
     """Palettize a Hugging Face folder and export it."""
     from converters.coreml.bundle import write_bundle
-    from converters.coreml.language_model import plan_logits
+    from converters.coreml.export_plan import plan_export
 
     made = palettized_folder(folder, recipe, work / "model.pt")
-    plan = plan_logits(made, sequence_length=SEQUENCE_LENGTH)
+    plan = plan_export(made, interface="logits", sequence_length=SEQUENCE_LENGTH)
     (work / "model-coreml").mkdir()
     package = write_bundle(made, plan, work / "model-coreml", "model")
     return Exported(made, work / "model.pt", work / "model-coreml", package, plan.weights_size_bytes)

@@ -23,10 +23,12 @@ from edkm_export.verify.report import Report, Verdict
 __all__ = [
     "bar",
     "err",
+    "fault_lines",
     "ladder_table",
     "megabytes",
     "out",
     "print_wide",
+    "summary_line",
     "summary_table",
     "steps",
     "verdict_text",
@@ -110,3 +112,31 @@ def ladder_table(report: Report) -> Table:
     for rung in report.rungs:
         table.add_row(rung.candidate, verdict_text(rung.verdict), rung.detail)
     return table
+
+
+def summary_line(report: Report) -> str:
+    """Verdict, artifact, and what failed or what was proved, in one line."""
+    failed = [f"{rung.candidate}: {rung.detail}" for rung in report.rungs if rung.verdict is Verdict.FAIL]
+    if failed:
+        found = "; ".join(failed)
+    else:
+        passed = sum(rung.verdict is Verdict.PASS for rung in report.rungs)
+        found = (
+            f"{report.bit_exact_tensors} of {len(report.tensors)} tensors bit-exact, "
+            f"{passed} of {len(report.rungs)} steps passed, {len(report.not_run)} not run"
+        )
+    return " ".join(f"{report.verdict.value} {report.artifact}: {found}".split())
+
+
+def fault_lines(report: Report) -> list[str]:
+    """Where an execution goes wrong, as localization found it."""
+    lines = []
+    for fault in report.faults:
+        if fault.module:
+            lines.append(f"first fault: {fault.module}, {fault.op}")
+            lines.append(
+                f"  {fault.what}: relative error {fault.error:.2g}, at most {fault.tolerance:.2g} is allowed"
+            )
+        else:
+            lines.append(f"first fault: not found; {fault.what}")
+    return lines

@@ -1,8 +1,9 @@
-"""edkm-export inspect: what is inside a package or a checkpoint."""
+"""edkm-export inspect: what is inside an exported model or a checkpoint."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,19 +16,24 @@ if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
 __all__ = ["command"]
 
 
-@click.command("inspect", short_help="Show what is inside a package or a checkpoint.")
-@click.argument("path", metavar="PACKAGE|MODEL.PT", type=click.Path(path_type=Path))
+@click.command("inspect", short_help="Show what is inside an exported model or a checkpoint.")
+@click.argument("path", metavar="OUT|MODEL.PT", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def command(path: Path, as_json: bool) -> None:
     """Show functions, inputs, states, op counts and every palettized weight.
 
-    PACKAGE is an .mlpackage or the folder that `edkm-export coreml` made. Everything is read from the bytes on disk.
+    OUT is the folder that `edkm-export coreml` or `edkm-export onnx` made, or the model in it. Everything is read
+    from the bytes on disk.
     """
+    from converters.onnx.folder import is_onnx
     from edkm_export.errors import InputError
 
     if not path.exists():
         raise InputError(f"{path}: no such file or folder.")
-    description = _describe_package(path) if path.is_dir() else _describe_checkpoint(path)
+    if is_onnx(path):
+        description = _describe_onnx(path)
+    else:
+        description = _describe_package(path) if path.is_dir() else _describe_checkpoint(path)
     if as_json:
         click.echo(json.dumps(description, indent=2))
     else:
@@ -84,6 +90,34 @@ def _describe_package(path: Path) -> dict[str, Any]:
     }
 
 
+def _describe_onnx(path: Path) -> dict[str, Any]:
+    from converters.onnx import load_graph
+
+    found = load_graph(path)
+    domains = (f"{domain or 'ai.onnx'} {version}" for domain, version in found.graph.opsets.items())
+    function = {
+        "name": "main",
+        "opset": ", ".join(domains),
+        "inputs": {key: str(value) for key, value in found.inputs.items()},
+        "outputs": {key: str(value) for key, value in found.outputs.items()},
+        "states": {},
+        "op_counts": found.op_counts(),
+    }
+    parameters = found.description.dense
+    return {
+        "path": str(found.path),
+        "kind": "ONNX folder",
+        "profile": found.profile,
+        "context_length": found.description.context,
+        "size_bytes": found.size_bytes,
+        "weights_size_bytes": found.weights_size_bytes,
+        "tied": dict(found.description.tied),
+        "functions": [function],
+        "palettized": [_describe_tensor(tensor) for tensor in found.palettized().values()],
+        "dense": {name: list(tensor.shape) for name, tensor in found.dense().items() if name in parameters},
+    }
+
+
 def _describe_tensor(tensor: PalettizedTensor) -> dict[str, Any]:
     groups_out, groups_in = tensor.groups
     return {
@@ -98,6 +132,19 @@ def _describe_tensor(tensor: PalettizedTensor) -> dict[str, Any]:
         "centroids": groups_out * groups_in << tensor.n_bits,
         "size_bytes": tensor.size_bytes,
         "bits_per_weight": tensor.bits_per_weight,
+    }
+
+
+def _by_layer(forms: Mapping[str, str]) -> dict[str, str]:
+    """Put what differs in the number of a layer alone on one line: `present.0-29.key`."""
+    numbers: dict[tuple[str, str], list[str]] = {}
+    for name, form in forms.items():
+        found = re.search(r"\.(\d+)\.", name)
+        stem = name if found is None else f"{name[: found.start(1)]}#{name[found.end(1) :]}"
+        numbers.setdefault((stem, form), []).append("" if found is None else found[1])
+    return {
+        stem.replace("#", layers[0] if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"): form
+        for (stem, form), layers in numbers.items()
     }
 
 
@@ -116,11 +163,17 @@ def _print(description: Mapping[str, Any]) -> None:
             f"{description['bits_per_weight']:.2f} bits a weight",
             soft_wrap=True,
         )
+    if description["kind"] == "ONNX folder":
+        out.print(
+            f"runtime profile {description['profile']}, context of {description['context_length']:,} positions, "
+            f"weights {megabytes(description['weights_size_bytes'])}",
+            soft_wrap=True,
+        )
     for function in description["functions"]:
         out.print(f"\nfunction {function['name']} ({function['opset']})")
         for kind in ("inputs", "outputs", "states"):
-            for name, form in function[kind].items():
-                out.print(f"  {kind.removesuffix('s')} {name}: {form}", markup=False)
+            for name, form in _by_layer(function[kind]).items():
+                out.print(f"  {kind.removesuffix('s')} {name}: {form}", markup=False, soft_wrap=True)
         counts = ", ".join(f"{name} {count}" for name, count in function["op_counts"].items())
         out.print(f"  ops: {counts}", soft_wrap=True)
     rows = description["palettized"]

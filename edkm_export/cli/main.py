@@ -19,10 +19,21 @@ __all__ = ["cli", "main"]
 _COMMANDS = {
     "palettize": "Cluster a model's weights into lookup tables, in one shot.",
     "train": "Fine-tune a model while its weights are clustered (eDKM).",
+    "import": "Make a checkpoint of a model that another tool palettized.",
     "coreml": "Convert a palettized checkpoint to Core ML and verify the result.",
+    "onnx": "Convert a palettized checkpoint to ONNX and verify the result.",
     "verify": "Check that a package computes what its checkpoint does.",
-    "inspect": "Show what is inside a package or a checkpoint.",
+    "compare": "Put several checkpoints and artifacts side by side.",
+    "generate": "Let a checkpoint or an exported model write text.",
+    "inspect": "Show what is inside an exported model or a checkpoint.",
 }
+
+
+class _ReaderLeft(Exception):
+    """The reader of a pipe, such as head, has left; click would call that a failure."""
+
+
+_MODULES = {"import": "import_"}  # a keyword cannot name a module
 
 
 class _LazyGroup(click.Group):
@@ -34,8 +45,16 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"edkm_export.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(
+            f"edkm_export.cli.{_MODULES.get(cmd_name, cmd_name)}"
+        ).command
         return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise _ReaderLeft from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -69,7 +88,7 @@ def main() -> NoReturn:
         _fail("interrupted; nothing was left behind.", 130)
     except EdkmExportError as error:
         _fail(str(error), 2)
-    except BrokenPipeError:  # the reader of a pipe, such as head, has left
+    except (BrokenPipeError, _ReaderLeft):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:

@@ -14,17 +14,29 @@ from edkm_export.verify.thresholds import MAX_PERPLEXITY_RATIO
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
     from edkm_export.models.source import Source
-    from edkm_export.verify.ladder import Evaluation
+    from edkm_export.verify.artifact import Artifact
+    from edkm_export.verify.evaluation import Evaluation
     from edkm_export.verify.report import Report
 
-__all__ = ["climb", "prepare", "verification_options"]
+__all__ = [
+    "climb",
+    "find_artifact",
+    "find_original",
+    "open_artifact",
+    "prepare",
+    "read_evaluation_text",
+    "verification_options",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def verification_options(function: _F) -> _F:
-    """Add --text, --tokens, --original and --max-perplexity-ratio to a command."""
+    """Add --text, --tokens, --prompt, --original, --localize and --max-perplexity-ratio to a command."""
     for option in (
+        click.option(
+            "--localize", is_flag=True, help="When an execution fails, find the first operation that is off."
+        ),
         click.option(
             "--max-perplexity-ratio",
             type=float,
@@ -39,6 +51,12 @@ def verification_options(function: _F) -> _F:
             default=1024,
             show_default=True,
             help="Tokens of the text to use.",
+        ),
+        click.option(
+            "--prompt",
+            "prompts",
+            multiple=True,
+            help="Also compare the greedy continuation of this text; may be given several times.",
         ),
         click.option(
             "--text",
@@ -57,21 +75,18 @@ def prepare(
     tokens: int,
     original: str | None,
     max_perplexity_ratio: float,
+    prompts: tuple[str, ...],
+    localize: bool,
 ) -> Evaluation:
     """Read what the options name, before the long work.
 
     Raises:
         InputError: the text or the original that was asked for cannot be used.
     """
-    from edkm_export.text import read_text
-    from edkm_export.verify.ladder import Evaluation
+    from edkm_export.verify.evaluation import Evaluation
 
-    if text is None:
-        content = (files("edkm_export.verify") / "sample.txt").read_text(encoding="utf-8")
-        name = "built-in sample"
-    else:
-        content, name = read_text(text), str(text)
-    source, missing = _find_original(checkpoint, original)
+    content, name = read_evaluation_text(text)
+    source, missing = find_original(checkpoint, original)
     return Evaluation(
         text=content,
         text_name=name,
@@ -80,23 +95,71 @@ def prepare(
         original_missing=missing,
         original_required=original is not None,
         max_perplexity_ratio=max_perplexity_ratio,
+        prompts=prompts,
+        localize=localize,
     )
 
 
 def climb(
-    checkpoint: Checkpoint, package: Path, evaluation: Evaluation, predicted_size_bytes: int | None
+    checkpoint: Checkpoint,
+    path: Path,
+    evaluation: Evaluation,
+    predicted_size_bytes: int | None = None,
 ) -> Report:
-    """Climb the ladder with a progress bar."""
-    from edkm_export.cli.console import steps
-    from edkm_export.verify.ladder import STEPS, verify_coreml
+    """Climb the ladder with a progress bar.
 
-    with steps(STEPS) as advance:
-        return verify_coreml(
-            checkpoint, package, evaluation, predicted_size_bytes=predicted_size_bytes, advance=advance
+    Args:
+        checkpoint: what the artifact should hold.
+        path: of the artifact, as `find_artifact` gives it.
+        evaluation: from `prepare`.
+        predicted_size_bytes: what the exporter promised; None: what the checkpoint predicts.
+    """
+    from edkm_export.cli.console import err, steps
+    from edkm_export.verify.ladder import count_steps, verify_artifact
+
+    with err.status("reading the artifact"):
+        artifact = open_artifact(path)
+    with steps(count_steps(artifact, evaluation)) as advance:
+        return verify_artifact(
+            checkpoint, artifact, evaluation, predicted_size_bytes=predicted_size_bytes, advance=advance
         )
 
 
-def _find_original(checkpoint: Checkpoint, asked: str | None) -> tuple[Source | None, str]:
+def find_artifact(path: Path) -> Path:
+    """The artifact that a user means: itself, or the one inside a folder that we made.
+
+    Raises:
+        PackageError: there is none, or more than one.
+    """
+    from converters.coreml.bundle import find_package
+    from converters.onnx.folder import is_onnx
+
+    return path if is_onnx(path) else find_package(path)
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Open what `find_artifact` found, for the verifier."""
+    from converters.onnx.folder import is_onnx
+
+    if is_onnx(path):
+        from converters.onnx.artifact import open_artifact as open_onnx
+
+        return open_onnx(path)
+    from converters.coreml.artifact import open_artifact as open_coreml
+
+    return open_coreml(path)
+
+
+def read_evaluation_text(path: Path | None) -> tuple[str, str]:
+    """A text and what to call it; the built-in sample when no file is named."""
+    from edkm_export.text import read_text
+
+    if path is None:
+        return (files("edkm_export.verify") / "sample.txt").read_text(encoding="utf-8"), "built-in sample"
+    return read_text(path), str(path)
+
+
+def find_original(checkpoint: Checkpoint, asked: str | None) -> tuple[Source | None, str]:
     """The float model, or the reason why there is none. One that was asked for must be there."""
     from edkm_export.errors import InputError
     from edkm_export.models.source import Source

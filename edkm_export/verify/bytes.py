@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,47 +9,18 @@ from torch import Tensor
 
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
-from edkm_export.verify.metrics import snr_db
-from edkm_export.verify.report import Rung, TensorReport, Verdict
+from edkm_export.verify.artifact import Artifact
+from edkm_export.verify.report import Rung, Verdict
 
-__all__ = ["compare_bytes", "describe_tensors"]
-
-
-def describe_tensors(checkpoint: Checkpoint, original: Mapping[str, Tensor]) -> list[TensorReport]:
-    """One line for each palettized weight.
-
-    Args:
-        checkpoint: its palettized weights.
-        original: float weights by parameter name, where available.
-    """
-    rows = []
-    for name, tensor in checkpoint.palettized.items():
-        groups_out, groups_in = tensor.groups
-        rows.append(
-            TensorReport(
-                name=name,
-                shape=list(tensor.shape),
-                n_bits=tensor.n_bits,
-                groups=tensor.groups,
-                dim=tensor.dim,
-                lut_dtype="float16" if tensor.lut_scale is None else "int8",
-                used_centroids=int(tensor.used_centroids.sum()),
-                centroids=groups_out * groups_in << tensor.n_bits,
-                bits_per_weight=tensor.bits_per_weight,
-                bit_exact=None,
-                weight_snr_db=snr_db(original[name], tensor.decode()) if name in original else None,
-            )
-        )
-    return rows
+__all__ = ["compare_bytes"]
 
 
-def compare_bytes(checkpoint: Checkpoint, package: Any, damage: str) -> tuple[Rung, dict[str, bool]]:
+def compare_bytes(checkpoint: Checkpoint, artifact: Artifact) -> tuple[Rung, dict[str, bool]]:
     """Compare every parameter with the artifact.
 
     Args:
         checkpoint: what should be there.
-        package: a reader with `palettized()` and `dense()`; None when it could not be opened.
-        damage: why it could not be.
+        artifact: what was read from disk.
 
     Returns:
         The rung, and {palettized parameter: equal bit for bit}.
@@ -62,10 +32,8 @@ def compare_bytes(checkpoint: Checkpoint, package: Any, damage: str) -> tuple[Ru
         "threshold": "every index and every LUT entry equal, every other parameter equal in float16, none left dense",
         "why": "conversion moves bits, it computes nothing: there is no tolerance to give",
     }
-    if package is None:
-        return Rung(**names, verdict=Verdict.FAIL, detail=damage), {}
     try:
-        palettized, dense = package.palettized(), package.dense()
+        palettized, dense = artifact.palettized(), artifact.dense()
     except PackageError as error:
         return Rung(**names, verdict=Verdict.FAIL, detail=str(error)), {}
 

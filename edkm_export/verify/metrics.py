@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from edkm_export.verify.report import Divergence, Perplexity
+from edkm_export.verify.report import KL_DECADES, Divergence, Perplexity
 from edkm_export.verify.thresholds import NEAR_TIE_NATS
 
 __all__ = ["divergence", "perplexity", "snr_db", "token_losses"]
@@ -76,7 +76,15 @@ def divergence(pairs: Iterable[tuple[Tensor, Tensor]]) -> Divergence:
         kl_max=float(ordered[-1]),
         top1_agreement=float(agree.double().mean()),
         near_ties=int(ties.sum()),
+        kl_histogram=_half_decades(kl),
     )
+
+
+def _half_decades(kl: Tensor) -> list[int]:
+    """Count values by their logarithm; zeros in the first bin, infinities in the last."""
+    low, high = KL_DECADES
+    bins = ((kl.log10() - low) * 2).floor().clamp(0, 2 * (high - low) - 1).long()
+    return torch.bincount(bins, minlength=2 * (high - low)).tolist()
 
 
 def snr_db(reference: Tensor, candidate: Tensor) -> float:

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 
-__all__ = ["SCHEMA_VERSION", "Divergence", "Perplexity", "Report", "Rung", "TensorReport", "Verdict"]
+__all__ = [
+    "KL_DECADES",
+    "SCHEMA_VERSION",
+    "Divergence",
+    "Fault",
+    "LayerError",
+    "Perplexity",
+    "Report",
+    "Rung",
+    "Size",
+    "TensorReport",
+    "Verdict",
+    "WeightPlot",
+    "overall",
+]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+KL_DECADES = (-12, 2)
+"""Powers of ten between which `Divergence.kl_histogram` counts, in half decades."""
 
 
 class Verdict(str, Enum):
@@ -25,27 +42,44 @@ class _Record(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
+Number = Annotated[
+    float,
+    pydantic.WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["Infinity", "-Infinity", "NaN"]}]}),
+]
+"""A number that may not be finite, and is then a string in the JSON."""
+
+
 class Perplexity(_Record):
     """Perplexity of a model on the evaluation text."""
 
-    value: float
-    standard_error: float
+    value: Number
+    standard_error: Number
     tokens: int
 
 
 class Divergence(_Record):
     """Distance between the next-token distributions of two models; KL in nats.
 
-    `near_ties` counts the disagreements on the top token at which the reference holds both equally likely.
+    Attributes:
+        tokens: positions that were compared.
+        kl_mean: of KL(reference || candidate) over the positions.
+        kl_median: likewise.
+        kl_p999: its 99.9th percentile.
+        kl_max: the largest.
+        top1_agreement: share of positions with the same most likely token.
+        near_ties: disagreements on it at which the reference holds both tokens equally likely.
+        kl_histogram: positions by KL, in half decades from 1e-12 to 100 nats; the first and the last count what is
+            beyond.
     """
 
     tokens: int
-    kl_mean: float
-    kl_median: float
-    kl_p999: float
-    kl_max: float
-    top1_agreement: float
+    kl_mean: Number
+    kl_median: Number
+    kl_p999: Number
+    kl_max: Number
+    top1_agreement: Number
     near_ties: int
+    kl_histogram: list[int] = []
 
     @property
     def settled_agreement(self) -> float:
@@ -91,7 +125,10 @@ class TensorReport(_Record):
         centroids: entries there are.
         bits_per_weight: storage, LUTs included.
         bit_exact: indices and LUTs on disk equal the checkpoint's; None when they could not be read.
+        index_entropy: bits of information in an index, given its LUT; at most `n_bits`.
         weight_snr_db: of the decoded weight against the original's; None without the original.
+        output_snr_db: of what the layer computes from the original's activations with the decoded weight, against
+            what it computes with the original one; None without the original, or for a weight of another kind.
     """
 
     name: str
@@ -104,7 +141,75 @@ class TensorReport(_Record):
     centroids: int
     bits_per_weight: float
     bit_exact: bool | None
-    weight_snr_db: float | None
+    index_entropy: float
+    weight_snr_db: Number | None
+    output_snr_db: Number | None = None
+
+    @property
+    def dead_centroids(self) -> int:
+        """LUT entries that no index selects."""
+        return self.centroids - self.used_centroids
+
+
+class Size(_Record):
+    """Bytes of one part of an artifact, as the recipe predicts and as they are; None: not known."""
+
+    part: str
+    predicted_bytes: int | None
+    actual_bytes: int | None
+
+
+class LayerError(_Record):
+    """Signal to noise ratio of the hidden states after a layer, in decibels."""
+
+    layer: str
+    snr_db: Number
+
+
+class WeightPlot(_Record):
+    """Values of a weight that share a LUT, and the LUT.
+
+    Attributes:
+        name: of the parameter.
+        group: (output, input) group.
+        source: whose values: "original", or "decoded" where there is none.
+        low: left edge of the first bin.
+        high: right edge of the last one.
+        counts: values in each of the equal bins.
+        lut: entries of the LUT, sorted.
+        used: indices that select each of them.
+    """
+
+    name: str
+    group: tuple[int, int]
+    source: str
+    low: float
+    high: float
+    counts: list[int]
+    lut: list[float]
+    used: list[int]
+
+
+class Fault(_Record):
+    """Where an executed artifact first leaves the tolerance.
+
+    Attributes:
+        execution: id of the rung.
+        module: of the PyTorch model; empty when everything stayed within the tolerance.
+        op: the operation of the artifact.
+        what: what was compared there, in words.
+        error: relative error found there.
+        tolerance: what is allowed.
+        candidates: the operations among which the fault lies, the last one first.
+    """
+
+    execution: str
+    module: str
+    op: str
+    what: str
+    error: Number
+    tolerance: Number
+    candidates: list[str] = []
 
 
 class Report(_Record):
@@ -122,7 +227,11 @@ class Report(_Record):
     bits_per_weight: float
     size_bytes: int
     predicted_size_bytes: int
+    sizes: list[Size] = []
     tensors: list[TensorReport]
+    layer_errors: dict[str, list[LayerError]] = {}
+    weight_plots: list[WeightPlot] = []
+    faults: list[Fault] = []
     provenance: dict[str, Any]
 
     @property

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from edkm_export.verify.artifact import DAMAGED, Execution
 from edkm_export.verify.report import Divergence, Perplexity, Rung, Verdict
-from edkm_export.verify.thresholds import EXECUTION, RATIO_WHY, SIZE_TOLERANCE, ExecutionThreshold
+from edkm_export.verify.thresholds import (
+    CONTINUATION,
+    CONTINUATION_WHY,
+    DECODE_KL,
+    DECODE_WHY,
+    RATIO_WHY,
+    SIZE_TOLERANCE,
+)
+
+if TYPE_CHECKING:
+    from edkm_export.verify.decoding import Continuation
 
 __all__ = [
-    "DAMAGED",
-    "apple_rung",
+    "continuation_rung",
+    "decode_rung",
     "execution_rung",
-    "not_run",
     "palettization_rung",
     "size_rung",
     "soft_rung",
 ]
-
-DAMAGED = "the package cannot be read"
 
 
 def soft_rung(trained: bool) -> Rung:
@@ -68,12 +77,12 @@ def size_rung(actual: int | None, predicted: int | None) -> Rung:
     names: dict[str, Any] = {
         "id": "size",
         "reference": "recipe",
-        "candidate": "package size",
+        "candidate": "size of the weights on disk",
         "threshold": f"weights within {SIZE_TOLERANCE:.0%} of what the recipe predicts",
         "why": "a weight that was left dense, or stored twice, shows in the size",
     }
     if actual is None or predicted is None:
-        detail = DAMAGED if actual is None else "no prediction: the interface of the package is not known"
+        detail = DAMAGED if actual is None else "no prediction: the interface of the artifact is not known"
         return Rung(**names, verdict=Verdict.NOT_RUN, detail=detail)
     off = actual / predicted - 1
     return Rung(
@@ -84,35 +93,18 @@ def size_rung(actual: int | None, predicted: int | None) -> Rung:
     )
 
 
-def execution_rung(precision: str, found: Divergence | str) -> Rung:
+def execution_rung(execution: Execution, found: Divergence | str) -> Rung:
     """The executed artifact against hard PyTorch; `found` is the fault in words when it could not be executed."""
-    threshold = EXECUTION[precision]
-    return _executed(
-        f"execution-{precision}", f"executed artifact, {threshold.words}", threshold, threshold.why, found
-    )
-
-
-def apple_rung(found: Divergence | str) -> Rung:
-    """Apple's runtime against hard PyTorch; `found` is the fault in words when it refused the package."""
-    why = "only Apple's own runtime shows what its compiler and compute units do"
-    return _executed("execution-apple", "Apple runtime", EXECUTION["rounded"], why, found)
-
-
-def not_run(rung: Rung, reason: str) -> Rung:
-    """The same rung, as one that was not run."""
-    return rung.model_copy(update={"verdict": Verdict.NOT_RUN, "detail": reason, "measures": {}})
-
-
-def _executed(
-    name: str, candidate: str, threshold: ExecutionThreshold, why: str, found: Divergence | str
-) -> Rung:
+    threshold = execution.threshold
     names: dict[str, Any] = {
-        "id": name,
+        "id": execution.id,
         "reference": "hard PyTorch",
-        "candidate": candidate,
+        "candidate": execution.words,
         "threshold": str(threshold),
-        "why": why,
+        "why": threshold.why,
     }
+    if execution.execute is None:
+        return Rung(**names, verdict=Verdict.NOT_RUN, detail=execution.missing)
     if isinstance(found, str):
         return Rung(**names, verdict=Verdict.FAIL, detail=found)
     ok = found.settled_agreement >= threshold.top1 and found.kl_median <= threshold.median_kl
@@ -122,5 +114,51 @@ def _executed(
         verdict=Verdict.PASS if ok else Verdict.FAIL,
         detail=f"top-1 agreement {found.top1_agreement:.2%}{ties}, KL median {found.kl_median:.2g}, "
         f"mean {found.kl_mean:.2g}, 99.9% {found.kl_p999:.2g} over {found.tokens:,} tokens",
+        measures={**found.model_dump(), "allowed_median_kl": threshold.median_kl},
+    )
+
+
+def decode_rung(found: Divergence | str | None, missing: str) -> Rung:
+    """Decoding against prefill; `found` is the fault in words, or None for the reason `missing`."""
+    names: dict[str, Any] = {
+        "id": "prefill-decode",
+        "reference": "executed artifact, the whole text at once",
+        "candidate": "executed artifact, token by token",
+        "threshold": f"largest KL at most {DECODE_KL:g}",
+        "why": DECODE_WHY,
+    }
+    if found is None:
+        return Rung(**names, verdict=Verdict.NOT_RUN, detail=missing)
+    if isinstance(found, str):
+        return Rung(**names, verdict=Verdict.FAIL, detail=found)
+    return Rung(
+        **names,
+        verdict=Verdict.PASS if found.kl_max <= DECODE_KL else Verdict.FAIL,
+        detail=f"KL median {found.kl_median:.2g}, largest {found.kl_max:.2g} over {found.tokens} tokens",
         measures=found.model_dump(),
+    )
+
+
+def continuation_rung(found: Sequence[Continuation] | str | None, missing: str) -> Rung:
+    """Greedy continuations against those of hard PyTorch; `found` as in `decode_rung`."""
+    names: dict[str, Any] = {
+        "id": "continuation",
+        "reference": "hard PyTorch",
+        "candidate": "greedy continuation",
+        "threshold": CONTINUATION,
+        "why": CONTINUATION_WHY,
+    }
+    if found is None:
+        return Rung(**names, verdict=Verdict.NOT_RUN, detail=missing)
+    if isinstance(found, str):
+        return Rung(**names, verdict=Verdict.FAIL, detail=found)
+    whole = sum(one.difference is None for one in found)
+    equal = sum(one.equal for one in found)
+    parts = [f"{whole} of {len(found)} prompts continued alike, {equal} equal tokens"]
+    parts += [str(one) for one in found if one.difference is not None]
+    return Rung(
+        **names,
+        verdict=Verdict.PASS if all(one.ok for one in found) else Verdict.FAIL,
+        detail="; ".join(parts),
+        measures={"continuations": [one.measures() for one in found]},
     )

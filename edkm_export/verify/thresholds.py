@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
+    "CONTINUATION",
+    "CONTINUATION_WHY",
+    "DECODE_KL",
+    "DECODE_WHY",
     "EXECUTION",
+    "LOCAL_TOLERANCE",
     "MAX_PERPLEXITY_RATIO",
     "NEAR_TIE_NATS",
     "RATIO_WHY",
@@ -21,6 +26,24 @@ RATIO_WHY = "a doubled perplexity is one more bit of surprise a token: it is no 
 NEAR_TIE_NATS = 0.01
 """Tokens whose probabilities differ by less than 1% are a near tie: which of them comes out first is no evidence.
 RoPE tables and norms are float16 in a package, which moves logits by about 1e-3 even in float32 arithmetic."""
+
+DECODE_KL = 1e-4
+"""Largest KL divergence, in nats, of decoding token by token from one feed of the same text, at any position."""
+
+DECODE_WHY = (
+    "both are the same sums in another order, which moves float32 logits by about 1e-5; a key or value in the wrong "
+    "place, or a position off by one, shows at once"
+)
+
+CONTINUATION = (
+    "the same tokens as hard PyTorch from each prompt, up to the first near tie that falls otherwise"
+)
+
+CONTINUATION_WHY = "it is what a user sees, and an error that feeds on itself shows only here"
+
+LOCAL_TOLERANCE = {"float32": 2e-3, "rounded": 5e-2}
+"""Largest relative error of an intermediate value before it is called wrong. RoPE tables in float16 cost about 2e-4 and
+add up over the layers; rounding after each op costs ten times as much."""
 
 SIZE_TOLERANCE = 0.01
 """Allowed relative difference between the weights on disk and the prediction."""
@@ -41,6 +64,10 @@ class ExecutionThreshold:
     top1: float
     median_kl: float
     why: str
+
+    def because(self, why: str) -> ExecutionThreshold:
+        """The same threshold for another reason."""
+        return replace(self, why=why)
 
     def __str__(self) -> str:
         return (

@@ -1,9 +1,10 @@
-"""report.json and report.md."""
+"""report.json, report.md and report.html."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from edkm_export.verify.html import report_page
 from edkm_export.verify.report import Report, Verdict
 
 __all__ = ["markdown", "write_report"]
@@ -12,10 +13,11 @@ _WORST = 10
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write `report.json` (schema in docs/report.md) and `report.md` into an existing folder."""
+    """Write `report.json` (schema in docs/report.md), `report.md` and `report.html` into an existing folder."""
     for name, content in (
         ("report.json", report.model_dump_json(indent=2) + "\n"),
         ("report.md", markdown(report)),
+        ("report.html", report_page(report)),
     ):
         temporary = folder / f".{name}.partial"
         try:
@@ -38,6 +40,9 @@ def markdown(report: Report) -> str:
         f"- perplexity of {name}: {found.value:.2f} ± {found.standard_error:.2f} ({found.tokens:,} tokens)"
         for name, found in report.perplexities.items()
     ]
+    for fault in report.faults:
+        where = f"**{fault.module}**, operation {fault.op}" if fault.module else "not found"
+        lines += ["", f"First fault: {where}. {fault.what[:1].upper()}{fault.what[1:]}."]
     lines += ["", "## Not run", ""]
     lines += [f"- {item}" for item in report.not_run] or ["Everything was run."]
     lines += [

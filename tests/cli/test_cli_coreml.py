@@ -57,6 +57,7 @@ def test_whole_job(edkm, tiny_export, held_out, work):
         "tokenizer.json",
         "config.json",
         "metadata.json",
+        "README.md",
         "report.json",
         "report.md",
     } <= names
@@ -66,13 +67,19 @@ def test_whole_job(edkm, tiny_export, held_out, work):
     assert "NOT RUN" in (folder / "report.md").read_text(encoding="utf-8") or os.uname().sysname == "Darwin"
     metadata = json.loads((folder / "metadata.json").read_text())
     assert metadata["package"] == "tiny.mlpackage" and metadata["sequence_length"] == 48
+    assert metadata["interface"] == "swift-transformers"
     function = load_package(folder / "tiny.mlpackage").functions["main"]
-    assert function.inputs["input_ids"].type.shape == (1, 48)
+    assert function.inputs["inputIds"].ranges == ((1, 1), (1, 48))
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "Verdict: **PASS**" in card and "LanguageModel.loadCompiled" in card
+    rungs = {rung.id: rung.verdict.value for rung in report.rungs}
+    assert rungs["prefill-decode"] == rungs["continuation"] == "PASS", rungs
     assert not any(path.name.startswith(".") for path in work.iterdir())
 
 
 def test_without_verification(edkm, model, work):
-    result = edkm("coreml", model, "-o", "bundle", "--sequence-length", 16, "--no-verify")
+    options = ("--interface", "logits", "--sequence-length", 16, "--no-verify")
+    result = edkm("coreml", model, "-o", "bundle", *options)
     assert result.status == 0 and "NOT VERIFIED" in result.out
     assert not list(Path("bundle").glob("report.*"))
     found = load_package("bundle/model.mlpackage").palettized()
@@ -83,7 +90,8 @@ def test_without_verification(edkm, model, work):
 def test_overwrite_replaces_a_folder_of_ours(edkm, model, small_export):
     shutil.copytree(small_export.bundle, "bundle")
     Path("bundle/leftover").write_text("of the old one")
-    result = edkm("coreml", model, "-o", "bundle", "--sequence-length", 16, "--no-verify", "--overwrite")
+    options = ("--interface", "logits", "--sequence-length", 16, "--no-verify", "--overwrite")
+    result = edkm("coreml", model, "-o", "bundle", *options)
     assert result.status == 0 and not Path("bundle/leftover").exists()
     assert load_package("bundle/model.mlpackage").functions["main"].inputs["input_ids"].type.shape == (1, 16)
 
@@ -114,7 +122,7 @@ def test_failed_verification_keeps_the_folder_and_exits_with_1(edkm, tiny_export
 def test_shortest_sequence(edkm, tiny_export, held_out):
     """A sound model must not fail because its windows are short; with one position there is nothing to predict."""
     Path("text").write_text(held_out, encoding="utf-8")
-    options = ("--sequence-length", 2, "--tokens", 64, "--text", "text")
+    options = ("--interface", "logits", "--sequence-length", 2, "--tokens", 64, "--text", "text")
     result = edkm("coreml", tiny_export.model, "-o", "bundle", *options)
     assert result.status == 0, result.out
 
@@ -304,7 +312,7 @@ def test_unknown_target(edkm, work, model):
 
 @pytest.mark.parametrize("length", [1, 0, -5, 129])
 def test_sequence_length(edkm, work, model, length):
-    message = refused(edkm, work, model, "--sequence-length", length)
+    message = refused(edkm, work, model, "--interface", "logits", "--sequence-length", length)
     assert f"--sequence-length {length} is outside 2 to 128, the model's positions" in message
 
 
@@ -363,12 +371,13 @@ def test_write_that_fails(edkm, work, model, small_export, monkeypatch, failure,
     if existing:
         shutil.copytree(small_export.bundle, "bundle")
 
-    def write(_checkpoint: Any, _plan: Any, path: Path) -> None:
+    def write(_checkpoint: Any, _plan: Any, folder: Path, name: str) -> None:
+        path = folder / f"{name}.mlpackage"
         path.mkdir()
         (path / "half").write_bytes(b"half")
         raise failure
 
-    monkeypatch.setattr(bundle, "export_logits", write)
+    monkeypatch.setattr(bundle, "export_packages", write)
     assert message in refused(edkm, work, model, "-o", "bundle", "--overwrite")
 
 

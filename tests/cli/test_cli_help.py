@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-COMMANDS = ["palettize", "coreml", "verify", "inspect"]
+COMMANDS = ["palettize", "coreml", "verify", "generate", "inspect"]
 BACK_ENDS = ("torch", "transformers", "coremltools", "numba")
 
 

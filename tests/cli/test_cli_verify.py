@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from folders import snapshot
@@ -30,12 +31,12 @@ def test_report_folder_is_made(edkm, tiny_export):
     result = edkm("verify", tiny_export.model, tiny_export.bundle, "--tokens", 64, "--report", "a/b")
     assert result.status == 0
     assert json.loads(Path("a/b/report.json").read_text())["verdict"] == "PASS"
-    assert "a/b/report.md" in result.out
+    assert "a/b/report.html" in result.out
 
 
 def test_progress_goes_to_standard_error(edkm, tiny_export):
     result = edkm("verify", tiny_export.model, tiny_export.bundle, "--tokens", 64)
-    assert "reading the package" in result.err and "reading the package" not in result.out
+    assert "running hard PyTorch" in result.err and "running hard PyTorch" not in result.out
 
 
 def test_missing_package(edkm, tiny_export):
@@ -97,4 +98,57 @@ def test_package_of_another_program_is_a_failure(edkm, tiny_export, tmp_path):
     )
     result = edkm("verify", tiny_export.model, tmp_path / "x.mlpackage", "--tokens", 64, "--report", "report")
     assert result.status == 1 and "FAIL" in result.out
-    assert "only packages with whole-sequence logits can be verified" in Path("report/report.md").read_text()
+    assert "or a package that edkm-export made" in Path("report/report.md").read_text()
+
+
+def test_quiet_is_one_line(edkm, tiny_export):
+    result = edkm("verify", tiny_export.model, tiny_export.bundle, "--tokens", 64, "--quiet")
+    assert result.status == 0 and result.err == ""
+    assert result.out == (
+        "PASS model.mlpackage: 29 of 29 tensors bit-exact, 6 of 9 steps passed, 3 not run\n"
+    )
+
+
+def damaged(package: Path, folder: Path) -> Path:
+    """A copy with one byte less in its file of weights."""
+    copy = Path(shutil.copytree(package, folder / "copy.mlpackage"))
+    (path,) = copy.rglob("weight.bin")
+    path.write_bytes(path.read_bytes()[:-1])
+    return copy
+
+
+def test_quiet_says_what_failed(edkm, tiny_export, tmp_path):
+    result = edkm(
+        "verify", tiny_export.model, damaged(tiny_export.package, tmp_path), "--tokens", 64, "--quiet"
+    )
+    assert result.status == 1 and result.out.count("\n") == 1
+    assert result.out.startswith("FAIL copy.mlpackage: decoded artifact (bytes on disk): ")
+
+
+@pytest.mark.parametrize("harm", [False, True], ids=["intact", "damaged"])
+def test_junit(edkm, tiny_export, tmp_path, harm):
+    package = damaged(tiny_export.package, tmp_path) if harm else tiny_export.package
+    result = edkm("verify", tiny_export.model, package, "--tokens", 64, "--junit", "junit.xml")
+    assert result.status == int(harm)
+    suite = ElementTree.parse("junit.xml").getroot()
+    cases = {case.get("name").split(":")[0]: case for case in suite}
+    assert suite.get("tests") == str(len(cases)) and int(suite.get("skipped")) >= 2
+    assert (
+        cases["soft"].find("skipped").get("message").startswith("the checkpoint was palettized in one shot")
+    )
+    assert (suite.get("failures") != "0") is harm
+    assert (cases["bytes"].find("failure") is not None) is harm
+
+
+def test_localize_names_the_module(edkm, tiny_export, tmp_path):
+    from coreml_mutations import COREML_MUTATIONS
+
+    mutation = next(one for one in COREML_MUTATIONS if one.name == "missing norm weight")
+    copy = Path(shutil.copytree(tiny_export.package, tmp_path / "copy.mlpackage"))
+    mutation.apply(copy, tiny_export.checkpoint)
+    result = edkm(
+        "verify", tiny_export.model, copy, "--tokens", 64, "--localize", "--report", tmp_path / "report"
+    )
+    assert result.status == 1 and f"first fault: {mutation.module}, mul " in result.out
+    assert mutation.module in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert mutation.module in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")

@@ -15,13 +15,14 @@ from edkm_export import checkpoint
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import CheckpointError, InputError
 from edkm_export.models.source import Source
-from edkm_export.verify import ladder
-from edkm_export.verify.executors import interpreted
-from edkm_export.verify.ladder import STEPS, Evaluation, verify_coreml
+from edkm_export.verify.evaluation import Evaluation
+from edkm_export.verify.ladder import count_steps, verify_coreml
 from edkm_export.verify.report import Report, Rung, Verdict
 from edkm_export.verify.write import markdown
 
 pytest.importorskip("coremltools")
+
+from converters.coreml.artifact import CoreMLArtifact, open_artifact
 
 TEXT = (Path(__file__).parents[2] / "fixtures" / "heldout.txt").read_text(encoding="utf-8")
 
@@ -142,9 +143,10 @@ def test_checkpoint_that_does_not_say_where_it_is_from(tiny_export, edkm, tmp_pa
     assert "the checkpoint does not say what it was made from; name it with --original" in text
 
 
-def test_package_without_fixed_interface_has_no_size_prediction(tiny_export):
+def test_size_is_predicted_from_the_checkpoint(tiny_export):
     found = rung(climb(tiny_export), "size")
-    assert found.verdict is Verdict.NOT_RUN
+    assert found.verdict is Verdict.PASS
+    assert found.measures["predicted_bytes"] == tiny_export.weights_size_bytes
 
 
 # Thresholds
@@ -185,7 +187,9 @@ def test_perplexity_ratio_decides_palettization(tiny_export, tiny_llama):
 def test_execution_thresholds(tiny_export, monkeypatch, precision, noise, verdict):
     generator = torch.Generator().manual_seed(0)
 
-    def noisy(package: Any, mode: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    interpreted = CoreMLArtifact._interpreted
+
+    def noisy(package: CoreMLArtifact, mode: str) -> Callable[[torch.Tensor], torch.Tensor]:
         execute = interpreted(package, mode)
 
         def run(tokens: torch.Tensor) -> torch.Tensor:
@@ -197,7 +201,7 @@ def test_execution_thresholds(tiny_export, monkeypatch, precision, noise, verdic
 
         return run
 
-    monkeypatch.setattr(ladder, "interpreted", noisy)
+    monkeypatch.setattr(CoreMLArtifact, "_interpreted", noisy)
     report = climb(tiny_export)
     found = rung(report, f"execution-{precision}")
     # the least top-1 agreement may fail as well when tokens are nearly undecided; the divergence is what is tested
@@ -212,7 +216,7 @@ def test_output_that_is_not_finite_fails_and_the_report_is_json(tiny_export, mon
     def broken(_package: Any, _mode: str) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda tokens: torch.full((len(tokens), 1024), value)
 
-    monkeypatch.setattr(ladder, "interpreted", broken)
+    monkeypatch.setattr(CoreMLArtifact, "_interpreted", broken)
     report = climb(tiny_export)
     for precision in ("float32", "rounded"):
         found = rung(report, f"execution-{precision}")
@@ -254,9 +258,11 @@ def test_windows_are_as_long_as_the_package_takes(tiny_export):
 
 
 def test_every_step_is_announced(tiny_export, tiny_llama):
-    names: list[str] = []
-    climb(tiny_export, original=Source.parse(str(tiny_llama)), advance=names.append)
-    assert len(names) == STEPS == len(set(names))
+    for localize in (False, True):
+        names: list[str] = []
+        climb(tiny_export, original=Source.parse(str(tiny_llama)), localize=localize, advance=names.append)
+        expected = count_steps(open_artifact(tiny_export.package), Evaluation("", "", localize=localize))
+        assert len(names) == expected == len(set(names))
 
 
 # Checkpoints and texts that cannot be used

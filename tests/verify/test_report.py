@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from edkm_export.verify.report import (
     SCHEMA_VERSION,
     Divergence,
+    LayerError,
     Perplexity,
     Report,
     Rung,
+    Size,
     TensorReport,
     Verdict,
     overall,
@@ -43,6 +47,7 @@ def tensor(index: int, **changes: Any) -> TensorReport:
         "centroids": 32,
         "bits_per_weight": 5.0,
         "bit_exact": True,
+        "index_entropy": 3.5,
         "weight_snr_db": 20.0 + index,
     }
     return TensorReport(**{**fields, **changes})
@@ -85,7 +90,7 @@ def test_overall_verdict(verdicts, expected):
 def test_json_reads_back():
     made = report()
     assert Report.model_validate_json(made.model_dump_json()) == made
-    assert json.loads(made.model_dump_json())["schema_version"] == SCHEMA_VERSION == 1
+    assert json.loads(made.model_dump_json())["schema_version"] == SCHEMA_VERSION == 2
     assert json.loads(made.model_dump_json())["rungs"][0]["verdict"] == "PASS"
 
 
@@ -165,6 +170,30 @@ def test_markdown_cells_cannot_break_the_table():
 def test_writing_replaces_older_reports(tmp_path):
     write_report(report(), tmp_path)
     write_report(report(verdict=Verdict.FAIL), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
     assert Report.model_validate_json((tmp_path / "report.json").read_text()).verdict is Verdict.FAIL
     assert "FAIL" in (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()[0]
+
+
+# The published schema
+
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
+
+
+def test_published_schema_is_that_of_the_code():
+    assert json.loads(SCHEMA.read_text(encoding="utf-8")) == Report.model_json_schema()
+
+
+def test_reports_follow_the_published_schema():
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    infinite = report(
+        perplexities={"executed": Perplexity(value=math.inf, standard_error=math.nan, tokens=4)},
+        tensors=[tensor(0, weight_snr_db=-math.inf, output_snr_db=3.5), tensor(1, weight_snr_db=None)],
+        sizes=[Size(part="LUTs", predicted_bytes=None, actual_bytes=3)],
+        layer_errors={"hard PyTorch": [LayerError(layer="model.layers.0", snr_db=math.inf)]},
+    )
+    for made in (report(), infinite):
+        jsonschema.validate(json.loads(made.model_dump_json()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**json.loads(report().model_dump_json()), "verdict": "FINE"}, schema)
