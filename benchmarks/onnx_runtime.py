@@ -1,8 +1,8 @@
 """ONNX profiles in onnxruntime: speed, load time and memory, against float32, float16 and uniform 4 bits.
 
 CHECKPOINT must have int8 LUTs, so that all profiles hold the same model. Every row is measured in a process of its
-own. Memory is resident memory beyond that of the process before it loads, after freed heap is given back to the
-system; the prompt and the text are random tokens.
+own. Memory is resident memory beyond that of the process before it loads, after generation, without the cache of the
+text, and after freed heap is given back to the system; prompt and text are random tokens.
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ def run(kind: str, model: Path, threads: int) -> dict[str, Any]:
         for place in range(PROMPT, PROMPT + DECODED):
             past = step(past, place, 1)
         decode.append(DECODED / (time.perf_counter() - start))
+        del past
     return_freed_memory()
     return {
         "prefill": max(prefill),

@@ -81,12 +81,12 @@ class WeightNodes:
     def steps(self, rows: Rows) -> str:
         """Decode rows to entries of an int8 LUT plus 128, uint8 [rows.count * dim, columns]."""
         assert self._tensor.lut_scale is not None
-        return self._decode(rows, self._lut(self._group_range(rows)))
+        return self._decode(rows, self._part(self._lut(), self._group_range(rows), self.groups_out))
 
     def scales(self, rows: Rows, blocks: int) -> str:
         """Spread the scales of an int8 LUT over blocks of columns, float32 [rows.count * dim, blocks]."""
         onnx_float, groups = _types().FLOAT, self._group_range(rows)
-        scale = self._graph.node("Cast", self._scale(groups), to=onnx_float)
+        scale = self._graph.node("Cast", self._part(self._scale(), groups, self.groups_out), to=onnx_float)
         height = rows.count // groups.count * self._tensor.dim
         size = (groups.count, height, self.groups_in, blocks // self.groups_in)
         open_axes = self._graph.node("Unsqueeze", scale, self._graph.integers(1, 3))
@@ -169,16 +169,21 @@ class WeightNodes:
         return self._graph.constant(offsets.reshape(rows.count, self.groups_in, *axes))
 
     def _lut_values(self, groups: Rows, dtype: int) -> str:
-        """LUTs as they decode; the product with a scale is rounded once to float16."""
+        """LUTs of row groups as they decode; the product with a scale is rounded once to float16.
+
+        A runtime may fold these few values. It is what follows, their repetition for each symbol, that it must not.
+        """
         graph, types = self._graph, _types()
-        values = self._lut(groups)
+        values = self._lut()
         if self._tensor.lut_scale is not None:
             steps = graph.node("Cast", values, to=types.FLOAT)
             steps = graph.node("Sub", steps, graph.constant(_OFFSET, np.float32))
-            scale = graph.node("Cast", self._scale(groups), to=types.FLOAT)
+            scale = graph.node("Cast", self._scale(), to=types.FLOAT)
             scale = graph.node("Unsqueeze", scale, graph.integers(2, 3))
             values = graph.node("Cast", graph.node("Mul", steps, scale), to=types.FLOAT16)
-        return values if dtype == types.FLOAT16 else graph.node("Cast", values, to=dtype)
+        if dtype != types.FLOAT16:
+            values = graph.node("Cast", values, to=dtype)
+        return self._part(values, groups, self.groups_out)
 
     def _group_range(self, rows: Rows) -> Rows:
         """The row groups that rows lie in."""
@@ -219,24 +224,20 @@ class WeightNodes:
 
         return [declare(place, part) for place, part in enumerate(("codes", "codes_high")[: len(sizes)])]
 
-    def _lut(self, groups: Rows) -> str:
-        """LUTs of row groups as stored, [row groups, groups_in, entries, dim]."""
+    def _lut(self) -> str:
+        """LUTs as stored, [groups_out, groups_in, entries, dim]."""
         name, lut = f"{self._tensor.name}.lut", self._tensor.lut
         shape = tuple(lut.shape)
         if self._tensor.lut_scale is None:
-            value = self._graph.weight(name, np.float16, shape, lut.numpy)
-        else:
-            value = self._graph.weight(name, np.uint8, shape, lambda: (lut.short() + _OFFSET).byte().numpy())
-        return self._part(value, groups, self.groups_out)
+            return self._graph.weight(name, np.float16, shape, lut.numpy)
+        return self._graph.weight(name, np.uint8, shape, lambda: (lut.short() + _OFFSET).byte().numpy())
 
-    def _scale(self, groups: Rows) -> str:
-        """Scales of row groups, float16 [row groups, groups_in]."""
+    def _scale(self) -> str:
+        """Scales as stored, float16 [groups_out, groups_in]."""
         scale = self._tensor.lut_scale
         assert scale is not None
-        value = self._graph.weight(
-            f"{self._tensor.name}.lut_scale", np.float16, tuple(scale.shape), scale.numpy
-        )
-        return self._part(value, groups, self.groups_out)
+        name = f"{self._tensor.name}.lut_scale"
+        return self._graph.weight(name, np.float16, tuple(scale.shape), scale.numpy)
 
 
 def _types() -> Any:

@@ -262,17 +262,17 @@ def configured(**changes: Any) -> Callable[[Checkpoint], Checkpoint]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen2"}, "model type 'qwen2' cannot be exported yet; supported are llama"),
+        ({"model_type": "mamba"}, "model type 'mamba' cannot be exported yet; supported are gemma2,"),
         ({"model_type": "remove"}, "model type None cannot be exported yet"),
         ({"num_hidden_layers": "remove"}, "its configuration lacks 'num_hidden_layers'"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"hidden_act": "xielu"}, "hidden_act 'xielu' is not supported"),
         ({"num_hidden_layers": 3}, "parameter model.layers.2."),
         ({"num_hidden_layers": "two"}, ""),
         ({"num_attention_heads": 0}, ""),
         ({"max_position_embeddings": "many"}, ""),
         ({"max_position_embeddings": None}, ""),
         ({"rms_norm_eps": "small"}, ""),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE scaling 'longrope' is not supported"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "RoPE scaling 'spiral' is not supported"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
         ({"rope_parameters": ["linear"]}, ""),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, ""),
@@ -289,15 +289,23 @@ def test_configuration_that_cannot_be_exported(edkm, work, model, changes, messa
 
 @pytest.mark.parametrize("target", ["iOS16", "iOS17"])
 def test_target_that_cannot_hold_grouped_luts(edkm, work, model, target):
-    assert refused(edkm, work, model, "--target", target) == (
+    assert refused(edkm, work, model, "--interface", "logits", "--target", target) == (
         f"{model} needs iOS18: 10 weights have grouped LUTs, which {target} cannot hold. "
         "Use --target iOS18, or palettize with --group-size 0."
     )
 
 
+@pytest.mark.parametrize("interface", ["swift-transformers", "neural-engine"])
+def test_target_without_states(edkm, work, model, interface):
+    message = refused(edkm, work, model, "--target", "iOS17", "--interface", interface)
+    assert (
+        "keeps its cache in a state, which iOS17 does not have" in message and "--interface logits" in message
+    )
+
+
 def test_target_that_cannot_hold_3_bits(edkm, work, small_folder):
     assert edkm("palettize", small_folder, "--bits", 3, "--group-size", 0).status == 0
-    message = refused(edkm, work, "model.pt", "--target", "iOS17")
+    message = refused(edkm, work, "model.pt", "--interface", "logits", "--target", "iOS17")
     assert (
         "14 weights have 3-bit indices, which iOS17 cannot hold. Use --target iOS18, or palettize with"
         in message

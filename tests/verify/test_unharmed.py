@@ -53,7 +53,7 @@ def export(checkpoint: Checkpoint, form: str, folder: Path) -> Artifact:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "recipe", "form"), EXPORTS, ids=" ".join)
+@pytest.mark.parametrize(("family", "recipe", "form"), EXPORTS, ids=map(" ".join, EXPORTS))
 def test_unharmed_export_passes(family, recipe, form, held_out, tmp_path):
     kind, arguments = CASES[family]
     model = build_case(kind, {**arguments, "vocab_size": 320})  # 320: what the tokenizer of the tests needs
