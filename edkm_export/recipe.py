@@ -136,6 +136,8 @@ PRESETS: dict[str, Recipe] = {
     "3bit": uniform_recipe(3),
     "2bit": uniform_recipe(2),
     "4bit-per-tensor": uniform_recipe(4, 0).model_copy(update={"name": "4bit-per-tensor"}),
+    "4bit-int8": uniform_recipe(4, lut_dtype="int8").model_copy(update={"name": "4bit-int8"}),
+    "3bit-int8": uniform_recipe(3, lut_dtype="int8").model_copy(update={"name": "3bit-int8"}),
     "dense": Recipe(name="dense", rules=(Rule(match="*", skip=True),)),
 }
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.coreml.backend import load_coremltools, quiet
+from converters.coreml.strided import lean_casts
 from converters.coreml.targets import check_target
 from converters.coreml.weights import PARAMETERS_KEY
 from edkm_export.errors import ConversionError
@@ -84,7 +85,7 @@ def convert(
     with torch.no_grad(), quiet():
         traced = torch.jit.trace(module, tuple(example_inputs), check_trace=False)  # type: ignore[no-untyped-call]
         try:
-            with substituting(substitution):
+            with substituting(substitution), lean_casts():
                 model = ct.convert(
                     traced,
                     inputs=list(_input_types(module, example_inputs) if inputs is None else inputs),

@@ -64,12 +64,12 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="edkm-export")
 def cli() -> None:
-    r"""Take a PyTorch language model to a phone at 2-4 bits a weight, exactly and provably.
+    """Take a PyTorch language model to a phone at 2-4 bits a weight, exactly and provably.
 
     \b
     edkm-export palettize MODEL --calibration TEXT -o model.pt
     edkm-export coreml model.pt
-    """
+    """  # noqa: D301
 
 
 def main() -> NoReturn:

@@ -27,7 +27,10 @@ _CONTEXT = 512
 @click.option(
     "--lut-dtype", type=click.Choice(["float16", "int8"]), help="Type of the LUT entries.  [default: float16]"
 )
-@click.option("--recipe", help="YAML file or preset (8bit, 6bit, 4bit, 3bit, 2bit, 4bit-per-tensor, dense).")
+@click.option(
+    "--recipe",
+    help="YAML file or preset (8bit, 6bit, 4bit, 3bit, 2bit, 4bit-per-tensor, 4bit-int8, 3bit-int8, dense).",
+)
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),

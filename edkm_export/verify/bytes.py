@@ -63,7 +63,8 @@ def compare_bytes(checkpoint: Checkpoint, artifact: Artifact) -> tuple[Rung, dic
     if elided:
         detail += f" ({elided} of ones or zeros left out by the converter)"
     if faults:
-        detail += f"; {len(faults)} faults: {', '.join(faults[:5])}{', ...' if len(faults) > 5 else ''}"
+        some = ", ".join(faults[:5]) + (", ..." if len(faults) > 5 else "")
+        detail += f"; {len(faults)} fault{'s' if len(faults) > 1 else ''}: {some}"
     measures = {"bit_exact": equal, "palettized": len(exact), "dense": others, "faults": faults}
     return Rung(
         **names, verdict=Verdict.FAIL if faults else Verdict.PASS, detail=detail, measures=measures

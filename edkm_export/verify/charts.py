@@ -157,7 +157,7 @@ def weight_histogram(plot: WeightPlot) -> str:
 
 
 def size_against_quality(points: Sequence[Point]) -> str:
-    """Perplexity over size, one labelled point for each artifact, with its standard error as a bar."""
+    """Perplexity over size, one numbered point for each artifact, with its standard error as a bar."""
     known = [point for point in points if math.isfinite(point.perplexity)]
     sizes = [point.size_bytes / 1e6 for point in known] or [0.0]
     spread = [value for point in known for value in _interval(point)] or [0.0, 1.0]
@@ -177,7 +177,9 @@ def size_against_quality(points: Sequence[Point]) -> str:
         ),
         _text((x.start + x.end) / 2, _HEIGHT - 6, "size, MB", "label", "middle"),
     ]
-    for number, point in enumerate(known):
+    for number, point in enumerate(points):
+        if not math.isfinite(point.perplexity):
+            continue
         left, (low, high) = x(point.size_bytes / 1e6), _interval(point)
         said = (
             f"{point.label}: {point.size_bytes / 1e6:.1f} MB, "
@@ -188,8 +190,7 @@ def size_against_quality(points: Sequence[Point]) -> str:
         parts.append(
             f'<circle class="dot dot{number % 4}" cx="{left:.1f}" cy="{top:.1f}" r="4.5">{_title(said)}</circle>'
         )
-        anchor = "end" if left > _WIDTH * 0.6 else "start"
-        parts.append(_text(left + (-8 if anchor == "end" else 8), top - 6, point.label, "tick", anchor))
+        parts.append(_text(left + 8, top - 6, str(number + 1), "label", "start"))
     told = "Perplexity against size: " + "; ".join(
         f"{point.label} {point.size_bytes / 1e6:.1f} MB, {point.perplexity:.2f}" for point in points
     )

@@ -79,7 +79,9 @@ class Contestant:
         execution = artifact.executions[0]
         if execution.execute is None:
             raise PackageError(f"{artifact.path}: cannot be run here: {execution.missing}.")
-        palettized, dense = artifact.palettized(), artifact.dense()
+        palettized = artifact.palettized()
+        # Parameters have dotted names; tables and masks, which are constants of the program, do not.
+        dense = {name: tensor for name, tensor in artifact.dense().items() if "." in name}
         bits = 8 * sum(tensor.size_bytes for tensor in palettized.values())
         bits += 16 * sum(tensor.numel() for tensor in dense.values())
         weights = sum(tensor.numel for tensor in palettized.values())

@@ -149,6 +149,6 @@ def test_localize_names_the_module(edkm, tiny_export, tmp_path):
     result = edkm(
         "verify", tiny_export.model, copy, "--tokens", 64, "--localize", "--report", tmp_path / "report"
     )
-    assert result.status == 1 and f"first fault: {mutation.module}, mul " in result.out
+    assert result.status == 1 and f"first fault: {mutation.module}, " in result.out
     assert mutation.module in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert mutation.module in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from edkm_export.models.source import Source
+from edkm_export.verify.comparison import Compared, comparison_page
 from edkm_export.verify.evaluation import Evaluation
 from edkm_export.verify.html import report_page
 from edkm_export.verify.ladder import verify_coreml
+from edkm_export.verify.report import Perplexity
 
 pytestmark = pytest.mark.browser
 
@@ -59,6 +61,25 @@ def visit(browser, page_file):
     yield run
     for context in contexts:
         context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_comparison_renders(visit, width, scheme, tmp_path):
+    found = Perplexity(value=12.0, standard_error=0.5, tokens=100)
+    rows = [
+        Compared("original", "float model", None, None, found, None),
+        *(Compared(f"model-{n}", "checkpoint", 4.0 - n, 1000 * n, found, None) for n in (3, 1, 2)),
+    ]
+    path = tmp_path / "compare.html"
+    path.write_text(comparison_page(rows, "words"), encoding="utf-8")
+    page, said = visit(width, scheme, path)
+    assert [line for line in said if not line.startswith("data:")] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width]
+    assert page.get_by_role("img", name="Perplexity against size: model-3 0.0 MB, 12.00").count() == 1
+    page.get_by_role("button", name="bits a weight").click()
+    names = page.locator("tbody tr > :first-child").all_inner_texts()
+    assert names == ["model-3", "model-2", "model-1", "original"]  # what has no bits comes last
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
