@@ -1,8 +1,8 @@
 """coremltools' cast to float16 for constants that repeat one column, without writing the repetition out.
 
-The pass that lowers a program to float16 looks for values beyond its range, with index arrays of sixteen bytes a weight, and
-casts each constant into memory of its own: many gigabytes for an embedding. What is repeated through a stride of
-zero (see `standins`) needs neither.
+The pass that lowers a program to float16 looks for values beyond its range, with index arrays of sixteen bytes a
+weight, and casts each constant into memory of its own: many gigabytes for an embedding. What is repeated through a
+stride of zero (see `standins`) needs neither.
 """
 
 from __future__ import annotations

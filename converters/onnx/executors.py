@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from converters.onnx.backend import load_onnx, load_onnxruntime
 from converters.onnx.graph import Graph
 from edkm_export.errors import InputError, PackageError
+from edkm_export.memory import return_freed_memory
 
 __all__ = ["Executor", "OnnxRuntime", "Optimization", "ReferenceRuntime", "check_feeds"]
 
@@ -54,6 +55,7 @@ class OnnxRuntime:
             self.session = ort.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common base
             raise PackageError(f"{graph.path}: onnxruntime refuses it: {_first_line(error)}") from error
+        return_freed_memory()  # folding tables into weights took several times their size
         self._outputs = list(graph.outputs)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

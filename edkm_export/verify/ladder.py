@@ -36,6 +36,7 @@ from edkm_export.verify.rungs import (
     soft_rung,
 )
 from edkm_export.verify.tensors import describe_tensors, measure_sizes, plot_weights
+from edkm_export.verify.thresholds import DECODE_KL, EXECUTION
 
 __all__ = ["count_steps", "verify_artifact", "verify_coreml"]
 
@@ -197,7 +198,9 @@ def _decode(artifact: Artifact, windows: Tensor) -> Rung:
         session = artifact.session()
         if session is None:
             return decode_rung(None, _no_session(artifact) or "this interface of the artifact has no cache")
-        return decode_rung(prefill_against_decode(session, windows[0]), "")
+        median = artifact.executions[0].threshold.median_kl
+        largest = DECODE_KL if median <= EXECUTION["float32"].median_kl else 10 * median
+        return decode_rung(prefill_against_decode(session, windows[0]), "", largest)
     except AT_FAULT as error:
         return decode_rung(str(error), "")
 

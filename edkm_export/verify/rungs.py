@@ -118,13 +118,13 @@ def execution_rung(execution: Execution, found: Divergence | str) -> Rung:
     )
 
 
-def decode_rung(found: Divergence | str | None, missing: str) -> Rung:
+def decode_rung(found: Divergence | str | None, missing: str, largest: float = DECODE_KL) -> Rung:
     """Decoding against prefill; `found` is the fault in words, or None for the reason `missing`."""
     names: dict[str, Any] = {
         "id": "prefill-decode",
         "reference": "executed artifact, the whole text at once",
         "candidate": "executed artifact, token by token",
-        "threshold": f"largest KL at most {DECODE_KL:g}",
+        "threshold": f"largest KL at most {largest:g}",
         "why": DECODE_WHY,
     }
     if found is None:
@@ -133,7 +133,7 @@ def decode_rung(found: Divergence | str | None, missing: str) -> Rung:
         return Rung(**names, verdict=Verdict.FAIL, detail=found)
     return Rung(
         **names,
-        verdict=Verdict.PASS if found.kl_max <= DECODE_KL else Verdict.FAIL,
+        verdict=Verdict.PASS if found.kl_max <= largest else Verdict.FAIL,
         detail=f"KL median {found.kl_median:.2g}, largest {found.kl_max:.2g} over {found.tokens} tokens",
         measures=found.model_dump(),
     )

@@ -28,7 +28,8 @@ NEAR_TIE_NATS = 0.01
 RoPE tables and norms are float16 in a package, which moves logits by about 1e-3 even in float32 arithmetic."""
 
 DECODE_KL = 1e-4
-"""Largest KL divergence, in nats, of decoding token by token from one feed of the same text, at any position."""
+"""Largest KL divergence, in nats, of decoding token by token from one feed of the same text, at any position.
+In coarser arithmetic it is ten times the median that its execution may have."""
 
 DECODE_WHY = (
     "both are the same sums in another order, which moves float32 logits by about 1e-5; a key or value in the wrong "
