@@ -688,12 +688,10 @@ def cache_updates(program: Program) -> list[Any]:
     return program.ops("slice_update")
 
 
-def exchange_updates(program: Program) -> None:
-    """Keep values as keys and keys as values, in layer 1."""
+def keys_as_values(program: Program) -> None:
+    """Keep the keys of layer 1 in the place of its values, too."""
     keys, values = cache_updates(program)[2:4]
-    names = bound(keys, "update"), bound(values, "update")
-    bind(keys, "update", names[1])
-    bind(values, "update", names[0])
+    bind(values, "update", bound(keys, "update"))
 
 
 def same_slot(program: Program) -> None:
@@ -720,7 +718,7 @@ def smaller_state(program: Program) -> None:
 
 COREML_STATE_MUTATIONS = [
     Mutation("states", "off-by-one cache position", edit(late_positions), module="model.rotary_emb"),
-    Mutation("states", "keys kept as values", edit(exchange_updates)),
+    Mutation("states", "keys kept as values", edit(keys_as_values), module="model.layers.1.self_attn.v_proj"),
     Mutation("states", "keys of two layers in one place", edit(same_slot), module="model.layers.1.self_attn"),
     Mutation("states", "keys are not kept", edit(forget_update), module="model.layers.0.self_attn.k_proj"),
     Mutation("states", "states of half the length", edit(smaller_state)),

@@ -90,7 +90,8 @@ def command(
     out.print(summary_table(report))
     out.print(ladder_table(report))
     out.print(
-        f"{folder}: try it with `edkm-export generate {folder} --prompt TEXT`; report.md says what was proved and what was not.",
+        f"{folder}: try it with `edkm-export generate {folder} --prompt TEXT`; "
+        "report.md says what was proved and what was not.",
         soft_wrap=True,
     )
     if report.verdict is Verdict.FAIL:
