@@ -110,11 +110,13 @@ class SplitEmbedding(_Parts):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids int [batch, new] -> [batch, new, hidden]."""
-        (first, _, end), *others = self.weights()
-        found = F.embedding(input_ids.clamp(max=end - 1), first)
-        for weight, start, end in others:
-            rows = F.embedding((input_ids - start).clamp(0, end - start - 1), weight)
-            found = torch.where((input_ids >= start).unsqueeze(-1), rows, found)
+        found: Tensor | None = None
+        for weight, start, end in self.weights():
+            inside = (input_ids >= start) & (input_ids < end)
+            # Not clamped: that is a float16 op, in which tokens above 2,048 are not exact.
+            rows = F.embedding(torch.where(inside, input_ids - start, torch.zeros_like(input_ids)), weight)
+            found = rows if found is None else torch.where(inside.unsqueeze(-1), rows, found)
+        assert found is not None
         return found
 
 

@@ -13,11 +13,12 @@ import torch
 from odd_models import build
 from torch import Tensor
 
-from converters.coreml import load_package
+from converters.coreml import convert, load_package, save_package
 from converters.coreml.artifact import CoreMLArtifact, open_artifact
 from converters.coreml.export_plan import plan_export
 from converters.coreml.language_model import export_packages
 from converters.coreml.session import CoreMLSession, open_chunks
+from converters.coreml.vocabulary import RowSplit, SplitEmbedding, SplitHead, plan_split
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import ConversionError, InputError, PackageError
 from edkm_export.models.hard import load_hard_model
@@ -210,6 +211,36 @@ def test_families_decode_through_the_state(case, interface, tmp_path):
     assert session is not None
     found = torch.cat([session.feed(piece) for piece in tokens.split([17, *[1] * 7])])
     assert divergence(expected, found) <= MOST_KL
+
+
+class Vocabulary(torch.nn.Module):
+    """A split embedding and head, as the Neural Engine gets them."""
+
+    def __init__(self, split: RowSplit, weight: Tensor) -> None:
+        super().__init__()
+        parts = [torch.nn.Parameter(weight[start:end], requires_grad=False) for _, start, end in split.parts]
+        self.embedding, self.head = SplitEmbedding(split, parts), SplitHead(split, parts)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.embedding(tokens)
+        return rows, self.head(rows)
+
+
+@pytest.mark.parametrize("rows", [40_000, 70_000])  # 16 bits hold all numbers of the first, not of the second
+def test_large_split_vocabulary_finds_every_row(rows, tmp_path):
+    """Token numbers must never pass through float16, which holds integers up to 2,048 only."""
+    weight = torch.randn(rows, 2, generator=torch.Generator().manual_seed(1)).half().float()
+    split = plan_split("weight", rows, None)
+    assert split is not None and max(end - start for _, start, end in split.parts) <= 16_384
+    edges = [row + step for _, start, end in split.parts for row in (start, end) for step in (-2, -1, 0, 1)]
+    tokens = torch.tensor([*(row for row in edges if 0 <= row < rows), *range(2041, rows, 997)])[None].int()
+    save_package(convert(Vocabulary(split, weight).eval(), (tokens,), {}), tmp_path / "model.mlpackage")
+    for precision in ("float32", "rounded", "float16"):
+        found, logits = (
+            load_package(tmp_path / "model.mlpackage").run({"tokens": tokens}, precision=precision).values()
+        )
+        assert torch.equal(found.float(), weight[tokens[0].long()][None]), precision
+        assert logits.shape[-1] == rows
 
 
 # Plans
