@@ -9,6 +9,8 @@ READY := $(VENV)/.ready
 DEMO := demo-output
 # About a minute on 2 cores.
 DEMO_STEPS ?= 250
+# Processes that share the tests; each takes about 1 GB.
+WORKERS ?= 2
 SMOLLM2 := smollm2-output
 CALIBRATION ?= fixtures/calibration.txt
 # Evaluation text of `make smollm2`; empty: the built-in sample.
@@ -24,7 +26,7 @@ demo: $(READY)
 		-o $(DEMO)/tiny-coreml --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -87,9 +87,8 @@ def test_palettize(edkm, small_folder, work, monkeypatch, number, point, existin
 @pytest.mark.parametrize("point", ["reading", "converting", "saving", "verifying"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_coreml(edkm, small_export, work, monkeypatch, number, point, existing):
-    from converters.coreml import bundle, language_model, lut_pass
+    from converters.coreml import bundle, language_model, lut_pass, session
     from edkm_export import checkpoint
-    from edkm_export.verify import ladder
 
     if existing:
         shutil.copytree(small_export.bundle, "bundle")
@@ -113,7 +112,7 @@ def test_coreml(edkm, small_export, work, monkeypatch, number, point, existing):
             return folder / small_export.package.name
 
         monkeypatch.setattr(bundle, "write_bundle", write_bundle)
-        monkeypatch.setattr(ladder, "interpreted", raising(ladder.interpreted, number))
+        monkeypatch.setattr(session.CoreMLSession, "feed", raising(session.CoreMLSession.feed, number))
     interrupted(
         edkm,
         work,
