@@ -174,7 +174,11 @@ class Difference:
     @property
     def near_tie(self) -> bool:
         """True when the reference holds both tokens nearly equally likely, so that neither is wrong."""
-        if self.reference is None or self.candidate is None or not self.reference.near_tie:
+        return self.within(NEAR_TIE_NATS)
+
+    def within(self, nats: float) -> bool:
+        """True when these are the two best tokens of the reference, and no further apart than so much."""
+        if self.reference is None or self.candidate is None or self.reference.gap_nats > nats:
             return False
         return {self.reference.token, self.candidate.token} == set(self.reference.best)
 

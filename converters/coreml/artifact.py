@@ -109,6 +109,12 @@ class CoreMLArtifact:
             return None
         return CoreMLSession(self._packages, self._description)
 
+    def rounded_session(self) -> CoreMLSession | None:
+        """The same, rounded to float16 after each op."""
+        if self._description.interface == "logits":
+            return None
+        return CoreMLSession(self._packages, self._description, "rounded")
+
     def trace(
         self, execution: str, tokens: Tensor, observe: Callable[[str, Tensor], None], cached: int = 0
     ) -> None:

@@ -98,6 +98,10 @@ class OnnxArtifact:
         """The decoder with its cache, in the arithmetic of the first execution."""
         return OnnxSession(self._graph, self._graph.runtime("disabled" if self._rounds else "all"))
 
+    def rounded_session(self) -> None:
+        """None: onnxruntime cannot round after each op."""
+        return None
+
     def trace(
         self, execution: str, tokens: Tensor, observe: Callable[[str, Tensor], None], cached: int = 0
     ) -> None:

@@ -107,6 +107,10 @@ class Artifact(Protocol):
         """The artifact with its cache, in the arithmetic of the first execution; None: the interface has no cache."""
         ...
 
+    def rounded_session(self) -> Session | None:
+        """The same, rounded to float16 after each op; None: no cache, or no such way to run it."""
+        ...
+
 
 @runtime_checkable
 class Traceable(Protocol):
@@ -170,5 +174,9 @@ class DamagedArtifact:
         return None
 
     def session(self) -> None:
+        """Nothing that could be run."""
+        return None
+
+    def rounded_session(self) -> None:
         """Nothing that could be run."""
         return None

@@ -15,6 +15,7 @@ from edkm_export.models.session import TorchSession
 from edkm_export.verify.artifact import Artifact, Execute
 from edkm_export.verify.metrics import divergence
 from edkm_export.verify.report import Divergence
+from edkm_export.verify.thresholds import NEAR_TIE_NATS
 
 __all__ = ["Continuation", "compare_continuations", "prefill_against_decode"]
 
@@ -31,6 +32,7 @@ class Continuation:
         wanted: tokens of that.
         equal: how many of them the artifact gives too, before the texts part.
         difference: where they part; None: nowhere.
+        tie_nats: how near two tokens must be for either to be right.
         found: the token of the artifact there, in words.
         expected: that of hard PyTorch.
     """
@@ -40,13 +42,14 @@ class Continuation:
     wanted: int
     equal: int
     difference: Difference | None
+    tie_nats: float = NEAR_TIE_NATS
     found: str = ""
     expected: str = ""
 
     @property
     def ok(self) -> bool:
         """Equal, or parted at a near tie."""
-        return self.difference is None or self.difference.near_tie
+        return self.difference is None or self.difference.within(self.tie_nats)
 
     def measures(self) -> dict[str, Any]:
         """The same for report.json."""
@@ -61,7 +64,7 @@ class Continuation:
             known["parted"] = {
                 "found": self.found,
                 "expected": self.expected,
-                "near_tie": self.difference.near_tie,
+                "near_tie": self.ok,
                 "hard_pytorch": _best(self.difference.reference),
                 "artifact": _best(self.difference.candidate),
             }
@@ -74,7 +77,7 @@ class Continuation:
         reference = self.difference.reference
         assert reference is not None  # the candidate never goes on beyond the reference
         first, second = reference.probabilities
-        near = ", a near tie" if self.difference.near_tie else ""
+        near = ", a near tie" if self.ok else ""
         return (
             f"{self.prompt!r}: token {self.equal + 1} is {self.found!r}, hard PyTorch has {self.expected!r} "
             f"(its two best have probabilities {first:.4f} and {second:.4f}{near})"
@@ -103,6 +106,7 @@ def compare_continuations(
     tokenizer: Any,
     prompts: Mapping[str, Tensor],
     count: int,
+    tie_nats: float = NEAR_TIE_NATS,
 ) -> list[Continuation]:
     """Continue each prompt greedily, in hard PyTorch and in the artifact.
 
@@ -116,6 +120,7 @@ def compare_continuations(
         tokenizer: to put tokens into words.
         prompts: int64 [length] by prompt.
         count: tokens to add to each, as far as the context allows.
+        tie_nats: how near two tokens must be for either to be right.
 
     Raises:
         PackageError: the artifact is at fault.
@@ -139,6 +144,7 @@ def compare_continuations(
             wanted=wanted,
             equal=wanted if difference is None else difference.place,
             difference=difference,
+            tie_nats=tie_nats,
             found=_word(tokenizer, None if difference is None else difference.candidate),
             expected=_word(tokenizer, None if difference is None else difference.reference),
         )

@@ -33,7 +33,7 @@ def report_page(report: Report) -> str:
         continuations=[
             one
             for rung in report.rungs
-            if rung.id == "continuation"
+            if rung.id.startswith("continuation")
             for one in rung.measures.get("continuations", [])
         ],
         kl_plots=[plot for rung in report.rungs if (plot := _kl_plot(rung))],

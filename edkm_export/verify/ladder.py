@@ -36,7 +36,7 @@ from edkm_export.verify.rungs import (
     soft_rung,
 )
 from edkm_export.verify.tensors import describe_tensors, measure_sizes, plot_weights
-from edkm_export.verify.thresholds import DECODE_KL, EXECUTION
+from edkm_export.verify.thresholds import DECODE_KL, EXECUTION, NEAR_TIE_NATS, ROUNDED_TIE_NATS
 
 __all__ = ["count_steps", "verify_artifact", "verify_coreml"]
 
@@ -142,7 +142,7 @@ def verify_artifact(
     step("decoding token by token")
     rungs.append(_decode(artifact, windows))
     step("continuing prompts")
-    rungs.append(_continue(artifact, model, tokenizer, prompts, evaluation.continuation))
+    rungs += _continue(artifact, model, tokenizer, prompts, evaluation.continuation)
     faults = []
     if evaluation.localize:
         step("looking for the first value that is off")
@@ -205,16 +205,31 @@ def _decode(artifact: Artifact, windows: Tensor) -> Rung:
         return decode_rung(str(error), "")
 
 
-def _continue(artifact: Artifact, model: Any, tokenizer: Any, prompts: dict[str, Tensor], count: int) -> Rung:
+def _continue(
+    artifact: Artifact, model: Any, tokenizer: Any, prompts: dict[str, Tensor], count: int
+) -> list[Rung]:
+    """In the arithmetic of the first execution, and rounded where the artifact can be run so."""
+    found = [_continue_in(artifact, model, tokenizer, prompts, count, rounded=False)]
     try:
-        session = artifact.session()
+        if artifact.rounded_session() is not None:
+            found.append(_continue_in(artifact, model, tokenizer, prompts, count, rounded=True))
+    except AT_FAULT:
+        pass  # the first one has failed for the same reason
+    return found
+
+
+def _continue_in(
+    artifact: Artifact, model: Any, tokenizer: Any, prompts: dict[str, Tensor], count: int, *, rounded: bool
+) -> Rung:
+    ties = ROUNDED_TIE_NATS if rounded else NEAR_TIE_NATS
+    try:
+        session = artifact.rounded_session() if rounded else artifact.session()
         if session is None and (missing := _no_session(artifact)):
-            return continuation_rung(None, missing)
-        return continuation_rung(
-            compare_continuations(artifact, session, model, tokenizer, prompts, count), ""
-        )
+            return continuation_rung(None, missing, rounded=rounded)
+        continued = compare_continuations(artifact, session, model, tokenizer, prompts, count, ties)
+        return continuation_rung(continued, "", rounded=rounded)
     except AT_FAULT as error:
-        return continuation_rung(str(error), "")
+        return continuation_rung(str(error), "", rounded=rounded)
 
 
 def _no_session(artifact: Artifact) -> str:

@@ -139,12 +139,17 @@ def decode_rung(found: Divergence | str | None, missing: str, largest: float = D
     )
 
 
-def continuation_rung(found: Sequence[Continuation] | str | None, missing: str) -> Rung:
-    """Greedy continuations against those of hard PyTorch; `found` as in `decode_rung`."""
+def continuation_rung(
+    found: Sequence[Continuation] | str | None, missing: str, *, rounded: bool = False
+) -> Rung:
+    """Greedy continuations against those of hard PyTorch; `found` as in `decode_rung`.
+
+    `rounded`: the artifact ran rounded to float16 after each op.
+    """
     names: dict[str, Any] = {
-        "id": "continuation",
+        "id": "continuation-rounded" if rounded else "continuation",
         "reference": "hard PyTorch",
-        "candidate": "greedy continuation",
+        "candidate": "greedy continuation, rounded" if rounded else "greedy continuation",
         "threshold": CONTINUATION,
         "why": CONTINUATION_WHY,
     }
