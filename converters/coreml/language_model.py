@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from converters.coreml.neural_engine import HIDDEN_OUT, Chunk, LayerRange
 from converters.coreml.standins import decoder_of_stand_ins
 from converters.coreml.vocabulary import split_palettes
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.memory import return_freed_memory
 from edkm_export.models.positions import PositionTables
 from edkm_export.models.whole_sequence import WholeSequence
+from edkm_export.palette import PalettizedTensor
 
 __all__ = ["export_packages"]
 
@@ -91,7 +94,6 @@ def _export_chunk(
     checkpoint: Checkpoint, plan: ExportPlan, layers: LayerRange, metadata: dict[str, str], path: Path
 ) -> None:
     """Two functions of static shapes with shared weights, see `neural_engine`."""
-    ct = load_coremltools()
     decoder = chunk_decoder(checkpoint, layers, plan.split)
     held = {name for name, _ in decoder.named_parameters()}
     palettes = split_palettes(checkpoint.palettized, plan.split)
@@ -103,18 +105,39 @@ def _export_chunk(
         packages = {function: Path(work) / f"{function}.mlpackage" for function in lengths}
         for function, new in lengths.items():
             chunk = Chunk(decoder, tables, layers, new).eval()
-            model = convert(
-                chunk,
-                neural_engine.example_inputs(chunk),
-                palettes,
-                inputs=neural_engine.input_types(chunk),
-                outputs=[ct.TensorType("logits" if layers.gives_logits else HIDDEN_OUT, dtype=np.float16)],
-                states=state_types(chunk.shape),
-                target=plan.target,
-                **_options(checkpoint, metadata),
-            )
-            save_package(model, packages[function])
+            _export_function(chunk, checkpoint, plan, palettes, metadata, packages[function])
+            _free()
         merge_functions(packages, "decode", path)
+    _free()
+
+
+def _export_function(
+    chunk: Chunk,
+    checkpoint: Checkpoint,
+    plan: ExportPlan,
+    palettes: dict[str, PalettizedTensor],
+    metadata: dict[str, str],
+    path: Path,
+) -> None:
+    """One function of a chunk, as a package of its own."""
+    ct = load_coremltools()
+    model = convert(
+        chunk,
+        neural_engine.example_inputs(chunk),
+        palettes,
+        inputs=neural_engine.input_types(chunk),
+        outputs=[ct.TensorType("logits" if chunk.layers.gives_logits else HIDDEN_OUT, dtype=np.float16)],
+        states=state_types(chunk.shape),
+        target=plan.target,
+        **_options(checkpoint, metadata),
+    )
+    save_package(model, path)
+
+
+def _free() -> None:
+    """Give back what a converted program held, before the next one is made: its parts refer to each other."""
+    gc.collect()
+    return_freed_memory()
 
 
 def _options(checkpoint: Checkpoint, metadata: dict[str, str]) -> dict[str, Any]:
