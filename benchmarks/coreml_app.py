@@ -20,6 +20,7 @@ from edkm_export.checkpoint import Checkpoint, load
 from edkm_export.generation import Session, first_difference, generate
 from edkm_export.models.hard import load_hard_tokenizer
 from edkm_export.models.session import TorchSession
+from edkm_export.verify.thresholds import ROUNDED_TIE_NATS
 
 PROMPT = "The history of the printing press begins with"
 NEW_TOKENS = 64
@@ -84,13 +85,20 @@ def compute(checkpoint: Checkpoint, folder: Path) -> None:
     session.reset()
     split = len(prompt)
     pieces = [session.feed(text[:split]), *(session.feed(token[None]) for token in text[split:])]
-    found = torch.cat(pieces).log_softmax(-1)
-    divergence = float((expected.exp() * (expected - found)).sum(-1).max())
+    decoded = torch.cat(pieces).log_softmax(-1)
+    divergence = float((expected.exp() * (expected - decoded)).sum(-1).max())
     print(f"prefill then decode against hard PyTorch's whole sequence: KL at most {divergence:.2g}")
     candidate = generate(session, prompt, max_new_tokens=NEW_TOKENS)
     difference = first_difference(reference.choices, candidate.choices)
     print(f"{NEW_TOKENS} greedy tokens: {'identical to hard PyTorch' if difference is None else difference}")
     speed(session, text)
+    rounded = artifact.rounded_session()
+    assert rounded is not None
+    candidate = generate(rounded, prompt, max_new_tokens=NEW_TOKENS)
+    difference = first_difference(reference.choices, candidate.choices)
+    found = "identical" if difference is None else f"equal up to token {difference.place + 1}, {difference}"
+    near = difference is None or difference.within(ROUNDED_TIE_NATS)
+    print(f"{NEW_TOKENS} greedy tokens, rounded: {found}; {'ok' if near else 'NOT a near tie'}", flush=True)
 
 
 def speed(session: Session, text: torch.Tensor) -> None:

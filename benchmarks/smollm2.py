@@ -25,13 +25,16 @@ def edkm(*arguments: object) -> Measured:
 @click.option("--text", required=True, type=click.Path(exists=True, path_type=Path), help="Perplexity text.")
 @click.option("--output", default="smollm2-output", type=click.Path(path_type=Path), show_default=True)
 @click.option("--bits", default=4, show_default=True)
-def main(model: Path, calibration: Path | None, text: Path, output: Path, bits: int) -> None:
+@click.option(
+    "--interface", default="swift-transformers", show_default=True, help="`logits` has windows of 512."
+)
+def main(model: Path, calibration: Path | None, text: Path, output: Path, bits: int, interface: str) -> None:
     output.mkdir(parents=True, exist_ok=True)
     checkpoint, bundle = str(output / "smollm2.pt"), str(output / "smollm2-coreml")
     source = ("--original", model, "--report", output)
     weights = () if calibration is None else ("--calibration", calibration)
     palettize = edkm("palettize", model, "--bits", bits, *weights, "-o", checkpoint, "--overwrite")
-    export = edkm("coreml", checkpoint, "-o", bundle, "--no-verify", "--overwrite")
+    export = edkm("coreml", checkpoint, "--interface", interface, "-o", bundle, "--no-verify", "--overwrite")
     verify = edkm("verify", checkpoint, bundle, "--tokens", 1024, *source)
     short = json.loads((output / "report.json").read_text())
     # Plain clustering may be far worse than the default threshold; here it is to be measured, not judged.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ _LARGEST_DECODED = 1 << 20  # weights that the low-memory profile decodes at a t
 _SMALL = 1 << 12  # a dense parameter below so many elements is stored as float32
 
 
-class Forms:
+class Forms(ABC):
     """What the profiles have in common; a form for dense parameters.
 
     Args:
@@ -86,8 +87,9 @@ class Forms:
         held = name in self.checkpoint.palettized or name in self.checkpoint.dense
         return name if held else self.checkpoint.tied[name]
 
+    @abstractmethod
     def _product(self, x: str, tensor: PalettizedTensor) -> str:
-        raise NotImplementedError
+        """Multiply x [batch, new, in] with a palettized weight: [batch, new, out]."""
 
     def _join(self, tensor: PalettizedTensor, parts: list[str]) -> str:
         """Outputs of row ranges, side by side."""
@@ -121,8 +123,8 @@ class LowMemoryForms(ExactForms):
         return self._multiply(x, tensor, WeightNodes(self.graph, tensor, self._zero), _LARGEST_DECODED)
 
 
-class FastForms(Forms):
-    """Entries on an int8 grid, multiplied by MatMulNBits in 8 bits; activations are rounded to int8 in blocks.
+class _Int8Forms(Forms):
+    """Entries on an int8 grid, multiplied in blocks of columns that share a scale.
 
     Raises:
         ConversionError: on construction, when a palette is not on an int8 grid.
@@ -133,24 +135,49 @@ class FastForms(Forms):
         check_int8_grid(checkpoint)
 
     def _product(self, x: str, tensor: PalettizedTensor) -> str:
-        graph, nodes = self.graph, WeightNodes(self.graph, tensor)
-        columns = tensor.matrix_shape[1]
+        nodes = WeightNodes(self.graph, tensor)
         block = _block_size(tensor, nodes.group_columns)
-        blocks = -(-columns // block)
-        parts = []
-        for rows in nodes.parts(_LARGEST_FOLDED):
-            out = rows.count * tensor.dim
-            steps = self._blocked(nodes.steps(rows), out, columns, blocks, block)
-            scales = nodes.scales(rows, blocks)
-            if self.onnx_type == load_onnx().TensorProto.FLOAT16:
-                scales = graph.node("Cast", scales, to=self.onnx_type)
-            product = graph.node(
-                "MatMulNBits", x, steps, scales,
-                domain=CONTRIB, name=f"{tensor.name}.product", K=columns, N=out, bits=8, block_size=block,
-                accuracy_level=4,
-            )  # fmt: skip
-            parts.append(product)
+        blocks = -(-tensor.matrix_shape[1] // block)
+        parts = [
+            self._rows_product(
+                x,
+                tensor,
+                nodes.steps(rows),
+                nodes.scales(rows, blocks),
+                rows.count * tensor.dim,
+                blocks,
+                block,
+            )
+            for rows in nodes.parts(_LARGEST_FOLDED)
+        ]
         return self._join(tensor, parts)
+
+    @abstractmethod
+    def _rows_product(
+        self, x: str, tensor: PalettizedTensor, steps: str, scales: str, out: int, blocks: int, block: int
+    ) -> str:
+        """Multiply x with some rows: steps uint8 [out, columns], scales float32 [out, blocks]."""
+
+    def _typed(self, scales: str) -> str:
+        """Scales in the dtype of activations."""
+        if self.onnx_type == load_onnx().TensorProto.FLOAT16:
+            return self.graph.node("Cast", scales, to=self.onnx_type)  # type: ignore[no-any-return]
+        return scales
+
+
+class FastForms(_Int8Forms):
+    """Multiplied by MatMulNBits in 8 bits; activations are rounded to int8 in blocks."""
+
+    def _rows_product(
+        self, x: str, tensor: PalettizedTensor, steps: str, scales: str, out: int, blocks: int, block: int
+    ) -> str:
+        columns = tensor.matrix_shape[1]
+        blocked = self._blocked(steps, out, columns, blocks, block)
+        return self.graph.node(  # type: ignore[no-any-return]
+            "MatMulNBits", x, blocked, self._typed(scales),
+            domain=CONTRIB, name=f"{tensor.name}.product", K=columns, N=out, bits=8, block_size=block,
+            accuracy_level=4,
+        )  # fmt: skip
 
     def _blocked(self, steps: str, out: int, columns: int, blocks: int, block: int) -> str:
         """uint8 [out, columns] -> [out, blocks, block], padded with entry 128, which is zero."""
@@ -162,35 +189,25 @@ class FastForms(Forms):
         return graph.node("Reshape", steps, graph.integers(out, blocks, block))  # type: ignore[no-any-return]
 
 
-class StandardFastForms(Forms):
-    """The same in standard operators, which onnxruntime fuses to MatMulNBits while it loads.
+class StandardFastForms(_Int8Forms):
+    """The same in standard operators, which onnxruntime fuses to MatMulNBits while it loads."""
 
-    Raises:
-        ConversionError: on construction, when a palette is not on an int8 grid.
-    """
-
-    def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        super().__init__(graph, checkpoint, dtype)
-        check_int8_grid(checkpoint)
-
-    def _product(self, x: str, tensor: PalettizedTensor) -> str:
-        graph, nodes, types = self.graph, WeightNodes(self.graph, tensor), load_onnx().TensorProto
-        columns = tensor.matrix_shape[1]
-        block = _block_size(tensor, nodes.group_columns)
-        blocks = -(-columns // block)
-        parts = []
-        for rows in nodes.parts(_LARGEST_FOLDED):
-            steps = graph.node("Transpose", nodes.steps(rows), perm=[1, 0])
-            scales = graph.node("Transpose", nodes.scales(rows, blocks), perm=[1, 0])
-            if self.onnx_type == types.FLOAT16:
-                scales = graph.node("Cast", scales, to=self.onnx_type)
-            zero = graph.node(
-                "Expand", graph.constant(np.full((1, 1), 128, np.uint8)),
-                graph.integers(blocks, rows.count * tensor.dim),
-            )  # fmt: skip
-            weight = graph.node("DequantizeLinear", steps, scales, zero, axis=0, block_size=block)
-            parts.append(graph.node("MatMul", x, weight, name=f"{tensor.name}.product"))
-        return self._join(tensor, parts)
+    def _rows_product(
+        self, x: str, tensor: PalettizedTensor, steps: str, scales: str, out: int, blocks: int, block: int
+    ) -> str:
+        graph = self.graph
+        zero = graph.node(
+            "Expand", graph.constant(np.full((1, 1), 128, np.uint8)), graph.integers(blocks, out)
+        )
+        weight = graph.node(
+            "DequantizeLinear",
+            graph.node("Transpose", steps, perm=[1, 0]),
+            self._typed(graph.node("Transpose", scales, perm=[1, 0])),
+            zero,
+            axis=0,
+            block_size=block,
+        )
+        return graph.node("MatMul", x, weight, name=f"{tensor.name}.product")  # type: ignore[no-any-return]
 
 
 PROFILES: dict[str, type[Forms]] = {"exact": ExactForms, "low-memory": LowMemoryForms, "fast": FastForms}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -27,6 +28,8 @@ __all__ = [
     "ladder_table",
     "megabytes",
     "out",
+    "print_report",
+    "print_unverified",
     "print_wide",
     "summary_line",
     "summary_table",
@@ -112,6 +115,18 @@ def ladder_table(report: Report) -> Table:
     for rung in report.rungs:
         table.add_row(rung.candidate, verdict_text(rung.verdict), rung.detail)
     return table
+
+
+def print_report(report: Report) -> None:
+    """The two tables of a verification."""
+    out.print(summary_table(report))
+    out.print(ladder_table(report))
+
+
+def print_unverified(folder: Path, checkpoint: Path, size_bytes: int) -> None:
+    """An export that was asked not to be verified; `size_bytes`: of its weights."""
+    out.print(f"{folder}: {megabytes(size_bytes)} of weights, NOT VERIFIED (--no-verify)", soft_wrap=True)
+    out.print(f"verify it with: edkm-export verify {checkpoint} {folder}", soft_wrap=True)
 
 
 def summary_line(report: Report) -> str:

@@ -91,7 +91,7 @@ def command(
     from converters.coreml.model_card import mac_steps, model_card
     from edkm_export.atomic import atomic_folder, check_output
     from edkm_export.checkpoint import load
-    from edkm_export.cli.console import err, ladder_table, megabytes, out, summary_table
+    from edkm_export.cli.console import err, out, print_report, print_unverified
     from edkm_export.verify.report import Verdict
     from edkm_export.verify.write import write_report
 
@@ -125,14 +125,9 @@ def command(
         card = model_card(loaded, plan, checkpoint.stem, findings, report)
         (temporary / "README.md").write_text(card, encoding="utf-8")
     if report is None:
-        out.print(
-            f"{folder}: {megabytes(plan.weights_size_bytes)} of weights, NOT VERIFIED (--no-verify)",
-            soft_wrap=True,
-        )
-        out.print(f"verify it with: edkm-export verify {checkpoint} {folder}", soft_wrap=True)
+        print_unverified(folder, checkpoint, plan.weights_size_bytes)
         return
-    out.print(summary_table(report))
-    out.print(ladder_table(report))
+    print_report(report)
     names = " and ".join(plan.package_names(checkpoint.stem))
     out.print(
         f"{folder}: drag {names} into Xcode; report.md says what was proved and what was not.", soft_wrap=True

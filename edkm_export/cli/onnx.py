@@ -60,7 +60,7 @@ def command(
     from converters.onnx.plan import plan_onnx
     from edkm_export.atomic import atomic_folder, check_output
     from edkm_export.checkpoint import load
-    from edkm_export.cli.console import err, ladder_table, megabytes, out, summary_table
+    from edkm_export.cli.console import err, out, print_report, print_unverified
     from edkm_export.verify.report import Verdict
     from edkm_export.verify.write import write_report
 
@@ -81,14 +81,9 @@ def command(
             report = climb(loaded, temporary, evaluation, plan.weights_size_bytes)
             write_report(report, temporary)
     if report is None:
-        out.print(
-            f"{folder}: {megabytes(plan.weights_size_bytes)} of weights, NOT VERIFIED (--no-verify)",
-            soft_wrap=True,
-        )
-        out.print(f"verify it with: edkm-export verify {checkpoint} {folder}", soft_wrap=True)
+        print_unverified(folder, checkpoint, plan.weights_size_bytes)
         return
-    out.print(summary_table(report))
-    out.print(ladder_table(report))
+    print_report(report)
     out.print(
         f"{folder}: try it with `edkm-export generate {folder} --prompt TEXT`; "
         "report.md says what was proved and what was not.",

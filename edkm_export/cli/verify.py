@@ -40,7 +40,7 @@ def command(
     """
     from edkm_export.atomic import atomic_file, check_output
     from edkm_export.checkpoint import load
-    from edkm_export.cli.console import err, fault_lines, ladder_table, out, summary_line, summary_table
+    from edkm_export.cli.console import err, fault_lines, out, print_report, summary_line
     from edkm_export.errors import InputError
     from edkm_export.verify.junit import junit
     from edkm_export.verify.report import Verdict
@@ -67,8 +67,7 @@ def command(
     if quiet:
         out.print(summary_line(report), soft_wrap=True)
     else:
-        out.print(summary_table(report))
-        out.print(ladder_table(report))
+        print_report(report)
         for line in fault_lines(report):
             out.print(line, soft_wrap=True)
         if report_folder is not None:

@@ -213,8 +213,8 @@ def _continue(
     try:
         if artifact.rounded_session() is not None:
             found.append(_continue_in(artifact, model, tokenizer, prompts, count, rounded=True))
-    except AT_FAULT:
-        pass  # the first one has failed for the same reason
+    except AT_FAULT as error:
+        found.append(continuation_rung(str(error), "", rounded=True))
     return found
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from growing_cache import GrowingCache
 from odd_models import CASES, build, inject_outliers
 from palettes import random_palette
 from torch import Tensor
@@ -77,20 +78,6 @@ def test_positions_do_not_see_what_follows():
     a, b = decoder(tokens), decoder(other)
     assert torch.equal(a[:, :20], b[:, :20])  # masked scores underflow to exact zeros
     assert not torch.allclose(a[:, 20:], b[:, 20:])
-
-
-class GrowingCache:
-    """Keys and values of all earlier positions."""
-
-    def __init__(self, layers: int) -> None:
-        self.kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        before = self.kept[layer]
-        if before is not None:
-            keys, values = torch.cat((before[0], keys), 2), torch.cat((before[1], values), 2)
-        self.kept[layer] = (keys, values)
-        return keys, values
 
 
 @pytest.mark.parametrize("case", ["plain", "gqa_3_of_9_heads", "attention_bias", "rope_llama3"])

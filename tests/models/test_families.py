@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from growing_cache import GrowingCache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from odd_families import CASES, build, build_case, checkpoint_of
@@ -20,20 +21,6 @@ from edkm_export.models.whole_sequence import WholeSequence
 
 LENGTH = 24
 TOLERANCE = 1e-4  # float32 on both sides, sums in another order; logits are of size one
-
-
-class GrowingCache:
-    """Keys and values of all earlier positions."""
-
-    def __init__(self, layers: int) -> None:
-        self.kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        before = self.kept[layer]
-        if before is not None:
-            keys, values = torch.cat((before[0], keys), 2), torch.cat((before[1], values), 2)
-        self.kept[layer] = (keys, values)
-        return keys, values
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import pydantic
@@ -16,7 +17,7 @@ KINDS: dict[LayerType, str] = {"full_attention": FULL, "sliding_attention": SLID
 """Kinds of layers by their names in `layer_types`."""
 
 
-class Settings(pydantic.BaseModel):
+class Settings(pydantic.BaseModel, ABC):
     """Keys of a family's configuration. Files come from anywhere, so every value is checked.
 
     A key with values that the decoder cannot serve is a `Literal` of those that it can. Defaults are those of
@@ -25,9 +26,9 @@ class Settings(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
+    @abstractmethod
     def decoder_config(self) -> DecoderConfig:
         """The decoder that the configuration describes."""
-        raise NotImplementedError
 
 
 class RotarySettings(Settings):
