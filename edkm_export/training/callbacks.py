@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from edkm_export.training.batch import ClusterBatch
 from edkm_export.training.clusters import Clusters
-from edkm_export.training.optimizer import Progress
 from edkm_export.training.processes import ALONE, Processes
+from edkm_export.training.progress import Progress
 
 __all__ = ["Clock", "Evaluate", "Finite", "Log", "Refit", "Refresh", "dead_centroids", "moved_share"]
 
@@ -33,7 +33,7 @@ def dead_centroids(clusters: list[Clusters]) -> int:
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Counts steps and seconds, and ends the run when its time is up. Evaluations and checkpoints do not count.
+    """Counts steps and seconds, and ends the run when its time is up. What `Progress.paused` surrounds does not count.
 
     All processes go by the slowest: their rates and their last step have to be the same.
     """
@@ -43,14 +43,12 @@ class Clock(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.progress, self._advance, self._shown = progress, advance, progress.share
         self._processes = processes
-        self._started: float | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        self._started = time.monotonic()
+        self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        assert self._started is not None
-        taken = time.monotonic() - self._started
+        taken = self.progress.lap()
         if self.progress.seconds is not None:
             taken = self._processes.number(taken, largest=True)
         self.progress.elapsed += taken
@@ -61,6 +59,12 @@ class Clock(TrainerCallback):  # type: ignore[misc]
             self._shown = share
         if share >= 1:
             control.should_training_stop = True
+            # transformers does so at the last step only; the state that model.pt is made from is always kept.
+            control.should_save = args.save_strategy == SaveStrategy.STEPS
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        with self.progress.paused():
+            self.progress.elapsed += self.progress.lap()
 
 
 class Refresh(TrainerCallback):  # type: ignore[misc]
@@ -132,12 +136,13 @@ class Log(TrainerCallback):  # type: ignore[misc]
 class Evaluate(TrainerCallback):  # type: ignore[misc]
     """Evaluates every so many steps."""
 
-    def __init__(self, every: int, task: Callable[[int], None]) -> None:
-        self.every, self.task = every, task
+    def __init__(self, every: int, task: Callable[[int], None], progress: Progress) -> None:
+        self.every, self.task, self.progress = every, task, progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         if self.every and state.global_step % self.every == 0:
-            self.task(state.global_step)
+            with self.progress.paused():
+                self.task(state.global_step)
 
 
 class Finite:

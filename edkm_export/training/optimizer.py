@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,32 +11,9 @@ from torch import nn
 from edkm_export.training.config import TrainConfig
 from edkm_export.training.surgery import clusters_of
 
-__all__ = ["Progress", "build_optimizer", "freeze", "rate_at"]
+__all__ = ["build_optimizer", "freeze", "rate_at"]
 
 _BETAS = (0.9, 0.95)
-
-
-@dataclass
-class Progress:
-    """How much of a run is done, by whichever limit is nearest.
-
-    Attributes:
-        steps: limit in optimizer steps.
-        seconds: limit in seconds of training, None for none.
-        step: steps that are done.
-        elapsed: seconds that are done, those before a resume included.
-    """
-
-    steps: int
-    seconds: float | None = None
-    step: int = 0
-    elapsed: float = 0.0
-
-    @property
-    def share(self) -> float:
-        """From 0 to 1."""
-        by_time = self.elapsed / self.seconds if self.seconds else 0.0
-        return min(1.0, max(self.step / self.steps, by_time))
 
 
 def rate_at(config: TrainConfig, share: float) -> float:

@@ -22,9 +22,10 @@ from edkm_export.training.curve import draw
 from edkm_export.training.evaluation import Evaluation
 from edkm_export.training.folder import RunFolder, identify
 from edkm_export.training.learner import Learner
-from edkm_export.training.optimizer import Progress, freeze
+from edkm_export.training.optimizer import freeze
 from edkm_export.training.preparation import base_recipe, decoder_bits, insert
 from edkm_export.training.processes import Processes
+from edkm_export.training.progress import Progress
 from edkm_export.training.sharding import Student
 from edkm_export.training.stages import (
     Run,
@@ -203,7 +204,9 @@ def _trainer(
         Refit(clusters, config.refit_every),
         log,
         Evaluate(
-            config.eval_every if run.texts else 0, lambda step: run.evaluate(evaluated, "training", step)
+            config.eval_every if run.texts else 0,
+            lambda step: run.evaluate(evaluated, "training", step),
+            progress,
         ),
     ]
     arguments = training_arguments(

@@ -19,8 +19,9 @@ from edkm_export.training.config import TrainConfig
 from edkm_export.training.faults import TrainingError
 from edkm_export.training.graphs import GraphedStep, can_record
 from edkm_export.training.learner import Learner
-from edkm_export.training.optimizer import Progress, build_optimizer, rate_at
+from edkm_export.training.optimizer import build_optimizer, rate_at
 from edkm_export.training.processes import ALONE, Processes
+from edkm_export.training.progress import Progress
 from edkm_export.training.sharding import Sharding
 from edkm_export.training.surgery import clusters_of
 from edkm_export.training.windows import PackedWindows
@@ -228,7 +229,11 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save, flush, mark as whole, and only then remove older ones."""
+        """Save, flush, mark as whole, and only then remove older ones. It takes no time of the run."""
+        with self.progress.paused():
+            self._save_whole(model, trial)
+
+    def _save_whole(self, model: Any, trial: Any) -> None:
         self.check()
         path = self.folder / f"checkpoint-{self.state.global_step}"
         try:
