@@ -20,7 +20,9 @@ from edkm_export.clustering.recurrence import least_mass
 
 __all__ = ["FusedHistogram", "FusedStreaming", "bins_of", "can_fuse"]
 
-_TILE = 2048  # entries of an attention tile: 16 a thread, which 4 warps hold in registers
+_TILE = 2048  # entries of an attention tile over bins: 16 a thread, which 4 warps hold in registers
+_WEIGHT_TILE = 4096  # over weights: 32 a thread, measured 4-15% faster there
+_PROGRAMS = 8  # a multiprocessor
 _WARPS = 4
 _FLAT_BLOCK = 2048  # weights that a program counts or looks up
 _WORTH_SAVING = 512  # the share of the weight that saved counts may take: 1 / 512
@@ -68,15 +70,15 @@ class _Passes:
         self.weight, self.tau, self.k = weight, tau, k
         self.groups, self.m = weight.shape
         self.width = 1 << (k - 1).bit_length()
-        self.block = max(16, _TILE // self.width)
+        self.block = max(16, _WEIGHT_TILE // self.width)
         blocks = -(-self.m // self.block)
-        self.parts = max(1, min(-(-4 * _cores(weight.device) // self.groups), blocks))
+        self.parts = max(1, min(-(-_PROGRAMS * _cores(weight.device) // self.groups), blocks))
         self.chunk = -(-blocks // self.parts) * self.block
 
     @property
     def rows(self) -> int:
         """Programs whose sums are added up at a time."""
-        return max(1, _TILE // self.width)
+        return max(1, _WEIGHT_TILE // self.width)
 
     def sums(self) -> Tensor:
         """Room for the partial sums of a pass."""
