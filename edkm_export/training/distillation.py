@@ -19,7 +19,7 @@ from edkm_export.training.modules import PalettizedModule
 
 __all__ = ["Head", "cross_entropy", "distillation", "has_plain_head", "head_of"]
 
-_CHUNK_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}  # logits of one chunk; a few tensors of that size are alive
+_CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits of one chunk; a few tensors of that size are alive
 # Settings with which a model changes its logits after the output head.
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
