@@ -16,6 +16,7 @@ from edkm_export.models.source import Source, load_model, load_tokenizer, tokeni
 from edkm_export.recipe import Recipe
 from edkm_export.text import read_text, token_windows
 from edkm_export.training import checkpoints
+from edkm_export.training.arguments import training_arguments
 from edkm_export.training.callbacks import Clock, Evaluate, Log, Refit
 from edkm_export.training.config import TrainConfig
 from edkm_export.training.curve import draw
@@ -36,7 +37,7 @@ from edkm_export.training.stages import (
     share_student,
 )
 from edkm_export.training.surgery import clusters_of, to_checkpoint, trainable_shapes
-from edkm_export.training.trainer import PaletteTrainer, training_arguments
+from edkm_export.training.trainer import PaletteTrainer
 from edkm_export.training.windows import PackedWindows, Tokens
 
 __all__ = ["Outcome", "train"]

@@ -23,7 +23,7 @@ from edkm_export.training.optimizer import freeze
 from edkm_export.training.preparation import prepare
 from edkm_export.training.processes import Processes
 from edkm_export.training.surgery import clusters_of
-from edkm_export.training.trainer import load_weights
+from edkm_export.training.weights import load_weights
 from edkm_export.training.windows import Tokens
 
 __all__ = ["Run", "check_tokens", "prepare_student", "read_tokens", "self_generated", "share_student"]

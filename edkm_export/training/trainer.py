@@ -24,44 +24,13 @@ from edkm_export.training.processes import ALONE, Processes
 from edkm_export.training.progress import Progress
 from edkm_export.training.sharding import Sharding
 from edkm_export.training.surgery import clusters_of
+from edkm_export.training.weights import load_weights, read_state_dict, save_weights
 from edkm_export.training.windows import PackedWindows
 
-__all__ = ["PaletteTrainer", "load_weights", "training_arguments"]
+__all__ = ["PaletteTrainer"]
 
 _KEPT = 2  # checkpoints
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-def training_arguments(
-    config: TrainConfig,
-    folder: Path,
-    *,
-    steps: int,
-    device: str,
-    board: bool,
-    processes: Processes = ALONE,
-) -> TrainingArguments:
-    """The part of the settings that transformers' Trainer handles."""
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=processes.share(config.batch_size),
-        gradient_accumulation_steps=config.accumulate,
-        max_steps=steps,
-        max_grad_norm=config.clip,
-        bf16=config.bf16,
-        seed=config.seed,
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,  # it waits for the device at each step, and hides what we report
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or 500,
-        report_to=["tensorboard"] if board else [],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=device != "cpu",
-        use_cpu=device == "cpu",
-        label_names=[],
-    )
 
 
 def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -220,13 +189,9 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             state_dict = self.sharding.whole_state()
         if not self.processes.is_first:
             return
-        state = self.learner.model.state_dict() if state_dict is None else state_dict
-        frozen = _frozen_masters(self.learner.model)
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(
-            {name: value for name, value in state.items() if name not in frozen}, folder / checkpoints.WEIGHTS
-        )
+        save_weights(self.learner.model, folder, state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, flush, mark as whole, and only then remove older ones. It takes no time of the run."""
@@ -264,8 +229,8 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         if self.sharding is None or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        self.sharding.load_optimizer(_load(Path(checkpoint) / checkpoints.OPTIMIZER))
-        self.lr_scheduler.load_state_dict(_load(Path(checkpoint) / checkpoints.SCHEDULER))
+        self.sharding.load_optimizer(read_state_dict(Path(checkpoint) / checkpoints.OPTIMIZER))
+        self.lr_scheduler.load_state_dict(read_state_dict(Path(checkpoint) / checkpoints.SCHEDULER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights, LUTs and codes, unless that was done before the model was sharded."""
@@ -306,37 +271,3 @@ _OUT_OF_MEMORY = (
     "out of memory; use a smaller --batch-size with --accumulate to make up for it, a smaller --context, "
     "or --gradient-checkpointing"
 )
-
-
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def load_weights(model: Any, folder: Path) -> None:
-    """Load what `_save` wrote.
-
-    Raises:
-        TrainingError: it belongs to another model or recipe.
-    """
-    state = _load(folder / checkpoints.WEIGHTS)
-    try:
-        missing, unknown = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise TrainingError(
-            f"{folder}: does not fit the model ({' '.join(str(error).split())[:200]})."
-        ) from error
-    excused = _frozen_masters(model)
-    lost = [name for name in missing if name not in excused]
-    if lost or unknown:
-        raise TrainingError(f"{folder}: does not fit the model: {', '.join((lost + list(unknown))[:4])}.")
-    for clusters in clusters_of(model).values():
-        clusters.restored()
-
-
-def _frozen_masters(model: Any) -> set[str]:
-    """State dict names of master weights that are not trained, under each name of tied ones."""
-    return {
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if name.endswith(".clusters.weight") and not parameter.requires_grad
-    }
