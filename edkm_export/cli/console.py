@@ -40,7 +40,12 @@ __all__ = [
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-_STYLES = {Verdict.PASS: "bold green", Verdict.FAIL: "bold red", Verdict.NOT_RUN: "yellow"}
+_STYLES = {
+    Verdict.PASS: "bold green",
+    Verdict.FAIL: "bold red",
+    Verdict.REPORTED: "blue",
+    Verdict.NOT_RUN: "yellow",
+}
 
 
 @contextlib.contextmanager
@@ -136,9 +141,10 @@ def summary_line(report: Report) -> str:
         found = "; ".join(failed)
     else:
         passed = sum(rung.verdict is Verdict.PASS for rung in report.rungs)
+        judged = sum(rung.verdict is not Verdict.REPORTED for rung in report.rungs)
         found = (
             f"{report.bit_exact_tensors} of {len(report.tensors)} tensors bit-exact, "
-            f"{passed} of {len(report.rungs)} steps passed, {len(report.not_run)} not run"
+            f"{passed} of {judged} steps passed, {len(report.not_run)} not run"
         )
     return " ".join(f"{report.verdict.value} {report.artifact}: {found}".split())
 

@@ -13,6 +13,7 @@ from edkm_export.verify.thresholds import MAX_PERPLEXITY_RATIO
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
+    from edkm_export.models.soft import SoftWeights
     from edkm_export.models.source import Source
     from edkm_export.verify.artifact import Artifact
     from edkm_export.verify.evaluation import Evaluation
@@ -22,6 +23,7 @@ __all__ = [
     "climb",
     "find_artifact",
     "find_original",
+    "find_soft",
     "open_artifact",
     "prepare",
     "read_evaluation_text",
@@ -32,7 +34,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def verification_options(function: _F) -> _F:
-    """Add --text, --tokens, --prompt, --original, --localize and --max-perplexity-ratio to a command."""
+    """Add --text, --tokens, --prompt, --original, --run, --localize and --max-perplexity-ratio to a command."""
     for option in (
         click.option(
             "--localize", is_flag=True, help="When an execution fails, find the first operation that is off."
@@ -43,6 +45,11 @@ def verification_options(function: _F) -> _F:
             default=MAX_PERPLEXITY_RATIO,
             show_default=True,
             help="Worst allowed perplexity of the palettized model, as a multiple of the original's.",
+        ),
+        click.option(
+            "--run",
+            type=click.Path(path_type=Path),
+            help="Folder of the training run, when MODEL.PT is not in it: its soft model is compared too.",
         ),
         click.option("--original", help="The float model, when it is not where it was palettized from."),
         click.option(
@@ -74,6 +81,7 @@ def prepare(
     text: Path | None,
     tokens: int,
     original: str | None,
+    run: Path | None,
     max_perplexity_ratio: float,
     prompts: tuple[str, ...],
     localize: bool,
@@ -81,12 +89,13 @@ def prepare(
     """Read what the options name, before the long work.
 
     Raises:
-        InputError: the text or the original that was asked for cannot be used.
+        InputError: the text, the original or the run that was asked for cannot be used.
     """
     from edkm_export.verify.evaluation import Evaluation
 
     content, name = read_evaluation_text(text)
     source, missing = find_original(checkpoint, original)
+    soft, no_soft = find_soft(checkpoint, run)
     return Evaluation(
         text=content,
         text_name=name,
@@ -97,6 +106,9 @@ def prepare(
         max_perplexity_ratio=max_perplexity_ratio,
         prompts=prompts,
         localize=localize,
+        soft=soft,
+        soft_missing=no_soft,
+        soft_required=run is not None,
     )
 
 
@@ -183,3 +195,24 @@ def find_original(checkpoint: Checkpoint, asked: str | None) -> tuple[Source | N
     except InputError as error:
         return None, str(error)
     return source, ""
+
+
+def find_soft(checkpoint: Checkpoint, asked: Path | None) -> tuple[SoftWeights | None, str]:
+    """What the run of a checkpoint left of its soft model, or the reason why there is none.
+
+    Without `asked` the run is looked for where the checkpoint lies. One that was asked for must be there.
+    """
+    from edkm_export.errors import InputError
+
+    folder = asked or (checkpoint.path.parent if checkpoint.path is not None else None)
+    if asked is None and (folder is None or "training" not in checkpoint.provenance):
+        return None, "the checkpoint was palettized in one shot: there is no soft model"
+    assert folder is not None
+    from edkm_export.training.soft import read_soft_weights
+
+    try:
+        return read_soft_weights(folder, checkpoint), ""
+    except InputError as error:
+        if asked is not None:
+            raise
+        return None, str(error)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import CheckpointError, InputError
+from edkm_export.models.soft import SoftWeights
 from edkm_export.models.source import Source
 from edkm_export.text import token_windows
 from edkm_export.verify.thresholds import MAX_PERPLEXITY_RATIO
@@ -52,6 +53,9 @@ class Evaluation:
         prompts: prompts of the user's own, beside the fixed ones.
         continuation: tokens to continue each prompt by.
         localize: find the first op that leaves the tolerance when an execution fails.
+        soft: weights of the soft model that training left behind; None: its rung is not run.
+        soft_missing: why there are none.
+        soft_required: as `original_required`.
     """
 
     text: str
@@ -64,6 +68,9 @@ class Evaluation:
     prompts: tuple[str, ...] = ()
     continuation: int = 24
     localize: bool = False
+    soft: SoftWeights | None = None
+    soft_missing: str = "no training run was given"
+    soft_required: bool = False
 
 
 def evaluation_windows(

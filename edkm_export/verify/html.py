@@ -97,8 +97,9 @@ def _summary(report: Report) -> str:
     failed = [rung.candidate for rung in report.rungs if rung.verdict is Verdict.FAIL]
     if failed:
         return f"Failed: {', '.join(failed)}."
-    run = sum(rung.verdict is Verdict.PASS for rung in report.rungs)
-    return f"{run} of {len(report.rungs)} steps were run, and all of them passed."
+    asked = [rung for rung in report.rungs if rung.verdict is not Verdict.REPORTED]
+    run = sum(rung.verdict is Verdict.PASS for rung in asked)
+    return f"{run} of {len(asked)} steps with a threshold were run, and all of them passed."
 
 
 def _tiles(report: Report) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """The ladder: each rung is compared with the one before, so that training loss and converter bugs never mix.
 
-original float model -> hard PyTorch -> decoded artifact (bytes on disk) -> executed artifact -> its cache
+original float model -> trained soft model -> hard PyTorch -> decoded artifact (bytes on disk) -> executed artifact
+-> its cache
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from edkm_export.verify.references import (
     hidden_states,
     layer_errors,
     measure_original,
+    measure_soft,
     transformers_model,
 )
-from edkm_export.verify.report import LayerError, Perplexity, Report, Rung, Verdict, overall
+from edkm_export.verify.report import Divergence, LayerError, Perplexity, Report, Rung, Verdict, overall
 from edkm_export.verify.rungs import (
     continuation_rung,
     decode_rung,
     execution_rung,
     palettization_rung,
     size_rung,
-    soft_rung,
+    soft_rungs,
 )
 from edkm_export.verify.tensors import describe_tensors, measure_sizes, plot_weights
 from edkm_export.verify.thresholds import DECODE_KL, EXECUTION, NEAR_TIE_NATS, ROUNDED_TIE_NATS
@@ -46,7 +48,7 @@ Advance = Callable[[str], None]
 def count_steps(artifact: Artifact, evaluation: Evaluation) -> int:
     """How often `verify_artifact` calls `advance`."""
     executed = sum(execution.execute is not None for execution in artifact.executions)
-    return 6 + executed + evaluation.localize
+    return 6 + executed + (evaluation.soft is not None) + evaluation.localize
 
 
 def verify_coreml(
@@ -104,23 +106,31 @@ def verify_artifact(
     tensors = describe_tensors(checkpoint, weights, {} if original is None else original.output_snr_db)
     plots = plot_weights(checkpoint, weights, tensors)
     weights.clear()
+    if evaluation.soft is not None:
+        step("running the trained soft model")
+    soft, no_soft = measure_soft(checkpoint, evaluation, windows)
     step("running hard PyTorch")
     model = load_hard_model(checkpoint)
     with hidden_states(model) as hidden:
         hard = [transformers_model(model)(windows[0])]
     hard += [transformers_model(model)(window) for window in windows[1:]]
-    perplexities = {"hard PyTorch": _perplexity(hard, windows)}
+    before = None if original is None else original.logits
+    run = {"original": before, "trained soft model": soft, "hard PyTorch": hard}
+    perplexities = {name: _perplexity(logits, windows) for name, logits in run.items() if logits is not None}
+    rungs = soft_rungs(
+        no_soft or f"no original to compare with: {missing}",
+        "" if evaluation.soft is None else evaluation.soft.how,
+        _distance(before, soft),
+        _distance(soft, hard),
+        perplexities,
+    )
+    distance = _distance(before, hard)
+    rungs.append(palettization_rung(evaluation.max_perplexity_ratio, missing, distance, perplexities))
     errors: dict[str, list[LayerError]] = {}
-    distance = None
     if original is not None:
-        perplexities = {"original": _perplexity(original.logits, windows), **perplexities}
-        distance = divergence(zip(original.logits, hard, strict=True))
         errors["hard PyTorch against the original"] = layer_errors(original.hidden, hidden)
-    original = None
-    rungs = [
-        soft_rung("training" in checkpoint.provenance),
-        palettization_rung(evaluation.max_perplexity_ratio, missing, distance, perplexities),
-    ]
+    original = before = soft = None
+    run.clear()
 
     step("comparing the bytes on disk")
     if predicted_size_bytes is None:
@@ -170,6 +180,13 @@ def verify_artifact(
 
 def _perplexity(logits: list[Tensor], windows: Tensor) -> Perplexity:
     return perplexity(token_losses(one, window) for one, window in zip(logits, windows, strict=True))
+
+
+def _distance(reference: list[Tensor] | None, candidate: list[Tensor] | None) -> Divergence | None:
+    """None when one of the two was not run."""
+    if reference is None or candidate is None:
+        return None
+    return divergence(zip(reference, candidate, strict=True))
 
 
 def _weights_size(artifact: Artifact) -> int | None:

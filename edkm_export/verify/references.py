@@ -1,4 +1,4 @@
-"""Running the models of transformers that the artifact is compared with: the original and hard PyTorch."""
+"""Running the models of transformers that the artifact is compared with: the original, soft and hard PyTorch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import EdkmExportError, InputError
 from edkm_export.models.conv1d import as_linear, is_conv1d
+from edkm_export.models.soft import load_soft_model
 from edkm_export.models.source import load_model
 from edkm_export.palette import PalettizedTensor
 from edkm_export.verify.artifact import Execute
@@ -20,7 +21,14 @@ from edkm_export.verify.evaluation import Evaluation
 from edkm_export.verify.metrics import snr_db
 from edkm_export.verify.report import LayerError
 
-__all__ = ["Measured", "hidden_states", "layer_errors", "measure_original", "transformers_model"]
+__all__ = [
+    "Measured",
+    "hidden_states",
+    "layer_errors",
+    "measure_original",
+    "measure_soft",
+    "transformers_model",
+]
 
 
 @dataclass
@@ -83,6 +91,28 @@ def measure_original(
         logits.insert(0, execute(windows[0]))
     weights = {name: state[name] for name in checkpoint.palettized}
     return Measured(logits, hidden, weights, snr), ""
+
+
+def measure_soft(
+    checkpoint: Checkpoint, evaluation: Evaluation, windows: Tensor
+) -> tuple[list[Tensor] | None, str]:
+    """Run the soft model that training left behind.
+
+    Returns:
+        Logits float32 [positions, vocab_size] of each window; None and the reason when there is no such model.
+
+    Raises:
+        EdkmExportError: the user named the run, and it cannot be used.
+    """
+    if evaluation.soft is None:
+        return None, evaluation.soft_missing
+    try:
+        execute = transformers_model(load_soft_model(checkpoint, evaluation.soft))
+    except EdkmExportError as error:
+        if evaluation.soft_required:
+            raise
+        return None, str(error)
+    return [execute(window) for window in windows], ""
 
 
 def layer_errors(reference: dict[str, Tensor], candidate: dict[str, Tensor]) -> list[LayerError]:

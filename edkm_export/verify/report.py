@@ -23,17 +23,18 @@ __all__ = [
     "overall",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 KL_DECADES = (-12, 2)
 """Powers of ten between which `Divergence.kl_histogram` counts, in half decades."""
 
 
 class Verdict(str, Enum):
-    """Outcome of a rung, or of the whole ladder."""
+    """Outcome of a rung, or of the whole ladder. REPORTED: measured, but nothing is demanded of it."""
 
     PASS = "PASS"
     FAIL = "FAIL"
+    REPORTED = "REPORTED"
     NOT_RUN = "NOT RUN"
 
 
@@ -94,7 +95,7 @@ class Rung(_Record):
         id: stable name for programs.
         reference: what is taken as true.
         candidate: what is checked against it.
-        verdict: PASS, FAIL or NOT RUN.
+        verdict: PASS, FAIL, REPORTED or NOT RUN.
         threshold: what had to hold, in words.
         why: the reason for that threshold.
         detail: what was found, or why it was not run.

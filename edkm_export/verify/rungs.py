@@ -14,6 +14,7 @@ from edkm_export.verify.thresholds import (
     DECODE_WHY,
     RATIO_WHY,
     SIZE_TOLERANCE,
+    SOFT_WHY,
 )
 
 if TYPE_CHECKING:
@@ -25,26 +26,63 @@ __all__ = [
     "execution_rung",
     "palettization_rung",
     "size_rung",
-    "soft_rung",
+    "soft_rungs",
 ]
 
 
-def soft_rung(trained: bool) -> Rung:
-    """The trained soft model, which no checkpoint holds."""
-    if trained:
-        detail = (
-            "training keeps no soft model; its log holds the loss, and the next rung compares what came of it"
-        )
+def soft_rungs(
+    missing: str,
+    how: str,
+    from_original: Divergence | None,
+    to_hard: Divergence | None,
+    perplexities: dict[str, Perplexity],
+) -> list[Rung]:
+    """The trained soft model between the original and hard PyTorch.
+
+    Args:
+        missing: why one of the two distances, or both, could not be measured.
+        how: where the soft weights are from.
+        from_original: distance of the soft model from the original.
+        to_hard: distance of hard PyTorch from the soft model; None: there is no soft model.
+        perplexities: of what was run.
+    """
+    names: dict[str, Any] = {"threshold": "none", "why": SOFT_WHY}
+    first = {**names, "id": "soft", "reference": "original float model", "candidate": "trained soft model"}
+    second = {
+        **names,
+        "id": "hardening",
+        "reference": "trained soft model",
+        "candidate": "hard PyTorch, rounded from soft",
+    }
+    rungs = []
+    if from_original is None:
+        rungs.append(Rung(**first, verdict=Verdict.NOT_RUN, detail=missing))
     else:
-        detail = "the checkpoint was palettized in one shot: there is no soft model"
+        rungs.append(_reported(first, "original", "trained soft model", from_original, perplexities, how))
+    if to_hard is not None:
+        rungs.append(_reported(second, "trained soft model", "hard PyTorch", to_hard, perplexities))
+    return rungs
+
+
+def _reported(
+    names: dict[str, Any],
+    reference: str,
+    candidate: str,
+    found: Divergence,
+    perplexities: dict[str, Perplexity],
+    how: str = "",
+) -> Rung:
+    before, after = perplexities[reference], perplexities[candidate]
+    ratio = after.value / before.value
+    detail = (
+        f"perplexity {before.value:.2f} -> {after.value:.2f} (x{ratio:.2f}), "
+        f"top-1 agreement {found.top1_agreement:.1%}, median KL {found.kl_median:.2g}"
+    )
     return Rung(
-        id="soft",
-        reference="original float model",
-        candidate="trained soft model",
-        verdict=Verdict.NOT_RUN,
-        threshold="none",
-        why="training error is measured by the training run",
-        detail=detail,
+        **names,
+        verdict=Verdict.REPORTED,
+        detail=f"{detail}; {how}" if how else detail,
+        measures={"perplexity_ratio": ratio, **found.model_dump()},
     )
 
 

@@ -63,7 +63,11 @@ def measure_sizes(checkpoint: Checkpoint, artifact: Artifact, predicted_size_byt
         palettized, dense, weights = {}, {}, None
     found = None if weights is None else palettized.values()
     wanted = checkpoint.palettized.values()
-    others = sum(tensor.numel() * 2 for tensor in checkpoint.dense.values())
+    # A graph may compute in float32; the files of weights, below, are predicted from the interface alone.
+    others = sum(
+        tensor.numel() * (dense[name].element_size() if name in dense else 2)
+        for name, tensor in checkpoint.dense.items()
+    )
     held = [tensor for name, tensor in dense.items() if name in checkpoint.dense]
     return [
         Size(

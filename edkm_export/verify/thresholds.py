@@ -16,6 +16,7 @@ __all__ = [
     "ROUNDED_TIE_NATS",
     "RATIO_WHY",
     "SIZE_TOLERANCE",
+    "SOFT_WHY",
     "ExecutionThreshold",
 ]
 
@@ -23,6 +24,11 @@ MAX_PERPLEXITY_RATIO = 2.0
 """Worst allowed perplexity of hard PyTorch, as a multiple of the original's."""
 
 RATIO_WHY = "a doubled perplexity is one more bit of surprise a token: it is no longer the same model"
+
+SOFT_WHY = (
+    "nothing of it ships; it splits the distance between the original and hard PyTorch, which has a threshold, into "
+    "what training left and what rounding to LUT entries adds"
+)
 
 NEAR_TIE_NATS = 0.01
 """Tokens whose probabilities differ by less than 1% are a near tie: which of them comes out first is no evidence.

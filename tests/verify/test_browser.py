@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edkm_export.models.soft import SoftWeights
 from edkm_export.models.source import Source
 from edkm_export.verify.comparison import Compared, comparison_page
 from edkm_export.verify.evaluation import Evaluation
@@ -22,7 +23,9 @@ WIDTHS = {"desk": 1200, "phone": 375}
 
 @pytest.fixture(scope="module")
 def page_file(tiny_export, tiny_llama, held_out, tmp_path_factory) -> Path:
-    evaluation = Evaluation(held_out, "words", tokens=128, original=Source.parse(str(tiny_llama)))
+    # A soft model that is hard, so that every verdict there is but FAIL stands on the page.
+    soft = SoftWeights("made up", lambda: iter(()))
+    evaluation = Evaluation(held_out, "words", tokens=128, original=Source.parse(str(tiny_llama)), soft=soft)
     report = verify_coreml(tiny_export.checkpoint, tiny_export.package, evaluation)
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(report_page(report), encoding="utf-8")
@@ -158,10 +161,10 @@ def test_names_can_be_filtered(visit):
 def test_plots_have_accessible_names(visit):
     page, _ = visit()
     plots = page.locator("svg")
-    assert plots.count() >= 9  # KL of three comparisons, error by layer, LUTs of six weights at most
+    assert plots.count() >= 11  # KL of five comparisons, error by layer, LUTs of six weights at most
     names = [plot.get_attribute("aria-label") for plot in plots.all()]
     assert all(names) and len(set(names)) == len(names)
-    assert page.get_by_role("img", name="Distribution of the KL divergence").count() == 3
+    assert page.get_by_role("img", name="Distribution of the KL divergence").count() == 5
     assert page.get_by_role("img", name="LUT entries as lines").count() >= 5
     assert page.get_by_role("img", name="Signal to noise ratio of the hidden states").count() == 1
     assert all(plot.bounding_box()["width"] > 200 for plot in plots.all())

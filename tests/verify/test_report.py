@@ -80,6 +80,8 @@ def report(**changes: Any) -> Report:
         ([Verdict.PASS, Verdict.FAIL, Verdict.NOT_RUN], Verdict.FAIL),
         ([Verdict.NOT_RUN, Verdict.FAIL], Verdict.FAIL),
         ([Verdict.NOT_RUN], Verdict.NOT_RUN),
+        ([Verdict.PASS, Verdict.REPORTED], Verdict.PASS),
+        ([Verdict.REPORTED], Verdict.NOT_RUN),
         ([], Verdict.NOT_RUN),
     ],
 )
@@ -90,7 +92,7 @@ def test_overall_verdict(verdicts, expected):
 def test_json_reads_back():
     made = report()
     assert Report.model_validate_json(made.model_dump_json()) == made
-    assert json.loads(made.model_dump_json())["schema_version"] == SCHEMA_VERSION == 2
+    assert json.loads(made.model_dump_json())["schema_version"] == SCHEMA_VERSION == 3
     assert json.loads(made.model_dump_json())["rungs"][0]["verdict"] == "PASS"
 
 
