@@ -1,8 +1,11 @@
-"""Plant faults in exported packages and graphs of the trained fixture, and count what the verifier finds.
+"""Plant faults in exported packages and graphs, and count what the verifier finds.
 
     python benchmarks/mutations.py
+    python benchmarks/mutations.py --model smollm2.pt
 
-Prints one line a fault and the catch rate. The same lists run in tests/verify/test_mutations.py.
+Without --model: every fault of the lists in tests/, in exports of the trained fixture, and exports of several families
+and recipes in which nothing is wrong. With it: six faults in a package and a folder of a real Llama with float16 LUTs,
+one `verify --localize` each; about a minute a fault for 135 million parameters. Prints one line a case, and the rates.
 """
 
 from __future__ import annotations
@@ -11,9 +14,14 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import click
+import torch
 
 from converters.coreml import artifact as coreml
 from converters.coreml import bundle as coreml_bundle
@@ -23,104 +31,179 @@ from converters.onnx import bundle as onnx_bundle
 from converters.onnx.plan import plan_onnx
 from edkm_export import checkpoint
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.models.source import Source, load_model, load_tokenizer, tokenizer_files
-from edkm_export.palettize import palettize_model
 from edkm_export.recipe import load_recipe
 from edkm_export.verify.artifact import Artifact
 from edkm_export.verify.evaluation import Evaluation
 from edkm_export.verify.ladder import verify_artifact
-from edkm_export.verify.report import Verdict
+from edkm_export.verify.report import Report, Verdict
 
 ROOT = Path(__file__).parents[1]
+# Behind the packages of the same names that are imported above.
+sys.path.append(str(ROOT / "tests"))
+
+LOCATED = (
+    "one LUT value is large",
+    "swapped groups",
+    "RoPE tables of another base",
+    "missing norm weight",
+    "off-by-one cache position",
+    "float16 overflow",
+)
+"""What is planted in a real model."""
+
+# Enough for a fault to show in the logits and behind the cache; the reports of real exports use 1,024.
+SHORT = {"tokens": 48, "continuation": 4}
 
 
-def main() -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
+@dataclass(frozen=True)
+class Case:
+    """One planted fault and what came of it."""
+
+    kind: str
+    mutation: Any
+    report: Report
+    seconds: float
+
+    @property
+    def named(self) -> str:
+        """The module that localization blames."""
+        return self.report.faults[0].module if self.report.faults else ""
+
+    def __str__(self) -> str:
+        failed = ", ".join(rung.id for rung in self.report.rungs if rung.verdict is Verdict.FAIL)
+        harm = "yes" if self.mutation.harmful else "no"
+        operation = self.report.faults[0].op if self.report.faults else ""
+        cells = (self.kind, self.mutation, harm, self.report.verdict.value, failed, self.named, operation)
+        return f"| {' | '.join(map(str, cells))} | {self.seconds:.0f} |"
+
+
+@click.command()
+@click.option("--model", type=click.Path(path_type=Path), help="Checkpoint of a real Llama, float16 LUTs.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of torch.")
+def main(model: Path | None, threads: int | None) -> None:
+    """Count what the verifier finds."""
+    logging.disable(logging.WARNING)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    text = (ROOT / "fixtures" / "heldout.txt").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        good = in_fixture(Path(folder), text) if model is None else in_model(model, Path(folder), text)
+    sys.exit(not good)
+
+
+def in_fixture(work: Path, text: str) -> bool:
+    """Every fault, and what is unharmed; True when nothing is missed and there is no false alarm."""
+    from conftest import palettized_folder
+    from coreml_mutations import COREML_MUTATIONS, COREML_STATE_MUTATIONS
+    from onnx_mutations import ONNX_MUTATIONS
+    from unharmed import UNHARMED
+
+    made = palettized_folder(ROOT / "fixtures" / "tiny-llama", load_recipe("4bit"), work / "model.pt")
+    options = {"tokens": 128, "continuation": 8}
+    cases = plant(
+        made,
+        [
+            ("Core ML, logits", package(made, "logits", work), coreml.open_artifact, COREML_MUTATIONS),
+            (
+                "Core ML, states",
+                package(made, "swift-transformers", work),
+                coreml.open_artifact,
+                COREML_STATE_MUTATIONS,
+            ),
+            ("ONNX", graph(made, work), onnx.open_artifact, ONNX_MUTATIONS),
+        ],
+        text,
+        work / "copy",
+        options,
+    )
+    print("\n| unharmed export | verdict |\n|---|---|")
+    verdicts = []
+    for number, export in enumerate(UNHARMED):
+        other, artifact = export.make(new(work / f"unharmed-{number}"))
+        verdicts.append(
+            verify_artifact(other, artifact, Evaluation(text, "held-out text", **options)).verdict
+        )
+        print(f"| {export} | {verdicts[-1].value} |", flush=True)
+    harmful = [case.report.verdict for case in cases if case.mutation.harmful]
+    harmless = [case.report.verdict for case in cases if not case.mutation.harmful]
+    caught, alarms = harmful.count(Verdict.FAIL), harmless.count(Verdict.FAIL)
+    others = len(verdicts) - verdicts.count(Verdict.PASS)
+    print(f"\ncaught {caught} of {len(harmful)} harmful changes ({caught / len(harmful):.0%})")
+    print(f"false alarms: {alarms} of {len(harmless)} harmless changes, {others} of {len(verdicts)} exports")
+    right = print_located(cases)
+    return caught == len(harmful) and alarms == others == 0 and right
+
+
+def in_model(path: Path, work: Path, text: str) -> bool:
+    """The six faults in a real model; True when each module is named."""
     from coreml_mutations import COREML_MUTATIONS, COREML_STATE_MUTATIONS
     from onnx_mutations import ONNX_MUTATIONS
 
-    logging.disable(logging.WARNING)
-    text = (ROOT / "fixtures" / "heldout.txt").read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        model = _palettize(work / "model.pt")
-        logits = coreml_bundle.write_bundle(
-            model, plan_export(model, interface="logits", sequence_length=64), _made(work / "logits"), "model"
-        )
-        stateful = coreml_bundle.write_bundle(
-            model,
-            plan_export(model, interface="swift-transformers", sequence_length=64),
-            _made(work / "stateful"),
-            "model",
-        )
-        graph = _made(work / "onnx")
-        onnx_bundle.write_bundle(model, plan_onnx(model), graph)
-        rows = [
-            (kind, mutation, *_climb(mutation, model, artifact, open_artifact, text, work / "copy"))
-            for kind, mutations, artifact, open_artifact in (
-                ("Core ML, logits", COREML_MUTATIONS, logits, coreml.open_artifact),
-                ("Core ML, states", COREML_STATE_MUTATIONS, stateful, coreml.open_artifact),
-                ("ONNX", ONNX_MUTATIONS, graph, onnx.open_artifact),
-            )
-            for mutation in mutations
-        ]
-    print("| artifact | change | harmful | verdict | failed | first fault |")
-    print("|---|---|---|---|---|---|")
-    for kind, mutation, verdict, failed, module in rows:
-        harm = "yes" if mutation.harmful else "no"
-        print(f"| {kind} | {mutation} | {harm} | {verdict.value} | {', '.join(failed)} | {module} |")
-    harmful = [verdict for _, mutation, verdict, *_ in rows if mutation.harmful]
-    harmless = [verdict for _, mutation, verdict, *_ in rows if not mutation.harmful]
-    caught, alarms = harmful.count(Verdict.FAIL), harmless.count(Verdict.FAIL)
-    print(f"\ncaught {caught} of {len(harmful)} harmful changes ({caught / len(harmful):.0%})")
-    print(f"false alarms: {alarms} of {len(harmless)} harmless changes")
-    claimed = [(mutation.module, module) for _, mutation, _, _, module in rows if mutation.module]
-    print(f"localized: {sum(a == b for a, b in claimed)} of {len(claimed)} that have a place")
-    sys.exit(caught < len(harmful) or alarms > 0)
+    made = checkpoint.load(path)
+    if any(tensor.lut.dtype != torch.float16 for tensor in made.palettized.values()):
+        raise click.UsageError(f"{path}: has int8 LUTs; the faults are planted in float16 ones.")
+    in_packages = [*COREML_MUTATIONS, *COREML_STATE_MUTATIONS]
+    suites = [
+        ("Core ML", package(made, "swift-transformers", work), coreml.open_artifact, located(in_packages)),
+        ("ONNX", graph(made, work), onnx.open_artifact, located(ONNX_MUTATIONS)),
+    ]
+    return print_located(plant(made, suites, text, work / "copy", SHORT))
 
 
-def _palettize(path: Path) -> Checkpoint:
-    source = Source.parse(str(ROOT / "fixtures" / "tiny-llama"))
-    model, tokenizer, recipe = load_model(source), load_tokenizer(source), load_recipe("4bit")
-    files, config = tokenizer_files(tokenizer, model), model.config.to_dict()
-    parts = palettize_model(model, recipe, source="tiny-llama")
-    checkpoint.save(
-        Checkpoint(
-            config=config,
-            palettized=parts.palettized,
-            dense=parts.dense,
-            tied=parts.tied,
-            tokenizer=files,
-            recipe=recipe.model_dump(mode="json"),
-            provenance={},
-        ),
-        path,
-    )
-    return checkpoint.load(path)
+def located(mutations: Sequence[Any]) -> list[Any]:
+    """Those of a list that are planted in a real model; a float32 graph has no float16 to overflow."""
+    return [mutation for mutation in mutations if mutation.name in LOCATED]
 
 
-def _climb(
-    mutation: Any,
-    model: Checkpoint,
-    artifact: Path,
-    open_artifact: Callable[[Path], Artifact],
-    text: str,
-    copy: Path,
-) -> tuple[Verdict, list[str], str]:
-    """Verdict, failed rungs, and what localization names."""
-    target = copy / artifact.name
-    shutil.copytree(artifact, target)
-    try:
-        mutation.apply(target, model)
-        evaluation = Evaluation(text, "held-out text", tokens=128, continuation=8, localize=True)
-        report = verify_artifact(model, open_artifact(target), evaluation)
-    finally:
-        shutil.rmtree(copy)
-    failed = [rung.id for rung in report.rungs if rung.verdict is Verdict.FAIL]
-    return report.verdict, failed, report.faults[0].module if report.faults else ""
+Suite = tuple[str, Path, Callable[[Path], Artifact], Sequence[Any]]
 
 
-def _made(folder: Path) -> Path:
+def plant(
+    made: Checkpoint, suites: Sequence[Suite], text: str, copy: Path, options: dict[str, int]
+) -> list[Case]:
+    """Verify a copy with each fault, with localization."""
+    print("| artifact | change | harmful | verdict | failed | first fault | operation | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
+    cases = []
+    for kind, exported, open_artifact, mutations in suites:
+        for mutation in mutations:
+            start, target = time.monotonic(), copy / exported.name
+            shutil.copytree(exported, target)
+            try:
+                mutation.apply(target, made)
+                evaluation = Evaluation(text, "held-out text", localize=True, **options)
+                report = verify_artifact(made, open_artifact(target), evaluation)
+            finally:
+                shutil.rmtree(copy)
+            cases.append(Case(kind, mutation, report, time.monotonic() - start))
+            print(cases[-1], flush=True)
+    return cases
+
+
+def print_located(cases: Sequence[Case]) -> bool:
+    """How many modules were named rightly, of those that have a place; True when all were."""
+    placed = [case for case in cases if case.mutation.module]
+    right = sum(case.named == case.mutation.module for case in placed)
+    print(f"localized: {right} of {len(placed)} that have a place")
+    return right == len(placed)
+
+
+def package(made: Checkpoint, interface: str, work: Path) -> Path:
+    """An .mlpackage; the fixture's 64 positions are enough for all of its windows."""
+    length = 64 if made.numel < 10_000_000 else None
+    plan = plan_export(made, interface=interface, sequence_length=length)
+    return coreml_bundle.write_bundle(made, plan, new(work / interface), "model")
+
+
+def graph(made: Checkpoint, work: Path) -> Path:
+    """An ONNX folder."""
+    folder = new(work / "onnx")
+    onnx_bundle.write_bundle(made, plan_onnx(made), folder)
+    return folder
+
+
+def new(folder: Path) -> Path:
+    """An empty folder."""
     folder.mkdir()
     return folder
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edkm_export.checkpoint import Checkpoint
+from torch import Tensor
 
-__all__ = ["Mutation"]
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.models.rope import rope_tables
+
+__all__ = ["Mutation", "rope_tables_of"]
+
+# Parameters of a Llama.
+Q, K, V, OUT = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo")
+Q1 = "model.layers.1.self_attn.q_proj.weight"
+GATE, UP, DOWN = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+NORM, FINAL_NORM = "model.layers.1.input_layernorm.weight", "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -32,3 +43,11 @@ class Mutation:
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.name}"
+
+
+def rope_tables_of(checkpoint: Checkpoint, length: int, **changes: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a checkpoint, float32 [length, head_dim], with some parameters of RoPE changed."""
+    config = copy.deepcopy(checkpoint.config)
+    config["rope_parameters"].update(changes)
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return rope_tables(config, head_dim, length)

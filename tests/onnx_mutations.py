@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mutation import Mutation
+from mutation import Mutation, rope_tables_of
 
 from edkm_export.checkpoint import Checkpoint
 
@@ -113,6 +113,19 @@ def flip_last_bit(values: Any) -> None:
 
 def lower(values: Any) -> None:
     values[7] = values[7] - 1 if values[7] else 1
+
+
+def rope_base(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the tables of another base in the place of the right ones; a graph holds one half of the columns."""
+    path = next(path for path in folder.rglob("*.onnx*") if path.suffix != ".onnx")
+    data, length = bytearray(path.read_bytes()), checkpoint.config["max_position_embeddings"]
+    wrong = rope_tables_of(checkpoint, length, rope_theta=500.0)
+    for right, other in zip(rope_tables_of(checkpoint, length), wrong, strict=True):
+        known, new = (table.chunk(2, -1)[0].numpy().tobytes() for table in (right, other))
+        assert data.count(known) == 1
+        start = data.index(known)
+        data[start : start + len(known)] = new
+    path.write_bytes(data)
 
 
 def truncate(folder: Path, _checkpoint: Checkpoint) -> None:
@@ -330,6 +343,7 @@ ONNX_MUTATIONS = [
     Mutation(
         "bytes", "one index of the embedding", data_of("model.embed_tokens.weight.codes", lower, np.uint8)
     ),
+    Mutation("bytes", "RoPE tables of another base", rope_base, module="model.rotary_emb"),
     Mutation("bytes", "file of weights is truncated", truncate),
     Mutation("ops", "residual is subtracted", edit(subtract_residual), module="model.layers.0"),
     Mutation("ops", "gate is added", edit(add_gate), module="model.layers.0.mlp"),
