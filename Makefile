@@ -16,7 +16,7 @@ CALIBRATION ?= fixtures/calibration.txt
 # Evaluation text of `make smollm2`; empty: the built-in sample.
 TEXT ?=
 
-.PHONY: demo test test-slow lint smollm2 clean
+.PHONY: demo test test-slow test-browser lint smollm2 clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)
@@ -30,6 +30,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# The report in headless Chromium, which `python -m playwright install chromium` brings.
+test-browser: $(READY)
+	$(BIN)/python -m pytest -m browser
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ os.environ.setdefault(
 
 import pytest
 import torch
+from checkpoint_files import make_checkpoint
 from odd_models import build, save
 
 from edkm_export import checkpoint
@@ -164,3 +165,10 @@ def edkm(monkeypatch, capsys) -> Callable[..., Result]:
         return Result(caught.value.code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """The file of a small checkpoint."""
+    checkpoint.save(make_checkpoint(), tmp_path / "model.pt")
+    return tmp_path / "model.pt"

@@ -1,132 +1,38 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from odd_models import CASES, build, inject_outliers
-from palettes import numpy_decode, random_palette
+from layers import (
+    WEIGHT,
+    WIDTHS,
+    Convolution,
+    Embedding,
+    Linear,
+    Parallel,
+    TiedEmbedding,
+    assert_computes,
+    assert_same_bits,
+    converted,
+    example_for,
+    form,
+    loaded,
+)
+from palettes import random_palette
 from torch import Tensor, nn
 
 from converters.coreml import load_package
 from converters.coreml.backend import load_coremltools
 from converters.coreml.conversion import convert, save_package
-from converters.coreml.export_plan import plan_export
-from converters.coreml.language_model import export_packages
 from converters.coreml.targets import TARGETS, check_target
-from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import BackendMissingError, ConversionError
-from edkm_export.models.hard import load_hard_model
 from edkm_export.palette import PalettizedTensor
-from edkm_export.palettize import palettize_model
-from edkm_export.recipe import PRESETS, uniform_recipe
 
 ct = pytest.importorskip("coremltools")
 
-WEIGHT = "layer.weight"
-
-
-class Linear(nn.Module):
-    def __init__(self, palette: PalettizedTensor) -> None:
-        super().__init__()
-        out, columns = palette.shape
-        self.layer = nn.Linear(columns, out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-class Convolution(nn.Module):
-    def __init__(self, palette: PalettizedTensor) -> None:
-        super().__init__()
-        out, channels, height, width = palette.shape
-        self.layer = nn.Conv2d(channels, out, (height, width), padding=(height // 2, width // 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-class Embedding(nn.Module):
-    def __init__(self, palette: PalettizedTensor) -> None:
-        super().__init__()
-        self.layer = nn.Embedding(*palette.shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-class TiedEmbedding(Embedding):
-    """Embedding and output head share the weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(self.layer(x), self.layer.weight)
-
-
-class Parallel(nn.Module):
-    """Modules that read the same input, so that one conversion takes many forms."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.form = nn.ModuleList(modules)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(module(x) for module in self.form)
-
-
-def loaded(module: nn.Module, palettes: dict[str, PalettizedTensor]) -> nn.Module:
-    """The module with the decoded weights in float32, the others rounded to what float16 holds."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.half().float()
-    for name, palette in palettes.items():
-        # an independent decoder, so that convert compares two opinions
-        module.get_parameter(name).data = torch.from_numpy(numpy_decode(palette)).float()
-    return module.eval().requires_grad_(False)
-
-
-def example_for(palette: PalettizedTensor, kind: type[nn.Module] = Linear) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    if issubclass(kind, Embedding):
-        return torch.randint(palette.shape[0], (1, 6), generator=generator, dtype=torch.int32)
-    if kind is Convolution:
-        return torch.randn(1, palette.shape[1], 5, 4, generator=generator)
-    return torch.randn(3, palette.shape[1], generator=generator)
-
-
-def converted(
-    module: nn.Module, example: Tensor, palettes: dict[str, PalettizedTensor], folder: Path, **options: Any
-) -> Path:
-    dtype = np.int32 if example.dtype == torch.int32 else np.float16
-    model = convert(
-        module,
-        (example,),
-        palettes,
-        inputs=[ct.TensorType("x", tuple(example.shape), dtype=dtype)],
-        **options,
-    )
-    save_package(model, folder / "model.mlpackage")
-    return folder / "model.mlpackage"
-
-
-def assert_same_bits(path: Path, palettes: dict[str, PalettizedTensor]) -> None:
-    found = load_package(path).palettized()
-    assert found.keys() == palettes.keys()
-    assert [name for name, palette in palettes.items() if not palette.same_bits(found[name])] == []
-
-
-def assert_computes(path: Path, module: nn.Module, example: Tensor) -> None:
-    expected = module(example)
-    found = tuple(load_package(path).run({"x": example}).values())
-    # both in float32, from weights that are equal: only the order of up to 36 products of size one differs
-    torch.testing.assert_close(
-        found, expected if isinstance(expected, tuple) else (expected,), rtol=1e-5, atol=1e-5
-    )
-
-
-WIDTHS = (1, 2, 3, 4, 6, 8)
 
 # Palettes of one shape go through one conversion.
 FORMS: dict[str, tuple[type[nn.Module], tuple[int, ...], list[dict[str, Any]]]] = {
@@ -481,10 +387,6 @@ def test_model_that_coremltools_cannot_convert():
 # Targets
 
 
-def form(n_bits: int = 4, **settings: Any) -> PalettizedTensor:
-    return random_palette((16, 16), n_bits, name=WEIGHT, **settings)
-
-
 @pytest.mark.parametrize("target", ["iOS16", "iOS17"])
 @pytest.mark.parametrize(
     ("kind", "shape"),
@@ -555,99 +457,3 @@ def test_missing_coremltools_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "coremltools", None)
     with pytest.raises(BackendMissingError, match=r"pip install 'edkm-export\[coreml\]'"):
         load_coremltools()
-
-
-# Language models
-
-
-def exported(model: Any, recipe: Any, folder: Path, length: int = 32) -> tuple[Checkpoint, Path]:
-    """Palettize a model of `odd_models` and export it."""
-    config = model.config.to_dict()
-    parts = palettize_model(model.half(), recipe)
-    made = Checkpoint(config=config, palettized=parts.palettized, dense=parts.dense, tied=parts.tied)
-    plan = plan_export(made, interface="logits", sequence_length=length)
-    export_packages(made, plan, folder, "model")
-    package = load_package(folder / "model.mlpackage")
-    # as promised before the work; the last blob is not padded to 64 bytes
-    assert 0 <= plan.weights_size_bytes - package.weights_size_bytes < 64
-    return made, package.path
-
-
-# One conversion of each kind of architecture; the decoder itself is compared for every case in tests/models.
-@pytest.mark.parametrize(
-    "case", ["odd_sizes", "gqa_3_of_9_heads", "untied_and_biased", "one_head", "rope_yarn"]
-)
-def test_odd_model_comes_back_and_computes(case, tmp_path):
-    assert case in CASES
-    made, path = exported(build(case), uniform_recipe(4, 0), tmp_path)
-    assert_same_bits(path, made.palettized)
-    tokens = torch.randint(made.config["vocab_size"], (1, 32), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        expected = load_hard_model(made)(tokens).logits
-    found = load_package(path).run({"input_ids": tokens.int()})["logits"]
-    # float32 arithmetic with RoPE tables that the package holds in float16: 2**-11 of each score. 5e-3 as measured.
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)
-
-
-@pytest.mark.parametrize("case", ["plain", "untied_and_biased"])
-def test_package_of_an_outlier_model_is_finite(case, tmp_path):
-    """Rounded to float16 after each op, the norm must not overflow where the square of an activation would."""
-    made, path = exported(inject_outliers(build(case)), uniform_recipe(8, 0), tmp_path)
-    hard = load_hard_model(made)
-    residuals: list[Tensor] = []
-    hard.model.norm.register_forward_pre_hook(lambda _module, args: residuals.append(args[0]))
-    tokens = torch.randint(320, (1, 32), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        expected = hard(tokens).logits
-    assert residuals[0].half().square().isinf().any()  # the model does what it is for
-    for precision in ("float32", "rounded", "float16"):
-        found = load_package(path).run({"input_ids": tokens.int()}, precision=precision)["logits"].float()
-        assert found.isfinite().all()
-        # All 32 agree as measured, logits being off by 0.1 at most; nearly undecided ones may differ elsewhere.
-        assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
-
-
-def test_dense_preset_exports(tmp_path):
-    made, path = exported(build("plain"), PRESETS["dense"], tmp_path)
-    dense = load_package(path).dense()
-    assert load_package(path).palettized() == {}
-    for name, tensor in made.dense.items():
-        assert torch.equal(dense[name].flatten(), tensor.flatten()), name
-
-
-@pytest.mark.parametrize("length", [0, 1, -1, 129])
-def test_sequence_length_beyond_the_model(length):
-    model = build("plain")
-    made = Checkpoint(config=model.config.to_dict(), palettized={}, dense={})
-    with pytest.raises(
-        ConversionError, match=f"--sequence-length {length} is outside 2 to 128, the model's positions"
-    ):
-        plan_export(made, sequence_length=length, interface="logits")
-
-
-def test_plan_refuses_a_target_before_the_work():
-    model = build("plain")
-    made = Checkpoint(config=model.config.to_dict(), palettized={WEIGHT: form(3)}, dense={})
-    with pytest.raises(ConversionError, match="needs iOS18"):
-        plan_export(made, target="iOS17", interface="logits")
-
-
-def test_plan_refuses_rope_scaling_before_the_work():
-    model = build("plain")
-    config = {**model.config.to_dict(), "rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}
-    with pytest.raises(ConversionError, match="RoPE scaling 'ntk' is not supported"):
-        plan_export(Checkpoint(config=config, palettized={}, dense={}), interface="logits")
-
-
-def test_language_model_for_the_oldest_target(tmp_path):
-    model = build("plain")
-    config = model.config.to_dict()
-    parts = palettize_model(model.half(), PRESETS["4bit-per-tensor"])
-    made = Checkpoint(config=config, palettized=parts.palettized, dense=parts.dense, tied=parts.tied)
-    plan = plan_export(made, interface="logits", target="iOS16", sequence_length=32)
-    export_packages(made, plan, tmp_path, "model")
-    assert_same_bits(tmp_path / "model.mlpackage", made.palettized)
-    tokens = torch.randint(320, (1, 32), generator=torch.Generator().manual_seed(3))
-    found = load_package(tmp_path / "model.mlpackage").run({"input_ids": tokens.int()})["logits"]
-    with torch.no_grad():
-        torch.testing.assert_close(found, load_hard_model(made)(tokens).logits, rtol=0, atol=2e-2)  # as above

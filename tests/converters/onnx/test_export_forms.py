@@ -14,9 +14,11 @@ from conftest import palettized_folder
 from onnx_models import export, palettized_checkpoint
 from palettes import numpy_decode, random_palette
 
+from converters.onnx import load_graph
 from converters.onnx.builder import GraphBuilder
 from converters.onnx.codes import code_planes
 from converters.onnx.decoding import Rows, WeightNodes
+from converters.onnx.interface import batch_feeds
 from converters.onnx.plan import plan_onnx
 from edkm_export.errors import ConversionError
 from edkm_export.palette import PalettizedTensor, int8_scale
@@ -200,6 +202,31 @@ def test_fast_multiplies_with_matmulnbits(tmp_path):
     assert settings["bits"] == 8 and settings["accuracy_level"] == 4
     standard = plan_onnx(made, runtime="fast", standard_ops=True)
     assert {node.domain for node in standard.model.graph.node} == {""}
+
+
+def test_fast_takes_the_operators_of_onnxruntime(tmp_path):
+    nodes = plan_onnx(palettized_checkpoint(4, int8=True), runtime="fast").model.graph.node
+    kinds = [node.op_type for node in nodes]
+    # queries and keys of two layers; each norm but the first follows a sum
+    assert (
+        kinds.count("RotaryEmbedding") == 2 * 2 and kinds.count("SkipSimplifiedLayerNormalization") == 2 * 2
+    )
+    assert "Neg" not in kinds and kinds.count("Sqrt") == 1
+
+
+def test_fast_in_float16_computes_what_float32_does(tmp_path):
+    """Fully optimized: there onnxruntime's own float16 products would move these logits, of about 2, by about 1.
+
+    Activations that float16 pushes over a step of int8 move them by 0.02; the rounding to int8 itself, by 0.04.
+    """
+    made = palettized_checkpoint(4, int8=True)
+    tokens = torch.arange(5, 17)
+    logits = []
+    for dtype in ("float32", "float16"):
+        graph = load_graph(export(made, tmp_path / dtype, runtime="fast", dtype=dtype))
+        logits.append(graph.runtime().run(batch_feeds(graph.graph, [tokens], len(tokens)))["logits"])
+    error = logits[1].astype(np.float32) - logits[0]
+    assert np.sqrt(np.square(error).mean()) < 0.1
 
 
 def test_onnxruntime_fuses_the_standard_form(tiny_llama, tmp_path):
