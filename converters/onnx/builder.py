@@ -91,6 +91,22 @@ class GraphBuilder:
             self._results[key] = results[0] if outputs == 1 else tuple(results)
         return self._results[key]
 
+    def append(
+        self, op: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any
+    ) -> None:
+        """Append a node whose results have names already; it is named after the first one."""
+        made = load_onnx().helper.make_node(
+            op, list(inputs), list(outputs), name=outputs[0], domain=domain or None, **attributes
+        )
+        self.nodes.append(made)
+        self.contrib |= domain == CONTRIB
+
+    def drop(self, name: str) -> None:
+        """Take the node away that gives a value, which nothing uses so far; another one is to give it."""
+        place = next(i for i in reversed(range(len(self.nodes))) if name in self.nodes[i].output)
+        assert not any(name in node.input for node in self.nodes[place:]), f"{name} is used already"
+        del self.nodes[place]
+
     def unique(self, stem: str) -> str:
         """Return a name that no value or node has yet, and take it."""
         name, number = stem, 0

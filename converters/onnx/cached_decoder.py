@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from converters.onnx.builder import GraphBuilder
+from converters.onnx.norms import replace_norm
+from converters.onnx.rotary import replace_rotation
 from converters.onnx.tracing import Tracer, Value, WeightForms
 from edkm_export.models.config import FULL, SLIDING
 from edkm_export.models.context import MASKED, Context, causal_mask, sliding_mask
 from edkm_export.models.decoder import Decoder
-from edkm_export.models.norms import LayerNorm, RMSNorm
 from edkm_export.models.positions import PositionTables
 
 __all__ = ["BATCH", "NEW", "PAST", "TOTAL", "build_graph"]
@@ -45,12 +46,11 @@ def build_graph(
     config = decoder.config
     parameters = {id(parameter): name for name, parameter in decoder.named_parameters()}
     tracer = Tracer(graph, weights, parameters, dtype)
-    for module in decoder.modules():  # the module is ours alone, and its norms know only float16's limits
-        if isinstance(module, RMSNorm):
-            module.forward = _RMSNorm(module, tracer)  # type: ignore[method-assign, assignment]
-        elif isinstance(module, LayerNorm):
-            module.forward = _LayerNorm(module, tracer)  # type: ignore[method-assign, assignment]
     tables = PositionTables(config, hf_config, context)
+    for module in decoder.modules():  # they are ours alone
+        replace_norm(module, tracer)
+        if weights.contrib:
+            replace_rotation(module, tracer, tables)
     input_ids = Value(tracer, "input_ids", (BATCH, NEW), torch.int64)
     position_ids = Value(tracer, "position_ids", (BATCH, NEW), torch.int64)
     cache = _GrowingCache(tracer, config.num_layers, config.num_kv_heads, config.head_dim)
@@ -104,57 +104,3 @@ class _GrowingCache:
             self.present[f"present.{layer}.{what}"] = both.name
             grown.append(both)
         return grown[0], grown[1]
-
-
-class _Norm:
-    """A norm in the plain form that runtimes fuse, computed in float32.
-
-    Args:
-        module: the decoder's norm.
-        tracer: of the graph.
-    """
-
-    def __init__(self, module: Any, tracer: Tracer) -> None:
-        self._module, self._tracer = module, tracer
-        self._eps = float(module.root_eps.double()) ** 2
-
-    def _weight(self, which: str) -> Value:
-        parameter = getattr(self._module, which)
-        name = self._tracer.weights.vector(self._tracer.parameters[id(parameter)])
-        return Value(self._tracer, name, tuple(parameter.shape), self._tracer.dtype)
-
-    def _mean(self, x: Value) -> Value:
-        axes = self._tracer.graph.integers(-1)
-        return self._tracer.emit(
-            "ReduceMean", x.name, axes, shape=(*x.shape[:-1], 1), dtype=x.dtype, keepdims=1
-        )
-
-    def _power(self, x: Value) -> Value:
-        two = self._tracer.constant(2.0, x.dtype)
-        return self._tracer.emit("Pow", x.name, two, shape=x.shape, dtype=x.dtype)
-
-    def _normalize(self, x: Value) -> Value:
-        """Divide by the root mean square."""
-        return x / (self._mean(self._power(x)) + self._eps)._unary("Sqrt")
-
-
-class _RMSNorm(_Norm):
-    """Root mean square norm: x [..., size] -> [..., size]."""
-
-    def __call__(self, x: Value) -> Value:
-        normal = self._normalize(x.to(torch.float32)).to(self._tracer.dtype)
-        weight = self._weight("weight")
-        if self._module.offset:
-            weight = weight + 1.0
-        if self._module.scale != 1:
-            weight = weight * self._module.scale
-        return normal * weight
-
-
-class _LayerNorm(_Norm):
-    """Layer norm with weight and bias: x [..., size] -> [..., size]."""
-
-    def __call__(self, x: Value) -> Value:
-        wide = x.to(torch.float32)
-        normal = self._normalize(wide - self._mean(wide)).to(self._tracer.dtype)
-        return normal * self._weight("weight") + self._weight("bias")

@@ -43,4 +43,45 @@ def contrib_operators() -> list[Any]:
             weight = (centred * scales.reshape(N, -1, 1).astype(np.float32)).reshape(N, -1)[:, :K]
             return ((x.astype(np.float32) @ weight.T).astype(x.dtype),)
 
-    return [MatMulNBits]
+    class RotaryEmbedding(OpRun):
+        """x [batch, heads, new, head_dim]; channel i turns together with channel i + rotary_dim / 2."""
+
+        op_domain = CONTRIB
+
+        def _run(
+            self,
+            x: Array,
+            position_ids: Array,
+            cos: Array,
+            sin: Array,
+            interleaved: int = 0,
+            num_heads: int = 0,
+            rotary_embedding_dim: int = 0,
+            is_packed_batching: int = 0,
+            scale: float = 1.0,
+        ) -> tuple[Array]:
+            if x.ndim != 4 or interleaved or is_packed_batching or scale != 1:
+                raise NotImplementedError("RotaryEmbedding in another form than the exporter writes")
+            half = cos.shape[1]
+            c, s = cos[position_ids][:, None], sin[position_ids][:, None]
+            first, second, kept = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+            turned = (first * c - second * s, second * c + first * s, kept)
+            return (np.concatenate(turned, axis=-1).astype(x.dtype),)
+
+    class SkipSimplifiedLayerNormalization(OpRun):
+        """Root mean square norm of a sum, and the sum as the fourth result."""
+
+        op_domain = CONTRIB
+
+        def _run(
+            self, x: Array, skip: Array, gamma: Array, *bias: Array | None, epsilon: float = 1e-5
+        ) -> tuple[Array, Array, Array, Array]:
+            if any(operand is not None and operand.size for operand in bias):
+                raise NotImplementedError("SkipSimplifiedLayerNormalization with a bias")
+            total = x + skip
+            wide = total.astype(np.float32)
+            normal = wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + np.float32(epsilon))
+            training = np.empty(0, np.float32)  # two results that only training would take
+            return (normal * gamma).astype(x.dtype), training, training, total
+
+    return [MatMulNBits, RotaryEmbedding, SkipSimplifiedLayerNormalization]

@@ -41,8 +41,8 @@ class WeightNodes:
     Args:
         graph: receives them.
         tensor: the weight.
-        zero: name of a zero, int64 [1], that depends on an activation: added to where a slice starts, it keeps a
-            runtime from folding the weight. None: it may be folded.
+        zero: name of a zero, int64 [1], that depends on an activation: added to where a slice of codes starts and to
+            what spreads a LUT, it keeps a runtime from folding the weight. None: it may be folded.
     """
 
     def __init__(self, graph: GraphBuilder, tensor: PalettizedTensor, zero: str | None = None) -> None:
@@ -81,12 +81,12 @@ class WeightNodes:
     def steps(self, rows: Rows) -> str:
         """Decode rows to entries of an int8 LUT plus 128, uint8 [rows.count * dim, columns]."""
         assert self._tensor.lut_scale is not None
-        return self._decode(rows, self._part(self._lut(), self._group_range(rows), self.groups_out))
+        return self._decode(rows, self._slice(self._lut(), self._group_range(rows), self.groups_out))
 
     def scales(self, rows: Rows, blocks: int) -> str:
         """Spread the scales of an int8 LUT over blocks of columns, float32 [rows.count * dim, blocks]."""
         onnx_float, groups = _types().FLOAT, self._group_range(rows)
-        scale = self._graph.node("Cast", self._part(self._scale(), groups, self.groups_out), to=onnx_float)
+        scale = self._graph.node("Cast", self._slice(self._scale(), groups, self.groups_out), to=onnx_float)
         height = rows.count // groups.count * self._tensor.dim
         size = (groups.count, height, self.groups_in, blocks // self.groups_in)
         open_axes = self._graph.node("Unsqueeze", scale, self._graph.integers(1, 3))
@@ -122,12 +122,12 @@ class WeightNodes:
     def _decode(self, rows: Rows, lut: str) -> str:
         """Gather from a LUT [row groups, groups_in, entries, dim] what the indices of rows select."""
         graph, layout, dim = self._graph, self._layout, self._tensor.dim
-        planes = [self._part(plane, rows, self.rows) for plane in self._codes()]
+        planes = [self._slice(plane, rows, self.rows, self._zero) for plane in self._codes()]
         symbols = graph.node("Cast", self._join(planes, (rows.count, self.groups_in)), to=_types().INT32)
         if (offsets := self._offsets(rows)) is not None:
             symbols = graph.node("Add", symbols, offsets)
         if layout.in_symbol > 1:
-            lut = graph.node("Gather", lut, graph.constant(layout.indices_of_symbol()), axis=2)
+            lut = graph.node("Gather", lut, self._spread(), axis=2)
         width = layout.in_symbol * dim
         tables = self._reshape(lut, -1, width) if width > 1 else self._reshape(lut, -1)
         values = graph.node("Gather", tables, symbols)
@@ -183,20 +183,27 @@ class WeightNodes:
             values = graph.node("Cast", graph.node("Mul", steps, scale), to=types.FLOAT16)
         if dtype != types.FLOAT16:
             values = graph.node("Cast", values, to=dtype)
-        return self._part(values, groups, self.groups_out)
+        return self._slice(values, groups, self.groups_out)
 
     def _group_range(self, rows: Rows) -> Rows:
         """The row groups that rows lie in."""
         return Rows(rows.start // self.group_rows, (rows.stop - 1) // self.group_rows + 1)
 
-    def _part(self, value: str, rows: Rows, whole: int) -> str:
-        """A range of the first axis of an initializer."""
-        if rows == Rows(0, whole) and self._zero is None:
+    def _spread(self) -> str:
+        """Entries of each symbol, int32 [symbols, in_symbol]."""
+        graph, indices = self._graph, self._graph.constant(self._layout.indices_of_symbol())
+        if self._zero is None:
+            return indices
+        return graph.node("Add", indices, graph.node("Cast", self._zero, to=_types().INT32))  # type: ignore[no-any-return]
+
+    def _slice(self, value: str, rows: Rows, whole: int, zero: str | None = None) -> str:
+        """A range of the first axis of an initializer; with a zero, one that cannot be folded."""
+        if rows == Rows(0, whole) and zero is None:
             return value
         graph = self._graph
         start = graph.integers(rows.start)
-        if self._zero is not None:
-            start = graph.node("Add", start, self._zero)
+        if zero is not None:
+            start = graph.node("Add", start, zero)
         return graph.node(  # type: ignore[no-any-return]
             "Slice", value, start, graph.integers(rows.stop), graph.integers(0)
         )

@@ -72,6 +72,6 @@ class Layers:
             for node in reversed(self._graph.nodes):
                 first = min((reach.get(value, math.inf) for value in node.outputs), default=math.inf)
                 if first < math.inf:
-                    for value in node.inputs:
+                    for value in filter(None, node.inputs):
                         reach[value] = min(first, reach.get(value, math.inf))
         return found

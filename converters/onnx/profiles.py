@@ -32,7 +32,12 @@ class Forms(ABC):
         graph: receives nodes and weights.
         checkpoint: the parameters.
         dtype: of activations, float32 or float16.
+
+    Attributes:
+        contrib: operators of onnxruntime's own may be used.
     """
+
+    contrib = False
 
     def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         types = load_onnx().TensorProto
@@ -168,16 +173,22 @@ class _Int8Forms(Forms):
 class FastForms(_Int8Forms):
     """Multiplied by MatMulNBits in 8 bits; activations are rounded to int8 in blocks."""
 
+    contrib = True
+
     def _rows_product(
         self, x: str, tensor: PalettizedTensor, steps: str, scales: str, out: int, blocks: int, block: int
     ) -> str:
-        columns = tensor.matrix_shape[1]
+        graph, types, columns = self.graph, load_onnx().TensorProto, tensor.matrix_shape[1]
         blocked = self._blocked(steps, out, columns, blocks, block)
-        return self.graph.node(  # type: ignore[no-any-return]
-            "MatMulNBits", x, blocked, self._typed(scales),
+        half = self.onnx_type == types.FLOAT16
+        if half:  # onnxruntime 1.22.1 and 1.32.0 multiply float16 with 8 bits wrongly at this accuracy level
+            x = graph.node("Cast", x, to=types.FLOAT)
+        product = graph.node(
+            "MatMulNBits", x, blocked, scales,
             domain=CONTRIB, name=f"{tensor.name}.product", K=columns, N=out, bits=8, block_size=block,
             accuracy_level=4,
         )  # fmt: skip
+        return graph.node("Cast", product, to=types.FLOAT16) if half else product  # type: ignore[no-any-return]
 
     def _blocked(self, steps: str, out: int, columns: int, blocks: int, block: int) -> str:
         """uint8 [out, columns] -> [out, blocks, block], padded with entry 128, which is zero."""
@@ -244,7 +255,11 @@ def check_int8_grid(checkpoint: Checkpoint) -> None:
 
 
 def _block_size(tensor: PalettizedTensor, group_columns: int) -> int:
-    """Columns that share a scale in MatMulNBits: 128, or what divides the columns of a group."""
+    """Columns that share a scale in MatMulNBits: 128, or what divides the columns of a group.
+
+    It is also the block in which activations are rounded. 576 columns in padded blocks of 128 are multiplied a tenth
+    faster than in blocks of 64, and the rounding costs half as much again in KL divergence.
+    """
     if tensor.groups[1] == 1:
         return next((size for size in (128, 64, 32) if group_columns % size == 0), 32)
     block = math.gcd(group_columns, 128)

@@ -15,13 +15,14 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from converters.onnx.backend import load_onnx
 from converters.onnx.builder import GraphBuilder
 from edkm_export.errors import ConversionError
 
-__all__ = ["Dimension", "Tracer", "Value", "WeightForms"]
+__all__ = ["Dimension", "Tracer", "Value", "WeightForms", "half_table"]
 
 Dimension: TypeAlias = "int | str"
 """A size, or the name of one that is open."""
@@ -30,7 +31,13 @@ Number: TypeAlias = float  # inside of `Value` that name is a method
 
 
 class WeightForms(Protocol):
-    """How parameters take part in a graph; see `profiles`."""
+    """How parameters take part in a graph; see `profiles`.
+
+    Attributes:
+        contrib: operators of onnxruntime's own may be used.
+    """
+
+    contrib: bool
 
     def linear(self, x: str, name: str) -> str:
         """Multiply x [batch, new, in] with a weight [out, in]: [batch, new, out]."""
@@ -92,10 +99,12 @@ class Value:
         name: in the graph.
         shape: sizes; open ones by name.
         dtype: of its elements.
+        terms: names of what it is the sum of, when both have its shape.
     """
 
     def __init__(self, tracer: Tracer, name: str, shape: tuple[Dimension, ...], dtype: torch.dtype) -> None:
         self.tracer, self.name, self.shape, self.dtype = tracer, name, shape, dtype
+        self.terms: tuple[str, str] | None = None
         self._shared: tuple[Value, int] | None = None  # heads that repeat those of another value, how often
 
     @classmethod
@@ -111,7 +120,10 @@ class Value:
     # arithmetic
 
     def __add__(self, other: Value | Number) -> Value:
-        return self._binary("Add", other)
+        made = self._binary("Add", other)
+        if isinstance(other, Value) and self.shape == other.shape:
+            made.terms = self.name, other.name
+        return made
 
     def __sub__(self, other: Value | Number) -> Value:
         return self._binary("Sub", other)
@@ -297,16 +309,23 @@ def _embedding(ids: Value, weight: Tensor, *args: Any, **kwargs: Any) -> Value:
 
 
 def _table(ids: Value, table: Tensor) -> Value:
-    """Rows of a constant table of rotations, whose two halves are equal: one is stored."""
+    """Rows of a constant table of rotations; one of two equal halves is stored."""
     tracer, graph = ids.tracer, ids.tracer.graph
-    array = table.float().numpy()
-    width = array.shape[1]
-    if width % 2 == 0 and np.array_equal(array[:, : width // 2], array[:, width // 2 :]):
-        rows = graph.node("Gather", graph.constant(array[:, : width // 2]), ids.name)
+    half = half_table(table)
+    if half is not None:
+        rows = graph.node("Gather", graph.constant(half), ids.name)
         rows = graph.node("Concat", rows, rows, axis=-1)
     else:
-        rows = graph.node("Gather", graph.constant(array), ids.name)
-    return Value(tracer, rows, (*ids.shape, width), torch.float32).to(tracer.dtype)
+        rows = graph.node("Gather", graph.constant(table.float().numpy()), ids.name)
+    return Value(tracer, rows, (*ids.shape, table.shape[1]), torch.float32).to(tracer.dtype)
+
+
+def half_table(table: Tensor) -> NDArray[np.float32] | None:
+    """Half of a table of rotations, float32 [positions, width / 2]; None when its two halves differ."""
+    array = table.float().numpy()
+    width = array.shape[1]
+    equal = width % 2 == 0 and np.array_equal(array[:, : width // 2], array[:, width // 2 :])
+    return array[:, : width // 2] if equal else None
 
 
 def _attention(queries: Value, keys: Value, values: Value, attn_mask: Value) -> Value:

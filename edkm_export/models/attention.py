@@ -52,7 +52,7 @@ class Attention(nn.Module):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         if self.rotary_dim:
             cos, sin = context.rotary[self.kind]
-            queries, keys = self._rotate(queries, cos, sin), self._rotate(keys, cos, sin)
+            queries, keys = self.rotate(queries, cos, sin), self.rotate(keys, cos, sin)
         if abs(self.query_scale - 1) > 1e-12:
             queries = queries * self.query_scale
         if cache is not None:
@@ -84,7 +84,7 @@ class Attention(nn.Module):
             x.unsqueeze(2).expand(batch, heads, times, total, dim).reshape(batch, heads * times, total, dim)
         )
 
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """RoPE in the "rotate half" layout. x [batch, heads, new, head_dim], others [batch, 1, new, rotary_dim]."""
         if self.rotary_dim == self.head_dim:
             return _rotate(x, cos, sin)

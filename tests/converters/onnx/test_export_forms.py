@@ -215,7 +215,7 @@ def test_fast_takes_the_operators_of_onnxruntime(tmp_path):
 
 
 def test_fast_in_float16_computes_what_float32_does(tmp_path):
-    """Fully optimized: there onnxruntime's own float16 products would move these logits, of about 2, by about 1.
+    """Fully optimized: there onnxruntime's own float16 products would move these logits, of about 2, by 2.
 
     Activations that float16 pushes over a step of int8 move them by 0.02; the rounding to int8 itself, by 0.04.
     """

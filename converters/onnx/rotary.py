@@ -1,0 +1,52 @@
+"""Rotary positions as one operator of onnxruntime instead of a dozen nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from converters.onnx.builder import CONTRIB
+from converters.onnx.tracing import Tracer, Value, half_table
+from edkm_export.models.attention import Attention
+from edkm_export.models.positions import PositionTables
+
+__all__ = ["replace_rotation"]
+
+
+def replace_rotation(module: torch.nn.Module, tracer: Tracer, tables: PositionTables) -> None:
+    """Let an attention of a decoder rotate with RotaryEmbedding, if it rotates and its tables have two equal halves."""
+    if not isinstance(module, Attention) or module.kind not in tables.tables:
+        return
+    kind = tables.tables[module.kind]
+    halves = [half_table(tables.get_buffer(f"{which}_{kind}")) for which in ("cos", "sin")]
+    if all(half is not None for half in halves):
+        module.rotate = _Rotation(module, tracer, halves)  # type: ignore[method-assign, assignment]
+
+
+class _Rotation:
+    """Turns the first `rotary_dim` channels of each head.
+
+    Args:
+        module: the attention.
+        tracer: of the graph.
+        halves: cosines and sines, float32 [positions, rotary_dim / 2] each.
+    """
+
+    def __init__(self, module: Attention, tracer: Tracer, halves: list[Any]) -> None:
+        self._module, self._tracer = module, tracer
+        dtype = np.float16 if tracer.dtype == torch.float16 else np.float32
+        self._halves: list[NDArray[Any]] = [half.astype(dtype) for half in halves]
+
+    def __call__(self, x: Value, cos: Value, sin: Value) -> Value:
+        """x [batch, heads, new, head_dim] -> the same; gathered rows of the tables are not needed."""
+        graph, part = self._tracer.graph, {}
+        if self._module.rotary_dim != self._module.head_dim:
+            part = {"rotary_embedding_dim": self._module.rotary_dim, "num_heads": x.shape[1]}
+        tables = [graph.constant(half) for half in self._halves]
+        return self._tracer.emit(
+            "RotaryEmbedding", x.name, "position_ids", *tables,
+            shape=x.shape, dtype=x.dtype, domain=CONTRIB, **part,
+        )  # fmt: skip
