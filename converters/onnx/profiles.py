@@ -21,7 +21,7 @@ __all__ = ["PROFILES", "ExactForms", "FastForms", "Forms", "LowMemoryForms", "St
 
 # onnxruntime folds no constant of 1 GiB or more; larger heads are decoded part by part. In weights of 4 bytes.
 _LARGEST_FOLDED = (1 << 30) // 4 - 1
-_LARGEST_DECODED = 1 << 20  # weights that the low-memory profile decodes at a time
+_LARGEST_DECODED = 1 << 21  # weights that the low-memory profile decodes at a time
 _SMALL = 1 << 12  # a dense parameter below so many elements is stored as float32
 
 
