@@ -1,4 +1,7 @@
-"""Operators of onnxruntime for the ReferenceEvaluator, in numpy (onnxruntime, docs/ContribOperators.md)."""
+"""Operators of onnxruntime for the ReferenceEvaluator, in numpy (onnxruntime, docs/ContribOperators.md).
+
+Held are the forms that the exporter writes. Others raise, which `executors.ReferenceRuntime` reports as a PackageError.
+"""
 
 from __future__ import annotations
 

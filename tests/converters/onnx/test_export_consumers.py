@@ -99,7 +99,7 @@ def folder(request, checkpoint, tmp_path_factory) -> Path:
 
 def place(variable: str) -> str:
     if not (found := os.environ.get(variable)):
-        pytest.skip(f"{variable} does not say where it is installed")
+        pytest.fail(f"{variable} does not say where it is installed")
     return found
 
 
