@@ -16,9 +16,9 @@ from edkm_export.training.clusters import ClusterMethod
 from edkm_export.training.config import TrainConfig
 from edkm_export.training.scaling import fold_scales
 from edkm_export.training.sensitivity import (
+    Sensitivity,
     allocate_bits,
     average_bits,
-    estimate_loss,
     fisher_factors,
     mixed_recipe,
 )
@@ -92,9 +92,10 @@ def prepare(
         known = importance or {
             name: Importance(torch.ones(weight.shape[1])) for name, weight in weights.items()
         }
-        table, seeds = estimate_loss(weights, plan, known)
-        budget = int(config.target_bits * sum(weights[name].numel() for name in table))
-        recipe = mixed_recipe(recipe, allocate_bits(table, budget), plan)
+        found = Sensitivity(weights, plan, known)
+        budget = int(config.target_bits * sum(weights[name].numel() for name in found.sizes))
+        recipe = mixed_recipe(recipe, allocate_bits(found.sizes, found.loss, budget), plan)
+        seeds = found.seeds
     announce("clustering")
     insert(model, recipe, config, importance=importance, seeds=seeds, source=source)
     return Prepared(recipe, decoder_bits(model, recipe, shapes, source))

@@ -8,8 +8,8 @@ Martens & Grosse 2015, arXiv 1503.05671, of which only the diagonals are needed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,14 @@ from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.training.surgery import Importance, seed_centroids
 
-__all__ = ["Estimate", "allocate_bits", "average_bits", "estimate_loss", "fisher_factors", "mixed_recipe"]
+__all__ = [
+    "Sensitivity",
+    "allocate_bits",
+    "average_bits",
+    "fisher_factors",
+    "mixed_recipe",
+    "storage_bits",
+]
 
 
 def fisher_factors(
@@ -92,53 +99,48 @@ def fisher_factors(
     return found
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a choice of bits for one layer costs.
+class Sensitivity:
+    """What each choice of bits for each layer costs: its storage, and how much the loss grows.
+
+    A layer is clustered at a size only when that size's loss is asked for.
 
     Attributes:
-        loss: estimated growth of the loss in nats a token.
-        size_bits: storage of indices and LUTs.
+        sizes: {module name: {bits: storage of indices and LUTs in bits}}, from each layer's rule upwards.
+        seeds: what was clustered so far, {(module name, bits): centroids [groups, k]}.
     """
 
-    loss: float
-    size_bits: int
+    def __init__(
+        self, weights: Mapping[str, Tensor], rules: Mapping[str, Rule], importance: Mapping[str, Importance]
+    ) -> None:
+        """Nothing is clustered yet.
 
+        Args:
+            weights: {module name: float [out, in]}.
+            rules: {module name: its rule}.
+            importance: {module name: Fisher factors}; layers without are left out.
+        """
+        self._weights, self._rules, self._importance = weights, rules, importance
+        self.sizes = {
+            name: {
+                bits: storage_bits(weight.shape, self._rule(name, bits)) for bits in _sizes(rules[name].bits)
+            }
+            for name, weight in weights.items()
+            if name in importance
+        }
+        self.seeds: dict[tuple[str, int], Tensor] = {}
+        self._losses: dict[tuple[str, int], float] = {}
 
-def estimate_loss(
-    weights: Mapping[str, Tensor],
-    rules: Mapping[str, Rule],
-    importance: Mapping[str, Importance],
-    *,
-    advance: Callable[[str], None] | None = None,
-) -> tuple[dict[str, dict[int, Estimate]], dict[tuple[str, int], Tensor]]:
-    """Estimate each layer at its rule's bits and at the next larger sizes.
+    def _rule(self, name: str, bits: int) -> Rule:
+        return self._rules[name].model_copy(update={"bits": bits})
 
-    Args:
-        weights: {module name: float [out, in]}.
-        rules: {module name: its rule}.
-        importance: {module name: Fisher factors}; layers without are left out.
-        advance: called with the name of each layer that is done.
-
-    Returns:
-        {module name: {bits: Estimate}}, and the centroids {(module name, bits): [groups, k]}.
-    """
-    table: dict[str, dict[int, Estimate]] = {}
-    seeds: dict[tuple[str, int], Tensor] = {}
-    for name, weight in weights.items():
-        rule = rules[name]
-        found = importance.get(name)
-        if found is not None:
-            table[name] = {}
-            for bits in _sizes(rule.bits):
-                wider = rule.model_copy(update={"bits": bits})
-                centroids, error = seed_centroids(weight, wider, found)
-                seeds[name, bits] = centroids
-                lut_bits = centroids.numel() * (16 if rule.lut_dtype == "float16" else 8)
-                table[name][bits] = Estimate(float(error.sum()) / 2, weight.numel() * bits + lut_bits)
-        if advance is not None:
-            advance(name)
-    return table, seeds
+    def loss(self, name: str, bits: int) -> float:
+        """Estimated growth of the loss in nats a token."""
+        key = name, bits
+        if key not in self._losses:
+            found = self._importance[name]
+            self.seeds[key], error = seed_centroids(self._weights[name], self._rule(name, bits), found)
+            self._losses[key] = float(error.sum()) / 2
+        return self._losses[key]
 
 
 def _sizes(bits: int) -> list[int]:
@@ -146,13 +148,17 @@ def _sizes(bits: int) -> list[int]:
     return [size for size in SUPPORTED_BITS if size >= bits][: 3 if bits <= 3 else 2]
 
 
-def allocate_bits(table: Mapping[str, Mapping[int, Estimate]], budget_bits: int) -> dict[str, int]:
+def allocate_bits(
+    sizes: Mapping[str, Mapping[int, int]], loss: Callable[[str, int], float], budget_bits: int
+) -> dict[str, int]:
     """Choose bits for each layer: the least estimated loss that fits.
 
-    Greedy on gain per bit, over all larger sizes of each layer: within one layer's step of the optimum.
+    Greedy on gain per bit, over all larger sizes of each layer: within one layer's step of the optimum. No
+    size can gain more than the whole loss of the present one, so that most losses are never asked for.
 
     Args:
-        table: {module name: {bits: Estimate}}.
+        sizes: {module name: {bits: storage in bits}}.
+        loss: of a module's name and bits; never negative.
         budget_bits: storage for all layers together.
 
     Returns:
@@ -161,31 +167,32 @@ def allocate_bits(table: Mapping[str, Mapping[int, Estimate]], budget_bits: int)
     Raises:
         InputError: not even the smallest sizes fit.
     """
-    chosen = {name: min(choices) for name, choices in table.items()}
-    left = budget_bits - sum(table[name][bits].size_bits for name, bits in chosen.items())
+    chosen = {name: min(choices) for name, choices in sizes.items()}
+    left = budget_bits - sum(sizes[name][bits] for name, bits in chosen.items())
     if left < 0:
         raise InputError(
             f"{budget_bits} bits are not enough: the smallest choice takes {budget_bits - left}. "
             "Use a larger --target-bits or fewer --bits."
         )
     while True:
-        best: tuple[float, str, int] | None = None
-        for name, choices in table.items():
-            now = choices[chosen[name]]
-            for bits, choice in choices.items():
-                cost = choice.size_bits - now.size_bits
-                gain = now.loss - choice.loss
-                if (
-                    bits > chosen[name]
-                    and cost <= left
-                    and gain > 0
-                    and (best is None or gain / cost > best[0])
-                ):
-                    best = (gain / cost, name, bits)
+        larger = []
+        for name, choices in sizes.items():
+            now = chosen[name]
+            for bits, size in choices.items():
+                cost = size - choices[now]
+                if bits > now and cost <= left:
+                    larger.append((loss(name, now) / cost, cost, name, bits))
+        best: tuple[float, int, str, int] | None = None
+        for bound, cost, name, bits in sorted(larger, key=lambda each: -each[0]):
+            if best is not None and bound <= best[0]:
+                break
+            gain = (loss(name, chosen[name]) - loss(name, bits)) / cost
+            if gain > (0 if best is None else best[0]):
+                best = gain, cost, name, bits
         if best is None:
             return chosen
-        _, name, bits = best
-        left -= table[name][bits].size_bits - table[name][chosen[name]].size_bits
+        _, cost, name, bits = best
+        left -= cost
         chosen[name] = bits
 
 
@@ -206,14 +213,12 @@ def average_bits(shapes: Mapping[str, tuple[int, ...]], plan: Mapping[str, Rule]
         shapes: {module name: weight shape}, at least of the plan's layers.
         plan: {module name: rule}.
     """
-    size = weights = 0
-    for name, rule in plan.items():
-        rows = shapes[name][0]
-        numel = 1
-        for length in shapes[name]:
-            numel *= length
-        groups = rows // (rule.group_size or rows)
-        lut_bits = 16 if rule.lut_dtype == "float16" else 8
-        size += numel * rule.bits + groups * ((1 << rule.bits) * lut_bits + (16 if lut_bits == 8 else 0))
-        weights += numel
-    return size / max(1, weights)
+    size = sum(storage_bits(shapes[name], rule) for name, rule in plan.items())
+    return size / max(1, sum(math.prod(shapes[name]) for name in plan))
+
+
+def storage_bits(shape: Sequence[int], rule: Rule) -> int:
+    """Bits that a weight of this shape takes under a rule: indices, LUTs, and the scales of int8 LUTs."""
+    groups = shape[0] // (rule.group_size or shape[0])
+    lut = (16 if rule.lut_dtype == "float16" else 8) << rule.bits
+    return math.prod(shape) * rule.bits + groups * (lut + (16 if rule.lut_dtype == "int8" else 0))

@@ -14,10 +14,9 @@ from edkm_export.recipe import uniform_recipe
 from edkm_export.training.clusters import ClusterMethod
 from edkm_export.training.scaling import fold_scales, norm_readers
 from edkm_export.training.sensitivity import (
-    Estimate,
+    Sensitivity,
     allocate_bits,
     average_bits,
-    estimate_loss,
     fisher_factors,
     mixed_recipe,
 )
@@ -49,26 +48,70 @@ def test_factors_are_mean_squares_of_inputs_and_output_gradients() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def random_choices(
+    generator: torch.Generator,
+) -> tuple[dict[str, dict[int, int]], dict[tuple[str, int], float]]:
+    """Five layers of three sizes: storage, and losses that fall about fourfold with each bit."""
+    losses = torch.rand(5, generator=generator) + 0.01
+    falls = 3 + 2 * torch.rand(5, 3, generator=generator)
+    sizes = {str(n): {bits: (n + 1) * 100 * bits for bits in (2, 3, 4)} for n in range(5)}
+    return sizes, {
+        (name, bits): float(losses[n] * falls[n, bits - 2] ** (2 - bits))
+        for n, (name, choices) in enumerate(sizes.items())
+        for bits in choices
+    }
+
+
+def greedy(
+    sizes: dict[str, dict[int, int]], losses: dict[tuple[str, int], float], budget: int
+) -> dict[str, int]:
+    """The same choice from all losses, without bounds."""
+    chosen = dict.fromkeys(sizes, 2)
+    while True:
+        used = sum(sizes[name][bits] for name, bits in chosen.items())
+        gains = {
+            (name, bits): (losses[name, chosen[name]] - losses[name, bits])
+            / (size - sizes[name][chosen[name]])
+            for name, choices in sizes.items()
+            for bits, size in choices.items()
+            if bits > chosen[name] and used + size - sizes[name][chosen[name]] <= budget
+        }
+        if not gains:
+            return chosen
+        name, bits = max(gains, key=gains.__getitem__)
+        chosen[name] = bits
+
+
 def test_greedy_bits_are_within_one_layers_step_of_the_optimum() -> None:
     generator = torch.Generator().manual_seed(0)
     for trial in range(20):
-        losses = torch.rand(5, generator=generator) + 0.01
-        table = {
-            str(n): {b: Estimate(float(losses[n]) * 4.0 ** (2 - b), (n + 1) * 100 * b) for b in (2, 3, 4)}
-            for n in range(5)
-        }
+        sizes, losses = random_choices(generator)
         budget = 1500 * 2 + 150 * (trial + 1) // 2
-        chosen = allocate_bits(table, budget)
-        assert sum(table[name][bits].size_bits for name, bits in chosen.items()) <= budget
+        chosen = allocate_bits(sizes, lambda *key, losses=losses: losses[key], budget)
+        assert chosen == greedy(sizes, losses, budget)
+        assert sum(sizes[name][bits] for name, bits in chosen.items()) <= budget
         best = min(
-            sum(table[str(n)][bits].loss for n, bits in enumerate(each))
+            sum(losses[str(n), bits] for n, bits in enumerate(each))
             for each in itertools.product((2, 3, 4), repeat=5)
-            if sum(table[str(n)][bits].size_bits for n, bits in enumerate(each)) <= budget
+            if sum(sizes[str(n)][bits] for n, bits in enumerate(each)) <= budget
         )
-        largest = max(choices[2].loss for choices in table.values())
-        assert sum(table[name][bits].loss for name, bits in chosen.items()) <= best + largest
+        largest = max(losses[name, 2] for name in sizes)
+        assert sum(losses[name, bits] for name, bits in chosen.items()) <= best + largest
     with pytest.raises(InputError, match="100 bits are not enough: the smallest choice takes 3000"):
-        allocate_bits(table, 100)
+        allocate_bits(sizes, lambda *key: losses[key], 100)
+
+
+def test_losses_that_cannot_win_are_not_asked_for() -> None:
+    """One loud layer, and room for one step: the others are known at their smallest size only."""
+    sizes = {str(n): {bits: 100 * bits for bits in (2, 3, 4)} for n in range(10)}
+    asked = set()
+
+    def loss(name: str, bits: int) -> float:
+        asked.add((name, bits))
+        return (100.0 if name == "7" else 1.0) * 4.0 ** (2 - bits)
+
+    assert allocate_bits(sizes, loss, 2100) == dict.fromkeys(sizes, 2) | {"7": 3}
+    assert asked == {(name, 2) for name in sizes} | {("7", 3)}
 
 
 def test_mixed_bits_average_what_was_asked_and_what_is_stored() -> None:
@@ -77,17 +120,17 @@ def test_mixed_bits_average_what_was_asked_and_what_is_stored() -> None:
     base = uniform_recipe(2, 4)
     shapes = trainable_shapes(model)
     plan = {name: rule for name, rule in base.plan(shapes, "m").items() if "embed" not in name}
-    table, seeds = estimate_loss(
+    found = Sensitivity(
         {name: model.get_submodule(name).weight for name in plan}, plan, fisher_factors(model, windows)
     )
-    for choices in table.values():
-        losses = [choices[bits].loss for bits in sorted(choices)]
+    for name, choices in found.sizes.items():
+        losses = [found.loss(name, bits) for bits in sorted(choices)]
         assert losses == sorted(losses, reverse=True) and losses[0] > 0
     numel = sum(model.get_submodule(name).weight.numel() for name in plan)
-    recipe = mixed_recipe(base, allocate_bits(table, int(3.9 * numel)), plan)
+    recipe = mixed_recipe(base, allocate_bits(found.sizes, found.loss, int(3.9 * numel)), plan)
     mixed = {name: recipe.rule_for(name) for name in plan}
     assert {rule.bits for rule in mixed.values()} >= {2, 3}
-    insert_clusters(model, recipe, method=ClusterMethod(), seeds=seeds)
+    insert_clusters(model, recipe, method=ClusterMethod(), seeds=found.seeds)
     stored = [t for n, t in to_checkpoint(model, recipe).palettized.items() if "embed" not in n]
     actual = sum(tensor.size_bytes for tensor in stored) * 8 / numel
     assert average_bits(shapes, mixed) == pytest.approx(actual, abs=1e-9)
@@ -125,8 +168,8 @@ def test_folding_never_raises_the_estimate() -> None:
     plan = {name: rule for name, rule in uniform_recipe(3, 4).plan(shapes, "m").items() if "proj" in name}
 
     def estimate(importance: dict[str, Importance]) -> float:
-        table, _ = estimate_loss({name: model.get_submodule(name).weight for name in plan}, plan, importance)
-        return sum(choices[3].loss for choices in table.values())
+        found = Sensitivity({name: model.get_submodule(name).weight for name in plan}, plan, importance)
+        return sum(found.loss(name, 3) for name in found.sizes)
 
     importance = fisher_factors(model, windows)
     before = estimate(importance)
