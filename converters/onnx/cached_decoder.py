@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from converters.onnx.attention import ATTENTION_OPSET, GrowingCache, replace_attention
 from converters.onnx.builder import GraphBuilder
 from converters.onnx.norms import replace_norm
 from converters.onnx.rotary import replace_rotation
@@ -50,10 +51,12 @@ def build_graph(
     for module in decoder.modules():  # they are ours alone
         replace_norm(module, tracer)
         if weights.contrib:
-            replace_rotation(module, tracer, tables)
+            rotates = replace_rotation(module, tracer, tables)
+            if graph.opset >= ATTENTION_OPSET and dtype == torch.float32:
+                replace_attention(module, tracer, rotates=rotates)
     input_ids = Value(tracer, "input_ids", (BATCH, NEW), torch.int64)
     position_ids = Value(tracer, "position_ids", (BATCH, NEW), torch.int64)
-    cache = _GrowingCache(tracer, config.num_layers, config.num_kv_heads, config.head_dim)
+    cache = GrowingCache(tracer, (BATCH, config.num_kv_heads, PAST, config.head_dim))
     masks = _masks(tracer, decoder, cache.past("key", 0))
     logits = decoder(input_ids, Context(position_ids, tables(position_ids), masks), cache)  # type: ignore[arg-type]
     outputs = {"logits": logits.name, **cache.present}
@@ -83,24 +86,3 @@ def _masks(tracer: Tracer, decoder: Decoder, past: Value) -> dict[str, Value]:
     if window is not None:
         masks[SLIDING] = sliding_mask(masks[FULL], queries, keys, window)  # type: ignore[arg-type]
     return {kind: masks[kind] for kind in sorted(set(decoder.config.layer_kinds))}
-
-
-class _GrowingCache:
-    """Keys and values that come in as inputs, grow by the new ones, and go out."""
-
-    def __init__(self, tracer: Tracer, layers: int, kv_heads: int, head_dim: int) -> None:
-        self._tracer, self._shape = tracer, (BATCH, kv_heads, PAST, head_dim)
-        self.present: dict[str, str] = {}
-
-    def past(self, what: str, layer: int) -> Value:
-        """An input of the graph."""
-        return Value(self._tracer, f"past_key_values.{layer}.{what}", self._shape, self._tracer.dtype)
-
-    def update(self, layer: int, keys: Value, values: Value) -> tuple[Value, Value]:
-        """Append the new ones [batch, kv_heads, new, head_dim]."""
-        grown = []
-        for what, new in (("key", keys), ("value", values)):
-            both: Value = torch.cat((self.past(what, layer), new), dim=2)  # type: ignore[arg-type, assignment]
-            self.present[f"present.{layer}.{what}"] = both.name
-            grown.append(both)
-        return grown[0], grown[1]

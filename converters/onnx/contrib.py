@@ -47,7 +47,10 @@ def contrib_operators() -> list[Any]:
             return ((x.astype(np.float32) @ weight.T).astype(x.dtype),)
 
     class RotaryEmbedding(OpRun):
-        """x [batch, heads, new, head_dim]; channel i turns together with channel i + rotary_dim / 2."""
+        """Channel i of a head turns together with channel i + rotary_dim / 2.
+
+        x [batch, heads, new, head_dim], or [batch, new, heads * head_dim].
+        """
 
         op_domain = CONTRIB
 
@@ -63,13 +66,16 @@ def contrib_operators() -> list[Any]:
             is_packed_batching: int = 0,
             scale: float = 1.0,
         ) -> tuple[Array]:
-            if x.ndim != 4 or interleaved or is_packed_batching or scale != 1:
+            if x.ndim not in (3, 4) or interleaved or is_packed_batching or scale != 1:
                 raise NotImplementedError("RotaryEmbedding in another form than the exporter writes")
-            half = cos.shape[1]
-            c, s = cos[position_ids][:, None], sin[position_ids][:, None]
+            half, shape, axis = cos.shape[1], x.shape, 1
+            if x.ndim == 3:
+                heads, axis = num_heads or x.shape[2] // (2 * half), 2
+                x = x.reshape(*x.shape[:2], heads, -1)
+            c, s = (np.expand_dims(table[position_ids], axis) for table in (cos, sin))
             first, second, kept = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
             turned = (first * c - second * s, second * c + first * s, kept)
-            return (np.concatenate(turned, axis=-1).astype(x.dtype),)
+            return (np.concatenate(turned, axis=-1).astype(x.dtype).reshape(shape),)
 
     class SkipSimplifiedLayerNormalization(OpRun):
         """Root mean square norm of a sum, and the sum as the fourth result."""

@@ -26,6 +26,9 @@ class Executor(Protocol):
         """Inputs by name to outputs by name."""
 
 
+_ATTENDS = (1, 23, 2)  # 1.23.0 gives wrong results for grouped queries
+
+
 class OnnxRuntime:
     """A graph in onnxruntime on the CPU.
 
@@ -44,6 +47,12 @@ class OnnxRuntime:
     ) -> None:
         self._graph = graph
         ort = load_onnxruntime()
+        version = tuple(int(part) for part in ort.__version__.split(".")[:3] if part.isdecimal())
+        if version < _ATTENDS and any(node.op == "Attention" for node in graph.nodes):
+            raise PackageError(
+                f"{graph.path}: onnxruntime {ort.__version__} computes its Attention wrongly or not at all; install "
+                "1.23.2 or a newer one, or export with --opset 22."
+            )
         options = ort.SessionOptions()
         levels = ort.GraphOptimizationLevel
         options.graph_optimization_level = (

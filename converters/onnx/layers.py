@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from converters.onnx.graph import Graph, Node
@@ -70,8 +70,23 @@ class Layers:
                 if layer := re.fullmatch(rf"present\.(\d{{1,6}})\.{what}", name):
                     reach[name] = int(layer[1])
             for node in reversed(self._graph.nodes):
-                first = min((reach.get(value, math.inf) for value in node.outputs), default=math.inf)
-                if first < math.inf:
-                    for value in filter(None, node.inputs):
-                        reach[value] = min(first, reach.get(value, math.inf))
+                for outputs, inputs in _flows(node):
+                    first = min((reach.get(value, math.inf) for value in outputs), default=math.inf)
+                    if first < math.inf:
+                        for value in filter(None, inputs):
+                            reach[value] = min(first, reach.get(value, math.inf))
         return found
+
+
+def _flows(node: Node) -> list[tuple[Sequence[str], Sequence[str]]]:
+    """Which results of a node are computed from which of its inputs.
+
+    Attention (opset 23) hands keys and values on: its second result takes inputs 1 and 4, its third 2 and 5.
+    """
+    if (node.domain, node.op) != ("", "Attention"):
+        return [(node.outputs, node.inputs)]
+    return [
+        (node.outputs[:1], node.inputs),
+        (node.outputs[1:2], (*node.inputs[1:2], *node.inputs[4:5])),
+        (node.outputs[2:3], (*node.inputs[2:3], *node.inputs[5:6])),
+    ]

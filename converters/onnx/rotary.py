@@ -16,14 +16,20 @@ from edkm_export.models.positions import PositionTables
 __all__ = ["replace_rotation"]
 
 
-def replace_rotation(module: torch.nn.Module, tracer: Tracer, tables: PositionTables) -> None:
-    """Let an attention of a decoder rotate with RotaryEmbedding, if it rotates and its tables have two equal halves."""
+def replace_rotation(module: torch.nn.Module, tracer: Tracer, tables: PositionTables) -> bool:
+    """Let an attention of a decoder rotate with RotaryEmbedding, if it rotates and its tables have two equal halves.
+
+    Returns:
+        Whether it does now.
+    """
     if not isinstance(module, Attention) or module.kind not in tables.tables:
-        return
+        return False
     kind = tables.tables[module.kind]
     halves = [half_table(tables.get_buffer(f"{which}_{kind}")) for which in ("cos", "sin")]
-    if all(half is not None for half in halves):
-        module.rotate = _Rotation(module, tracer, halves)  # type: ignore[method-assign, assignment]
+    if any(half is None for half in halves):
+        return False
+    module.rotate = _Rotation(module, tracer, halves)  # type: ignore[method-assign, assignment]
+    return True
 
 
 class _Rotation:
@@ -41,10 +47,14 @@ class _Rotation:
         self._halves: list[NDArray[Any]] = [half.astype(dtype) for half in halves]
 
     def __call__(self, x: Value, cos: Value, sin: Value) -> Value:
-        """x [batch, heads, new, head_dim] -> the same; gathered rows of the tables are not needed."""
+        """x [batch, heads, new, head_dim] or [batch, new, heads * head_dim] -> the same.
+
+        Gathered rows of the tables are not needed.
+        """
         graph, part = self._tracer.graph, {}
         if self._module.rotary_dim != self._module.head_dim:
-            part = {"rotary_embedding_dim": self._module.rotary_dim, "num_heads": x.shape[1]}
+            heads = x.shape[1] if len(x.shape) == 4 else int(x.shape[2]) // self._module.head_dim
+            part = {"rotary_embedding_dim": self._module.rotary_dim, "num_heads": heads}
         tables = [graph.constant(half) for half in self._halves]
         return self._tracer.emit(
             "RotaryEmbedding", x.name, "position_ids", *tables,

@@ -67,8 +67,8 @@ def test_dense_decoder_is_transformers_own(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", EXPORTED)
-@pytest.mark.parametrize("runtime", ["low-memory", "fast"])
-def test_palettized_families(case, runtime, tmp_path):
+@pytest.mark.parametrize(("runtime", "opset"), [("low-memory", None), ("fast", None), ("fast", 23)])
+def test_palettized_families(case, runtime, opset, tmp_path):
     """With int8 LUTs and without optimization MatMulNBits multiplies the very weights, in float32."""
     import dataclasses
 
@@ -84,6 +84,6 @@ def test_palettized_families(case, runtime, tmp_path):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
-    folder = export(made, tmp_path / "out", runtime=runtime)
+    folder = export(made, tmp_path / "out", runtime=runtime, opset=opset)
     session = onnxruntime.InferenceSession(str(folder / "onnx" / "model.onnx"), options)
     assert_same_logits(session, load_hard_model(made))

@@ -20,7 +20,7 @@ from converters.onnx.codes import code_planes
 from converters.onnx.decoding import Rows, WeightNodes
 from converters.onnx.interface import batch_feeds
 from converters.onnx.plan import plan_onnx
-from edkm_export.errors import ConversionError
+from edkm_export.errors import ConversionError, PackageError
 from edkm_export.palette import PalettizedTensor, int8_scale
 from edkm_export.recipe import uniform_recipe
 
@@ -214,6 +214,13 @@ def test_fast_takes_the_operators_of_onnxruntime(tmp_path):
     assert "Neg" not in kinds and kinds.count("Sqrt") == 1
 
 
+@pytest.mark.parametrize("opset", [22, 23])
+def test_fast_attends_in_one_operator_from_opset_23(opset):
+    plan = plan_onnx(palettized_checkpoint(4, int8=True), runtime="fast", opset=opset)
+    kinds = [node.op_type for node in plan.model.graph.node]
+    assert (kinds.count("Attention"), kinds.count("Softmax")) == ((2, 0) if opset == 23 else (0, 2))
+
+
 def test_fast_in_float16_computes_what_float32_does(tmp_path):
     """Fully optimized: there onnxruntime's own float16 products would move these logits, of about 2, by 2.
 
@@ -243,6 +250,17 @@ def test_onnxruntime_fuses_the_standard_form(tiny_llama, tmp_path):
 
 
 # Mistakes
+
+
+@pytest.mark.parametrize(("version", "refused"), [("1.23.0", True), ("1.23.2", False), ("2.0.0", False)])
+def test_attention_is_not_run_where_it_is_computed_wrongly(version, refused, tmp_path, monkeypatch):
+    graph = load_graph(export(palettized_checkpoint(4, int8=True), tmp_path, runtime="fast", opset=23))
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    if refused:
+        with pytest.raises(PackageError, match=r"onnxruntime 1\.23\.0 computes its Attention wrongly"):
+            graph.runtime()
+    else:
+        graph.runtime()
 
 
 def test_fast_refuses_float_luts():
