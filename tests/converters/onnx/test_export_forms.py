@@ -254,7 +254,9 @@ def test_onnxruntime_fuses_the_standard_form(tiny_llama, tmp_path):
 
 @pytest.mark.parametrize(("version", "refused"), [("1.23.0", True), ("1.23.2", False), ("2.0.0", False)])
 def test_attention_is_not_run_where_it_is_computed_wrongly(version, refused, tmp_path, monkeypatch):
-    graph = load_graph(export(palettized_checkpoint(4, int8=True), tmp_path, runtime="fast", opset=23))
+    graph = load_graph(
+        export(palettized_checkpoint(4, int8=True), tmp_path / "out", runtime="fast", opset=23)
+    )
     monkeypatch.setattr(onnxruntime, "__version__", version)
     if refused:
         with pytest.raises(PackageError, match=r"onnxruntime 1\.23\.0 computes its Attention wrongly"):
