@@ -207,7 +207,7 @@ def main(
         print(f"in {fast['resident'] / base['resident']:.2f} of its memory (goal {SMALLER:g})")
     if "low-memory" in found:
         low = found["low-memory"]
-        print(f"low-memory resides in {low['resident'] / low['size']:.2f} times its file (goal {RESIDENT:g})")
+        print(f"low-memory resides in {low['resident'] / low['size']:.3f} times its file (goal {RESIDENT:g})")
 
 
 if __name__ == "__main__":
