@@ -48,7 +48,7 @@ class OnnxRuntime:
         self._graph = graph
         ort = load_onnxruntime()
         version = tuple(int(part) for part in ort.__version__.split(".")[:3] if part.isdecimal())
-        if version < _ATTENDS and any(node.op == "Attention" for node in graph.nodes):
+        if version < _ATTENDS and any((node.domain, node.op) == ("", "Attention") for node in graph.nodes):
             raise PackageError(
                 f"{graph.path}: onnxruntime {ort.__version__} computes its Attention wrongly or not at all; install "
                 "1.23.2 or a newer one, or export with --opset 22."

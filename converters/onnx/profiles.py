@@ -116,7 +116,7 @@ class ExactForms(Forms):
 
 
 class LowMemoryForms(ExactForms):
-    """Weights are decoded when they are used, a million at a time, and never kept."""
+    """Weights are decoded when they are used, two million at a time, and never kept."""
 
     def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         super().__init__(graph, checkpoint, dtype)

@@ -88,19 +88,22 @@ def test_families(tmp_path, case):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Callable[[str], Path]:
-    """Folders by profile, to be read only."""
+    """Folders by profile, or profile and opset, to be read only."""
     made: dict[str, Path] = {}
 
     def folder(profile: str) -> Path:
         if profile not in made:
-            checkpoint = palettized_checkpoint(3, int8=profile == "fast")
-            made[profile] = export(checkpoint, tmp_path_factory.mktemp("onnx") / profile, runtime=profile)
+            runtime, _, opset = profile.partition(" ")
+            made[profile] = export(
+                palettized_checkpoint(3, int8=runtime == "fast"), tmp_path_factory.mktemp("onnx") / runtime,
+                runtime=runtime, opset=int(opset) if opset else None,
+            )  # fmt: skip
         return made[profile]
 
     return folder
 
 
-@pytest.fixture(params=["exact", "low-memory", "fast"])
+@pytest.fixture(params=["exact", "low-memory", "fast", "fast 23"])
 def changed(request, exported, tmp_path):
     """A function that changes the message of a copy, and gives its folder."""
 
