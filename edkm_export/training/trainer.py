@@ -182,6 +182,10 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         self.check()
         super().log(logs, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """In every process: all of them take part in gathering. Older transformers ask the first one only."""
+        self._save(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Weights, LUTs and codes, whole; frozen master weights come from the original again."""
         self.clusters.refresh()
