@@ -16,6 +16,9 @@ from edkm_export.palette import PalettizedTensor
 __all__ = ["export", "palettized_checkpoint"]
 
 
+_WIDE = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp")
+
+
 @cache
 def palettized_checkpoint(
     n_bits: int = 4,
@@ -23,12 +26,14 @@ def palettized_checkpoint(
     groups_in: int = 1,
     dim: int = 1,
     int8: bool = False,
+    int4: bool = False,
     tied: bool = True,
     case: str = "plain",
 ) -> Checkpoint:
     """A random Llama whose matrices are all random palettes with a LUT for every 8 rows of indices.
 
-    The embedding takes scalar LUTs, since vectors run along its vocabulary.
+    The embedding takes scalar LUTs, since vectors run along its vocabulary. With `int4`, which goes with `int8`, the
+    entries of most matrices are in -8..7: queries, keys and values alike, gate and up of one layer not.
     """
     model = build("untied" if case == "plain" and not tied else case)
     tied = bool(model.config.tie_word_embeddings)
@@ -41,7 +46,7 @@ def palettized_checkpoint(
         vectors = 1 if "embed" in name or (tied and "lm_head" in name) else dim
         groups = (max(rows // vectors // 8, 1), groups_in if columns % groups_in == 0 else 1)
         made = random_palette((rows, columns), n_bits, groups, vectors, int8=int8, name=name, seed=seed)
-        palettized[name] = _scaled(made)
+        palettized[name] = _scaled(made, small=int4 and not name.startswith(_WIDE))
     tied_names = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
     return Checkpoint(
         config=json.loads(model.config.to_json_string(use_diff=False)),
@@ -51,13 +56,17 @@ def palettized_checkpoint(
     )
 
 
-def _scaled(palette: PalettizedTensor) -> PalettizedTensor:
+def _scaled(palette: PalettizedTensor, small: bool) -> PalettizedTensor:
     """The same with values of about 0.1, exact in float16 and, with an int8 LUT, as products in float32 too."""
     lut, scale = palette.lut, palette.lut_scale
     if scale is None:
         lut = lut / 8
     else:  # powers of two: entry times scale needs no rounding
-        scale = torch.full_like(scale, 2**-9) * 2 ** torch.arange(scale.numel()).remainder(3).view_as(scale)
+        if small:
+            lut = lut.remainder(16) - 8
+        scale = torch.full_like(scale, 2**-6 if small else 2**-9) * 2 ** torch.arange(
+            scale.numel()
+        ).remainder(3).view_as(scale)
     return PalettizedTensor(
         palette.name,
         palette.shape,

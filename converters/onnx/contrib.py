@@ -40,9 +40,11 @@ def contrib_operators() -> list[Any]:
             block_size: int = 0,
             accuracy_level: int = 0,
         ) -> tuple[Array]:
-            if bits != 8 or any(operand is not None and operand.size for operand in operands):
+            if bits not in (4, 8) or any(operand is not None and operand.size for operand in operands):
                 raise NotImplementedError(f"MatMulNBits with {bits} bits or more than three operands")
-            centred = steps.reshape(N, -1, block_size).astype(np.float32) - 128
+            if bits == 4:  # the low bits first
+                steps = np.stack([steps & 15, steps >> 4], axis=-1)
+            centred = steps.reshape(N, -1, block_size).astype(np.float32) - (1 << (bits - 1))
             weight = (centred * scales.reshape(N, -1, 1).astype(np.float32)).reshape(N, -1)[:, :K]
             return ((x.astype(np.float32) @ weight.T).astype(x.dtype),)
 

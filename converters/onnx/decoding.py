@@ -83,6 +83,33 @@ class WeightNodes:
         assert self._tensor.lut_scale is not None
         return self._decode(rows, self._slice(self._lut(), self._group_range(rows), self.groups_out))
 
+    @staticmethod
+    def can_pack(tensor: PalettizedTensor) -> bool:
+        """Whether `nibbles` can decode a weight: scalars, and symbols of whole bytes without padding."""
+        layout, columns = Layout(tensor.n_bits), tensor.index_shape[1] // tensor.groups[1]
+        return tensor.dim == 1 and layout.in_symbol > 1 and layout.padded(columns) == columns
+
+    def nibbles(self, rows: Rows) -> str:
+        """Decode rows to entries of -8..7 plus 8, two in a byte, low bits first: uint8 [rows.count, columns / 2]."""
+        graph, symbols = self._graph, self._layout.indices_of_symbol()
+        lut = self._slice(self._lut(), self._group_range(rows), self.groups_out)
+        low, high = (
+            graph.node(
+                "Cast",
+                graph.node("Gather", lut, graph.constant(symbols[:, place::2]), axis=2),
+                to=_types().INT32,
+            )
+            for place in (0, 1)
+        )
+        both = graph.node("Add", low, graph.node("Mul", high, graph.constant(16, np.int32)))
+        both = graph.node("Sub", both, graph.constant(17 * (_OFFSET - 8), np.int32))
+        packed = graph.node("Cast", both, to=_types().UINT8)
+        return self._reshape(
+            self._select(rows, packed, self._layout.in_symbol // 2),
+            rows.count,
+            self._tensor.index_shape[1] // 2,
+        )
+
     def scales(self, rows: Rows, blocks: int) -> str:
         """Spread the scales of an int8 LUT over blocks of columns, float32 [rows.count * dim, blocks]."""
         onnx_float, groups = _types().FLOAT, self._group_range(rows)
@@ -122,15 +149,9 @@ class WeightNodes:
     def _decode(self, rows: Rows, lut: str) -> str:
         """Gather from a LUT [row groups, groups_in, entries, dim] what the indices of rows select."""
         graph, layout, dim = self._graph, self._layout, self._tensor.dim
-        planes = [self._slice(plane, rows, self.rows, self._zero) for plane in self._codes()]
-        symbols = graph.node("Cast", self._join(planes, (rows.count, self.groups_in)), to=_types().INT32)
-        if (offsets := self._offsets(rows)) is not None:
-            symbols = graph.node("Add", symbols, offsets)
         if layout.in_symbol > 1:
             lut = graph.node("Gather", lut, self._spread(), axis=2)
-        width = layout.in_symbol * dim
-        tables = self._reshape(lut, -1, width) if width > 1 else self._reshape(lut, -1)
-        values = graph.node("Gather", tables, symbols)
+        values = self._select(rows, lut, layout.in_symbol * dim)
         padded = layout.padded(self.group_columns)
         if dim == 1 and padded == self.group_columns:
             return self._reshape(values, rows.count, self._tensor.index_shape[1])
@@ -140,6 +161,16 @@ class WeightNodes:
         values = self._reshape(values, rows.count, self._tensor.index_shape[1], dim)
         values = graph.node("Transpose", values, perm=[0, 2, 1])
         return self._reshape(values, rows.count * dim, self._tensor.index_shape[1])
+
+    def _select(self, rows: Rows, tables: str, width: int) -> str:
+        """Gather what the symbols of rows stand for from tables [row groups, groups_in, symbols, ...] of `width`."""
+        graph = self._graph
+        planes = [self._slice(plane, rows, self.rows, self._zero) for plane in self._codes()]
+        symbols = graph.node("Cast", self._join(planes, (rows.count, self.groups_in)), to=_types().INT32)
+        if (offsets := self._offsets(rows)) is not None:
+            symbols = graph.node("Add", symbols, offsets)
+        tables = self._reshape(tables, -1, width) if width > 1 else self._reshape(tables, -1)
+        return graph.node("Gather", tables, symbols)  # type: ignore[no-any-return]
 
     def _join(self, planes: list[str], leading: tuple[int, int]) -> str:
         """Planes to symbols, uint8 [rows, groups_in, ...]."""

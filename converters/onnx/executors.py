@@ -51,7 +51,7 @@ class OnnxRuntime:
         if version < _ATTENDS and any((node.domain, node.op) == ("", "Attention") for node in graph.nodes):
             raise PackageError(
                 f"{graph.path}: onnxruntime {ort.__version__} computes its Attention wrongly or not at all; install "
-                "1.23.2 or a newer one, or export with --opset 22."
+                "1.23.2 or a newer one, or export with --opset 18."
             )
         options = ort.SessionOptions()
         levels = ort.GraphOptimizationLevel

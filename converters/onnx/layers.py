@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from converters.onnx.graph import Graph, Node
@@ -30,12 +30,12 @@ class Layers:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
 
-    def check(self, name: str, nodes: Iterable[Node]) -> None:
+    def check(self, name: str, results: Mapping[str, Node]) -> None:
         """Compare the place of a weight with its name.
 
         Args:
             name: of the parameter; one without the number of a layer is not looked at.
-            nodes: where it is used.
+            results: what it gives where it is used: {value: the node that uses it}.
 
         Raises:
             PackageError: it is used in another layer, or for keys instead of values.
@@ -44,8 +44,8 @@ class Layers:
         if number is None or not self._reach["key"]:
             return
         layer, module = int(number[1]), name.split(".")[-2]
-        for node in nodes:
-            key, value = (self._first(what, node) for what in ("key", "value"))
+        for result, node in results.items():
+            key, value = (self._reach[what].get(result, math.inf) for what in ("key", "value"))
             wanted_key = layer if module in _KEYS_ALONE + _KEYS_AND_VALUES else self._after(layer)
             wanted_value = layer if module in _VALUES_ALONE + _KEYS_AND_VALUES else self._after(layer)
             if (key, value) != (wanted_key, wanted_value):
@@ -57,9 +57,6 @@ class Layers:
 
     def _after(self, layer: int) -> float:
         return layer + 1 if f"present.{layer + 1}.key" in self._graph.outputs else math.inf
-
-    def _first(self, what: str, node: Node) -> float:
-        return min((self._reach[what].get(value, math.inf) for value in node.outputs), default=math.inf)
 
     @cached_property
     def _reach(self) -> dict[str, dict[str, float]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from converters.onnx.attention import ATTENTION_OPSET
 from converters.onnx.backend import load_onnx
 from converters.onnx.builder import CONTRIB, GraphBuilder, Weight
 from converters.onnx.cached_decoder import BATCH, NEW, PAST, TOTAL, build_graph
@@ -75,7 +76,8 @@ def plan_onnx(
         checkpoint: what to export.
         runtime: "exact", "low-memory" or "fast".
         dtype: of activations, cache and logits, "float32" or "float16".
-        opset: version of the standard operators; None: the oldest that the profile needs.
+        opset: version of the standard operators; None: the oldest that the profile needs, and for `fast` the
+            one that has attention as an operator, if it can be used.
         context: positions that the tables hold; None: all of the model.
         standard_ops: the fast profile without onnxruntime's own operators.
 
@@ -87,13 +89,15 @@ def plan_onnx(
     source = str(checkpoint.path or "checkpoint")
     _check_options(runtime, dtype, standard_ops)
     oldest = _BLOCKWISE_OPSET if standard_ops else _OPSETS[0]
-    opset = oldest if opset is None else opset
-    if not oldest <= opset <= _OPSETS[1]:
-        raise ConversionError(
-            f"--opset {opset} is outside {oldest} to {_OPSETS[1]}, which this profile needs; leave it out for {oldest}."
-        )
     decoder = empty_decoder(checkpoint)
     config = decoder.config
+    attends = runtime == "fast" and not standard_ops and dtype == "float32" and config.attention_cap is None
+    if opset is None:
+        opset = ATTENTION_OPSET if attends else oldest
+    if not oldest <= opset <= _OPSETS[1]:
+        raise ConversionError(
+            f"--opset {opset} is outside {oldest} to {_OPSETS[1]}, which this profile needs; leave it out."
+        )
     length = config.max_positions if context is None else context
     if not 2 <= length <= config.max_positions:
         raise ConversionError(

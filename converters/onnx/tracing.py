@@ -21,6 +21,7 @@ from torch import Tensor
 from converters.onnx.backend import load_onnx
 from converters.onnx.builder import GraphBuilder
 from edkm_export.errors import ConversionError
+from edkm_export.models.projections import linears
 
 __all__ = ["Dimension", "Tracer", "Value", "WeightForms", "half_table"]
 
@@ -41,6 +42,10 @@ class WeightForms(Protocol):
 
     def linear(self, x: str, name: str) -> str:
         """Multiply x [batch, new, in] with a weight [out, in]: [batch, new, out]."""
+        ...
+
+    def linears(self, x: str, names: Sequence[str]) -> list[str]:
+        """Multiply x [batch, new, in] with several weights."""
         ...
 
     def embedding(self, ids: str, name: str) -> str:
@@ -292,13 +297,26 @@ def _broadcast(first: tuple[Dimension, ...], second: tuple[Dimension, ...]) -> t
 
 
 def _linear(x: Value, weight: Tensor, bias: Tensor | None = None) -> Value:
-    tracer = x.tracer
-    shape = (*x.shape[:-1], weight.shape[0])
-    result = Value(tracer, tracer.weights.linear(x.name, tracer.parameters[id(weight)]), shape, x.dtype)
+    product = x.tracer.weights.linear(x.name, x.tracer.parameters[id(weight)])
+    return _with_bias(x, product, weight.shape[0], bias)
+
+
+def _linears(x: Value, layers: Sequence[Any]) -> list[Value]:
+    names = [x.tracer.parameters[id(layer.weight)] for layer in layers]
+    products = x.tracer.weights.linears(x.name, names)
+    return [
+        _with_bias(x, product, layer.weight.shape[0], layer.bias)
+        for product, layer in zip(products, layers, strict=True)
+    ]
+
+
+def _with_bias(x: Value, product: str, out: int, bias: Tensor | None) -> Value:
+    """The product of x with a weight, as a value [..., out], and its bias added."""
+    tracer, shape = x.tracer, (*x.shape[:-1], out)
     if bias is None:
-        return result
+        return Value(tracer, product, shape, x.dtype)
     name = tracer.weights.vector(tracer.parameters[id(bias)])
-    return tracer.emit("Add", result.name, name, shape=shape, dtype=x.dtype)
+    return tracer.emit("Add", product, name, shape=shape, dtype=x.dtype)
 
 
 def _embedding(ids: Value, weight: Tensor, *args: Any, **kwargs: Any) -> Value:
@@ -381,6 +399,7 @@ def _gelu(x: Value, approximate: str = "none") -> Value:
 
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    linears: _linears,
     F.linear: _linear,
     F.embedding: _embedding,
     F.silu: _silu,

@@ -36,6 +36,7 @@ FORMS = [
     *(("exact", {"n_bits": n_bits}) for n_bits in (1, 2, 3, 4, 6, 8)),
     *(("low-memory", {"n_bits": n_bits}) for n_bits in (1, 2, 3, 4, 6, 8)),
     *(("fast", {"n_bits": n_bits, "int8": True}) for n_bits in (1, 2, 3, 4, 6, 8)),
+    *(("fast", {"n_bits": n_bits, "int8": True, "int4": True}) for n_bits in (1, 2, 3, 4, 6)),
     *((profile, {"n_bits": 3, "dim": 2}) for profile in ("exact", "low-memory")),
     *((profile, {"n_bits": 4, "dim": 4, "groups_in": 2}) for profile in ("exact", "low-memory")),
     *((profile, {"n_bits": 6, "groups_in": 2}) for profile in ("exact", "low-memory")),
@@ -93,22 +94,25 @@ def exported(tmp_path_factory) -> Callable[[str], Path]:
 
     def folder(profile: str) -> Path:
         if profile not in made:
-            runtime, _, opset = profile.partition(" ")
+            runtime, *more = profile.split()
+            checkpoint = palettized_checkpoint(3, int8=runtime == "fast", int4="int4" in more)
+            opset = 18 if "18" in more else None
             made[profile] = export(
-                palettized_checkpoint(3, int8=runtime == "fast"), tmp_path_factory.mktemp("onnx") / runtime,
-                runtime=runtime, opset=int(opset) if opset else None,
-            )  # fmt: skip
+                checkpoint, tmp_path_factory.mktemp("onnx") / runtime, runtime=runtime, opset=opset
+            )
         return made[profile]
 
     return folder
 
 
-@pytest.fixture(params=["exact", "low-memory", "fast", "fast 23"])
+@pytest.fixture(params=["exact", "low-memory", "fast", "fast 18", "fast int4"])
 def changed(request, exported, tmp_path):
     """A function that changes the message of a copy, and gives its folder."""
 
     def change(edit: Callable[[onnx.ModelProto], object]) -> Path:
-        folder = Path(shutil.copytree(exported(request.param), tmp_path / "changed"))
+        folder = Path(
+            shutil.copytree(exported(request.param), tmp_path / f"changed{len(list(tmp_path.iterdir()))}")
+        )
         path = folder / "onnx" / "model.onnx"
         model = onnx.load(path, load_external_data=False)
         edit(model)
@@ -118,20 +122,26 @@ def changed(request, exported, tmp_path):
     return change
 
 
-def product(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    (node,) = [node for node in model.graph.node if node.name == f"{name}.product"]
+def maker(model: onnx.ModelProto, value: str) -> onnx.NodeProto:
+    (node,) = [node for node in model.graph.node if value in node.output]
     return node
+
+
+def operands(model: onnx.ModelProto, name: str) -> list[tuple[onnx.NodeProto, int]]:
+    """Where a weight is put in: inputs of its product, or of the Concats in front of one that it shares."""
+    node = maker(model, f"{name}.product")
+    if node.op_type != "Split":
+        return [(node, place) for place in range(1, len(node.input))]
+    product, place = maker(model, node.input[0]), list(node.output).index(f"{name}.product")
+    return [(maker(model, value), place) for value in product.input[1:]]
 
 
 def exchange(first: str, second: str):
     """Let the products of two weights take each other's operands."""
 
     def edit(model):
-        one, two = product(model, first), product(model, second)
-        ours, theirs = list(one.input)[1:], list(two.input)[1:]
-        for node, operands in ((one, theirs), (two, ours)):
-            del node.input[1:]
-            node.input.extend(operands)
+        for (one, here), (two, there) in zip(operands(model, first), operands(model, second), strict=True):
+            one.input[here], two.input[there] = two.input[there], one.input[here]
         sort(model)
 
     return edit
@@ -202,10 +212,9 @@ def test_parts_of_two_weights_mixed(changed, part):
 @pytest.mark.parametrize("part", ["codes", "codes_high", "lut"])
 def test_names_exchanged(changed, part):
     """A name that stands for another's bytes gives a tensor of other bits, which the verifier then reports."""
-    folder = changed(rename(K0, K1, part))
-    found = load_graph(folder).palettized()
-    expected = palettized_checkpoint(3, int8="fast" in load_graph(folder).profile).palettized
-    assert {name for name in found if not found[name].same_bits(expected[name])} == {K0, K1}
+    before = load_graph(changed(lambda model: None)).palettized()
+    found = load_graph(changed(rename(K0, K1, part))).palettized()
+    assert {name for name in found if not found[name].same_bits(before[name])} == {K0, K1}
 
 
 def test_all_names_of_two_weights_exchanged(changed):
@@ -226,10 +235,8 @@ def test_all_names_of_two_weights_exchanged(changed):
 
 def test_weight_that_nothing_uses(changed):
     def edit(model):
-        operands = list(product(model, GATE0).input)[1:]
-        node = product(model, UP0)
-        del node.input[1:]
-        node.input.extend(operands)
+        for (mine, here), (other, there) in zip(operands(model, UP0), operands(model, GATE0), strict=True):
+            mine.input[here] = other.input[there]
 
     with pytest.raises(PackageError, match=f"{UP0}: nothing uses it"):
         load_graph(changed(edit)).palettized()
@@ -239,17 +246,74 @@ def test_weight_that_is_changed_on_its_way(changed):
     """A node between the decoded weight and the product: the codes are right, the numbers are not."""
 
     def edit(model):
-        node = product(model, UP0)
-        place = list(model.graph.node).index(node)
-        two = numpy_helper.from_array(np.array(2, np.float32 if len(node.input) == 2 else np.uint8), "two")
+        slots = operands(model, UP0)
+        node, place = slots[0]
+        two = numpy_helper.from_array(np.array(2, np.float32 if len(slots) == 1 else np.uint8), "two")
         model.graph.initializer.append(two)
-        model.graph.node.insert(
-            place, helper.make_node("Mul", [node.input[1], "two"], ["doubled"], name="doubled")
+        model.graph.node.append(
+            helper.make_node("Mul", [node.input[place], "two"], ["doubled"], name="doubled")
         )
-        product(model, UP0).input[1] = "doubled"
+        node.input[place] = "doubled"
+        sort(model)
 
     with pytest.raises(PackageError, match=f"{UP0}: .* uses other values than its codes and LUT give"):
         load_graph(changed(edit)).palettized()
+
+
+@pytest.fixture(params=["fast", "fast int4"])
+def joint(request, exported, tmp_path):
+    """As `changed`, of a graph in which weights share a product; the edit gets its Split and its two Concats too."""
+
+    def change(edit: Callable[..., object]) -> Path:
+        folder = Path(shutil.copytree(exported(request.param), tmp_path / "changed"))
+        path = folder / "onnx" / "model.onnx"
+        model = onnx.load(path, load_external_data=False)
+        (entries, _), (scales, _) = operands(model, K0)
+        edit(model, maker(model, f"{K0}.product"), entries, scales)
+        path.write_bytes(model.SerializeToString())
+        return folder
+
+    return change
+
+
+def turned(values) -> None:
+    values[:] = list(values)[::-1]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda model, cut, entries, scales: turned(scales.input), "in one piece"),
+        (lambda model, cut, entries, scales: turned(cut.output), "are exchanged|other values"),
+        (lambda model, cut, entries, scales: entries.input.pop(), "does not cut the results"),
+        (lambda model, cut, entries, scales: cut.input.pop(), "takes parts of it and of"),
+        (
+            lambda model, cut, entries, scales: entries.attribute[0].__setattr__("i", 1),
+            "takes parts of it and of",
+        ),
+        (lambda model, cut, entries, scales: setattr(scales, "op_type", "Add"), "takes parts of it and of"),
+        (
+            lambda model, cut, entries, scales: model.graph.node.append(
+                helper.make_node("Neg", [cut.input[0]], ["unseen"], name="unseen")
+            ),
+            "takes parts of it and of",
+        ),
+    ],
+    ids=["scales", "results", "fewer weights", "no sizes", "columns", "sum", "used whole"],
+)
+def test_weights_that_share_a_product(joint, edit, message):
+    with pytest.raises(PackageError, match=message):
+        load_graph(joint(edit)).palettized()
+
+
+@pytest.mark.parametrize("sizes", [[32, 16, 17], [33, 15, 16], [48, 32, -16]])
+def test_results_cut_in_the_wrong_places(joint, sizes):
+    def edit(model, cut, entries, scales):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(sizes, np.int64), "sizes"))
+        cut.input[1] = "sizes"
+
+    with pytest.raises(PackageError, match="does not cut the results|uses other values"):
+        load_graph(joint(edit)).palettized()
 
 
 def test_tables_that_give_other_symbols(changed):
