@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edkm_export.errors import PaletteError
+from edkm_export.lut_grid import int8_scale
 from edkm_export.packing import SUPPORTED_BITS, pack, packed_size_bytes, unpack
 
 __all__ = ["PalettizedTensor", "all_finite", "check_grouping", "int8_scale"]
@@ -21,25 +22,6 @@ _DECODE_ROWS = 1024  # index rows decoded at a time, to bound the int64 temporar
 def all_finite(tensor: Tensor) -> bool:
     """True when a tensor holds neither NaN nor infinity; needs no copy of it."""
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
-
-
-def int8_scale(largest: Tensor) -> Tensor:
-    """Choose the scale of an int8 LUT.
-
-    It has at most four significant bits: its product with an int8 entry then has at most eleven, which float16 holds,
-    so that a runtime may round the product or not.
-
-    Args:
-        largest: float, largest magnitude of the entries.
-
-    Returns:
-        float16, of the same shape: at least `largest / 127`, or 1 where that is zero.
-    """
-    needed = largest.double() / 127
-    _, exponent = torch.frexp(needed)  # needed is in [2**(exponent - 1), 2**exponent)
-    step = torch.ldexp(torch.ones_like(needed), exponent - 4).clamp_min(2.0**-24)  # float16's smallest number
-    scale = ((needed / step).ceil() * step).clamp_max(512.0)  # 127 * 512 is the largest that float16 holds
-    return torch.where(largest > 0, scale, 1.0).half()
 
 
 def check_grouping(name: str, rows: int, group_size: int, what: str = "output rows") -> None:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from edkm_export.clustering import hard_assign, optimal_centroids
 from edkm_export.errors import InputError
+from edkm_export.lut_grid import round_to_grid
 from edkm_export.memory import return_freed_memory
 from edkm_export.models.conv1d import as_linear, held_weight, is_conv1d
-from edkm_export.palette import PalettizedTensor, all_finite, int8_scale
+from edkm_export.palette import PalettizedTensor, all_finite
 from edkm_export.recipe import Recipe, Rule
 
 __all__ = ["PalettizedModel", "palettizable_shapes", "palettize_model", "palettize_weight"]
@@ -132,26 +133,17 @@ def palettize_weight(
     grouped = weight.reshape(groups, group_size * columns)
     if importance is not None:
         importance = importance.float()  # [in], repeated for each row of a group
-    lut = torch.empty(groups, 1, entries, 1, dtype=torch.int8 if rule.lut_dtype == "int8" else torch.float16)
-    scale = torch.empty(groups, 1, dtype=torch.float16) if rule.lut_dtype == "int8" else None
+    in_steps = rule.lut_dtype != "float16"
+    lut = torch.empty(groups, 1, entries, 1, dtype=torch.int8 if in_steps else torch.float16)
+    scale = torch.empty(groups, 1, dtype=torch.float16) if in_steps else None
     indices = torch.empty(groups, group_size * columns, dtype=torch.uint8)
     step = max(1, _BLOCK_WEIGHTS // (group_size * columns))
     for start in range(0, groups, step):
         block = grouped[start : start + step]
         centroids, _ = optimal_centroids(block, entries, importance=importance)  # [step, entries]
-        values = _round(
-            centroids, lut[start : start + step], None if scale is None else scale[start : start + step]
-        )
-        indices[start : start + step] = hard_assign(block, values)
+        rounded = round_to_grid(centroids, rule.lut_dtype)
+        lut[start : start + step, 0, :, 0] = rounded.lut
+        if scale is not None and rounded.scale is not None:
+            scale[start : start + step, 0] = rounded.scale
+        indices[start : start + step] = hard_assign(block, rounded.values)
     return PalettizedTensor.from_indices(name, lut, indices.view(out, columns), lut_scale=scale)
-
-
-def _round(centroids: Tensor, lut: Tensor, scale: Tensor | None) -> Tensor:
-    """Round centroids [groups, entries] into `lut` and `scale`; return what they decode to, float16."""
-    if scale is None:
-        lut.copy_(centroids[:, None, :, None])
-        return lut[:, 0, :, 0]
-    scale.copy_(int8_scale(centroids.abs().amax(1, keepdim=True)))  # [groups, 1]
-    steps = (centroids / scale.double()).round().clamp(-127, 127)
-    lut.copy_(steps[:, None, :, None])
-    return (steps.float() * scale.float()).half()

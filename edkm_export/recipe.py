@@ -15,12 +15,12 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import pydantic
 import yaml
 
 from edkm_export.errors import RecipeError
+from edkm_export.lut_grid import LutDtype, check_bits, suited
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.palette import check_grouping
 
@@ -38,7 +38,8 @@ class Rule(_Strict):
         match: shell pattern (`*`, `?`, `[...]`) for the module's name, such as "model.layers.*.mlp.*".
         bits: bits of an index, one of 1, 2, 3, 4, 6, 8.
         group_size: output rows that share a LUT; 0: one LUT for the whole weight.
-        lut_dtype: "float16", or "int8": entries on an int8 grid with one float16 scale a LUT.
+        lut_dtype: "float16", or "int8" or "int4": entries are whole numbers of steps, of which each LUT has a float16
+            scale. "int4" has 16 levels, -8 to 7, for LUTs of at most 3 bits; it is stored as int8.
         skip: leave the weight as it is, in float16.
         optional: no error when nothing matches (a tied output head is not a module of its own).
     """
@@ -46,7 +47,7 @@ class Rule(_Strict):
     match: str = "*"
     bits: int = 4
     group_size: int = pydantic.Field(default=16, ge=0)
-    lut_dtype: Literal["float16", "int8"] = "float16"
+    lut_dtype: LutDtype = "float16"
     skip: bool = False
     optional: bool = False
 
@@ -58,6 +59,16 @@ class Rule(_Strict):
                 f"no deployment target can hold {bits} bits, use one of {', '.join(map(str, SUPPORTED_BITS))}"
             )
         return bits
+
+    @pydantic.field_validator("lut_dtype")
+    @classmethod
+    def _chooses(cls, lut_dtype: LutDtype, info: pydantic.ValidationInfo) -> LutDtype:
+        check_bits(lut_dtype, info.data.get("bits", 0))  # bits that are wrong have their own message
+        return lut_dtype
+
+    def with_bits(self, bits: int) -> Rule:
+        """The same at other bits; the grid is int8 where int4 would leave nothing to choose."""
+        return self.model_copy(update={"bits": bits, "lut_dtype": suited(self.lut_dtype, bits)})
 
 
 class Recipe(_Strict):
@@ -108,24 +119,24 @@ _OUTER = ("*embed_tokens", "*lm_head", "*transformer.wte")
 _DENSE = ("*transformer.wpe",)
 
 
-def uniform_recipe(
-    bits: int = 4, group_size: int = 16, lut_dtype: Literal["float16", "int8"] = "float16"
-) -> Recipe:
+def uniform_recipe(bits: int = 4, group_size: int = 16, lut_dtype: LutDtype = "float16") -> Recipe:
     """The default: linear layers at `bits` in groups, embedding and output head at 8 bits with one LUT each.
 
+    With an int4 grid in the linear layers, embedding and output head have an int8 one.
+
     Raises:
-        RecipeError: `bits` or `group_size` is not supported.
+        RecipeError: `bits` or `group_size` is not supported, or not with this LUT dtype.
     """
     try:
         inner = Rule(match="*", bits=bits, group_size=group_size, lut_dtype=lut_dtype)
+        wide = suited(lut_dtype, 8)
         outer = [
-            Rule(match=pattern, bits=8, group_size=0, lut_dtype=lut_dtype, optional=True)
-            for pattern in _OUTER
+            Rule(match=pattern, bits=8, group_size=0, lut_dtype=wide, optional=True) for pattern in _OUTER
         ]
     except pydantic.ValidationError as error:
         raise RecipeError(_explain(error)) from error
     suffix = f"g{group_size}" if group_size else ""
-    dense = [Rule(match=pattern, lut_dtype=lut_dtype, skip=True, optional=True) for pattern in _DENSE]
+    dense = [Rule(match=pattern, lut_dtype=wide, skip=True, optional=True) for pattern in _DENSE]
     return Recipe(name=f"{bits}bit{suffix}", rules=(*outer, *dense, inner))
 
 
@@ -138,6 +149,8 @@ PRESETS: dict[str, Recipe] = {
     "4bit-per-tensor": uniform_recipe(4, 0).model_copy(update={"name": "4bit-per-tensor"}),
     "4bit-int8": uniform_recipe(4, lut_dtype="int8").model_copy(update={"name": "4bit-int8"}),
     "3bit-int8": uniform_recipe(3, lut_dtype="int8").model_copy(update={"name": "3bit-int8"}),
+    "3bit-int4": uniform_recipe(3, lut_dtype="int4").model_copy(update={"name": "3bit-int4"}),
+    "2bit-int4": uniform_recipe(2, lut_dtype="int4").model_copy(update={"name": "2bit-int4"}),
     "dense": Recipe(name="dense", rules=(Rule(match="*", skip=True),)),
 }
 

@@ -196,6 +196,30 @@ def test_constant_weights(weight, lut_dtype):
     )
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(4, 6), torch.full((4, 6), -2.5), torch.tensor([[1e-7]]), torch.tensor([[0.5, 0.5, -1.0]])],
+)
+def test_few_values_on_an_int4_grid(weight, bits):
+    tensor = palettize_weight("w", weight.half(), Rule(bits=bits, group_size=0, lut_dtype="int4"))
+    # scales are 1/15 to 1/8 apart, and a value may be any of 7 multiples
+    torch.testing.assert_close(tensor.decode(), weight.half(), rtol=1 / 16, atol=1e-7)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_int4_luts(bits):
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(32, 40, generator=generator) * torch.logspace(-2, 1, 32)[:, None]).half()
+    tensor = palettize_weight("w", weight, Rule(bits=bits, group_size=8, lut_dtype="int4"))
+    assert tensor.lut.dtype == torch.int8 and tensor.lut_scale is not None
+    assert int(tensor.lut.min()) >= -8 and int(tensor.lut.max()) <= 7
+    product = tensor.lut.double() * tensor.lut_scale.double()[:, :, None, None]
+    assert torch.equal(tensor.lut_values().double(), product)
+    assert torch.equal(tensor.decode().bfloat16().float(), tensor.decode().float())
+    assert_nearest(tensor, weight)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_int8_luts(bits):
     generator = torch.Generator().manual_seed(0)
@@ -215,10 +239,11 @@ def test_int8_luts(bits):
     assert bool((int8_error <= float_error + 0.51 * tensor.lut_scale[:, 0]).all())
 
 
-def test_blocks_of_groups_do_not_matter(monkeypatch):
+@pytest.mark.parametrize("lut_dtype", ["int8", "int4"])
+def test_blocks_of_groups_do_not_matter(lut_dtype, monkeypatch):
     weight = torch.randn(48, 20, generator=torch.Generator().manual_seed(0)).half()
     importance = torch.rand(20, generator=torch.Generator().manual_seed(1))
-    rule = Rule(bits=3, group_size=4, lut_dtype="int8")
+    rule = Rule(bits=3, group_size=4, lut_dtype=lut_dtype)
     whole = palettize_weight("w", weight, rule, importance=importance)
     for size in (1, 170, 500):
         monkeypatch.setattr(palettize, "_BLOCK_WEIGHTS", size)

@@ -140,6 +140,37 @@ def test_uniform_recipe_passes_the_lut_dtype_on():
     assert {rule.lut_dtype for rule in uniform_recipe(3, 8, "int8").rules} == {"int8"}
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_int4_luts_are_the_linear_layers_alone(bits):
+    plan = uniform_recipe(bits, 8, "int4").plan(SHAPES, "model")
+    for name, rule in plan.items():
+        outer = name in ("model.embed_tokens", "lm_head")
+        assert (rule.bits, rule.lut_dtype) == ((8, "int8") if outer else (bits, "int4"))
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_int4_presets(bits):
+    assert PRESETS[f"{bits}bit-int4"].rules == uniform_recipe(bits, 16, "int4").rules
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_int4_luts_of_many_entries_are_refused(bits):
+    message = (
+        f"lut_dtype: int4 has 16 levels, so that with indices of {bits} bits there is nothing left to choose; "
+        "use int8, or at most 3 bits (found 'int4')."
+    )
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
+        uniform_recipe(bits, 16, "int4")
+
+
+@pytest.mark.parametrize("lut_dtype", ["float16", "int8", "int4"])
+def test_a_rule_at_other_bits(lut_dtype):
+    rule = Rule(match="*.q_proj", bits=2, group_size=4, lut_dtype=lut_dtype)
+    assert rule.with_bits(3) == Rule(match="*.q_proj", bits=3, group_size=4, lut_dtype=lut_dtype)
+    wide = "int8" if lut_dtype == "int4" else lut_dtype
+    assert rule.with_bits(4) == Rule(match="*.q_proj", bits=4, group_size=4, lut_dtype=wide)
+
+
 # YAML
 
 
@@ -183,8 +214,13 @@ def test_recipe_in_a_checkpoint_reads_back():
         ),
         (
             "rules: [{lut_dtype: float32}]",
-            "rules.0.lut_dtype: Input should be 'float16' or 'int8' (found 'float32')",
+            "rules.0.lut_dtype: Input should be 'float16', 'int8' or 'int4' (found 'float32')",
         ),
+        (
+            "rules: [{bits: 2, lut_dtype: int4}, {lut_dtype: int4}]",
+            "rules.1.lut_dtype: int4 has 16 levels, so that with indices of 4 bits",
+        ),
+        ("rules: [{bits: 5, lut_dtype: int4}]", "rules.0.bits: no deployment target can hold 5 bits"),
         ("rules: []", "rules: Tuple should have at least 1 item"),
         ("name: mine", "rules: Field required"),
         ("", "recipe: Input should be a valid dictionary"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
+    from edkm_export.lut_grid import LutDtype
     from edkm_export.recipe import Recipe
 
 __all__ = ["command"]
@@ -25,11 +26,14 @@ _CONTEXT = 512
     "--group-size", type=int, help="Output rows that share a LUT; 0: one for the weight.  [default: 16]"
 )
 @click.option(
-    "--lut-dtype", type=click.Choice(["float16", "int8"]), help="Type of the LUT entries.  [default: float16]"
+    "--lut-dtype",
+    type=click.Choice(["float16", "int8", "int4"]),
+    help="Type of the LUT entries; int4, 16 even levels, for up to 3 bits.  [default: float16]",
 )
 @click.option(
     "--recipe",
-    help="YAML file or preset (8bit, 6bit, 4bit, 3bit, 2bit, 4bit-per-tensor, 4bit-int8, 3bit-int8, dense).",
+    help="YAML file or preset (8bit, 6bit, 4bit, 3bit, 2bit, 4bit-per-tensor, 4bit-int8, 3bit-int8, 3bit-int4, "
+    "2bit-int4, dense).",
 )
 @click.option(
     "--calibration",
@@ -43,7 +47,7 @@ def command(
     output: Path,
     bits: int | None,
     group_size: int | None,
-    lut_dtype: Literal["float16", "int8"] | None,
+    lut_dtype: LutDtype | None,
     recipe: str | None,
     calibration: Path | None,
     calibration_tokens: int,
@@ -137,7 +141,7 @@ def _recipe(
     reference: str | None,
     bits: int | None,
     group_size: int | None,
-    lut_dtype: Literal["float16", "int8"] | None,
+    lut_dtype: LutDtype | None,
 ) -> Recipe:
     from edkm_export.recipe import load_recipe, uniform_recipe
 

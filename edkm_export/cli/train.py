@@ -36,7 +36,11 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 @click.option("--bits", type=int, help="Bits of an index: 1, 2, 3, 4, 6 or 8.")
 @click.option("--target-bits", type=float, help="Average bits a weight; sensitive layers get more.")
 @click.option("--group-size", type=int, help="Output rows that share a LUT; 0: one for the weight.")
-@click.option("--lut-dtype", type=click.Choice(["float16", "int8"]), help="Grid of the LUT entries.")
+@click.option(
+    "--lut-dtype",
+    type=click.Choice(["float16", "int8", "int4"]),
+    help="Grid of the LUT entries; int4, 16 even levels, for up to 3 bits (layers of more get int8).",
+)
 @click.option(
     "--backward",
     type=click.Choice(["straight-through", "soft", "dkm"]),

@@ -56,8 +56,8 @@ class ClusterBatch:
     """Refreshes many `Clusters` together; the result is that of refreshing each.
 
     LUTs are small, and rounding each of some hundred takes longer to launch than to compute. Those on a float16
-    grid are rounded as one row; int8 grids, whose scale is a group's own, one by one. On CUDA weights are assigned
-    in one launch, too, and the gradients of LUTs computed in one, see `defer`.
+    grid are rounded as one row; int8 and int4 grids, whose scale is a group's own, one by one. On CUDA weights are
+    assigned in one launch, too, and the gradients of LUTs computed in one, see `defer`.
     """
 
     def __init__(self, clusters: Sequence[Clusters]) -> None:

@@ -9,6 +9,7 @@ import pydantic
 import yaml
 
 from edkm_export.errors import InputError
+from edkm_export.lut_grid import LutDtype, check_bits
 from edkm_export.training.clusters import Backward
 
 __all__ = ["PRESETS", "TrainConfig", "load_config_file"]
@@ -20,7 +21,8 @@ class TrainConfig(pydantic.BaseModel):
     Attributes:
         bits: bits of an index in the decoder's linear layers. Embedding and output head take 8.
         group_size: output rows that share a LUT; 0: one LUT a weight.
-        lut_dtype: grid of the LUT entries.
+        lut_dtype: grid of the LUT entries. "int4" takes at most 3 `bits`; layers that get more by `target_bits`, and
+            embedding and output head, are on an int8 grid.
         target_bits: average over the decoder's weights, LUTs included, that layers of more bits may fill up,
             the most sensitive first; None: all layers take `bits`.
         backward, alpha, iterations: see `ClusterMethod`.
@@ -57,7 +59,7 @@ class TrainConfig(pydantic.BaseModel):
 
     bits: Literal[1, 2, 3, 4, 6, 8] = 4
     group_size: int = pydantic.Field(default=16, ge=0)
-    lut_dtype: Literal["float16", "int8"] = "float16"
+    lut_dtype: LutDtype = "float16"
     target_bits: float | None = pydantic.Field(default=None, gt=0, le=8.5)
     backward: Backward = "straight-through"
     alpha: float = pydantic.Field(default=1.0, gt=0)
@@ -95,6 +97,12 @@ class TrainConfig(pydantic.BaseModel):
     log_every: int = pydantic.Field(default=10, ge=1)
     save_every: int = pydantic.Field(default=200, ge=0)
 
+    @pydantic.field_validator("lut_dtype")
+    @classmethod
+    def _chooses(cls, lut_dtype: LutDtype, info: pydantic.ValidationInfo) -> LutDtype:
+        check_bits(lut_dtype, info.data.get("bits", 0))  # bits that are wrong have their own message
+        return lut_dtype
+
     def updated(self, changes: dict[str, Any]) -> TrainConfig:
         """These settings with some changed.
 
@@ -105,7 +113,8 @@ class TrainConfig(pydantic.BaseModel):
             return TrainConfig.model_validate({**self.model_dump(), **changes})
         except pydantic.ValidationError as error:
             lines = [
-                f"{'.'.join(map(str, detail['loc'])) or 'settings'}: {detail['msg']} (found {detail.get('input')!r})"
+                f"{'.'.join(map(str, detail['loc'])) or 'settings'}: {detail['msg'].removeprefix('Value error, ')} "
+                f"(found {detail.get('input')!r})"
                 for detail in error.errors()
             ]
             raise InputError("; ".join(lines)[:600] + ".") from error

@@ -131,7 +131,7 @@ class Sensitivity:
         self._losses: dict[tuple[str, int], float] = {}
 
     def _rule(self, name: str, bits: int) -> Rule:
-        return self._rules[name].model_copy(update={"bits": bits})
+        return self._rules[name].with_bits(bits)
 
     def loss(self, name: str, bits: int) -> float:
         """Estimated growth of the loss in nats a token."""
@@ -199,7 +199,7 @@ def allocate_bits(
 def mixed_recipe(base: Recipe, chosen: Mapping[str, int], plan: Mapping[str, Rule]) -> Recipe:
     """A recipe with a rule of its own for each layer that differs from the base."""
     rules = [
-        plan[name].model_copy(update={"match": name, "bits": bits, "optional": False})
+        plan[name].with_bits(bits).model_copy(update={"match": name, "optional": False})
         for name, bits in chosen.items()
         if bits != plan[name].bits
     ]
@@ -218,7 +218,10 @@ def average_bits(shapes: Mapping[str, tuple[int, ...]], plan: Mapping[str, Rule]
 
 
 def storage_bits(shape: Sequence[int], rule: Rule) -> int:
-    """Bits that a weight of this shape takes under a rule: indices, LUTs, and the scales of int8 LUTs."""
+    """Bits that a weight of this shape takes under a rule: indices, LUTs, and the scales of int8 and int4 LUTs.
+
+    An entry of an int4 LUT is stored in 8 bits, too.
+    """
     groups = shape[0] // (rule.group_size or shape[0])
-    lut = (16 if rule.lut_dtype == "float16" else 8) << rule.bits
-    return math.prod(shape) * rule.bits + groups * (lut + (16 if rule.lut_dtype == "int8" else 0))
+    lut = 16 << rule.bits if rule.lut_dtype == "float16" else (8 << rule.bits) + 16
+    return math.prod(shape) * rule.bits + groups * lut

@@ -15,7 +15,7 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import InputError
 from edkm_export.models.soft import SoftWeights
 from edkm_export.palette import PalettizedTensor
-from edkm_export.recipe import Rule
+from edkm_export.recipe import Recipe
 from edkm_export.training import checkpoints
 from edkm_export.training.clusters import Backward, ClusterMethod, Clusters
 from edkm_export.training.config import TrainConfig
@@ -47,8 +47,8 @@ def read_soft_weights(run: Path, checkpoint: Checkpoint) -> SoftWeights:
     Raises:
         InputError: the state is gone, damaged or of another step, or nothing in it has a soft form.
     """
-    config, step = _settings(checkpoint)
-    state = _read_state(run, config, step, checkpoint)
+    config, recipe, step = _settings(checkpoint)
+    state = _read_state(run, config, recipe, step, checkpoint)
     soft = {
         name: tensor for name, tensor in checkpoint.palettized.items() if state.is_soft(name, tensor.n_bits)
     }
@@ -79,11 +79,13 @@ class _State:
         path: one of its checkpoints.
         tensors: of the student, by name in its state dict.
         config: settings of the run.
+        recipe: what it was palettized with.
     """
 
     path: Path
     tensors: Mapping[str, Any]
     config: TrainConfig
+    recipe: Recipe
 
     @property
     def method(self) -> ClusterMethod:
@@ -112,7 +114,9 @@ class _State:
             if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
                 raise self._misfit(name)
             held[part] = tensor
-        rule = Rule(bits=shipped.n_bits, lut_dtype="int8" if shipped.lut.dtype == torch.int8 else "float16")
+        rule = self.recipe.rule_for(name.removesuffix(".weight"))  # int8 entries do not tell an int4 grid
+        if rule is None:
+            raise self._misfit(name)
         centroids = held["lut"] * held["unit"]
         clusters = Clusters(held["weight"], centroids, rule, self.method, in_bfloat16=self.config.bf16)
         for part in ("lut", "unit", "codes"):
@@ -132,19 +136,20 @@ def _part(name: str, part: str) -> str:
     return f"{name.removesuffix('.weight')}.clusters.{part}"
 
 
-def _settings(checkpoint: Checkpoint) -> tuple[TrainConfig, int]:
-    """Settings and last step of the run that wrote a checkpoint."""
+def _settings(checkpoint: Checkpoint) -> tuple[TrainConfig, Recipe, int]:
+    """Settings, recipe and last step of the run that wrote a checkpoint."""
     stored = checkpoint.provenance.get("training")
     if not isinstance(stored, dict):
         raise InputError(f"{checkpoint.path}: was palettized in one shot; there is no soft model.")
     known = {key: value for key, value in stored.items() if key in TrainConfig.model_fields}
     try:
-        return TrainConfig.model_validate(known), int(stored["trained_steps"])
+        recipe = Recipe.model_validate(checkpoint.recipe)
+        return TrainConfig.model_validate(known), recipe, int(stored["trained_steps"])
     except (pydantic.ValidationError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{checkpoint.path}: does not say how it was trained.") from error
 
 
-def _read_state(run: Path, config: TrainConfig, step: int, checkpoint: Checkpoint) -> _State:
+def _read_state(run: Path, config: TrainConfig, recipe: Recipe, step: int, checkpoint: Checkpoint) -> _State:
     path = checkpoints.last_complete(RunFolder(run).checkpoints)
     if path is None:
         why = (
@@ -160,4 +165,4 @@ def _read_state(run: Path, config: TrainConfig, step: int, checkpoint: Checkpoin
         raise InputError(f"{path}: is of step {found}, and {checkpoint.path} of step {step}.")
     if not isinstance(tensors, Mapping):
         raise InputError(f"{path}: {checkpoints.WEIGHTS} holds no weights.")
-    return _State(path, tensors, config)
+    return _State(path, tensors, config, recipe)

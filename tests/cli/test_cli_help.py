@@ -65,7 +65,7 @@ def test_help_of_a_command(edkm, command):
         (["--no-such-option"], "--no-such-option"),
         (["palettize"], "Missing argument 'MODEL'"),
         (["palettize", "model", "--bits", "four"], "'four' is not a valid integer"),
-        (["palettize", "model", "--lut-dtype", "int4"], "'int4' is not one of 'float16', 'int8'"),
+        (["palettize", "model", "--lut-dtype", "int2"], "'int2' is not one of 'float16', 'int8'"),
         (["palettize", "model", "--calibration-tokens", "1"], "1 is not in the range x>=2"),
         (
             ["palettize", "model", "--recipe", "4bit", "--bits", "3"],

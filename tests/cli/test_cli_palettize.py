@@ -65,6 +65,18 @@ def test_options(edkm, small_folder):
     assert (tensor.n_bits, tensor.group_size, tensor.lut.dtype) == (3, 8, torch.int8)
 
 
+@pytest.mark.parametrize("options", [("--bits", 3, "--lut-dtype", "int4"), ("--recipe", "3bit-int4")])
+def test_int4_luts(edkm, small_folder, options):
+    assert edkm("palettize", small_folder, *options).status == 0
+    made = checkpoint.load(Path("model.pt"))
+    for name, tensor in made.palettized.items():
+        assert tensor.lut.dtype == torch.int8
+        if tensor.n_bits == 3:
+            assert int(tensor.lut.min()) >= -8 and int(tensor.lut.max()) <= 7
+        else:
+            assert "embed_tokens" in name and int(tensor.lut.max()) > 7
+
+
 def test_recipe_file(edkm, small_folder):
     Path("mine.yaml").write_text('rules: [{match: "*.mlp.*", bits: 2}, {match: "*", skip: true}]')
     assert edkm("palettize", small_folder, "--recipe", "mine.yaml").status == 0
@@ -117,6 +129,12 @@ def refused(edkm: Callable[..., Any], work: Path, *arguments: object) -> str:
     assert result.status == 2, result.err
     assert snapshot(work) == before
     return result.message
+
+
+@pytest.mark.parametrize("bits", [(), ("--bits", 4)])
+def test_int4_luts_of_many_entries(edkm, work, small_folder, bits):
+    message = refused(edkm, work, small_folder, "--lut-dtype", "int4", *bits)
+    assert "int4 has 16 levels" in message and "use int8, or at most 3 bits" in message
 
 
 @pytest.mark.parametrize("reference", ["/gone/model", "./gone", "a/b/c"])

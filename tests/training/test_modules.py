@@ -69,7 +69,7 @@ def check_straight_through(clusters: Clusters, run: Any, run_dense: Any, inputs:
             torch.testing.assert_close(own.grad, twin.grad, **EXACT)
 
 
-@pytest.mark.parametrize("lut_dtype", ["float16", "int8"])
+@pytest.mark.parametrize("lut_dtype", ["float16", "int8", "int4"])
 @pytest.mark.parametrize("group_size", [0, 4])
 def test_linear_gradients_equal_dense_autograd(group_size: int, lut_dtype: Any) -> None:
     clusters = make_clusters((12, 10), Rule(bits=3, group_size=group_size, lut_dtype=lut_dtype))
@@ -233,6 +233,21 @@ def test_a_bfloat16_product_sees_the_weights_that_ship() -> None:
     assert not torch.equal(plain.bfloat16().float(), plain.float())  # the grid is needed
 
 
+def test_a_bfloat16_product_sees_an_int4_grid_as_it_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 32, generator=generator) * torch.logspace(-7, 0, 16)[:, None]
+    for in_bfloat16 in (False, True):
+        rule = Rule(bits=3, group_size=1, lut_dtype="int4")
+        clusters = Clusters(
+            weight, seed_centroids(weight, rule)[0], rule, ClusterMethod(), in_bfloat16=in_bfloat16
+        )
+        decoded = clusters.export("w").decode()
+        assert decoded[4:].abs().amin(1).max() > 0
+        assert torch.equal(
+            PalettizedLinear(clusters, None).dense_weight(torch.bfloat16).float(), decoded.float()
+        )
+
+
 def test_large_luts_are_straight_through_in_any_method() -> None:
     clusters = make_clusters((16, 64), Rule(bits=8, group_size=0), ClusterMethod("dkm"))
     assert clusters.method.backward == "straight-through" and clusters.lut.requires_grad
@@ -247,6 +262,7 @@ def test_refreshing_together_is_refreshing_each(in_bfloat16: bool) -> None:
                 (Rule(bits=2, group_size=4), (16, 8)),
                 (Rule(bits=3, group_size=0), (8, 12)),
                 (Rule(bits=3, group_size=2, lut_dtype="int8"), (4, 20)),
+                (Rule(bits=2, group_size=2, lut_dtype="int4"), (4, 20)),
             ]
         ):
             weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -247,6 +247,8 @@ def test_minutes_end_a_run_and_its_schedule(tmp_path: Path) -> None:
         {"backward": "soft"},
         {"backward": "dkm", "group_size": 0, "iterations": 2},
         {"objective": "cross-entropy", "lut_dtype": "int8", "train_embedding": True, "accumulate": 2},
+        {"backward": "dkm", "bits": 3, "lut_dtype": "int4", "refit_every": 1},
+        {"bf16": True, "lut_dtype": "int4", "target_bits": 3.6, "group_size": 4},
         {"bf16": True, "gradient_checkpointing": True, "importance": "energy", "fold_scales": True},
         {
             "self_generated": 64,
@@ -256,7 +258,15 @@ def test_minutes_end_a_run_and_its_schedule(tmp_path: Path) -> None:
             "train_norms": False,
         },
     ],
-    ids=["soft", "dkm", "cross-entropy-int8", "bf16-checkpointing-fold", "self-generated-mixed"],
+    ids=[
+        "soft",
+        "dkm",
+        "cross-entropy-int8",
+        "dkm-int4",
+        "mixed-int4",
+        "bf16-checkpointing-fold",
+        "self-generated-mixed",
+    ],
 )
 def test_each_switch_trains_and_ships(changes: dict[str, Any], tmp_path: Path) -> None:
     outcome = run(
@@ -264,8 +274,17 @@ def test_each_switch_trains_and_ships(changes: dict[str, Any], tmp_path: Path) -
     )
     stages = outcome.evaluations[HELDOUT.name]
     assert stages["trained"].perplexity < 2 * stages["one-shot"].perplexity  # sane after two steps
-    stored = load(outcome.path).palettized["model.layers.0.mlp.up_proj.weight"]
-    assert stored.lut.dtype == (torch.int8 if changes.get("lut_dtype") == "int8" else torch.float16)
+    made = load(outcome.path)
+    stored = made.palettized["model.layers.0.mlp.up_proj.weight"]
+    assert stored.lut.dtype == (torch.int8 if "lut_dtype" in changes else torch.float16)
+    if changes.get("lut_dtype") == "int4":
+        few = {name: each for name, each in made.palettized.items() if each.n_bits <= 3}
+        for name, each in made.palettized.items():
+            assert each.lut.dtype == torch.int8
+            within = int(each.lut.min()) >= -8 and int(each.lut.max()) <= 7
+            assert within == (name in few)
+        wide = {name for name in made.palettized if name not in few and "proj" in name}
+        assert few and bool(wide) == ("target_bits" in changes)
     if changes.get("group_size") == 0:
         assert stored.groups == (1, 1)
 
@@ -298,6 +317,7 @@ def test_the_command_trains_and_prints_a_table(tmp_path: Path) -> None:
     [
         (["--resume", "--overwrite"], "give one of them"),
         (["--recipe", "4bit", "--bits", "3"], "--recipe decides bits"),
+        (["--lut-dtype", "int4"], "lut_dtype: int4 has 16 levels, so that with indices of 4 bits"),
         (["--bits", "5"], "bits: Input should be 1, 2, 3, 4, 6 or 8"),
         (["--target-bits", "0.5"], "is below 1 bit"),
         (["--context", "1"], "context: Input should be greater than or equal to 2"),

@@ -10,7 +10,7 @@ import torch
 from odd_models import build
 
 from edkm_export.errors import InputError
-from edkm_export.recipe import uniform_recipe
+from edkm_export.recipe import Recipe, uniform_recipe
 from edkm_export.training.clusters import ClusterMethod
 from edkm_export.training.scaling import fold_scales, norm_readers
 from edkm_export.training.sensitivity import (
@@ -114,10 +114,11 @@ def test_losses_that_cannot_win_are_not_asked_for() -> None:
     assert asked == {(name, 2) for name in sizes} | {("7", 3)}
 
 
-def test_mixed_bits_average_what_was_asked_and_what_is_stored() -> None:
+@pytest.mark.parametrize("lut_dtype", ["float16", "int8", "int4"])
+def test_mixed_bits_average_what_was_asked_and_what_is_stored(lut_dtype: Any) -> None:
     model = build("plain").requires_grad_(False)
     windows = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
-    base = uniform_recipe(2, 4)
+    base = uniform_recipe(2, 4, lut_dtype)
     shapes = trainable_shapes(model)
     plan = {name: rule for name, rule in base.plan(shapes, "m").items() if "embed" not in name}
     found = Sensitivity(
@@ -130,6 +131,12 @@ def test_mixed_bits_average_what_was_asked_and_what_is_stored() -> None:
     recipe = mixed_recipe(base, allocate_bits(found.sizes, found.loss, int(3.9 * numel)), plan)
     mixed = {name: recipe.rule_for(name) for name in plan}
     assert {rule.bits for rule in mixed.values()} >= {2, 3}
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe  # as a run that goes on reads it
+    if lut_dtype == "int4":
+        assert {(rule.bits <= 3, rule.lut_dtype) for rule in mixed.values()} == {
+            (True, "int4"),
+            (False, "int8"),
+        }
     insert_clusters(model, recipe, method=ClusterMethod(), seeds=found.seeds)
     stored = [t for n, t in to_checkpoint(model, recipe).palettized.items() if "embed" not in n]
     actual = sum(tensor.size_bytes for tensor in stored) * 8 / numel

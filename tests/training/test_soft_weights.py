@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,22 @@ def test_soft_weight_is_that_of_the_equations(backward, plain, tmp_path):
     means = (attention * grouped[..., None]).sum(1) / attention.sum(1)
     expected = (attention * means[:, None]).sum(-1).view_as(weight)
     assert torch.allclose(found[WEIGHT].double(), expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("changes", [{}, {"target_bits": 4.0}], ids=["uniform", "mixed"])
+def test_soft_weights_of_an_int4_grid(changes, tmp_path):
+    """The state is rounded again as the recipe says, which is compared with what was shipped."""
+    run(tmp_path / "run", {"backward": "soft", "lut_dtype": "int4", "steps": 2, **changes})
+    made = load(tmp_path / "run" / "model.pt")
+    bits = {tensor.n_bits for name, tensor in made.palettized.items() if "embed" not in name}
+    assert (4 in bits) == bool(changes) and 3 in bits
+    assert len(dict(read_soft_weights(tmp_path / "run", made).weights())) >= 20
+
+
+def test_a_checkpoint_without_its_recipe_is_refused(plain):
+    made = dataclasses.replace(load(plain / "model.pt"), recipe={"name": "imported"})
+    with pytest.raises(InputError, match="does not say how it was trained"):
+        read_soft_weights(plain, made)
 
 
 def test_run_that_was_cut_and_resumed(spoilt):

@@ -34,7 +34,7 @@ def train_a_little(model: Any, steps: int = 3) -> None:
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("lut_dtype", ["float16", "int8"])
+@pytest.mark.parametrize("lut_dtype", ["float16", "int8", "int4"])
 @pytest.mark.parametrize("case", ["plain", "untied_and_biased"])
 @pytest.mark.parametrize("backward", ["straight-through", "soft", "dkm"])
 def test_hard_model_of_the_checkpoint_repeats_the_forward_pass_bit_for_bit(
