@@ -2,43 +2,93 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from edkm_export.training.clusters import Clusters
-from edkm_export.training.grid import Rounded
+from edkm_export.training.grid import Grid, Rounded
 from edkm_export.training.tables import has_kernels
 
 __all__ = ["ClusterBatch"]
 
 
+@dataclass(frozen=True)
+class _Alike:
+    """LUTs of one grid and one number of entries, which are rounded together.
+
+    Attributes:
+        grid: of all.
+        k: entries of each.
+        part: their place in the row of all values.
+        lut: entries as stored, [LUTs, k].
+        scale: float16 [LUTs], None for a float16 grid.
+    """
+
+    grid: Grid
+    k: int
+    part: slice
+    lut: Tensor
+    scale: Tensor | None
+
+    def round(self, row: Tensor, values: Tensor) -> None:
+        """Round the centroids of `row` into `values` and what is stored, in place."""
+        rounded = self.grid.round(row[self.part].view(-1, self.k))
+        values[self.part] = rounded.values.view(-1)
+        self.lut.copy_(rounded.lut)
+        if self.scale is not None and rounded.scale is not None:
+            self.scale.copy_(rounded.scale)
+
+
 class _Tables:
-    """LUT values of several clusters in one row, and each cluster's part of it."""
+    """LUT values of several clusters in one row, and each cluster's part of it; those of a kind lie side by side."""
 
     def __init__(self, clusters: Sequence[Clusters]) -> None:
-        first = clusters[0]
-        self.clusters = list(clusters)
+        self.clusters = sorted(clusters, key=lambda each: (each.grid.lut_dtype, each.k))
+        first = self.clusters[0]
         self.device = first.unit.device
-        self.units = torch.cat([each.unit.expand_as(each.lut).reshape(-1) for each in clusters])
+        self.units = torch.cat([each.unit.expand_as(each.lut).reshape(-1) for each in self.clusters])
         self.values = torch.empty_like(self.units, dtype=torch.float16)
         dtypes = {self.units.dtype, torch.bfloat16} if first.grid.in_bfloat16 else {self.units.dtype}
         self.rows = {dtype: torch.empty_like(self.units, dtype=dtype) for dtype in dtypes}
-        sizes = torch.tensor([each.lut.numel() for each in clusters])
-        self.offsets: list[int] = (sizes.cumsum(0) - sizes).tolist()
+        sizes = torch.tensor([each.lut.numel() for each in self.clusters])
+        self.offsets: dict[Clusters, int] = dict(
+            zip(self.clusters, (sizes.cumsum(0) - sizes).tolist(), strict=True)
+        )
+        self._alike: list[_Alike] = []
+        stored: list[tuple[Tensor, Tensor | None]] = []
+        for _, some in itertools.groupby(self.clusters, key=lambda each: (each.grid, each.k)):
+            kind, own = self._joined(list(some))
+            self._alike.append(kind)
+            stored += own
+        parts = {dtype: self.parts(row) for dtype, row in self.rows.items()}
         self._kept = [
-            (Rounded(own, own, None), dict(zip(dtypes, parts, strict=True)))
-            for own, *parts in zip(
-                self.parts(self.values), *(self.parts(self.rows[each]) for each in dtypes), strict=True
-            )
+            (Rounded(own, *stored[place]), {dtype: parts[dtype][place] for dtype in dtypes})
+            for place, own in enumerate(self.parts(self.values))
         ]
+
+    def _joined(self, clusters: list[Clusters]) -> tuple[_Alike, list[tuple[Tensor, Tensor | None]]]:
+        """A kind, and what each of its clusters stores: LUT and scale."""
+        grid, k, counts = clusters[0].grid, clusters[0].k, [each.groups for each in clusters]
+        start, whole = self.offsets[clusters[0]], sum(counts)
+        part = slice(start, start + whole * k)
+        if grid.lut_dtype == "float16":
+            lut: Tensor = self.values[part].view(whole, k)
+            return _Alike(grid, k, part, lut, None), [(own, None) for own in torch.split(lut, counts)]
+        lut = torch.empty(whole, k, dtype=torch.int8, device=self.device)
+        scale = torch.empty(whole, dtype=torch.float16, device=self.device)
+        stored = zip(torch.split(lut, counts), torch.split(scale, counts), strict=True)
+        return _Alike(grid, k, part, lut, scale), list(stored)
 
     def round(self) -> None:
         """Bring the values up to date, in place."""
-        row = torch.cat([each.lut.detach().view(-1) for each in self.clusters]).mul_(self.units)[None]
-        self.values.copy_(self.clusters[0].grid.round(row).values[0])
+        row = torch.cat([each.lut.detach().view(-1) for each in self.clusters]).mul_(self.units)
+        for kind in self._alike:
+            kind.round(row, self.values)
         for table in self.rows.values():
             table.copy_(self.values)
         for each, (rounded, tables) in zip(self.clusters, self._kept, strict=True):
@@ -48,25 +98,21 @@ class _Tables:
         """Each cluster's part [groups, k] of such a row."""
         return [
             row[offset : offset + each.lut.numel()].view(each.lut.shape)
-            for each, offset in zip(self.clusters, self.offsets, strict=True)
+            for each, offset in self.offsets.items()
         ]
 
 
 class ClusterBatch:
     """Refreshes many `Clusters` together; the result is that of refreshing each.
 
-    LUTs are small, and rounding each of some hundred takes longer to launch than to compute. Those on a float16
-    grid are rounded as one row; int8 and int4 grids, whose scale is a group's own, one by one. On CUDA weights are
-    assigned in one launch, too, and the gradients of LUTs computed in one, see `defer`.
+    LUTs are small, and rounding each of some hundred takes longer to launch than to compute. Those of one grid and
+    one number of entries are rounded together. On CUDA weights are assigned in one launch, too, and the gradients of
+    LUTs computed in one, see `defer`.
     """
 
     def __init__(self, clusters: Sequence[Clusters]) -> None:
         self.clusters = list(clusters)
-        self._joined = [
-            each
-            for each in self.clusters
-            if each.grid.lut_dtype == "float16" and (each.weight.requires_grad or each.lut.requires_grad)
-        ]
+        self._joined = [each for each in self.clusters if each.weight.requires_grad or each.lut.requires_grad]
         self._tables: _Tables | None = None
         self._jobs: list[tuple[list[Clusters], Any]] | None = None
         self._addresses: list[tuple[int, int]] = []
@@ -85,7 +131,7 @@ class ClusterBatch:
             PaletteError: on the CPU, a weight or centroid is not finite.
         """
         stale = [each for each in self._joined if each.is_stale]
-        if stale and len(stale) == len(self._joined) and len({each.grid for each in stale}) == 1:
+        if stale and len(stale) == len(self._joined) and len({each.grid.in_bfloat16 for each in stale}) == 1:
             for each in stale:
                 each.adopt()
             tables = self._tables_of(stale)
@@ -160,7 +206,7 @@ class ClusterBatch:
         if self._jobs is None or addresses != self._addresses:
             from edkm_export.training.triton_batch import Jobs
 
-            offsets = dict(zip(map(id, self._joined), self._tables_of(self._joined).offsets, strict=True))
+            offsets = self._tables_of(self._joined).offsets
             alike: dict[tuple[int, torch.dtype], list[Clusters]] = {}
             for each in self._joined:
                 alike.setdefault((each.k, each.weight.dtype), []).append(each)
@@ -172,7 +218,7 @@ class ClusterBatch:
                         [each.weight.detach() for each in some],
                         [each.codes for each in some],
                         [each.moved for each in some],
-                        [offsets[id(each)] for each in some],
+                        [offsets[each] for each in some],
                         k,
                     ),
                 )

@@ -263,6 +263,9 @@ def test_refreshing_together_is_refreshing_each(in_bfloat16: bool) -> None:
                 (Rule(bits=3, group_size=0), (8, 12)),
                 (Rule(bits=3, group_size=2, lut_dtype="int8"), (4, 20)),
                 (Rule(bits=2, group_size=2, lut_dtype="int4"), (4, 20)),
+                (Rule(bits=3, group_size=4), (4, 6)),
+                (Rule(bits=3, group_size=1, lut_dtype="int8"), (2, 12)),
+                (Rule(bits=2, group_size=3, lut_dtype="int4"), (6, 8)),
             ]
         ):
             weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
