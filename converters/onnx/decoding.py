@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from converters.onnx.backend import load_onnx
 from converters.onnx.builder import GraphBuilder
 from converters.onnx.codes import Layout, code_planes, high_table, low_table
 from edkm_export.palette import PalettizedTensor
 
-__all__ = ["Rows", "WeightNodes"]
+__all__ = ["Rows", "WeightNodes", "has_exact_products"]
 
 _OFFSET = 128  # int8 entries are stored as uint8, which gathers and MatMulNBits take
 
@@ -200,7 +201,7 @@ class WeightNodes:
         return self._graph.constant(offsets.reshape(rows.count, self.groups_in, *axes))
 
     def _lut_values(self, groups: Rows, dtype: int) -> str:
-        """LUTs of row groups as they decode; the product with a scale is rounded once to float16.
+        """LUTs of row groups as they decode; a product with a scale that float16 does not hold is rounded to it once.
 
         A runtime may fold these few values. It is what follows, their repetition for each symbol, that it must not.
         """
@@ -211,8 +212,12 @@ class WeightNodes:
             steps = graph.node("Sub", steps, graph.constant(_OFFSET, np.float32))
             scale = graph.node("Cast", self._scale(), to=types.FLOAT)
             scale = graph.node("Unsqueeze", scale, graph.integers(2, 3))
-            values = graph.node("Cast", graph.node("Mul", steps, scale), to=types.FLOAT16)
-        if dtype != types.FLOAT16:
+            values, held = graph.node("Mul", steps, scale), types.FLOAT
+            if not has_exact_products(self._tensor):
+                values, held = graph.node("Cast", values, to=types.FLOAT16), types.FLOAT16
+        else:
+            held = types.FLOAT16
+        if dtype != held:
             values = graph.node("Cast", values, to=dtype)
         return self._slice(values, groups, self.groups_out)
 
@@ -276,6 +281,13 @@ class WeightNodes:
         assert scale is not None
         name = f"{self._tensor.name}.lut_scale"
         return self._graph.weight(name, np.float16, tuple(scale.shape), scale.numpy)
+
+
+def has_exact_products(tensor: PalettizedTensor) -> bool:
+    """Whether all entries times their scale are numbers of float16, so that decoding needs no rounding."""
+    assert tensor.lut_scale is not None
+    product = tensor.lut.float() * tensor.lut_scale.float()[:, :, None, None]
+    return torch.equal(product, tensor.lut_values().float())
 
 
 def _types() -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from converters.onnx.backend import load_onnx
 from converters.onnx.builder import CONTRIB, GraphBuilder
-from converters.onnx.decoding import Rows, WeightNodes
+from converters.onnx.decoding import Rows, WeightNodes, has_exact_products
 from converters.onnx.forms import LARGEST_FOLDED, Forms
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import ConversionError
@@ -173,9 +173,7 @@ def check_int8_grid(checkpoint: Checkpoint) -> None:
             f"the model. {remedy}"
         )
     for name, tensor in checkpoint.palettized.items():
-        assert tensor.lut_scale is not None
-        product = tensor.lut.float() * tensor.lut_scale.float()[:, :, None, None]
-        if not torch.equal(product, tensor.lut_values().float()):
+        if not has_exact_products(tensor):
             raise ConversionError(
                 f"{source}: {name}: its int8 entries times their scale are rounded to float16 when they are decoded, "
                 "and MatMulNBits does not round: the weights would not be the same. Palettize or train it again with "
