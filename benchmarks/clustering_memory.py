@@ -8,7 +8,8 @@ the weight are part of the peak: "kept" is the peak when the caller holds the so
 it is at least both; "freed" when the caller gives it up before, as our palettized modules do. Every row is measured
 in a process of its own. `M`, `U` and `S` are the paper's marshaling, uniquification and sharding (eDKM, arXiv
 2309.00964, table 2) on dense bfloat16 autograd; `S` is what one of 8 learners holds, for which memory is counted
-after the forward pass only. `coremltools` is its DKM with default settings and as many iterations.
+after the forward pass only. `coremltools` is its DKM with default settings and as many iterations, started at our
+centroids.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def saved_bytes(function: Any, weight: torch.Tensor) -> tuple[Any, int]:
 
 
 def coremltools_layer(weight: torch.Tensor, seeds: torch.Tensor, options: argparse.Namespace) -> Any:
-    """coremltools' function of the weight, with our centroids to start at: its own search takes a quarter of an hour."""
+    """coremltools' function of the weight, started at our centroids: its own search takes a quarter of an hour."""
     from coremltools.optimize.torch.palettization import (
         DKMPalettizer,
         DKMPalettizerConfig,

@@ -21,8 +21,12 @@ def training_arguments(
     board: bool,
     processes: Processes = ALONE,
 ) -> TrainingArguments:
-    """The part of the settings that transformers' Trainer handles."""
-    return TrainingArguments(
+    """The part of the settings that transformers' Trainer handles.
+
+    One process trains on one device: several that it sees would make the Trainer copy the model to each of them in every
+    step (`torch.nn.DataParallel`), which clusters do not survive.
+    """
+    made = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=processes.share(config.batch_size),
         gradient_accumulation_steps=config.accumulate,
@@ -42,3 +46,6 @@ def training_arguments(
         use_cpu=device == "cpu",
         label_names=[],
     )
+    if made.n_gpu > 1:
+        made._n_gpu = 1
+    return made
