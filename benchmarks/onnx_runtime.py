@@ -104,21 +104,19 @@ class Generation:
     """A graph that reads a prompt and decodes the rest of a text.
 
     Args:
-        kind: row.
         model: its graph.
+        settings: of the session, by the names of genai_config.json.
         threads: of one operation.
     """
 
-    def __init__(self, kind: str, model: Path, threads: int) -> None:
+    def __init__(self, model: Path, settings: dict[str, Any], threads: int) -> None:
         import onnxruntime
-
-        from converters.onnx.genai import session_options
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")  # two may be loaded
-        for name, value in session_options(kind).items():
+        for name, value in settings.items():
             if name.startswith("enable_"):
                 setattr(options, name, value)
         self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
@@ -161,12 +159,14 @@ def run(kind: str, model: Path, threads: int) -> dict[str, Any]:
     """Load a graph and generate."""
     import onnxruntime
 
+    from converters.onnx.genai import session_options
     from edkm_export.memory import return_freed_memory
 
+    settings = session_options(kind)
     onnxruntime.InferenceSession(trivial_model())  # so that the library itself is in memory
     return_freed_memory()
     before, start = resident(), time.perf_counter()
-    generation = Generation(kind, model, threads)
+    generation = Generation(model, settings, threads)
     load_seconds, load_peak = time.perf_counter() - start, resident("VmHWM") - before
     return_freed_memory()
     found, begin = [], time.perf_counter()
@@ -184,7 +184,7 @@ def run(kind: str, model: Path, threads: int) -> dict[str, Any]:
 
 def race(first: Path, second: Path, threads: int) -> float:
     """How many times as fast the second graph decodes as the first: medians of texts in turn, in one process."""
-    runners = [Generation(kind, model, threads) for kind, model in (("float32", first), ("fast", second))]
+    runners = [Generation(model, {}, threads) for model in (first, second)]
     seconds: list[list[float]] = [[], []]
     for _ in range(TURNS):
         for runner, found in zip(runners, seconds, strict=True):
