@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from edkm_export.errors import InputError
+from edkm_export.training import arguments
+from edkm_export.training.config import TrainConfig
 from edkm_export.training.processes import ALONE, Processes
 from edkm_export.training.rows import Rows
 
@@ -64,3 +67,18 @@ def test_too_many_processes_for_a_weight_are_refused() -> None:
     with pytest.raises(InputError, match="layer: its 5 rows cannot be shared among 4 processes"):
         Rows("layer", 5, 1, Processes(3, 4, "cpu"), torch.device("cpu"))
     assert Rows("layer", 5, 1, ALONE, torch.device("cpu")).pieces == 1
+
+
+def test_one_process_trains_on_one_device(monkeypatch, tmp_path):
+    """Where it sees two, transformers' arguments ask the Trainer for copies of the model on both."""
+
+    def with_two_devices(*args, **kwargs):
+        made = TrainingArguments(*args, **kwargs)
+        assert made.n_gpu < 2  # read once; from then on it is what is set here
+        made._n_gpu = 2
+        return made
+
+    monkeypatch.setattr(arguments, "TrainingArguments", with_two_devices)
+    assert (
+        arguments.training_arguments(TrainConfig(), tmp_path, steps=1, device="cpu", board=False).n_gpu == 1
+    )
