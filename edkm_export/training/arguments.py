@@ -23,8 +23,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """The part of the settings that transformers' Trainer handles.
 
-    One process trains on one device: several that it sees would make the Trainer copy the model to each of them in every
-    step (`torch.nn.DataParallel`), which clusters do not survive.
+    One process trains on one device: of several that it sees, the Trainer would copy the model to each in every step
+    (`torch.nn.DataParallel`), which clusters do not survive.
     """
     made = TrainingArguments(
         output_dir=str(folder),
