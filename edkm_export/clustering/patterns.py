@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,6 +17,7 @@ __all__ = ["HostPatterns", "Patterns"]
 
 _PATTERNS = 1 << 16
 _BLOCK = 1 << 15  # weights converted to float32 at a time on the CPU; torch copies these on one thread
+_LEAST_BLOCK = 1 << 10
 _DEVICE_BLOCK = 1 << 22  # weights indexed at a time on other devices
 
 
@@ -30,14 +34,13 @@ class HostPatterns:
         self._bits = bits_of(weight)
         groups, m = weight.shape
         self._parts = _parts(groups, m)
-        counts = np.zeros((groups, len(self._parts) - 1, _PATTERNS), np.int32)
+        counts = _zeros((groups, len(self._parts) - 1, _PATTERNS), np.int32)
         self._each(lambda group, part, some: _count(self._bits[group, some], counts[group, part]))
-        total = counts.sum(1, dtype=np.int32)
-        used = np.zeros((groups, int((total > 0).sum(1).max())), np.int32)
+        used = np.zeros((groups, _most_used(counts)), np.uint16)
         frequency = np.zeros(used.shape, np.int32)
-        _compact(total, used, frequency)
+        _compact(counts, used, frequency)
         self._patterns = used
-        self.values = values_of_bits(weight.dtype).to(dtype)[torch.from_numpy(used)]
+        self.values = torch.from_numpy(used.view(np.int16)).view(weight.dtype).to(dtype)
         self.counts = torch.from_numpy(frequency).to(dtype)
         self.values[self.counts == 0] = 0.0
 
@@ -53,9 +56,9 @@ class HostPatterns:
         spread(run, len(self._bits) * parts, 1)
 
     def _full(self, group: int, table: Tensor) -> Array:
-        """Spread a row of a table over all patterns; entries of unused patterns are arbitrary."""
+        """Spread a row of a table over all patterns; 0 for unused ones."""
         row = table[group].numpy()
-        full = np.empty(_PATTERNS, row.dtype)
+        full = _zeros((_PATTERNS,), row.dtype)
         # Padding repeats pattern 0 with a count of 0, and must not overwrite its entry.
         used = self.counts[group].numpy() > 0
         full[self._patterns[group][used]] = row[used]
@@ -70,14 +73,15 @@ class HostPatterns:
 
     def sums(self, grad: Tensor) -> Tensor:
         """Sum the gradient [groups, m] over the weights of each value, in float64: [groups, U]."""
-        total = np.zeros((len(grad), len(self._parts) - 1, _PATTERNS))
+        total = _zeros((len(grad), len(self._parts) - 1, _PATTERNS), np.float64)
 
         def run(group: int, part: int, some: slice) -> None:
             for block, values in _wide(grad[group], some, torch.float32):
                 _add(self._bits[group, block], values.numpy(), total[group, part])
 
         self._each(run)
-        whole = np.take_along_axis(total, self._patterns[:, None], axis=2).sum(1)
+        whole = np.empty(self._patterns.shape)
+        _collect(total, self._patterns, whole)
         return torch.from_numpy(whole).to(self.values.dtype).mul_(self.counts > 0)
 
     def combine(self, grad: Tensor, factor: Tensor, term: Tensor, out: Tensor) -> None:
@@ -93,6 +97,15 @@ class HostPatterns:
         self._each(run)
 
 
+def _zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    """Zeros in pages of their own: those of unused patterns take no memory, and all are given back at once.
+
+    The heap would touch them all and keep them: a megabyte beside the gradient.
+    """
+    dtype = np.dtype(dtype)
+    return np.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+
+
 def _parts(groups: int, m: int) -> list[int]:
     """Borders of the parts that one group is cut into, so that every thread has one."""
     count = max(1, min(-(-torch.get_num_threads() // groups), m // _BLOCK))
@@ -100,11 +113,19 @@ def _parts(groups: int, m: int) -> list[int]:
 
 
 def _wide(row: Tensor, some: slice, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of a range of `row` in another dtype: (range, values). One buffer holds them all, one after the other."""
-    buffer = torch.empty(min(_BLOCK, some.stop - some.start), dtype=dtype)
-    for start in range(some.start, some.stop, _BLOCK):
-        block = slice(start, min(start + _BLOCK, some.stop))
-        yield block, buffer[: block.stop - start].copy_(row[block])
+    """Blocks of a range of `row` in another dtype: (range, values). They share one buffer, one after the other.
+
+    The last blocks are smaller, so that the buffer never takes more memory than a result that is not written yet.
+    """
+    start, buffer = some.start, torch.empty(0, dtype=dtype)
+    while start < some.stop:
+        left = some.stop - start
+        size = min(left, max(min(_BLOCK, left // 4), _LEAST_BLOCK))
+        if size != len(buffer):
+            del buffer
+            buffer = torch.from_numpy(_zeros((size,), torch.empty(0, dtype=dtype).numpy().dtype))
+        yield slice(start, start + size), buffer.copy_(row[start : start + size])
+        start += size
 
 
 @kernel
@@ -114,14 +135,35 @@ def _count(bits: Array, counts: Array) -> None:
 
 
 @kernel
-def _compact(counts: Array, patterns: Array, frequency: Array) -> None:
-    for group in range(len(counts)):
+def _most_used(counts: Array) -> int:
+    """Most distinct patterns in a group; counts [groups, parts, patterns]."""
+    most = 0
+    for group in range(counts.shape[0]):
         used = 0
-        for pattern in range(counts.shape[1]):
-            if counts[group, pattern]:
-                patterns[group, used] = pattern
-                frequency[group, used] = counts[group, pattern]
+        for pattern in range(counts.shape[2]):
+            if counts[group, :, pattern].any():
                 used += 1
+        most = max(most, used)
+    return most
+
+
+@kernel
+def _compact(counts: Array, patterns: Array, frequency: Array) -> None:
+    for group in range(counts.shape[0]):
+        used = 0
+        for pattern in range(counts.shape[2]):
+            found = counts[group, :, pattern].sum()
+            if found:
+                patterns[group, used] = pattern
+                frequency[group, used] = found
+                used += 1
+
+
+@kernel
+def _collect(sums: Array, patterns: Array, whole: Array) -> None:
+    for group in range(len(patterns)):
+        for place in range(patterns.shape[1]):
+            whole[group, place] = sums[group, :, patterns[group, place]].sum()
 
 
 @kernel

@@ -25,8 +25,9 @@ _TOLERANCE_ULPS = 32.0
 _MOST_ITERATIONS = 2000
 
 # Entries of attention in a block: few enough for the cache of a CPU, many enough to fill a GPU.
-_BLOCK_ENTRIES = {"cpu": 1 << 18}
+_HOST_BLOCK_ENTRIES = 1 << 18
 _DEVICE_BLOCK_ENTRIES = 1 << 24
+_LEAST_BLOCK_ENTRIES = 1 << 14
 
 
 def least_mass(dtype: torch.dtype) -> float:
@@ -52,7 +53,11 @@ class Points:
     def blocks(self, k: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Yield (range, values [groups, block, dim] in the compute dtype, counts [groups, block])."""
         groups, size, _ = self.values.shape
-        entries = _BLOCK_ENTRIES.get(self.values.device.type, _DEVICE_BLOCK_ENTRIES)
+        entries = _DEVICE_BLOCK_ENTRIES
+        if self.values.device.type == "cpu":
+            entries = _HOST_BLOCK_ENTRIES
+            if self.counts is not None:  # a block shall not take more memory than the table of values
+                entries = min(entries, max(groups * size, _LEAST_BLOCK_ENTRIES))
         step = max(1, entries // (groups * k))
         for start in range(0, size, step):
             some = slice(start, start + step)

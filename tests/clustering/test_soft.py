@@ -90,10 +90,11 @@ def test_blocks_and_chunks_do_not_matter(monkeypatch):
     high = problem(5, 700, 8, 2)
     expected_low = run("histogram", low, centroids, temperature, 3, *grads)
     expected_high = run("streaming", *high[:3], 3, *high[3:])
-    monkeypatch.setattr(recurrence, "_BLOCK_ENTRIES", {"cpu": 500})
+    monkeypatch.setattr(recurrence, "_HOST_BLOCK_ENTRIES", 500)
     monkeypatch.setattr(streaming, "_CHUNK", 2800)
     monkeypatch.setattr(histogram, "_BINS", 1 << 17)
     monkeypatch.setattr(patterns, "_BLOCK", 64)
+    monkeypatch.setattr(patterns, "_LEAST_BLOCK", 16)
     assert largest_difference(run("histogram", low, centroids, temperature, 3, *grads), expected_low) < EXACT
     assert largest_difference(run("streaming", *high[:3], 3, *high[3:]), expected_high) < EXACT
 
