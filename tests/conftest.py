@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -13,10 +14,13 @@ os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
 )  # before transformers is imported: no test may depend on the network
 
+import onnx
 import pytest
 import torch
 from checkpoint_files import make_checkpoint
 from odd_models import build, save
+from onnx_edits import Edit
+from onnx_models import export, palettized_checkpoint
 
 from edkm_export import checkpoint
 from edkm_export.checkpoint import Checkpoint
@@ -172,3 +176,37 @@ def saved(tmp_path) -> Path:
     """The file of a small checkpoint."""
     checkpoint.save(make_checkpoint(), tmp_path / "model.pt")
     return tmp_path / "model.pt"
+
+
+@pytest.fixture(scope="session")
+def onnx_folder(tmp_path_factory) -> Callable[[str], Path]:
+    """Folders by profile, or profile and opset, to be read only."""
+    made: dict[str, Path] = {}
+
+    def folder(profile: str) -> Path:
+        if profile not in made:
+            runtime, *more = profile.split()
+            checkpoint = palettized_checkpoint(3, int8=runtime == "fast", int4="int4" in more)
+            opset = 18 if "18" in more else None
+            made[profile] = export(
+                checkpoint, tmp_path_factory.mktemp("onnx") / runtime, runtime=runtime, opset=opset
+            )
+        return made[profile]
+
+    return folder
+
+
+@pytest.fixture
+def change_onnx(onnx_folder, tmp_path) -> Callable[[str, Edit], Path]:
+    """A function that copies the folder of a profile, changes its message, and gives the copy."""
+
+    def apply(profile: str, edit: Edit) -> Path:
+        folder = tmp_path / f"changed{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(onnx_folder(profile), folder)
+        path = folder / "onnx" / "model.onnx"
+        model = onnx.load(path, load_external_data=False)
+        edit(model)
+        path.write_bytes(model.SerializeToString())
+        return folder
+
+    return apply

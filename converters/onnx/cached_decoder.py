@@ -48,12 +48,12 @@ def build_graph(
     parameters = {id(parameter): name for name, parameter in decoder.named_parameters()}
     tracer = Tracer(graph, weights, parameters, dtype)
     tables = PositionTables(config, hf_config, context)
+    attends = graph.opset >= ATTENTION_OPSET and dtype == torch.float32
     for module in decoder.modules():  # they are ours alone
         replace_norm(module, tracer)
-        if weights.contrib:
-            rotates = replace_rotation(module, tracer, tables)
-            if graph.opset >= ATTENTION_OPSET and dtype == torch.float32:
-                replace_attention(module, tracer, rotates=rotates)
+        rotates = (weights.contrib or attends) and replace_rotation(module, tracer, tables)
+        if attends:
+            replace_attention(module, tracer, rotates=rotates)
     input_ids = Value(tracer, "input_ids", (BATCH, NEW), torch.int64)
     position_ids = Value(tracer, "position_ids", (BATCH, NEW), torch.int64)
     cache = GrowingCache(tracer, (BATCH, config.num_kv_heads, PAST, config.head_dim))

@@ -7,6 +7,7 @@ that folds constants holds every step of every weight at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from converters.onnx.builder import GraphBuilder
 from converters.onnx.codes import Layout, code_planes, high_table, low_table
 from edkm_export.palette import PalettizedTensor
 
-__all__ = ["Rows", "WeightNodes", "has_exact_products"]
+__all__ = ["Rows", "StackNodes", "WeightNodes", "has_exact_products"]
 
 _OFFSET = 128  # int8 entries are stored as uint8, which gathers and MatMulNBits take
 
@@ -166,12 +167,16 @@ class WeightNodes:
     def _select(self, rows: Rows, tables: str, width: int) -> str:
         """Gather what the symbols of rows stand for from tables [row groups, groups_in, symbols, ...] of `width`."""
         graph = self._graph
-        planes = [self._slice(plane, rows, self.rows, self._zero) for plane in self._codes()]
+        planes = self._planes(rows)
         symbols = graph.node("Cast", self._join(planes, (rows.count, self.groups_in)), to=_types().INT32)
         if (offsets := self._offsets(rows)) is not None:
             symbols = graph.node("Add", symbols, offsets)
         tables = self._reshape(tables, -1, width) if width > 1 else self._reshape(tables, -1)
         return graph.node("Gather", tables, symbols)  # type: ignore[no-any-return]
+
+    def _planes(self, rows: Rows) -> list[str]:
+        """Codes of rows, uint8 [rows.count, groups_in, bytes] each."""
+        return [self._slice(plane, rows, self.rows, self._zero) for plane in self._codes()]
 
     def _join(self, planes: list[str], leading: tuple[int, int]) -> str:
         """Planes to symbols, uint8 [rows, groups_in, ...]."""
@@ -239,7 +244,7 @@ class WeightNodes:
         graph = self._graph
         start = graph.integers(rows.start)
         if zero is not None:
-            start = graph.node("Add", start, zero)
+            start = graph.node("Add", start, zero) if rows.start else zero
         return graph.node(  # type: ignore[no-any-return]
             "Slice", value, start, graph.integers(rows.stop), graph.integers(0)
         )
@@ -281,6 +286,50 @@ class WeightNodes:
         assert scale is not None
         name = f"{self._tensor.name}.lut_scale"
         return self._graph.weight(name, np.float16, tuple(scale.shape), scale.numpy)
+
+
+class StackNodes(WeightNodes):
+    """The nodes of several weights that are held alike, one under the other: as many as one weight takes.
+
+    Args:
+        graph: receives them.
+        tensors: the weights; of the same `layout`.
+        zero: as for one weight, not None.
+    """
+
+    def __init__(self, graph: GraphBuilder, tensors: Sequence[PalettizedTensor], zero: str) -> None:
+        super().__init__(graph, tensors[0], zero)
+        self._each = [WeightNodes(graph, tensor) for tensor in tensors]
+        self.rows = sum(nodes.rows for nodes in self._each)
+        self.groups_out = sum(nodes.groups_out for nodes in self._each)
+
+    @staticmethod
+    def layout(tensor: PalettizedTensor) -> tuple[Any, ...]:
+        """What weights must have in common."""
+        rows, columns = tensor.index_shape
+        scaled = tensor.lut_scale is not None and (True, has_exact_products(tensor))
+        return tensor.n_bits, tensor.dim, columns, tensor.groups[1], rows // tensor.groups[0], scaled
+
+    def weights(self, dtype: int) -> dict[str, str]:
+        """Decode all to a TensorProto type: {name of the weight: name of the value [rows * dim, columns]}."""
+        values = self.values(Rows(0, self.rows), dtype)
+        sizes = self._graph.integers(*(nodes.rows * self._tensor.dim for nodes in self._each))
+        parts = self._graph.node("Split", values, sizes, outputs=len(self._each), axis=0)
+        return dict(zip((nodes._tensor.name for nodes in self._each), parts, strict=True))
+
+    def _planes(self, rows: Rows) -> list[str]:
+        """All codes, joined with none of a row that only the zero tells is none: a runtime cannot fold that."""
+        assert rows == Rows(0, self.rows)
+        graph, joined = self._graph, []
+        for planes in zip(*(nodes._codes() for nodes in self._each), strict=True):
+            row = graph.constant(np.zeros((1, *graph.weights[planes[0]].shape[1:]), np.uint8))
+            none = graph.node("Slice", row, self._zero or "", graph.integers(0), graph.integers(0))
+            joined.append(graph.node("Concat", *planes, none, axis=0))
+        return joined
+
+    def _lut_values(self, groups: Rows, dtype: int) -> str:
+        parts = [nodes._lut_values(Rows(0, nodes.groups_out), dtype) for nodes in self._each]
+        return self._graph.node("Concat", *parts, axis=0)  # type: ignore[no-any-return]
 
 
 def has_exact_products(tensor: PalettizedTensor) -> bool:

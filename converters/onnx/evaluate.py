@@ -40,6 +40,7 @@ class Evaluator:
         self._place = {node: place for place, node in enumerate(graph.nodes)}
         stored = sum(tensor.nbytes for tensor in graph.tensors.values())
         self._limit = _ELEMENTS_PER_BYTE * stored + _SLACK
+        self._parts: dict[str, Array] = {}  # of the constant that was split last: weights decoded together
 
     @cached_property
     def constants(self) -> frozenset[str]:
@@ -65,7 +66,7 @@ class Evaluator:
         Raises:
             PackageError: it needs an operator that is not known here, an index is out of range, or sizes do not fit.
         """
-        given = given or {}
+        given = {**self._parts, **(given or {})}
         order = self._needed(name, given)
         last = {value: place for place, node in enumerate(order) for value in node.inputs}
         values: dict[str, Array] = {}
@@ -83,7 +84,10 @@ class Evaluator:
                 values[node.outputs[0]] = np.zeros(self._barrier_length(node), np.int64)
             else:
                 results = self._run(node, [look_up(value) for value in node.inputs])
-                values.update(zip(node.outputs, results, strict=False))
+                made = dict(zip(node.outputs, results, strict=False))
+                values.update(made)
+                if node.op == "Split" and self.constants.issuperset(node.outputs):
+                    self._parts = made
             for value in node.inputs:
                 if last[value] == place and value != name:
                     values.pop(value, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from converters.onnx.backend import load_onnx
 from converters.onnx.builder import GraphBuilder
-from converters.onnx.decoding import WeightNodes
+from converters.onnx.decoding import StackNodes, WeightNodes
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import ConversionError
 from edkm_export.palette import PalettizedTensor
@@ -20,7 +21,7 @@ __all__ = ["LARGEST_FOLDED", "ExactForms", "Forms", "LowMemoryForms"]
 
 # onnxruntime folds no constant of 1 GiB or more; larger heads are decoded part by part. In weights of 4 bytes.
 LARGEST_FOLDED = (1 << 30) // 4 - 1
-_LARGEST_DECODED = 1 << 21  # weights that the low-memory profile decodes at a time
+_LARGEST_DECODED = 3 << 20  # weights that the low-memory profile decodes at a time
 _SMALL = 1 << 12  # a dense parameter below so many elements is stored as float32
 
 
@@ -111,21 +112,53 @@ class ExactForms(Forms):
         return self._multiply(x, tensor, WeightNodes(self.graph, tensor), LARGEST_FOLDED)
 
     def _multiply(self, x: str, tensor: PalettizedTensor, nodes: WeightNodes, largest: int) -> str:
-        graph, parts = self.graph, []
+        parts = []
         for rows in nodes.parts(largest):
-            weight = graph.node("Transpose", nodes.values(rows, self.onnx_type), perm=[1, 0])
-            parts.append(graph.node("MatMul", x, weight, name=f"{tensor.name}.product"))
+            parts.append(self._times(x, tensor, nodes.values(rows, self.onnx_type)))
         return self._join(tensor, parts)
+
+    def _times(self, x: str, tensor: PalettizedTensor, weight: str) -> str:
+        """Multiply x with rows of a weight [out, in]."""
+        turned = self.graph.node("Transpose", weight, perm=[1, 0])
+        return self.graph.node("MatMul", x, turned, name=f"{tensor.name}.product")  # type: ignore[no-any-return]
 
 
 class LowMemoryForms(ExactForms):
-    """Weights are decoded when they are used, two million at a time, and never kept."""
+    """Weights are decoded when they are used, three million at a time, and never kept.
+
+    Small weights of a layer that are held alike are decoded together: onnxruntime takes some 4 KB for each node.
+    """
 
     def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         super().__init__(graph, checkpoint, dtype)
         # A zero that a runtime cannot know, so that it cannot fold what depends on it.
         batch = graph.node("Shape", "input_ids", start=0, end=1)
         self._zero: str = graph.node("Mul", batch, graph.integers(0))
+        self._stacks = {tensor.name: stack for stack in _stacks(checkpoint) for tensor in stack}
+        self._decoded: dict[str, str] = {}
 
     def _product(self, x: str, tensor: PalettizedTensor) -> str:
-        return self._multiply(x, tensor, WeightNodes(self.graph, tensor, self._zero), _LARGEST_DECODED)
+        name = tensor.name
+        if name not in self._stacks:
+            return self._multiply(x, tensor, WeightNodes(self.graph, tensor, self._zero), _LARGEST_DECODED)
+        if name not in self._decoded:
+            self._decoded |= StackNodes(self.graph, self._stacks[name], self._zero).weights(self.onnx_type)
+        return self._times(x, tensor, self._decoded[name])
+
+
+def _stacks(checkpoint: Checkpoint) -> list[list[PalettizedTensor]]:
+    """Weights of a layer that are held alike, as many as may be decoded at a time; two or more."""
+    alike: dict[Any, list[PalettizedTensor]] = {}
+    for name, tensor in checkpoint.palettized.items():
+        if layer := re.match(r".*?\.\d+\.", name):
+            alike.setdefault((layer[0], StackNodes.layout(tensor)), []).append(tensor)
+    stacks: list[list[PalettizedTensor]] = []
+    for tensors in alike.values():
+        room = 0
+        for tensor in tensors:
+            if room < tensor.numel:
+                stacks.append([])
+                room = _LARGEST_DECODED
+            stacks[-1].append(tensor)
+            room -= tensor.numel
+    return [stack for stack in stacks if len(stack) > 1]

@@ -76,8 +76,8 @@ def plan_onnx(
         checkpoint: what to export.
         runtime: "exact", "low-memory" or "fast".
         dtype: of activations, cache and logits, "float32" or "float16".
-        opset: version of the standard operators; None: the oldest that the profile needs, and for `fast` the
-            one that has attention as an operator, if it can be used.
+        opset: version of the standard operators; None: the oldest that the profile needs, and for `fast` and
+            `low-memory` the one that has attention as an operator, if it can be used.
         context: positions that the tables hold; None: all of the model.
         standard_ops: the fast profile without onnxruntime's own operators.
 
@@ -91,7 +91,7 @@ def plan_onnx(
     oldest = _BLOCKWISE_OPSET if standard_ops else _OPSETS[0]
     decoder = empty_decoder(checkpoint)
     config = decoder.config
-    attends = runtime == "fast" and not standard_ops and dtype == "float32" and config.attention_cap is None
+    attends = runtime != "exact" and not standard_ops and dtype == "float32" and config.attention_cap is None
     if opset is None:
         opset = ATTENTION_OPSET if attends else oldest
     if not oldest <= opset <= _OPSETS[1]:

@@ -91,11 +91,12 @@ class LutGraph:
                 f"{self.graph.path}: its metadata say that its profile is {self.profile}, but its nodes are those of "
                 f"{wiring.profile}; export it again."
             )
-        found = {}
-        for name, (shape, n_bits) in self.description.palettized.items():
-            palette = read_palette(self.graph.tensors, name, shape, n_bits, str(self.graph.path))
+        found = {
+            name: read_palette(self.graph.tensors, name, shape, n_bits, str(self.graph.path))
+            for name, (shape, n_bits) in self.description.palettized.items()
+        }
+        for palette in found.values():
             wiring.check(palette)
-            found[name] = palette
         return found
 
     def dense(self) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""Rotary positions as one operator of onnxruntime instead of a dozen nodes."""
+"""Rotary positions as one operator instead of a dozen nodes: onnxruntime's own, or that of opset 23.
+
+onnxruntime, docs/ContribOperators.md; onnx/docs/Operators.md. They differ in the order of their inputs only.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +54,15 @@ class _Rotation:
 
         Gathered rows of the tables are not needed.
         """
-        graph, part = self._tracer.graph, {}
-        if self._module.rotary_dim != self._module.head_dim:
-            heads = x.shape[1] if len(x.shape) == 4 else int(x.shape[2]) // self._module.head_dim
-            part = {"rotary_embedding_dim": self._module.rotary_dim, "num_heads": heads}
-        tables = [graph.constant(half) for half in self._halves]
+        module, own = self._module, self._tracer.weights.contrib
+        part: dict[str, int] = {}
+        if module.rotary_dim != module.head_dim:
+            part["rotary_embedding_dim"] = module.rotary_dim
+        if part or not own:
+            part["num_heads"] = int(x.shape[1] if len(x.shape) == 4 else int(x.shape[2]) // module.head_dim)
+        tables = [self._tracer.graph.constant(half) for half in self._halves]
+        inputs = ("position_ids", *tables) if own else (*tables, "position_ids")
+        domain = CONTRIB if own else ""
         return self._tracer.emit(
-            "RotaryEmbedding", x.name, "position_ids", *tables,
-            shape=x.shape, dtype=x.dtype, domain=CONTRIB, **part,
-        )  # fmt: skip
+            "RotaryEmbedding", x.name, *inputs, shape=x.shape, dtype=x.dtype, domain=domain, **part
+        )

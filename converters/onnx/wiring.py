@@ -107,19 +107,24 @@ class Wiring:
         )
 
     @cached_property
-    def _origins(self) -> dict[str, frozenset[str]]:
-        """Palettized parameters that a constant is computed from."""
-        found = {
-            f"{name}.{part}": frozenset([name])
+    def _origins(self) -> dict[str, tuple[str, ...]]:
+        """Palettized parameters that a constant is computed from, in the order of the inputs that bring them.
+
+        Where weights that were joined are split again, each result is taken for one of them, in that order; whether it
+        is that one shows when the values are compared.
+        """
+        found: dict[str, tuple[str, ...]] = {
+            f"{name}.{part}": (name,)
             for name in self._names
             for part in PARTS
             if f"{name}.{part}" in self._graph.tensors
         }
-        nothing: frozenset[str] = frozenset()
         for node in self._graph.nodes:
             if node.outputs[0] in self._evaluator.constants:
-                merged = nothing.union(*(found.get(value, nothing) for value in node.inputs))
-                if merged:
+                merged = tuple(dict.fromkeys(name for value in node.inputs for name in found.get(value, ())))
+                if node.op == "Split" and len(merged) == len(node.outputs):
+                    found.update(zip(node.outputs, ((name,) for name in merged), strict=True))
+                elif merged:
                     found.update(dict.fromkeys(node.outputs, merged))
         return found
 
@@ -130,8 +135,8 @@ class Wiring:
         for node in self._graph.nodes:
             if node.outputs[0] in self._evaluator.constants:
                 continue
-            origins = [self._origins.get(value, frozenset[str]()) for value in node.inputs]
-            mixed = sorted(frozenset[str]().union(*origins))
+            origins = [self._origins.get(value, ()) for value in node.inputs]
+            mixed = sorted({name for origin in origins for name in origin})
             if len(mixed) > 1:
                 for name, meeting in self._parts(node, mixed):
                     found[name].append(meeting)
@@ -168,7 +173,7 @@ class Wiring:
         ):
             self._fail(names[0], f"{cut} does not cut the results of {node} apart by weights")
         for entries, scales, result, rows in zip(*operands, cut.outputs, sizes, strict=True):
-            origins = [self._origins.get(value, frozenset[str]()) for value in (entries, scales)]
+            origins = [self._origins.get(value, ()) for value in (entries, scales)]
             if len(origins[0]) != 1 or origins[0] != origins[1]:
                 self._fail(names[0], f"{node} takes parts of it and of {names[1]} in one piece")
             (name,) = origins[0]

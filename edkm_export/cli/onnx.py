@@ -33,7 +33,7 @@ __all__ = ["command"]
     show_default=True,
     help="Of activations, cache and logits.",
 )
-@click.option("--opset", type=int, help="Version of the standard operators.  [default: 18, fast: 23]")
+@click.option("--opset", type=int, help="Version of the standard operators.  [default: 23, exact: 18]")
 @click.option("--context-length", type=int, help="Positions of the longest text.  [default: the model's]")
 @click.option("--standard-ops", is_flag=True, help="With --runtime fast: no operators of onnxruntime's own.")
 @click.option("--no-verify", is_flag=True, help="Do not verify; the folder then holds no report.")

@@ -67,7 +67,10 @@ def test_dense_decoder_is_transformers_own(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", EXPORTED)
-@pytest.mark.parametrize(("runtime", "opset"), [("low-memory", None), ("fast", None), ("fast", 18)])
+@pytest.mark.parametrize(
+    ("runtime", "opset"),
+    [("exact", 23), ("low-memory", None), ("low-memory", 18), ("fast", None), ("fast", 18)],
+)
 def test_palettized_families(case, runtime, opset, tmp_path):
     """With int8 LUTs and without optimization MatMulNBits multiplies the very weights, in float32."""
     import dataclasses

@@ -14,10 +14,10 @@ from conftest import palettized_folder
 from onnx_models import export, palettized_checkpoint
 from palettes import numpy_decode, random_palette
 
-from converters.onnx import load_graph
+from converters.onnx import forms, load_graph
 from converters.onnx.builder import GraphBuilder
 from converters.onnx.codes import code_planes
-from converters.onnx.decoding import Rows, WeightNodes
+from converters.onnx.decoding import Rows, StackNodes, WeightNodes
 from converters.onnx.interface import batch_feeds
 from converters.onnx.plan import plan_onnx
 from edkm_export.errors import ConversionError, PackageError
@@ -89,6 +89,62 @@ def test_rows_are_decoded_in_parts_behind_a_barrier(n_bits):
             value = graph.node("Concat", *(nodes.values(part, FLOAT) for part in parts), axis=0)
             found = evaluate(graph, value, FLOAT, True, ids=np.zeros(1, np.int64))
             assert np.array_equal(found, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("n_bits", BITS)
+@pytest.mark.parametrize("optimized", [True, False])
+def test_weights_that_are_held_alike_are_decoded_together(n_bits, optimized):
+    """By as many nodes as one of them, and to the same bits."""
+    for columns, groups_in, dim, int8 in (
+        (16, 1, 1, False),
+        (27, 1, 1, True),
+        (30, 2, 1, True),
+        (12, 2, 2, False),
+    ):
+        tensors = [
+            random_palette(
+                (rows * dim, columns),
+                n_bits,
+                (rows // 4, groups_in),
+                dim,
+                int8=int8,
+                name=f"w{rows}",
+                seed=rows,
+            )
+            for rows in (8, 4, 12)
+        ]
+        assert len({StackNodes.layout(tensor) for tensor in tensors}) == 1
+        graph = GraphBuilder(18)
+        zero = graph.node("Mul", graph.node("Shape", "ids", start=0, end=1), graph.integers(0))
+        values = StackNodes(graph, tensors, zero).weights(FLOAT)
+        assert sum(node.op_type == "Split" for node in graph.nodes) == 1
+        for tensor in tensors:
+            found = evaluate(graph, values[tensor.name], FLOAT, optimized, ids=np.zeros(1, np.int64))
+            assert np.array_equal(found, numpy_decode(tensor).astype(np.float32)), tensor.name
+
+
+def test_only_weights_that_are_held_alike_are_decoded_together():
+    one = random_palette((16, 32), 3, (4, 1), int8=True)
+    others = [
+        random_palette((16, 32), 4, (4, 1), int8=True),
+        random_palette((16, 64), 3, (4, 1), int8=True),
+        random_palette((16, 32), 3, (2, 1), int8=True),
+        random_palette((16, 32), 3, (4, 2), int8=True),
+        random_palette((16, 32), 3, (4, 1)),
+        random_palette((16, 32), 3, (4, 1), 2, int8=True),
+    ]
+    assert StackNodes.layout(one) == StackNodes.layout(random_palette((8, 32), 3, (2, 1), int8=True))
+    assert all(StackNodes.layout(one) != StackNodes.layout(other) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("largest", "stacks"), [(1 << 20, [6]), (5000, [5]), (3100, [4, 2]), (2000, [2, 2]), (100, [])]
+)
+def test_no_more_weights_are_decoded_at_a_time_than_may_be(largest, stacks, monkeypatch):
+    monkeypatch.setattr(forms, "_LARGEST_DECODED", largest)
+    nodes = plan_onnx(palettized_checkpoint(4), runtime="low-memory").model.graph.node
+    # two layers; 32x32 and twice 16x32, 32x32 and twice 48x32 weights, and one of 48 columns
+    assert [len(node.output) for node in nodes if node.op_type == "Split"] == 2 * stacks
 
 
 @pytest.mark.parametrize("n_bits", BITS)
@@ -249,10 +305,15 @@ def test_fast_takes_the_operators_of_onnxruntime(tmp_path):
 
 
 @pytest.mark.parametrize("opset", [22, 23, None])
-def test_fast_attends_in_one_operator_from_opset_23(opset):
-    plan = plan_onnx(palettized_checkpoint(4, int8=True), runtime="fast", opset=opset)
+@pytest.mark.parametrize("runtime", ["exact", "low-memory", "fast"])
+def test_attention_is_one_operator_from_opset_23(runtime, opset):
+    """The default is 23 but for `exact`; without `fast`, all operators are standard ones."""
+    plan = plan_onnx(palettized_checkpoint(4, int8=True), runtime=runtime, opset=opset)
     kinds = [node.op_type for node in plan.model.graph.node]
-    assert (kinds.count("Attention"), kinds.count("Softmax")) == ((0, 2) if opset == 22 else (2, 0))
+    fused = opset == 23 or (opset is None and runtime != "exact")
+    assert (kinds.count("Attention"), kinds.count("Softmax")) == ((2, 0) if fused else (0, 2))
+    assert kinds.count("RotaryEmbedding") == (2 * 2 if fused or runtime == "fast" else 0)
+    assert ({node.domain for node in plan.model.graph.node} == {""}) == (runtime != "fast")
 
 
 def test_fast_in_float16_computes_what_float32_does(tmp_path):

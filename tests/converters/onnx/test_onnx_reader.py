@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from onnx_build import external
+from onnx_edits import GATE0, K0, K1, UP0, V0, exchange, operands, rename, replace_uses, sort
 from onnx_models import export, palettized_checkpoint
 from palettes import random_palette
 
@@ -27,9 +28,6 @@ from converters.onnx.storage import PARTS
 from edkm_export.errors import InputError, PackageError
 from edkm_export.models.hard import load_hard_model
 
-K0, V0 = "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"
-K1 = "model.layers.1.self_attn.k_proj.weight"
-UP0, GATE0 = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 FORMS = [
@@ -54,7 +52,7 @@ def hard_logits(checkpoint, tokens: torch.Tensor) -> torch.Tensor:
     FORMS,
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
-def test_reads_back_what_was_exported(tmp_path, profile, options):
+def test_reads_back_what_was_onnx_folder(tmp_path, profile, options):
     checkpoint = palettized_checkpoint(**options)
     graph = load_graph(export(checkpoint, tmp_path / "out", runtime=profile))
     assert graph.profile == profile
@@ -87,102 +85,10 @@ def test_families(tmp_path, case):
     assert all(found[name].same_bits(tensor) for name, tensor in checkpoint.palettized.items())
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Callable[[str], Path]:
-    """Folders by profile, or profile and opset, to be read only."""
-    made: dict[str, Path] = {}
-
-    def folder(profile: str) -> Path:
-        if profile not in made:
-            runtime, *more = profile.split()
-            checkpoint = palettized_checkpoint(3, int8=runtime == "fast", int4="int4" in more)
-            opset = 18 if "18" in more else None
-            made[profile] = export(
-                checkpoint, tmp_path_factory.mktemp("onnx") / runtime, runtime=runtime, opset=opset
-            )
-        return made[profile]
-
-    return folder
-
-
-@pytest.fixture(params=["exact", "low-memory", "fast", "fast 18", "fast int4"])
-def changed(request, exported, tmp_path):
+@pytest.fixture(params=["exact", "low-memory", "low-memory 18", "fast", "fast 18", "fast int4"])
+def changed(request, change_onnx):
     """A function that changes the message of a copy, and gives its folder."""
-
-    def change(edit: Callable[[onnx.ModelProto], object]) -> Path:
-        folder = Path(
-            shutil.copytree(exported(request.param), tmp_path / f"changed{len(list(tmp_path.iterdir()))}")
-        )
-        path = folder / "onnx" / "model.onnx"
-        model = onnx.load(path, load_external_data=False)
-        edit(model)
-        path.write_bytes(model.SerializeToString())
-        return folder
-
-    return change
-
-
-def maker(model: onnx.ModelProto, value: str) -> onnx.NodeProto:
-    (node,) = [node for node in model.graph.node if value in node.output]
-    return node
-
-
-def operands(model: onnx.ModelProto, name: str) -> list[tuple[onnx.NodeProto, int]]:
-    """Where a weight is put in: inputs of its product, or of the Concats in front of one that it shares."""
-    node = maker(model, f"{name}.product")
-    if node.op_type != "Split":
-        return [(node, place) for place in range(1, len(node.input))]
-    product, place = maker(model, node.input[0]), list(node.output).index(f"{name}.product")
-    return [(maker(model, value), place) for value in product.input[1:]]
-
-
-def exchange(first: str, second: str):
-    """Let the products of two weights take each other's operands."""
-
-    def edit(model):
-        for (one, here), (two, there) in zip(operands(model, first), operands(model, second), strict=True):
-            one.input[here], two.input[there] = two.input[there], one.input[here]
-        sort(model)
-
-    return edit
-
-
-def sort(model: onnx.ModelProto) -> None:
-    """Put nodes behind those whose results they take."""
-    known = {
-        "",
-        *(tensor.name for tensor in model.graph.initializer),
-        *(value.name for value in model.graph.input),
-    }
-    waiting, done = list(model.graph.node), []
-    while waiting:
-        ready = [node for node in waiting if known.issuperset(node.input)]
-        assert ready, "a cycle"
-        known.update(name for node in ready for name in node.output)
-        done += ready
-        waiting = [node for node in waiting if not any(node is one for one in ready)]
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in done]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
-
-
-def rename(first: str, second: str, part: str):
-    """Exchange the names of two initializers, and so what lies behind them."""
-
-    def edit(model):
-        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-        one, two = tensors[f"{first}.{part}"], tensors[f"{second}.{part}"]
-        one.name, two.name = two.name, one.name
-
-    return edit
-
-
-def replace_uses(model, old: str, new: str, but: onnx.NodeProto | None = None) -> None:
-    for node in model.graph.node:
-        if node is not but:
-            for place, name in enumerate(node.input):
-                if name == old:
-                    node.input[place] = new
+    return partial(change_onnx, request.param)
 
 
 def test_layers_exchanged(changed):
@@ -258,62 +164,6 @@ def test_weight_that_is_changed_on_its_way(changed):
 
     with pytest.raises(PackageError, match=f"{UP0}: .* uses other values than its codes and LUT give"):
         load_graph(changed(edit)).palettized()
-
-
-@pytest.fixture(params=["fast", "fast int4"])
-def joint(request, exported, tmp_path):
-    """As `changed`, of a graph in which weights share a product; the edit gets its Split and its two Concats too."""
-
-    def change(edit: Callable[..., object]) -> Path:
-        folder = Path(shutil.copytree(exported(request.param), tmp_path / "changed"))
-        path = folder / "onnx" / "model.onnx"
-        model = onnx.load(path, load_external_data=False)
-        (entries, _), (scales, _) = operands(model, K0)
-        edit(model, maker(model, f"{K0}.product"), entries, scales)
-        path.write_bytes(model.SerializeToString())
-        return folder
-
-    return change
-
-
-def turned(values) -> None:
-    values[:] = list(values)[::-1]
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda model, cut, entries, scales: turned(scales.input), "in one piece"),
-        (lambda model, cut, entries, scales: turned(cut.output), "are exchanged|other values"),
-        (lambda model, cut, entries, scales: entries.input.pop(), "does not cut the results"),
-        (lambda model, cut, entries, scales: cut.input.pop(), "takes parts of it and of"),
-        (
-            lambda model, cut, entries, scales: entries.attribute[0].__setattr__("i", 1),
-            "takes parts of it and of",
-        ),
-        (lambda model, cut, entries, scales: setattr(scales, "op_type", "Add"), "takes parts of it and of"),
-        (
-            lambda model, cut, entries, scales: model.graph.node.append(
-                helper.make_node("Neg", [cut.input[0]], ["unseen"], name="unseen")
-            ),
-            "takes parts of it and of",
-        ),
-    ],
-    ids=["scales", "results", "fewer weights", "no sizes", "columns", "sum", "used whole"],
-)
-def test_weights_that_share_a_product(joint, edit, message):
-    with pytest.raises(PackageError, match=message):
-        load_graph(joint(edit)).palettized()
-
-
-@pytest.mark.parametrize("sizes", [[32, 16, 17], [33, 15, 16], [48, 32, -16]])
-def test_results_cut_in_the_wrong_places(joint, sizes):
-    def edit(model, cut, entries, scales):
-        model.graph.initializer.append(numpy_helper.from_array(np.array(sizes, np.int64), "sizes"))
-        cut.input[1] = "sizes"
-
-    with pytest.raises(PackageError, match="does not cut the results|uses other values"):
-        load_graph(joint(edit)).palettized()
 
 
 def test_tables_that_give_other_symbols(changed):
@@ -431,8 +281,8 @@ def having(name: str, value: object):
         ("tied", having("lm_head.weight", 5), "tied to 5"),
     ],
 )
-def test_metadata_that_makes_no_sense(exported, tmp_path, key, value, message):
-    folder = Path(shutil.copytree(exported("exact"), tmp_path / "changed"))
+def test_metadata_that_makes_no_sense(onnx_folder, tmp_path, key, value, message):
+    folder = Path(shutil.copytree(onnx_folder("exact"), tmp_path / "changed"))
     path = folder / "onnx" / "model.onnx"
     model = onnx.load(path, load_external_data=False)
     metadata(key, value)(model)
@@ -445,12 +295,12 @@ def test_metadata_that_makes_no_sense(exported, tmp_path, key, value, message):
 
 
 @pytest.mark.parametrize("profile", ["exact", "low-memory", "fast"])
-def test_changed_bytes_are_noticed(exported, tmp_path, profile):
+def test_changed_bytes_are_noticed(onnx_folder, tmp_path, profile):
     """Each byte of the external data belongs to a tensor: a change of one changes what is read, or is refused."""
-    folder = Path(shutil.copytree(exported(profile), tmp_path / "changed"))
+    folder = Path(shutil.copytree(onnx_folder(profile), tmp_path / "changed"))
     data = folder / "onnx" / "model.onnx_data"
     content = data.read_bytes()
-    reference = load_graph(exported(profile))
+    reference = load_graph(onnx_folder(profile))
     expected, dense = reference.palettized(), reference.dense()
     model = onnx.load(reference.graph.path, load_external_data=False)
     places = [external(model, tensor.name) for tensor in model.graph.initializer if tensor.external_data]
@@ -473,11 +323,11 @@ def test_changed_bytes_are_noticed(exported, tmp_path, profile):
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flips=st.lists(st.tuples(st.integers(0, 10**9), st.integers(1, 255)), min_size=1, max_size=3))
-def test_random_damage_raises_nothing_else(exported, tmp_path, flips):
+def test_random_damage_raises_nothing_else(onnx_folder, tmp_path, flips):
     folder = tmp_path / "changed"
     if not folder.exists():
-        shutil.copytree(exported("low-memory"), folder)
-    content = bytearray((exported("low-memory") / "onnx" / "model.onnx").read_bytes())
+        shutil.copytree(onnx_folder("low-memory"), folder)
+    content = bytearray((onnx_folder("low-memory") / "onnx" / "model.onnx").read_bytes())
     for place, mask in flips:
         content[place % len(content)] ^= mask
     (folder / "onnx" / "model.onnx").write_bytes(content)
@@ -489,8 +339,8 @@ def test_random_damage_raises_nothing_else(exported, tmp_path, flips):
         pass
 
 
-def test_run(exported):
-    graph = load_graph(exported("exact"))
+def test_run(onnx_folder):
+    graph = load_graph(onnx_folder("exact"))
     tokens = torch.arange(7)
     feeds = {name: torch.from_numpy(value) for name, value in batch_feeds(graph.graph, [tokens], 7).items()}
     outputs = graph.run(feeds)
@@ -514,8 +364,8 @@ def test_run(exported):
         ({"past_key_values.0.key": torch.zeros(1, 3, 0, 8)}, "expected float32 [batch_size, 2,"),
     ],
 )
-def test_run_refuses(exported, change, message):
-    graph = load_graph(exported("exact"))
+def test_run_refuses(onnx_folder, change, message):
+    graph = load_graph(onnx_folder("exact"))
     feeds = {
         name: torch.from_numpy(value)
         for name, value in batch_feeds(graph.graph, [torch.arange(7)], 7).items()
@@ -527,8 +377,8 @@ def test_run_refuses(exported, change, message):
 
 
 @pytest.mark.parametrize("path", ["", "onnx", "onnx/model.onnx"])
-def test_found_by_folder_or_file(exported, path):
-    folder = exported("exact")
+def test_found_by_folder_or_file(onnx_folder, path):
+    folder = onnx_folder("exact")
     if path == "onnx":
         assert load_graph(folder / path).graph.path == folder / "onnx/model.onnx"
     else:
