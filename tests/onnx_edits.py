@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import onnx
 
+from converters.onnx.storage import PARTS
+
 __all__ = [
     "GATE0",
     "K0",
@@ -14,6 +16,7 @@ __all__ = [
     "V0",
     "Edit",
     "exchange",
+    "exchange_parts",
     "maker",
     "operands",
     "rename",
@@ -49,6 +52,19 @@ def exchange(first: str, second: str):
         for (one, here), (two, there) in zip(operands(model, first), operands(model, second), strict=True):
             one.input[here], two.input[there] = two.input[there], one.input[here]
         sort(model)
+
+    return edit
+
+
+def exchange_parts(first: str, second: str):
+    """Let whatever takes a part of one weight take that of the other: its nodes decode the other's codes."""
+
+    def edit(model):
+        for node in model.graph.node:
+            for place, name in enumerate(node.input):
+                weight, _, part = name.rpartition(".")
+                if weight in (first, second) and part in PARTS:
+                    node.input[place] = f"{second if weight == first else first}.{part}"
 
     return edit
 

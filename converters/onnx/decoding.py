@@ -19,7 +19,7 @@ from converters.onnx.builder import GraphBuilder
 from converters.onnx.codes import Layout, code_planes, high_table, low_table
 from edkm_export.palette import PalettizedTensor
 
-__all__ = ["Rows", "StackNodes", "WeightNodes", "has_exact_products"]
+__all__ = ["Barrier", "Rows", "StackNodes", "WeightNodes", "has_exact_products"]
 
 _OFFSET = 128  # int8 entries are stored as uint8, which gathers and MatMulNBits take
 
@@ -37,18 +37,31 @@ class Rows:
         return self.stop - self.start
 
 
+@dataclass(frozen=True)
+class Barrier:
+    """Zeros that a runtime does not know before it runs: names of values, int64 [1].
+
+    Attributes:
+        codes: added to where a slice of codes starts. A runtime is free to compute at once what it can, the weights of
+            all layers before the first, so this one comes from an activation that is there when the weight is due.
+        luts: added to what spreads a LUT; tables are small, and one zero does for all.
+    """
+
+    codes: str
+    luts: str
+
+
 class WeightNodes:
     """The nodes of one palettized weight.
 
     Args:
         graph: receives them.
         tensor: the weight.
-        zero: name of a zero, int64 [1], that depends on an activation: added to where a slice of codes starts and to
-            what spreads a LUT, it keeps a runtime from folding the weight. None: it may be folded.
+        barrier: what keeps a runtime from folding the weight. None: it may be folded.
     """
 
-    def __init__(self, graph: GraphBuilder, tensor: PalettizedTensor, zero: str | None = None) -> None:
-        self._graph, self._tensor, self._zero = graph, tensor, zero
+    def __init__(self, graph: GraphBuilder, tensor: PalettizedTensor, barrier: Barrier | None = None) -> None:
+        self._graph, self._tensor, self._barrier = graph, tensor, barrier
         self._layout = Layout(tensor.n_bits)
         self.rows, columns = tensor.index_shape
         self.groups_out, self.groups_in = tensor.groups
@@ -176,7 +189,8 @@ class WeightNodes:
 
     def _planes(self, rows: Rows) -> list[str]:
         """Codes of rows, uint8 [rows.count, groups_in, bytes] each."""
-        return [self._slice(plane, rows, self.rows, self._zero) for plane in self._codes()]
+        zero = None if self._barrier is None else self._barrier.codes
+        return [self._slice(plane, rows, self.rows, zero) for plane in self._codes()]
 
     def _join(self, planes: list[str], leading: tuple[int, int]) -> str:
         """Planes to symbols, uint8 [rows, groups_in, ...]."""
@@ -233,9 +247,9 @@ class WeightNodes:
     def _spread(self) -> str:
         """Entries of each symbol, int32 [symbols, in_symbol]."""
         graph, indices = self._graph, self._graph.constant(self._layout.indices_of_symbol())
-        if self._zero is None:
+        if self._barrier is None:
             return indices
-        return graph.node("Add", indices, graph.node("Cast", self._zero, to=_types().INT32))  # type: ignore[no-any-return]
+        return graph.node("Add", indices, graph.node("Cast", self._barrier.luts, to=_types().INT32))  # type: ignore[no-any-return]
 
     def _slice(self, value: str, rows: Rows, whole: int, zero: str | None = None) -> str:
         """A range of the first axis of an initializer; with a zero, one that cannot be folded."""
@@ -294,12 +308,12 @@ class StackNodes(WeightNodes):
     Args:
         graph: receives them.
         tensors: the weights; of the same `layout`.
-        zero: as for one weight, not None.
+        barrier: as for one weight.
     """
 
-    def __init__(self, graph: GraphBuilder, tensors: Sequence[PalettizedTensor], zero: str) -> None:
-        super().__init__(graph, tensors[0], zero)
-        self._each = [WeightNodes(graph, tensor) for tensor in tensors]
+    def __init__(self, graph: GraphBuilder, tensors: Sequence[PalettizedTensor], barrier: Barrier) -> None:
+        super().__init__(graph, tensors[0], barrier)
+        self._each = [WeightNodes(graph, tensor, barrier) for tensor in tensors]
         self.rows = sum(nodes.rows for nodes in self._each)
         self.groups_out = sum(nodes.groups_out for nodes in self._each)
 
@@ -318,14 +332,10 @@ class StackNodes(WeightNodes):
         return dict(zip((nodes._tensor.name for nodes in self._each), parts, strict=True))
 
     def _planes(self, rows: Rows) -> list[str]:
-        """All codes, joined with none of a row that only the zero tells is none: a runtime cannot fold that."""
-        assert rows == Rows(0, self.rows)
-        graph, joined = self._graph, []
-        for planes in zip(*(nodes._codes() for nodes in self._each), strict=True):
-            row = graph.constant(np.zeros((1, *graph.weights[planes[0]].shape[1:]), np.uint8))
-            none = graph.node("Slice", row, self._zero or "", graph.integers(0), graph.integers(0))
-            joined.append(graph.node("Concat", *planes, none, axis=0))
-        return joined
+        """All codes; those of the first weight are behind the barrier, and so what they are joined to."""
+        first, *others = self._each
+        planes = zip(first._planes(Rows(0, first.rows)), *(nodes._codes() for nodes in others), strict=True)
+        return [self._graph.node("Concat", *parts, axis=0) for parts in planes]
 
     def _lut_values(self, groups: Rows, dtype: int) -> str:
         parts = [nodes._lut_values(Rows(0, nodes.groups_out), dtype) for nodes in self._each]

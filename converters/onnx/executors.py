@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from converters.onnx.backend import load_onnx, load_onnxruntime
 from converters.onnx.graph import Graph
 from edkm_export.errors import InputError, PackageError
-from edkm_export.memory import return_freed_memory
+from edkm_export.memory import return_freed_memory, return_large_blocks
 
 __all__ = ["Executor", "OnnxRuntime", "Optimization", "ReferenceRuntime", "check_feeds"]
 
@@ -36,6 +36,7 @@ class OnnxRuntime:
         graph: checked; its files are opened again by onnxruntime.
         optimization: of the graph at load: "all", or "disabled", so that each node runs as it is written.
         threads: of one operation; None: as many as there are cores.
+        keep: hold on to memory that was used, for speed; without, a decoded weight is given back at once.
 
     Raises:
         PackageError: onnxruntime refuses the model.
@@ -43,7 +44,12 @@ class OnnxRuntime:
     """
 
     def __init__(
-        self, graph: Graph, *, optimization: Optimization = "all", threads: int | None = None
+        self,
+        graph: Graph,
+        *,
+        optimization: Optimization = "all",
+        threads: int | None = None,
+        keep: bool = True,
     ) -> None:
         self._graph = graph
         ort = load_onnxruntime()
@@ -60,6 +66,9 @@ class OnnxRuntime:
         )
         if threads is not None:
             options.intra_op_num_threads = threads
+        if not keep:
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+            return_large_blocks()
         try:
             self.session = ort.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common base

@@ -12,7 +12,7 @@ import torch
 
 from converters.onnx.backend import load_onnx
 from converters.onnx.builder import GraphBuilder
-from converters.onnx.decoding import StackNodes, WeightNodes
+from converters.onnx.decoding import Barrier, StackNodes, WeightNodes
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import ConversionError
 from edkm_export.palette import PalettizedTensor
@@ -109,12 +109,10 @@ class ExactForms(Forms):
     """Tables that a runtime folds to dense weights while it loads."""
 
     def _product(self, x: str, tensor: PalettizedTensor) -> str:
-        return self._multiply(x, tensor, WeightNodes(self.graph, tensor), LARGEST_FOLDED)
-
-    def _multiply(self, x: str, tensor: PalettizedTensor, nodes: WeightNodes, largest: int) -> str:
-        parts = []
-        for rows in nodes.parts(largest):
-            parts.append(self._times(x, tensor, nodes.values(rows, self.onnx_type)))
+        nodes = WeightNodes(self.graph, tensor)
+        parts = [
+            self._times(x, tensor, nodes.values(rows, self.onnx_type)) for rows in nodes.parts(LARGEST_FOLDED)
+        ]
         return self._join(tensor, parts)
 
     def _times(self, x: str, tensor: PalettizedTensor, weight: str) -> str:
@@ -131,19 +129,29 @@ class LowMemoryForms(ExactForms):
 
     def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         super().__init__(graph, checkpoint, dtype)
-        # A zero that a runtime cannot know, so that it cannot fold what depends on it.
-        batch = graph.node("Shape", "input_ids", start=0, end=1)
-        self._zero: str = graph.node("Mul", batch, graph.integers(0))
         self._stacks = {tensor.name: stack for stack in _stacks(checkpoint) for tensor in stack}
         self._decoded: dict[str, str] = {}
 
     def _product(self, x: str, tensor: PalettizedTensor) -> str:
         name = tensor.name
-        if name not in self._stacks:
-            return self._multiply(x, tensor, WeightNodes(self.graph, tensor, self._zero), _LARGEST_DECODED)
-        if name not in self._decoded:
-            self._decoded |= StackNodes(self.graph, self._stacks[name], self._zero).weights(self.onnx_type)
-        return self._times(x, tensor, self._decoded[name])
+        if name in self._stacks:
+            if name not in self._decoded:
+                stack = StackNodes(self.graph, self._stacks[name], self._after(x))
+                self._decoded |= stack.weights(self.onnx_type)
+            return self._times(x, tensor, self._decoded[name])
+        parts: list[str] = []
+        for rows in WeightNodes(self.graph, tensor).parts(_LARGEST_DECODED):
+            nodes = WeightNodes(self.graph, tensor, self._after(parts[-1] if parts else x))
+            parts.append(self._times(x, tensor, nodes.values(rows, self.onnx_type)))
+        return self._join(tensor, parts)
+
+    def _after(self, activation: str) -> Barrier:
+        """A barrier that falls when an activation [batch, ...] is there."""
+        return Barrier(self._zero(activation), self._zero("input_ids"))
+
+    def _zero(self, activation: str) -> str:
+        batch = self.graph.node("Shape", activation, start=0, end=1)
+        return self.graph.node("Mul", batch, self.graph.integers(0))  # type: ignore[no-any-return]
 
 
 def _stacks(checkpoint: Checkpoint) -> list[list[PalettizedTensor]]:

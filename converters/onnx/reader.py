@@ -141,8 +141,13 @@ class LutGraph:
         """The graph in onnxruntime. The last one is kept, and no more: each holds all weights."""
         if optimization not in self._runtimes:
             self._runtimes.clear()
-            self._runtimes[optimization] = OnnxRuntime(self.graph, optimization=optimization)
+            self._runtimes[optimization] = self.new_runtime(optimization)
         return self._runtimes[optimization]
+
+    def new_runtime(self, optimization: Optimization = "all", threads: int | None = None) -> OnnxRuntime:
+        """The graph in onnxruntime, loaded again."""
+        keep = self.profile != "low-memory"
+        return OnnxRuntime(self.graph, optimization=optimization, threads=threads, keep=keep)
 
     @cached_property
     def _runtimes(self) -> dict[Optimization, OnnxRuntime]:

@@ -54,7 +54,7 @@ class OnnxSession:
         """
         graph = load_graph(path)
         check_interface(graph.graph)  # before onnxruntime spends time on it
-        return cls(graph, OnnxRuntime(graph.graph, optimization=optimization, threads=threads))
+        return cls(graph, graph.new_runtime(optimization, threads))
 
     def reset(self) -> None:
         """Forget the text."""

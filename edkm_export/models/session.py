@@ -10,6 +10,7 @@ from torch import Tensor
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import CheckpointError
 from edkm_export.generation import require_room
+from edkm_export.models.caching import new_cache, run_cached
 from edkm_export.models.hard import load_hard_model
 
 __all__ = ["TorchSession"]
@@ -50,10 +51,7 @@ class TorchSession:
 
     def reset(self) -> None:
         """Forget the text."""
-        import transformers
-
-        # Made from the configuration: layers with a sliding window then forget what has left it.
-        self._cache = transformers.DynamicCache(config=self._model.config)
+        self._cache = new_cache(self._model)
         self._used = 0
 
     @torch.no_grad()
@@ -64,7 +62,6 @@ class TorchSession:
             InputError: there is no room for the tokens, or one is outside the vocabulary.
         """
         require_room(tokens, self._used, self.context, self._vocab_size, self._where)
-        output = self._model(input_ids=tokens[None], past_key_values=self._cache, use_cache=True)
+        logits = run_cached(self._model, tokens[None], self._cache)[0].float()
         self._used += len(tokens)
-        logits: Tensor = output.logits[0].float()
         return logits

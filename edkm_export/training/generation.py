@@ -17,6 +17,7 @@ from torch import Tensor
 
 from edkm_export.atomic import atomic_file
 from edkm_export.errors import InputError
+from edkm_export.models.caching import new_cache, run_cached
 from edkm_export.training.windows import Tokens
 
 __all__ = ["generate", "load_tokens", "save_tokens"]
@@ -89,11 +90,10 @@ def _sample(
     count, known = prompts.shape
     ids = torch.empty(count, context, dtype=torch.int64, device=prompts.device)
     ids[:, 0] = torch.where(fresh, start, prompts[:, 0])
-    past = None
+    cache = new_cache(model)
     for place in range(1, context):
-        output = model(input_ids=ids[:, place - 1 : place], past_key_values=past, use_cache=True)
-        past = output.past_key_values
-        drawn = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)[:, 0]
+        logits = run_cached(model, ids[:, place - 1 : place], cache)
+        drawn = torch.multinomial(logits[:, -1].float().softmax(-1), 1, generator=generator)[:, 0]
         ids[:, place] = torch.where(fresh, drawn, prompts[:, place]) if place < known else drawn
         if advance is not None:
             advance(count)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edkm_export.models.caching import new_cache, run_cached
+
 __all__ = ["Site", "record_sites"]
 
 _OBSERVED = "edkm_observed"  # name of our attention function in the registry of transformers
@@ -44,15 +46,12 @@ def record_sites(model: Any, tokens: Tensor, cached: int = 0) -> list[Site]:
         tokens: int64 [positions].
         cached: so many of them are fed first and not recorded.
     """
-    import transformers
-
-    cache = None
+    cache = new_cache(model)
     if cached:
-        cache = transformers.DynamicCache(config=model.config)
-        model(input_ids=tokens[None, :cached], past_key_values=cache, use_cache=True)
+        run_cached(model, tokens[None, :cached], cache)
     recorder = _Recorder(model)
     with recorder.hooked():
-        model(input_ids=tokens[None, cached:], past_key_values=cache, use_cache=cache is not None)
+        run_cached(model, tokens[None, cached:], cache)
     return recorder.sites
 
 

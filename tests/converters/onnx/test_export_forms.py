@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from palettes import numpy_decode, random_palette
 from converters.onnx import forms, load_graph
 from converters.onnx.builder import GraphBuilder
 from converters.onnx.codes import code_planes
-from converters.onnx.decoding import Rows, StackNodes, WeightNodes
+from converters.onnx.decoding import Barrier, Rows, StackNodes, WeightNodes
 from converters.onnx.interface import batch_feeds
 from converters.onnx.plan import plan_onnx
 from edkm_export.errors import ConversionError, PackageError
@@ -82,7 +83,7 @@ def test_rows_are_decoded_in_parts_behind_a_barrier(n_bits):
         for largest in (1, 20, 60, 1000):
             graph = GraphBuilder(18)
             zero = graph.node("Mul", graph.node("Shape", "ids", start=0, end=1), graph.integers(0))
-            nodes = WeightNodes(graph, tensor, zero)
+            nodes = WeightNodes(graph, tensor, Barrier(zero, zero))
             parts = nodes.parts(largest)
             assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
             assert parts[-1].stop == tensor.index_shape[0]
@@ -116,7 +117,7 @@ def test_weights_that_are_held_alike_are_decoded_together(n_bits, optimized):
         assert len({StackNodes.layout(tensor) for tensor in tensors}) == 1
         graph = GraphBuilder(18)
         zero = graph.node("Mul", graph.node("Shape", "ids", start=0, end=1), graph.integers(0))
-        values = StackNodes(graph, tensors, zero).weights(FLOAT)
+        values = StackNodes(graph, tensors, Barrier(zero, zero)).weights(FLOAT)
         assert sum(node.op_type == "Split" for node in graph.nodes) == 1
         for tensor in tensors:
             found = evaluate(graph, values[tensor.name], FLOAT, optimized, ids=np.zeros(1, np.int64))
@@ -214,6 +215,29 @@ def test_graphs_neither_shift_bits_nor_hold_a_weight_twice(runtime, n_bits):
     assert len(set(names)) == len(names)
     tables = [name for name in names if name.startswith("lm_head")]
     assert not tables  # tied to the embedding, whose codes both use
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_low_memory_decodes_no_weight_before_it_is_due(opset, monkeypatch):
+    """A runtime may compute at once what depends on no layer before: all weights, if it is free to."""
+    monkeypatch.setattr(forms, "_LARGEST_DECODED", 4000)  # the head in three parts, the others in one
+    nodes = plan_onnx(palettized_checkpoint(4), runtime="low-memory", opset=opset).model.graph.node
+    before: dict[str, set[str]] = {}  # all values that go into a value
+    for node in nodes:
+        inputs = set(node.input).union(*(before.get(name, set()) for name in node.input))
+        before |= dict.fromkeys(node.output, inputs)
+    products = {
+        node.name: before[node.input[1]]
+        for node in nodes
+        if node.name.split("_")[-1] == "proj.weight.product"
+    }
+    assert len(products) == 14
+    for name, values in products.items():
+        assert "past_key_values.0.key" in values or "layers.0" in name, name
+        assert "past_key_values.1.key" not in values or "layers.1.mlp" in name, name
+    head = [node for node in nodes if node.name.startswith("model.embed_tokens.weight.product")]
+    assert len(head) == 3 and "past_key_values.1.key" in before[head[0].input[1]]
+    assert all(one.output[0] in before[next_.input[1]] for one, next_ in itertools.pairwise(head))
 
 
 def test_planning_touches_no_weight(monkeypatch):
