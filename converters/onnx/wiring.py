@@ -189,7 +189,7 @@ class Wiring:
         """Products that give one result together: a large weight is cut into ranges of rows."""
         joints: dict[Node, list[_Meeting]] = {}
         for meeting in products:
-            users = self._graph.users.get(meeting.result, ())
+            users = [user for user in self._graph.users.get(meeting.result, ()) if user.op != "Shape"]
             joint = users[0] if len(users) == 1 and users[0].op == "Concat" else None
             if joint is None or joint.integer("axis", 0) not in (-1, 2):
                 yield [meeting]

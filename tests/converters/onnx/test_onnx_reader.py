@@ -21,7 +21,7 @@ from onnx_edits import GATE0, K0, K1, UP0, V0, exchange, exchange_parts, operand
 from onnx_models import export, palettized_checkpoint
 from palettes import random_palette
 
-from converters.onnx import load_graph
+from converters.onnx import forms, load_graph
 from converters.onnx.executors import ReferenceRuntime
 from converters.onnx.interface import batch_feeds
 from converters.onnx.storage import PARTS
@@ -66,6 +66,21 @@ def test_reads_back_what_was_onnx_folder(tmp_path, profile, options):
     feeds = batch_feeds(graph.graph, [tokens], len(tokens))
     logits = torch.from_numpy(ReferenceRuntime(graph.graph).run(feeds)["logits"][0])
     torch.testing.assert_close(logits, hard_logits(checkpoint, tokens), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("largest", [4000, 900, 200])
+def test_weights_that_are_decoded_in_parts(tmp_path, monkeypatch, largest):
+    """Whole row groups, parts of one, and the head part after part."""
+    monkeypatch.setattr(forms, "_LARGEST_DECODED", largest)
+    checkpoint = palettized_checkpoint(3)
+    graph = load_graph(export(checkpoint, tmp_path / "out", runtime="low-memory"))
+    found = graph.palettized()
+    assert all(found[name].same_bits(tensor) for name, tensor in checkpoint.palettized.items())
+    tokens = torch.arange(9)
+    feeds = batch_feeds(graph.graph, [tokens], len(tokens))
+    for run in (ReferenceRuntime(graph.graph).run, graph.runtime().run):
+        logits = torch.from_numpy(run(feeds)["logits"][0])
+        torch.testing.assert_close(logits, hard_logits(checkpoint, tokens), atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("case", ["gpt2: odd", "phi3", "gemma3", "qwen3"])
