@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from converters.onnx.rotary import Rotation
 from converters.onnx.tracing import Tracer, Value
 from edkm_export.models.attention import Attention
 from edkm_export.models.context import Context
@@ -45,16 +46,16 @@ class GrowingCache:
         return grown[0], grown[1]
 
 
-def replace_attention(module: torch.nn.Module, tracer: Tracer, *, rotates: bool) -> None:
+def replace_attention(module: torch.nn.Module, tracer: Tracer, rotation: Rotation | None) -> None:
     """Let an attention of a decoder be one operator, if it is one that caps no scores.
 
     Args:
         module: of the decoder.
         tracer: of the graph.
-        rotates: its `rotate` takes heads side by side, see `replace_rotation`.
+        rotation: its `rotate`, which takes heads side by side; None: it has none, or its own.
     """
-    if isinstance(module, Attention) and module.cap is None and (rotates or not module.rotary_dim):
-        module.forward = _FusedAttention(module, tracer)  # type: ignore[method-assign, assignment]
+    if isinstance(module, Attention) and module.cap is None and (rotation or not module.rotary_dim):
+        module.forward = _FusedAttention(module, tracer, rotation)  # type: ignore[method-assign, assignment]
 
 
 class _FusedAttention:
@@ -63,10 +64,17 @@ class _FusedAttention:
     Args:
         module: the decoder's attention.
         tracer: of the graph.
+        rotation: of queries and keys; None: they have no positions.
     """
 
-    def __init__(self, module: Attention, tracer: Tracer) -> None:
-        self._module, self._tracer = module, tracer
+    def __init__(self, module: Attention, tracer: Tracer, rotation: Rotation | None) -> None:
+        self._module, self._tracer, self._rotation = module, tracer, rotation
+        self._scale = module.query_scale * module.head_dim**-0.5
+        # Scaled by its tables of rotation a query needs no scale in the operator, and with a scale of 1 onnxruntime
+        # multiplies a single query without a copy of the keys.
+        self._turned_scale = 1.0
+        if tracer.weights.contrib and rotation is not None and rotation.is_whole:
+            self._scale, self._turned_scale = 1.0, self._scale
 
     def __call__(self, x: Value, context: Context, cache: GrowingCache) -> Value:
         """x [batch, new, hidden] -> [batch, new, hidden]."""
@@ -78,9 +86,8 @@ class _FusedAttention:
         if module.q_norm is not None and module.k_norm is not None:
             queries = self._each_head(module.q_norm, queries, module.heads)
             keys = self._each_head(module.k_norm, keys, module.kv_heads)
-        if module.rotary_dim:
-            cos, sin = context.rotary[module.kind]
-            queries, keys = module.rotate(queries, cos, sin), module.rotate(keys, cos, sin)
+        if self._rotation is not None:
+            queries, keys = self._rotation.turn(queries, self._turned_scale), self._rotation.turn(keys)
         layer = module.layer
         mixed = graph.unique("Attention")
         cache.present |= {f"present.{layer}.{what}": f"{mixed}.{what}" for what in ("key", "value")}
@@ -93,7 +100,7 @@ class _FusedAttention:
             (mixed, f"{mixed}.key", f"{mixed}.value"),
             q_num_heads=module.heads,
             kv_num_heads=module.kv_heads,
-            scale=module.query_scale * module.head_dim**-0.5,
+            scale=self._scale,
         )  # fmt: skip
         value = Value(self._tracer, mixed, (*x.shape[:2], module.heads * module.head_dim), x.dtype)
         return module.get_submodule(names.attention_output)(value)  # type: ignore[no-any-return]

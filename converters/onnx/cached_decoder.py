@@ -51,9 +51,9 @@ def build_graph(
     attends = graph.opset >= ATTENTION_OPSET and dtype == torch.float32
     for module in decoder.modules():  # they are ours alone
         replace_norm(module, tracer)
-        rotates = (weights.contrib or attends) and replace_rotation(module, tracer, tables)
+        rotation = replace_rotation(module, tracer, tables) if weights.contrib or attends else None
         if attends:
-            replace_attention(module, tracer, rotates=rotates)
+            replace_attention(module, tracer, rotation)
     input_ids = Value(tracer, "input_ids", (BATCH, NEW), torch.int64)
     position_ids = Value(tracer, "position_ids", (BATCH, NEW), torch.int64)
     cache = GrowingCache(tracer, (BATCH, config.num_kv_heads, PAST, config.head_dim))

@@ -16,26 +16,27 @@ from converters.onnx.tracing import Tracer, Value, half_table
 from edkm_export.models.attention import Attention
 from edkm_export.models.positions import PositionTables
 
-__all__ = ["replace_rotation"]
+__all__ = ["Rotation", "replace_rotation"]
 
 
-def replace_rotation(module: torch.nn.Module, tracer: Tracer, tables: PositionTables) -> bool:
+def replace_rotation(module: torch.nn.Module, tracer: Tracer, tables: PositionTables) -> Rotation | None:
     """Let an attention of a decoder rotate with RotaryEmbedding, if it rotates and its tables have two equal halves.
 
     Returns:
-        Whether it does now.
+        Its `rotate` from now on; None when it keeps its own.
     """
     if not isinstance(module, Attention) or module.kind not in tables.tables:
-        return False
+        return None
     kind = tables.tables[module.kind]
     halves = [half_table(tables.get_buffer(f"{which}_{kind}")) for which in ("cos", "sin")]
     if any(half is None for half in halves):
-        return False
-    module.rotate = _Rotation(module, tracer, halves)  # type: ignore[method-assign, assignment]
-    return True
+        return None
+    rotation = Rotation(module, tracer, halves)
+    module.rotate = rotation  # type: ignore[method-assign, assignment]
+    return rotation
 
 
-class _Rotation:
+class Rotation:
     """Turns the first `rotary_dim` channels of each head.
 
     Args:
@@ -49,18 +50,33 @@ class _Rotation:
         dtype = np.float16 if tracer.dtype == torch.float16 else np.float32
         self._halves: list[NDArray[Any]] = [half.astype(dtype) for half in halves]
 
+    @property
+    def is_whole(self) -> bool:
+        """Every channel of a head rotates."""
+        return self._module.rotary_dim == self._module.head_dim
+
     def __call__(self, x: Value, cos: Value, sin: Value) -> Value:
+        """`turn` as an attention calls it; the gathered rows of the tables are not needed."""
+        return self.turn(x)
+
+    def turn(self, x: Value, scale: float = 1.0) -> Value:
         """x [batch, heads, new, head_dim] or [batch, new, heads * head_dim] -> the same.
 
-        Gathered rows of the tables are not needed.
+        Args:
+            x: queries or keys.
+            scale: of the channels that rotate; the tables are multiplied by it.
         """
         module, own = self._module, self._tracer.weights.contrib
         part: dict[str, int] = {}
-        if module.rotary_dim != module.head_dim:
+        if not self.is_whole:
             part["rotary_embedding_dim"] = module.rotary_dim
         if part or not own:
             part["num_heads"] = int(x.shape[1] if len(x.shape) == 4 else int(x.shape[2]) // module.head_dim)
-        tables = [self._tracer.graph.constant(half) for half in self._halves]
+        graph = self._tracer.graph
+        tables = [graph.constant(half) for half in self._halves]
+        if scale != 1:
+            factor = graph.constant(scale, self._halves[0].dtype)
+            tables = [graph.node("Mul", table, factor) for table in tables]
         inputs = ("position_ids", *tables) if own else (*tables, "position_ids")
         domain = CONTRIB if own else ""
         return self._tracer.emit(
