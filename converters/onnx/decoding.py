@@ -337,9 +337,11 @@ class StackNodes(WeightNodes):
         planes = zip(first._planes(Rows(0, first.rows)), *(nodes._codes() for nodes in others), strict=True)
         return [self._graph.node("Concat", *parts, axis=0) for parts in planes]
 
-    def _lut_values(self, groups: Rows, dtype: int) -> str:
-        parts = [nodes._lut_values(Rows(0, nodes.groups_out), dtype) for nodes in self._each]
-        return self._graph.node("Concat", *parts, axis=0)  # type: ignore[no-any-return]
+    def _lut(self) -> str:
+        return self._graph.node("Concat", *(nodes._lut() for nodes in self._each), axis=0)  # type: ignore[no-any-return]
+
+    def _scale(self) -> str:
+        return self._graph.node("Concat", *(nodes._scale() for nodes in self._each), axis=0)  # type: ignore[no-any-return]
 
 
 def has_exact_products(tensor: PalettizedTensor) -> bool:
