@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import cache
 from pathlib import Path
 
 import torch
+from odd_families import build as build_family
+from odd_families import checkpoint_of
 from odd_models import build
 from palettes import random_palette
 
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.palette import PalettizedTensor
+from edkm_export.palettize import palettize_model
+from edkm_export.recipe import uniform_recipe
 
-__all__ = ["export", "palettized_checkpoint"]
+__all__ = ["export", "family_checkpoint", "palettized_checkpoint"]
 
 
 _WIDE = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp")
@@ -75,6 +80,18 @@ def _scaled(palette: PalettizedTensor, small: bool) -> PalettizedTensor:
         palette.indices,
         None if scale is None else scale.half(),
     )
+
+
+def family_checkpoint(case: str) -> Checkpoint:
+    """A random model of a family at 3 bits, its LUTs on an int8 grid."""
+    model = build_family(case)
+    config = model.config.to_dict()
+    parts = palettize_model(model, uniform_recipe(3, 16, "int8"))
+    made = dataclasses.replace(
+        checkpoint_of(build_family(case)), palettized=parts.palettized, dense=parts.dense, tied=parts.tied
+    )
+    assert made.config == config
+    return made
 
 
 def export(checkpoint: Checkpoint, folder: Path, **options: object) -> Path:
