@@ -130,6 +130,10 @@ class Generation:
             value.name: self._value(np.zeros((1, value.shape[1], 0, value.shape[3]), dtype))
             for value in cache
         }
+        self._logits = self._outputs.index("logits")
+        self._places = {
+            name: self._outputs.index(name.replace("past_key_values", "present")) for name in self._empty
+        }
         vocabulary = outputs["logits"].shape[2]
         self._tokens = np.random.default_rng(0).integers(0, vocabulary, (1, PROMPT + DECODED))
 
@@ -150,9 +154,8 @@ class Generation:
         }
         given = {name: self._value(value) for name, value in feeds.items()}
         results = self._session.run_with_ort_values(self._outputs, {**given, **past})
-        named = dict(zip(self._outputs, results, strict=True))
-        named["logits"].numpy()
-        return {name: named[name.replace("past_key_values", "present")] for name in past}
+        results[self._logits].numpy()
+        return {name: results[place] for name, place in self._places.items()}
 
 
 def run(kind: str, model: Path, threads: int) -> dict[str, Any]:
