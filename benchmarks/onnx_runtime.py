@@ -6,7 +6,8 @@ counts, and the most memory. Keys and values go from call to call without a copy
 in the operators that `fast` uses besides its products; "uniform 4-bit" needs `pip install onnx-ir`. Memory is resident
 memory beyond that of a process with a trivial graph, after generation, without the cache of the text, and after freed
 heap is given back to the system; the peak has all of these, and the logits of the prompt. Prompt and text are random
-tokens. Last, float32 and `fast` decode in turn in one process, the fairest comparison on a machine whose speed varies.
+tokens. Last, float32 and `fast` decode in turn in one process, the fairest comparison on a machine whose speed varies;
+the median of three such processes counts, since where their weights lie in memory is worth 5%.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import click
 import numpy as np
 
 PROMPT, DECODED, REPEATS, ROUNDS = 128, 64, 3, 3
-TURNS = 10  # of the race
+RACES, TURNS = 3, 5  # processes in which two graphs decode, texts of each in turn
 ENOUGH_SECONDS = 30  # after which nothing is repeated
 FASTER, SMALLER, RESIDENT = 3.0, 0.5, 1.3  # goals: fast against float32, low-memory against its file
 FUSED, UNIFORM = "float32, fused", "uniform 4-bit"
@@ -252,7 +253,11 @@ def main(
         faster = 0.0
         if {"fast", "float32"} <= set(kinds):
             given = ("--folder", places["fast"], "--against", places["float32"], "--threads", str(threads))
-            faster = float(fresh(str(checkpoint), *given))
+            races = [float(fresh(str(checkpoint), *given)) for _ in range(RACES)]
+            faster = statistics.median(races)
+            print(
+                f"fast against float32 in turn: {', '.join(f'{race:.2f}' for race in races)}", file=sys.stderr
+            )
     print(f"prompt of {PROMPT} tokens, {DECODED} decoded, {threads} threads, best of {ROUNDS} x {REPEATS}")
     print(
         "| | file MB | load s | load peak MB | peak MB | resident MB | prefill tokens/s | decode tokens/s |"
@@ -272,7 +277,7 @@ def main(
         fast, base = found["fast"], found["float32"]
         print(
             f"fast decodes {fast['decode'] / base['decode']:.2f} times as fast as float32 by this table, {faster:.2f} "
-            f"times by the medians of {TURNS} texts each in turn (goal {FASTER:g}),"
+            f"times by the medians of {TURNS} texts each in turn, the median of {RACES} processes (goal {FASTER:g}),"
         )
         print(f"in {fast['resident'] / base['resident']:.2f} of its memory (goal {SMALLER:g})")
     if "low-memory" in found:
