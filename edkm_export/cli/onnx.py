@@ -79,6 +79,7 @@ def command(
             write_bundle(loaded, plan, temporary)
         if evaluation is not None:
             report = climb(loaded, temporary, evaluation, plan.weights_size_bytes)
+            report = report.model_copy(update={"artifact": folder.absolute().name})  # as it will be called
             write_report(report, temporary)
     if report is None:
         print_unverified(folder, checkpoint, plan.weights_size_bytes)

@@ -1,4 +1,4 @@
-"""Options and steps that `coreml` and `verify` share."""
+"""Options and steps that `coreml`, `onnx` and `verify` share."""
 
 from __future__ import annotations
 
