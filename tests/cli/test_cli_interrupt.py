@@ -224,6 +224,7 @@ def test_coreml_as_a_process(tiny_export, work, temporary, number, delay_s):
     assert snapshot(temporary) == {}
 
 
+@pytest.mark.slow  # whole exports in processes of their own: 40 s
 @pytest.mark.parametrize(
     ("command", "output", "limit"),
     # A limit on the size of files makes the system refuse a write as a full disk does; each is below the largest file.
@@ -242,6 +243,7 @@ def test_real_write_that_fails(tiny_llama, tiny_export, work, temporary, command
     assert snapshot(temporary) == {}
 
 
+@pytest.mark.slow  # 40 s
 def test_real_job(tiny_llama, work, temporary):
     """Both commands as a user runs them, with nothing of this process."""
     with running("palettize", tiny_llama, "--bits", 3) as process:
