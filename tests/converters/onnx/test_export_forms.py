@@ -165,7 +165,7 @@ def test_attention_is_one_operator_from_opset_23(runtime, opset):
 
 @pytest.mark.parametrize(("runtime", "scale", "tables"), [("fast", 1.0, 2), ("low-memory", 8**-0.5, 0)])
 def test_fast_scales_queries_by_their_tables(runtime, scale, tables):
-    """Then onnxruntime multiplies a single query without a copy of the keys; a head has 8 channels, and layers share."""
+    """Then onnxruntime multiplies a single query without a copy of the keys; a head has 8 channels."""
     nodes = plan_onnx(palettized_checkpoint(4, int8=True), runtime=runtime).model.graph.node
     attributes = [attribute for node in nodes if node.op_type == "Attention" for attribute in node.attribute]
     scales = [attribute.f for attribute in attributes if attribute.name == "scale"]
