@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from converters.coreml import Package, load_package
 from edkm_export.errors import InputError
 
-# float32 programs: the same products in another order of summation.
-FLOAT32_TOLERANCE = 1e-5
 # float16 programs, of values up to about 2: weights and each of some ten intermediate values are rounded to 2**-11.
 HALF_TOLERANCE = 2e-2
 
