@@ -42,7 +42,7 @@ lint: $(READY)
 
 smollm2: $(READY)
 	mkdir -p $(SMOLLM2)
-	$(BIN)/python benchmarks/fetch_smollm2.py $(SMOLLM2)
+	$(BIN)/python -m benchmarks.fetch_smollm2 $(SMOLLM2)
 	$(BIN)/edkm-export palettize $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf --bits 4 --group-size 16 \
 		--calibration $(CALIBRATION) -o $(SMOLLM2)/smollm2.pt --overwrite
 	$(BIN)/edkm-export coreml $(SMOLLM2)/smollm2.pt $(if $(TEXT),--text $(TEXT)) --overwrite

@@ -1,6 +1,6 @@
 r"""Accuracy of a model in one shot and after training, by method, bits and seed; and what each ingredient brings.
 
-    python benchmarks/accuracy.py MODEL --data train-prose.txt --text cfi.txt --text cfi.txt:0.3 \
+    python -m benchmarks.accuracy MODEL --data train-prose.txt --text cfi.txt --text cfi.txt:0.3 \
         --questions arc_easy.jsonl --part methods --tokens 4000000 --parallel 3 --rows accuracy.jsonl
 
 Parts:
@@ -33,15 +33,15 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
-from train_smollm2 import write_tokens
 
+from benchmarks.train_smollm2 import write_tokens
 from edkm_export import checkpoint
-from edkm_export.models.hard import load_hard_model
-from edkm_export.models.source import Source, load_model, load_tokenizer
+from edkm_export.reference.hard_model import load_hard_model
+from edkm_export.reference.source import Source, load_model, load_tokenizer
 from edkm_export.text import read_text, token_windows
-from edkm_export.training.config import PRESETS, TrainConfig
 from edkm_export.training.evaluation import evaluate
 from edkm_export.training.run import train
+from edkm_export.training.train_config import PRESETS, TrainConfig
 from edkm_export.verify.multiple_choice import grade, load_items
 
 # One step at no rate: the model as training finds it.
@@ -185,8 +185,8 @@ def go(runs: list[Run | None], given: dict[str, Any], path: Path, parallel: int,
                 log = (Path(given["work"]) / f"{name}.log").open("w", encoding="utf-8")
                 task = json.dumps([asdict(run) if run else None, given])
                 active.append((run, subprocess.Popen(
-                    [sys.executable, __file__, given["model"], "--worker", task], stdout=subprocess.PIPE,
-                    stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": threads},
+                    [sys.executable, "-m", "benchmarks.accuracy", given["model"], "--worker", task],
+                    stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": threads},
                 ), log))  # fmt: skip
                 print(f"started {name}", flush=True)
             time.sleep(0.5)

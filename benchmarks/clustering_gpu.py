@@ -1,6 +1,6 @@
 """Time and peak memory of differentiable clustering on a CUDA device, forward and backward.
 
-    python benchmarks/clustering_gpu.py --size 4096 --iterations 5
+    python -m benchmarks.clustering_gpu --size 4096 --iterations 5
 
 Compares dense autograd, plain torch on the histogram or block by block, and the fused kernels, for one table a
 matrix and for one each 16 rows. Times are medians of CUDA events around forward and backward together, launched one

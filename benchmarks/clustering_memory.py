@@ -1,6 +1,6 @@
 """Memory and time of one differentiable clustering, forward and backward, by method.
 
-    python benchmarks/clustering_memory.py --size 4096 --bits 3 --iterations 1
+    python -m benchmarks.clustering_memory --size 4096 --bits 3 --iterations 1
 
 Prints for each method the bytes saved for backward (the weight itself excluded where it is only referred to),
 the peak of resident memory above the inputs, and the best time of some runs. The soft weight and the gradient of
@@ -213,7 +213,7 @@ def main() -> None:
 
 def run_worker(method: str, given: list[str]) -> dict[str, Any] | str:
     """The row of a method, or why there is none."""
-    command = [sys.executable, __file__, *given, "--worker", "--methods", method]
+    command = [sys.executable, "-m", "benchmarks.clustering_memory", *given, "--worker", "--methods", method]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == MISSING:
         return f"NOT RUN: {done.stderr.strip().splitlines()[-1]}"

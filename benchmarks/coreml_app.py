@@ -1,6 +1,6 @@
 """Each Core ML interface of one checkpoint: export, exactness, cache, greedy text and speed.
 
-python benchmarks/coreml_app.py MODEL.PT OUTPUT [--interface NAME ...] [--export-only]
+python -m benchmarks.coreml_app MODEL.PT OUTPUT [--interface NAME ...] [--export-only]
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import time
 from pathlib import Path
 
 import torch
-from measure import measure
 
-from converters.coreml.artifact import open_artifact
-from converters.coreml.bundle import find_package
-from converters.coreml.export_plan import INTERFACES, plan_export
+from benchmarks.measure import measure
+from converters.coreml.format import INTERFACES
+from converters.coreml.read.artifact import open_artifact
+from converters.coreml.read.folder import find_package
+from converters.coreml.write.export_plan import plan_export
+from edkm_export.artifact.generation import first_difference, generate
+from edkm_export.artifact.protocol import Session
+from edkm_export.artifact.thresholds import ROUNDED_TIE_NATS
 from edkm_export.checkpoint import Checkpoint, load
-from edkm_export.generation import Session, first_difference, generate
-from edkm_export.models.hard import load_hard_tokenizer
-from edkm_export.models.session import TorchSession
-from edkm_export.verify.thresholds import ROUNDED_TIE_NATS
+from edkm_export.reference.hard_model import load_hard_tokenizer
+from edkm_export.reference.torch_session import TorchSession
 
 PROMPT = "The history of the printing press begins with"
 NEW_TOKENS = 64

@@ -1,7 +1,7 @@
 """Memory of each GPU and traffic of a step when a model of LLaMA-7B's shape trains on 1, 2 and 8 GPUs.
 
-    python benchmarks/distributed.py                 # the tables of docs/distributed.md, as Markdown
-    python benchmarks/distributed.py --context 512 --windows 4 --bits 4
+    python -m benchmarks.distributed                 # the tables of docs/distributed.md, as Markdown
+    python -m benchmarks.distributed --context 512 --windows 4 --bits 4
 
 Nothing is timed and no GPU is used: shapes come from transformers' model, bytes from the formulas below, and the bytes
 that autograd keeps for a token from counting them in one decoder layer an eighth as wide, in bfloat16 autocast.
@@ -18,8 +18,8 @@ import torch
 
 from edkm_export.clustering import hard_assign
 from edkm_export.recipe import Rule
-from edkm_export.training.clusters import ClusterMethod, Clusters
-from edkm_export.training.modules import PalettizedLinear
+from edkm_export.training.palettized.clusters import ClusterMethod, Clusters
+from edkm_export.training.palettized.modules import PalettizedLinear
 
 LLAMA_7B: dict[str, Any] = {
     "vocab_size": 32000,

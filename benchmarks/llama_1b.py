@@ -11,7 +11,8 @@ from pathlib import Path
 
 import click
 import torch
-from measure import measure
+
+from benchmarks.measure import measure
 
 SECONDS = 25 * 60
 PEAK_BYTES = 2 * 1.2358e9 + 1.5e9  # the float16 model and 1.5 GB
@@ -71,8 +72,8 @@ def main(folder: Path, bits: int, calibration: Path | None) -> None:
             [
                 sys.executable,
                 "-c",
-                f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-                f"from pathlib import Path; from llama_1b import make_model; make_model(Path({str(folder)!r}))",
+                "from pathlib import Path; from benchmarks.llama_1b import make_model; "
+                f"make_model(Path({str(folder)!r}))",
             ]
         )
     command = [sys.executable, "-m", "edkm_export", "palettize", str(folder), "--bits", str(bits)]

@@ -1,6 +1,6 @@
 """Decoder layers of LLaMA-7B on one device: plain fine-tuning, DKM, the paper's method and ours.
 
-    python benchmarks/llama_layers.py --rows layers.jsonl
+    python -m benchmarks.llama_layers --rows layers.jsonl
 
 Each row is measured in a process of its own and appended to --rows as it is known; the same command goes on where
 an earlier one was stopped. Measured are one and two layers, and how many fit: predicted from the two peaks, then
@@ -38,13 +38,13 @@ from typing import Any
 
 import click
 import torch
-from llama_stack import SIDES, Settings, SoftLinear, Stack, counting, palettize
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from edkm_export.training.batch import ClusterBatch
-from edkm_export.training.surgery import clusters_of
+from benchmarks.llama_stack import SIDES, Settings, SoftLinear, Stack, counting, palettize
+from edkm_export.training.palettized.batch import ClusterBatch
+from edkm_export.training.palettized.surgery import clusters_of
 
 GIB, MIB = 2**30, 2**20
 WARM_UP, TIMED = 2, 5  # steps
@@ -194,7 +194,8 @@ class Rows:
             return None
         command = [
             sys.executable,
-            __file__,
+            "-m",
+            "benchmarks.llama_layers",
             "--worker",
             json.dumps([side, layers, asdict(self.settings), timed]),
         ]

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from edkm_export.clustering import MarshaledTensors, soft_cluster
 from edkm_export.clustering.dense import cluster_dense
 from edkm_export.recipe import Rule, uniform_recipe
-from edkm_export.training.clusters import ClusterMethod
-from edkm_export.training.surgery import clusters_of, insert_clusters, seed_centroids
+from edkm_export.training.palettized.clusters import ClusterMethod
+from edkm_export.training.palettized.surgery import clusters_of, insert_clusters, seed_centroids
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
 SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}

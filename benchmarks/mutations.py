@@ -1,7 +1,7 @@
 """Plant faults in exported packages and graphs, and count what the verifier finds.
 
-    python benchmarks/mutations.py
-    python benchmarks/mutations.py --model smollm2.pt
+    python -m benchmarks.mutations
+    python -m benchmarks.mutations --model smollm2.pt
 
 Without --model: every fault of the lists in tests/, in exports of the trained fixture, and exports of several families
 and recipes in which nothing is wrong. With it: six faults in a package and a folder of a real Llama with float16 LUTs,
@@ -23,23 +23,21 @@ from typing import Any
 import click
 import torch
 
-from converters.coreml import artifact as coreml
-from converters.coreml import bundle as coreml_bundle
-from converters.coreml.export_plan import plan_export
-from converters.onnx import artifact as onnx
-from converters.onnx import bundle as onnx_bundle
-from converters.onnx.plan import plan_onnx
+from converters.coreml.read import artifact as coreml
+from converters.coreml.write import bundle as coreml_bundle
+from converters.coreml.write.export_plan import plan_export
+from converters.onnx.read import artifact as onnx
+from converters.onnx.write import bundle as onnx_bundle
+from converters.onnx.write.export_plan import plan_onnx
 from edkm_export import checkpoint
+from edkm_export.artifact.protocol import Artifact
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.recipe import load_recipe
-from edkm_export.verify.artifact import Artifact
-from edkm_export.verify.evaluation import Evaluation
+from edkm_export.verify.inputs import VerificationInputs
 from edkm_export.verify.ladder import verify_artifact
 from edkm_export.verify.report import Report, Verdict
 
 ROOT = Path(__file__).parents[1]
-# Behind the packages of the same names that are imported above.
-sys.path.append(str(ROOT / "tests"))
 
 LOCATED = (
     "one LUT value is large",
@@ -93,10 +91,10 @@ def main(model: Path | None, threads: int | None) -> None:
 
 def in_fixture(work: Path, text: str) -> bool:
     """Every fault, and what is unharmed; True when nothing is missed and there is no false alarm."""
-    from conftest import palettized_folder
-    from coreml_mutations import COREML_MUTATIONS, COREML_STATE_MUTATIONS
-    from onnx_mutations import ONNX_MUTATIONS
-    from unharmed import UNHARMED
+    from tests.faults.coreml_mutations import COREML_MUTATIONS, COREML_STATE_MUTATIONS
+    from tests.faults.onnx_mutations import ONNX_MUTATIONS
+    from tests.faults.unharmed import UNHARMED
+    from tests.helpers.exports import palettized_folder
 
     made = palettized_folder(ROOT / "fixtures" / "tiny-llama", load_recipe("4bit"), work / "model.pt")
     options = {"tokens": 128, "continuation": 8}
@@ -121,7 +119,7 @@ def in_fixture(work: Path, text: str) -> bool:
     for number, export in enumerate(UNHARMED):
         other, artifact = export.make(new(work / f"unharmed-{number}"))
         verdicts.append(
-            verify_artifact(other, artifact, Evaluation(text, "held-out text", **options)).verdict
+            verify_artifact(other, artifact, VerificationInputs(text, "held-out text", **options)).verdict
         )
         print(f"| {export} | {verdicts[-1].value} |", flush=True)
     harmful = [case.report.verdict for case in cases if case.mutation.harmful]
@@ -136,8 +134,8 @@ def in_fixture(work: Path, text: str) -> bool:
 
 def in_model(path: Path, work: Path, text: str) -> bool:
     """The six faults in a real model; True when each module is named."""
-    from coreml_mutations import COREML_MUTATIONS, COREML_STATE_MUTATIONS
-    from onnx_mutations import ONNX_MUTATIONS
+    from tests.faults.coreml_mutations import COREML_MUTATIONS, COREML_STATE_MUTATIONS
+    from tests.faults.onnx_mutations import ONNX_MUTATIONS
 
     made = checkpoint.load(path)
     if any(tensor.lut.dtype != torch.float16 for tensor in made.palettized.values()):
@@ -171,7 +169,7 @@ def plant(
             shutil.copytree(exported, target)
             try:
                 mutation.apply(target, made)
-                evaluation = Evaluation(text, "held-out text", localize=True, **options)
+                evaluation = VerificationInputs(text, "held-out text", localize=True, **options)
                 report = verify_artifact(made, open_artifact(target), evaluation)
             finally:
                 shutil.rmtree(copy)

@@ -38,9 +38,9 @@ def make(kind: str, checkpoint_path: Path, folder: Path) -> None:
     """Write the graph of one row."""
     import torch
 
-    from converters.onnx import profiles
-    from converters.onnx.convert import write_graph
-    from converters.onnx.plan import plan_onnx
+    from converters.onnx.write import profiles
+    from converters.onnx.write.export_plan import plan_onnx
+    from converters.onnx.write.graph_file import write_graph
     from edkm_export import checkpoint
     from edkm_export.palette import PalettizedTensor
 
@@ -69,10 +69,10 @@ def make(kind: str, checkpoint_path: Path, folder: Path) -> None:
 
     loaded = checkpoint.load(checkpoint_path)
     folder.mkdir()
-    if kind in profiles.PROFILES:
+    if kind in profiles.FORMS_OF_PROFILE:
         write_graph(plan_onnx(loaded, runtime=kind), folder)
         return
-    profiles.PROFILES["dense"] = DenseForms
+    profiles.FORMS_OF_PROFILE["dense"] = DenseForms
     model = write_graph(plan_onnx(loaded, runtime="dense", dtype=np.dtype(real).name), folder)
     if kind == UNIFORM:
         import onnx
@@ -163,7 +163,7 @@ def run(kind: str, model: Path, threads: int) -> dict[str, Any]:
     """Load a graph and generate."""
     import onnxruntime
 
-    from converters.onnx.genai import session_options
+    from converters.onnx.write.genai import session_options
     from edkm_export.memory import return_freed_memory, return_large_blocks
 
     settings = session_options(kind)
@@ -203,7 +203,7 @@ def race(first: Path, second: Path, threads: int) -> float:
 
 def fresh(*arguments: str) -> str:
     """Call this script in a process of its own; what it prints last."""
-    command = [sys.executable, __file__, *arguments]
+    command = [sys.executable, "-m", "benchmarks.onnx_runtime", *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
 
 

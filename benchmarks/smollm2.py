@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import click
-from measure import Measured, measure
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.measure import Measured, measure
 
 
 def edkm(*arguments: object) -> Measured:

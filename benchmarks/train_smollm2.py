@@ -1,6 +1,6 @@
 """Train a real model at 4, 3 or 2 bits, and compare it with the original and with one-shot clustering.
 
-    python benchmarks/train_smollm2.py MODEL --data train-prose.txt --eval-text cfi.txt --preset 3bit --minutes 10
+    python -m benchmarks.train_smollm2 MODEL --data train-prose.txt --eval-text cfi.txt --preset 3bit --minutes 10
 
 MODEL is a Hugging Face folder or a GGUF file. Data files that end in .tokens hold tokens: with --generate they are
 written first, by the original model itself. Needs no coremltools. The last line is JSON.
@@ -20,11 +20,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from edkm_export.models.source import Source, load_model, load_tokenizer
-from edkm_export.training.config import PRESETS
+from edkm_export.reference.source import Source, load_model, load_tokenizer
 from edkm_export.training.data import read_documents, tokenize
-from edkm_export.training.generation import generate, save_tokens
 from edkm_export.training.run import train
+from edkm_export.training.self_generated import generate, save_tokens
+from edkm_export.training.train_config import PRESETS
 
 # Perplexity on cfi.txt and average bits. The perplexities were set on the segment that starts at 30% of the text's
 # characters (cfi.txt:0.3 in accuracy.py), where the float model has 39.2; elsewhere only the ratio means anything.

@@ -1,7 +1,7 @@
 """Step time and peak memory: palettized training against plain fine-tuning of the same model.
 
-    python benchmarks/train_step.py                      # SmolLM2-135M's shape, random weights
-    python benchmarks/train_step.py --model FOLDER
+    python -m benchmarks.train_step                      # SmolLM2-135M's shape, random weights
+    python -m benchmarks.train_step --model FOLDER
 
 Both sides use the same batches, the same loss (next tokens, in chunks), the same fused AdamW and, on CUDA, bfloat16
 autocast over float32 masters. Palettized steps are recorded as a CUDA graph, as `edkm-export train` does; plain ones
@@ -24,15 +24,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from edkm_export.models.source import Source, load_model
 from edkm_export.recipe import uniform_recipe
-from edkm_export.training.batch import ClusterBatch
-from edkm_export.training.clusters import ClusterMethod
-from edkm_export.training.config import TrainConfig
+from edkm_export.reference.source import Source, load_model
 from edkm_export.training.graphs import GraphedStep, can_record
 from edkm_export.training.learner import Learner
 from edkm_export.training.optimizer import build_optimizer, freeze
-from edkm_export.training.surgery import clusters_of, insert_clusters
+from edkm_export.training.palettized.batch import ClusterBatch
+from edkm_export.training.palettized.clusters import ClusterMethod
+from edkm_export.training.palettized.surgery import clusters_of, insert_clusters
+from edkm_export.training.train_config import TrainConfig
 
 SMOLLM2: dict[str, Any] = {
     "vocab_size": 49152,
@@ -162,7 +162,7 @@ def main(model: str | None, backward: tuple[str, ...], rounds: int, steps: int, 
     config = TrainConfig(bf16=chosen == "cuda", **settings)
     if chosen == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
-        from edkm_export.training import tables
+        from edkm_export.training.palettized import tables
 
         print(f"{torch.cuda.get_device_name()}; kernels: {'Triton' if tables._triton() else 'plain torch'}")
     found: dict[str, list[Found]] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edkm_export.errors import InputError
 from edkm_export.memory import return_freed_memory
-from edkm_export.models.conv1d import is_conv1d
+from edkm_export.reference.conv1d import is_conv1d
 
 __all__ = ["input_energy"]
 

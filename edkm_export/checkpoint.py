@@ -87,6 +87,31 @@ class Checkpoint:
         state.update({name: state[target] for name, target in self.tied.items()})
         return state
 
+    def check_parameters(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare names and shapes with those of the model that the configuration describes.
+
+        Args:
+            expected: {parameter name: shape}, of every parameter of the model.
+
+        Raises:
+            CheckpointError: naming the parameter that is missing, unknown or misshapen.
+        """
+        source, again = str(self.path or "checkpoint"), "palettize the model again"
+        actual = {name: tensor.shape for name, tensor in self.palettized.items()}
+        actual |= {name: tuple(tensor.shape) for name, tensor in self.dense.items()}
+        actual |= {name: actual[target] for name, target in self.tied.items()}
+        for name in expected:
+            if name not in actual:
+                raise CheckpointError(f"{source}: parameter {name} is missing; {again}.")
+        for name, shape in actual.items():
+            if name not in expected:
+                raise CheckpointError(f"{source}: parameter {name} is not part of the model; {again}.")
+            if shape != expected[name]:
+                raise CheckpointError(
+                    f"{source}: parameter {name} has shape {list(shape)}, the model needs {list(expected[name])}; "
+                    f"{again}."
+                )
+
 
 def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) -> None:
     """Write a checkpoint, whole or not at all.

@@ -16,6 +16,7 @@ __all__ = [
     "PackageError",
     "PaletteError",
     "RecipeError",
+    "TrainingError",
     "UnsupportedOpError",
 ]
 
@@ -54,6 +55,10 @@ class PackageError(EdkmExportError):
 
 class UnsupportedOpError(PackageError):
     """A program holds an operation, or a form of one, that the interpreter does not know."""
+
+
+class TrainingError(EdkmExportError):
+    """Training cannot go on; the message names the last checkpoint that is whole."""
 
 
 class BackendMissingError(EdkmExportError, ImportError):

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.decoder.build import decoder_config, empty_decoder
 from edkm_export.errors import CheckpointError, PaletteError
-from edkm_export.models.conv1d import as_linear, conv1d_weights
-from edkm_export.models.registry import decoder_config, empty_decoder
-from edkm_export.models.source import Source, load_config, load_tokenizer, tokenizer_files
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.palette import PalettizedTensor, all_finite, check_grouping
+from edkm_export.reference.conv1d import as_linear, conv1d_weights
+from edkm_export.reference.source import Source, load_config, load_tokenizer, tokenizer_files
 from edkm_export.versions import library_versions
 
 __all__ = ["Imported", "as_checkpoint", "import_state", "read_state"]

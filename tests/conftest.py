@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault(
@@ -17,38 +16,17 @@ os.environ.setdefault(
 import onnx
 import pytest
 import torch
-from checkpoint_files import make_checkpoint
-from odd_models import build, save
-from onnx_edits import Edit
-from onnx_models import export, palettized_checkpoint
 
 from edkm_export import checkpoint
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.models.source import Source, load_model, load_tokenizer, tokenizer_files
-from edkm_export.palettize import palettize_model
-from edkm_export.recipe import Recipe, load_recipe
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-SEQUENCE_LENGTH = 64
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A checkpoint on disk and the folder that was made of it.
-
-    Attributes:
-        checkpoint: read back from `model`.
-        model: the model.pt.
-        bundle: the folder, as `edkm-export coreml --no-verify` leaves it.
-        package: the .mlpackage in it.
-        weights_size_bytes: predicted.
-    """
-
-    checkpoint: Checkpoint
-    model: Path
-    bundle: Path
-    package: Path
-    weights_size_bytes: int
+from edkm_export.recipe import load_recipe
+from tests.helpers.checkpoint_files import make_checkpoint
+from tests.helpers.command import Result
+from tests.helpers.exports import Exported, exported, palettized_folder
+from tests.helpers.odd_models import build, save
+from tests.helpers.onnx_edits import Edit
+from tests.helpers.onnx_models import export, palettized_checkpoint
+from tests.helpers.paths import FIXTURES
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,37 +45,6 @@ def tiny_llama() -> Path:
 def held_out() -> str:
     """Text that the trained Llama has not seen."""
     return (FIXTURES / "heldout.txt").read_text(encoding="utf-8")
-
-
-def palettized_folder(folder: Path, recipe: Recipe, path: Path) -> Checkpoint:
-    """What `edkm-export palettize` writes, without calibration."""
-    source = Source.parse(str(folder))
-    model, tokenizer = load_model(source), load_tokenizer(source)
-    files, config = tokenizer_files(tokenizer, model), model.config.to_dict()
-    parts = palettize_model(model, recipe, source=str(folder))
-    made = Checkpoint(
-        config=config,
-        palettized=parts.palettized,
-        dense=parts.dense,
-        tied=parts.tied,
-        tokenizer=files,
-        recipe=recipe.model_dump(mode="json"),
-        provenance={"base_model": source.provenance()},
-    )
-    checkpoint.save(made, path)
-    return checkpoint.load(path)
-
-
-def exported(folder: Path, recipe: Recipe, work: Path) -> Exported:
-    """Palettize a Hugging Face folder and export it."""
-    from converters.coreml.bundle import write_bundle
-    from converters.coreml.export_plan import plan_export
-
-    made = palettized_folder(folder, recipe, work / "model.pt")
-    plan = plan_export(made, interface="logits", sequence_length=SEQUENCE_LENGTH)
-    (work / "model-coreml").mkdir()
-    package = write_bundle(made, plan, work / "model-coreml", "model")
-    return Exported(made, work / "model.pt", work / "model-coreml", package, plan.weights_size_bytes)
 
 
 @pytest.fixture(scope="session")
@@ -130,23 +77,6 @@ def small_export(small_folder, tmp_path_factory) -> Exported:
     return exported(small_folder, load_recipe("4bit"), tmp_path_factory.mktemp("small-export"))
 
 
-@dataclass(frozen=True)
-class Result:
-    """Exit status and what was printed."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def message(self) -> str:
-        """The one line in which a mistake is explained; there is no traceback and nothing after it."""
-        assert "Traceback" not in self.err
-        lines = [line for line in self.err.splitlines() if line.startswith("edkm-export: ")]
-        assert len(lines) == 1 and self.err.endswith(f"{lines[0]}\n"), self.err
-        return lines[0].removeprefix("edkm-export: ")
-
-
 @pytest.fixture
 def edkm(monkeypatch, capsys) -> Callable[..., Result]:
     """Run the command line in this process, as `edkm-export ARGUMENTS` does."""
@@ -169,6 +99,15 @@ def edkm(monkeypatch, capsys) -> Callable[..., Result]:
         return Result(caught.value.code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """A folder that is the working one; tests look into it for what a command left."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
 
 
 @pytest.fixture

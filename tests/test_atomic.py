@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from folders import snapshot
 
 from edkm_export.atomic import MARKER, atomic_file, atomic_folder, check_output
 from edkm_export.errors import InputError, OutputExistsError
+from tests.helpers.snapshots import snapshot
 
 FAILURES = [
     OSError(errno.ENOSPC, "No space left on device"),

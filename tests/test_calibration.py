@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from odd_models import build, inject_outliers
 from torch import Tensor, nn
 
 from edkm_export.calibration import input_energy
 from edkm_export.errors import InputError
+from tests.helpers.odd_models import build, inject_outliers
 
 # Both sides compute in float32; they differ in the order of sums of 192 squares, 2e-7 as measured. Native 16-bit
 # activations would be off by 5e-3 (float16) and 7e-2 (bfloat16).

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import EMBED, HEAD, LAYER, NORM, make_checkpoint
-from folders import snapshot
 
 from edkm_export import checkpoint
 from edkm_export.checkpoint import FORMAT_VERSION, Checkpoint, load, save
 from edkm_export.errors import OutputExistsError
+from tests.helpers.checkpoint_files import EMBED, HEAD, LAYER, NORM, make_checkpoint
+from tests.helpers.snapshots import snapshot
 
 # What is written comes back
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import EMBED, HEAD, LAYER, NORM, make_checkpoint, refused, rewritten
+
+from tests.helpers.checkpoint_files import EMBED, HEAD, LAYER, NORM, make_checkpoint, refused, rewritten
 
 # Files that are something else
 

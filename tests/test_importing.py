@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from odd_models import build
 from torch import nn
 
 from edkm_export import checkpoint
 from edkm_export.errors import CheckpointError
 from edkm_export.importing import import_state, read_state
+from tests.helpers.odd_models import build
 
 pytest.importorskip("coremltools")
 
@@ -131,7 +131,7 @@ def test_from_a_finalized_llama_to_a_checkpoint(edkm, small_folder, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     model = finalized(build("untied_and_biased").float(), n_bits=4)
     torch.save(model.state_dict(), "finalized.pt")
-    from odd_models import save
+    from tests.helpers.odd_models import save
 
     folder = save(build("untied_and_biased").half(), tmp_path / "source")
     result = edkm("import", "finalized.pt", "--model", folder, "-o", "model.pt")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from edkm_export.clustering import optimal_centroids
 from edkm_export.lut_grid import LutDtype, check_bits, round_to_grid, scale_of
-from edkm_export.palettize import palettize_weight
+from edkm_export.palettization import palettize_weight
 from edkm_export.recipe import Rule
-from edkm_export.training.grid import Grid
+from edkm_export.training.palettized.grid import Grid
 
 # Of four significant bits, as float16 holds them, and little enough for 8 times as much.
 SCALES = sorted(n * 2.0**e for n in range(8, 16) for e in range(-24, 10))

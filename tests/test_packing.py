@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from palettes import numpy_pack
 
 from edkm_export import packing
 from edkm_export.errors import PaletteError
 from edkm_export.packing import SUPPORTED_BITS, pack, packed_size_bytes, padding_bits, unpack
+from tests.helpers.palettes import numpy_pack
 
 
 @st.composite

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from palettes import numpy_decode, numpy_unpack, random_palette
 
 from edkm_export import palette
 from edkm_export.errors import PaletteError
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.palette import PalettizedTensor, check_grouping
+from tests.helpers.palettes import numpy_decode, numpy_unpack, random_palette
 
 FORMS: dict[str, dict[str, Any]] = {
     **{f"{n_bits}_bits": {"shape": (12, 10), "n_bits": n_bits} for n_bits in SUPPORTED_BITS},

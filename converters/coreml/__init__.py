@@ -9,16 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from converters.coreml.conversion import convert, save_package
-    from converters.coreml.package import Package, load_package
+    from converters.coreml.read.package import Package, load_package
+    from converters.coreml.write.conversion import convert, save_package
 
 __all__ = ["Package", "convert", "load_package", "save_package"]
 
 _MODULES = {
-    "Package": "package",
-    "load_package": "package",
-    "convert": "conversion",
-    "save_package": "conversion",
+    "Package": "read.package",
+    "load_package": "read.package",
+    "convert": "write.conversion",
+    "save_package": "write.conversion",
 }
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from converters.onnx.reader import LutGraph, load_graph
+    from converters.onnx.read.lut_graph import LutGraph, load_graph
 
 __all__ = ["LutGraph", "load_graph"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from converters.onnx import reader
+        from converters.onnx.read import lut_graph
 
-        return getattr(reader, name)
+        return getattr(lut_graph, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from edkm_export.cli.verification import find_artifact, find_original, open_artifact, read_evaluation_text
+from edkm_export.cli.artifacts import find_artifact, open_artifact
+from edkm_export.cli.verification import find_original, read_evaluation_text
 
 __all__ = ["command"]
 
@@ -48,7 +49,7 @@ def command(
     from edkm_export.atomic import atomic_file, check_output
     from edkm_export.checkpoint import load
     from edkm_export.cli.console import err, out, print_wide, steps
-    from edkm_export.verify.comparison import Contestant, compare, comparison_page
+    from edkm_export.verify.compare_models import Contestant, compare, comparison_page
 
     if output is not None:
         check_output(output, overwrite=overwrite)
@@ -65,7 +66,7 @@ def command(
             folder = found.parent if found.suffix in (".mlpackage", ".onnx") else found
             contestants.append(Contestant.of_artifact(open_artifact(found), _name(path, models), folder))
     if source is None and original is not None:
-        from edkm_export.models.source import Source
+        from edkm_export.reference.source import Source
 
         source = Source.parse(original)
     content, text_name = read_evaluation_text(text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -29,7 +28,6 @@ __all__ = [
     "megabytes",
     "out",
     "print_report",
-    "print_unverified",
     "print_wide",
     "summary_line",
     "summary_table",
@@ -126,12 +124,6 @@ def print_report(report: Report) -> None:
     """The two tables of a verification."""
     out.print(summary_table(report))
     out.print(ladder_table(report))
-
-
-def print_unverified(folder: Path, checkpoint: Path, size_bytes: int) -> None:
-    """An export that was asked not to be verified; `size_bytes`: of its weights."""
-    out.print(f"{folder}: {megabytes(size_bytes)} of weights, NOT VERIFIED (--no-verify)", soft_wrap=True)
-    out.print(f"verify it with: edkm-export verify {checkpoint} {folder}", soft_wrap=True)
 
 
 def summary_line(report: Report) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edkm_export.cli.verification import climb, prepare, verification_options
+from edkm_export.cli.export import export_arguments, export_options, run_export
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
-    from converters.coreml.export_plan import ExportPlan
-    from converters.coreml.lint import Finding
+    from converters.coreml.write.export_plan import ExportPlan
+    from edkm_export.checkpoint import Checkpoint
+    from edkm_export.verify.report import Report
 
 __all__ = ["command"]
 
@@ -34,10 +35,7 @@ class _Chunks(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
 
 @click.command("coreml", short_help="Convert a palettized checkpoint to Core ML and verify the result.")
-@click.argument("checkpoint", metavar="MODEL.PT", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder to make.  [default: MODEL-coreml]"
-)
+@export_arguments
 @click.option(
     "--interface",
     default="swift-transformers",
@@ -63,10 +61,7 @@ class _Chunks(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     show_default=True,
     help="Packages to cut the layers into (neural-engine); auto: as few as stay below 1 GB each.",
 )
-@click.option("--dry-run", is_flag=True, help="Show plan, sizes and device lint; write nothing.")
-@click.option("--no-verify", is_flag=True, help="Do not verify; the folder then holds no report.")
-@verification_options
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@export_options
 def command(
     checkpoint: Path,
     output: Path | None,
@@ -75,111 +70,109 @@ def command(
     sequence_length: int | None,
     prefill: int,
     chunks: int | Literal["auto"],
-    dry_run: bool,
-    no_verify: bool,
-    overwrite: bool,
-    **verification: Any,
+    **common: Any,
 ) -> None:
     """Convert MODEL.PT to a Core ML package, bit for bit, and verify the files on disk.
 
-    The folder holds the .mlpackage, the tokenizer, a model card and the verification report. Exit status 1: it was
-    made, but failed verification.
+    The folder holds the .mlpackage, the tokenizer, a model card and the verification report. --dry-run also shows
+    what devices are known to do with such a package. Exit status 1: it was made, but failed verification.
     """
-    from converters.coreml.bundle import write_bundle
-    from converters.coreml.export_plan import plan_export
-    from converters.coreml.lint import lint
-    from converters.coreml.model_card import mac_steps, model_card
-    from edkm_export.atomic import atomic_folder, check_output
-    from edkm_export.checkpoint import load
-    from edkm_export.cli.console import err, out, print_report, print_unverified
-    from edkm_export.verify.report import Verdict
-    from edkm_export.verify.write import write_report
-
-    folder = output or checkpoint.with_name(f"{checkpoint.stem}-coreml")
-    if not dry_run:
-        check_output(folder, overwrite=overwrite, folder=True)
-    with err.status(f"reading {checkpoint}"):
-        loaded = load(checkpoint)
-    with err.status("planning"):
-        plan = plan_export(
-            loaded,
-            interface=interface,
-            target=target,
-            sequence_length=sequence_length,
-            prefill=prefill,
-            chunks=chunks,
-        )
-        findings = lint(loaded, plan)
-    if dry_run:
-        _show(plan, checkpoint.stem, findings)
-        return
-    evaluation = None if no_verify else prepare(loaded, **verification)
-    _warn(findings)
-    report = None
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
-        with err.status(f"converting {len(loaded.palettized)} palettized weights to Core ML"):
-            package = write_bundle(loaded, plan, temporary, checkpoint.stem)
-        if evaluation is not None:
-            report = climb(loaded, package, evaluation, plan.weights_size_bytes)
-            write_report(report, temporary)
-        card = model_card(loaded, plan, checkpoint.stem, findings, report)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-    if report is None:
-        print_unverified(folder, checkpoint, plan.weights_size_bytes)
-        return
-    print_report(report)
-    names = " and ".join(plan.package_names(checkpoint.stem))
-    out.print(
-        f"{folder}: drag {names} into Xcode; report.md says what was proved and what was not.", soft_wrap=True
+    run_export(
+        _CoreMLExporter(interface, target, sequence_length, prefill, chunks), checkpoint, output, **common
     )
-    out.print("on a Mac, where this was not run:", soft_wrap=True)
-    for step in mac_steps(plan, checkpoint.stem):
-        out.print(f"    {step}", soft_wrap=True)
-    if report.verdict is Verdict.FAIL:
-        sys.exit(1)
 
 
-def _show(plan: ExportPlan, name: str, findings: list[Finding]) -> None:
-    """The plan, the sizes and the lint."""
-    from rich.table import Table
+@dataclass(frozen=True)
+class _CoreMLExporter:
+    """See `export.Exporter`; the attributes are the options of the command."""
 
-    from edkm_export.cli.console import megabytes, out
+    interface: str
+    target: str
+    sequence_length: int | None
+    prefill: int
+    chunks: int | Literal["auto"]
+    suffix: str = "coreml"
 
-    table = Table(title="plan (nothing was written)", title_justify="left", show_header=False)
-    table.add_row("interface", plan.interface)
-    table.add_row("target", plan.target)
-    table.add_row("positions", f"{plan.context:,}")
-    if plan.prefill:
-        table.add_row("functions", f"prefill ({plan.prefill} tokens), decode (1 token)")
-    if plan.split is not None:
-        table.add_row("vocabulary", f"{plan.split.name} in {len(plan.split.parts)} parts")
-    for file, layers, size in zip(
-        plan.package_names(name), plan.chunks, plan.package_sizes_bytes, strict=True
-    ):
-        table.add_row(
-            file, f"layers {layers.first} to {layers.end - 1}, {megabytes(size)} of weights ({size:,} bytes)"
+    def plan(self, checkpoint: Checkpoint) -> ExportPlan:
+        from converters.coreml.write.export_plan import plan_export
+
+        return plan_export(
+            checkpoint,
+            interface=self.interface,
+            target=self.target,
+            sequence_length=self.sequence_length,
+            prefill=self.prefill,
+            chunks=self.chunks,
         )
-    out.print(table)
-    if not findings:
-        out.print("device lint: nothing found")
-        return
-    lines = Table(title="device lint", title_justify="left")
-    for heading in ("finding", "reason", "remedy", "source"):
-        lines.add_column(heading)
-    for finding in findings:
-        subject = f"{finding.severity}: {finding.id}\n{finding.subject}"
-        lines.add_row(subject, finding.reason, finding.remedy, finding.source)
-    out.print(lines)
 
+    def show(self, checkpoint: Checkpoint, plan: ExportPlan, name: str) -> None:
+        from rich.table import Table
 
-def _warn(findings: list[Finding]) -> None:
-    """What is worse than a note, before the long work."""
-    from edkm_export.cli.console import err
+        from converters.coreml.write.lint import lint
+        from edkm_export.cli.console import megabytes, out
 
-    for finding in findings:
-        if finding.severity != "note":
-            err.print(
-                f"{finding.severity}: {finding.subject}: {finding.reason} {finding.remedy} ({finding.source})",
-                soft_wrap=True,
-                highlight=False,
+        table = Table(title="plan (nothing was written)", title_justify="left", show_header=False)
+        table.add_row("interface", plan.interface)
+        table.add_row("target", plan.target)
+        table.add_row("positions", f"{plan.context:,}")
+        if plan.prefill:
+            table.add_row("functions", f"prefill ({plan.prefill} tokens), decode (1 token)")
+        if plan.split is not None:
+            table.add_row("vocabulary", f"{plan.split.name} in {len(plan.split.parts)} parts")
+        for file, layers, size in zip(
+            plan.package_names(name), plan.chunks, plan.package_sizes_bytes, strict=True
+        ):
+            table.add_row(
+                file,
+                f"layers {layers.first} to {layers.end - 1}, {megabytes(size)} of weights ({size:,} bytes)",
             )
+        out.print(table)
+        findings = lint(checkpoint, plan)
+        if not findings:
+            out.print("device lint: nothing found")
+            return
+        lines = Table(title="device lint", title_justify="left")
+        for heading in ("finding", "reason", "remedy", "source"):
+            lines.add_column(heading)
+        for finding in findings:
+            subject = f"{finding.severity}: {finding.id}\n{finding.subject}"
+            lines.add_row(subject, finding.reason, finding.remedy, finding.source)
+        out.print(lines)
+
+    def warn(self, checkpoint: Checkpoint, plan: ExportPlan) -> None:
+        from converters.coreml.write.lint import lint
+        from edkm_export.cli.console import err
+
+        for finding in lint(checkpoint, plan):
+            if finding.severity != "note":
+                err.print(
+                    f"{finding.severity}: {finding.subject}: {finding.reason} {finding.remedy} ({finding.source})",
+                    soft_wrap=True,
+                    highlight=False,
+                )
+
+    def write(self, checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str) -> Path:
+        from converters.coreml.write.bundle import write_bundle
+
+        return write_bundle(checkpoint, plan, folder, name)
+
+    def finish(
+        self, checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str, report: Report | None
+    ) -> None:
+        from converters.coreml.write.lint import lint
+        from converters.coreml.write.model_card import model_card
+        from edkm_export.verify.write import quality
+
+        found = "NOT VERIFIED: it was exported with --no-verify." if report is None else quality(report)
+        card = model_card(checkpoint, plan, name, lint(checkpoint, plan), found)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def next_steps(self, plan: ExportPlan, folder: Path, name: str) -> list[str]:
+        from converters.coreml.write.model_card import mac_steps
+
+        packages = " and ".join(plan.package_names(name))
+        return [
+            f"{folder}: drag {packages} into Xcode; report.md says what was proved and what was not.",
+            "on a Mac, where this was not run:",
+            *(f"    {step}" for step in mac_steps(plan, name)),
+        ]

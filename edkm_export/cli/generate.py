@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
-    from edkm_export.generation import Generation, Sampling, Session
+    from edkm_export.artifact.generation import Generation, Sampling
+    from edkm_export.artifact.protocol import Session
 
 __all__ = ["command"]
 
@@ -46,9 +47,9 @@ def command(
     the most likely token is taken each time, so that every format of one model writes the same text. The text goes to
     standard output, figures go to standard error.
     """
+    from edkm_export.artifact.generation import generate
     from edkm_export.cli.console import err
     from edkm_export.detokenize import TextStream
-    from edkm_export.generation import generate
     from edkm_export.prompt import encode_prompt
 
     sampling = _sampling(temperature, top_p, seed)
@@ -81,7 +82,7 @@ class _Opened(NamedTuple):
 
 
 def _sampling(temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
-    from edkm_export.generation import GREEDY, Sampling
+    from edkm_export.artifact.generation import GREEDY, Sampling
 
     if not temperature:
         if top_p is not None or seed is not None:
@@ -93,29 +94,19 @@ def _sampling(temperature: float | None, top_p: float | None, seed: int | None) 
 
 def _open(path: Path) -> _Opened:
     """A session for whatever lies at `path`."""
-    from converters.onnx.folder import OnnxFolder, is_onnx
+    from edkm_export.cli.artifacts import is_artifact, open_session
     from edkm_export.errors import InputError
 
     if not path.exists():
         raise InputError(f"{path}: no such file or folder.")
-    if is_onnx(path):
-        from converters.onnx.session import OnnxSession
-
-        return _with_tokenizer(OnnxSession.open(path), OnnxFolder.find(path).root)
-    if path.is_dir():
-        from converters.coreml.bundle import find_package
-        from converters.coreml.session import CoreMLSession
-
-        package = find_package(path)
-        return _with_tokenizer(CoreMLSession.open(package), package.parent)
-    return _checkpoint(path)
+    return _with_tokenizer(*open_session(path)) if is_artifact(path) else _checkpoint(path)
 
 
 def _checkpoint(path: Path) -> _Opened:
     from edkm_export.checkpoint import load
-    from edkm_export.models.hard import load_hard_tokenizer
-    from edkm_export.models.session import TorchSession
     from edkm_export.prompt import read_settings, stop_tokens
+    from edkm_export.reference.hard_model import load_hard_tokenizer
+    from edkm_export.reference.torch_session import TorchSession
 
     checkpoint = load(path)
     tokenizer = load_hard_tokenizer(checkpoint)

@@ -36,7 +36,7 @@ def command(file: Path, output: Path, model: str | None, group_size: int, overwr
     from edkm_export.atomic import check_output
     from edkm_export.cli.console import err, out
     from edkm_export.importing import as_checkpoint, import_state, read_state
-    from edkm_export.models.source import Source
+    from edkm_export.reference.source import Source
 
     check_output(output, overwrite=overwrite)
     source = Source.parse(model or str(file.parent))

@@ -25,7 +25,7 @@ def command(path: Path, as_json: bool) -> None:
     OUT is the folder that `edkm-export coreml` or `edkm-export onnx` made, or the model in it. Everything is read
     from the bytes on disk.
     """
-    from converters.onnx.folder import is_onnx
+    from converters.onnx.read.folder import is_onnx
     from edkm_export.errors import InputError
 
     if not path.exists():
@@ -61,7 +61,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
 
 def _describe_package(path: Path) -> dict[str, Any]:
     from converters.coreml import load_package
-    from converters.coreml.bundle import find_package
+    from converters.coreml.read.folder import find_package
 
     package = load_package(find_package(path))
     palettized: dict[str, PalettizedTensor] = {}

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from edkm_export.cli.verification import climb, prepare, verification_options
+from edkm_export.cli.export import export_arguments, export_options, run_export
+
+if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
+    from converters.onnx.write.export_plan import OnnxPlan
+    from edkm_export.checkpoint import Checkpoint
+    from edkm_export.verify.report import Report
 
 __all__ = ["command"]
 
 
 @click.command("onnx", short_help="Convert a palettized checkpoint to ONNX and verify the result.")
-@click.argument("checkpoint", metavar="MODEL.PT", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder to make.  [default: MODEL-onnx]"
-)
+@export_arguments
 @click.option(
     "--runtime",
     type=click.Choice(["exact", "low-memory", "fast"]),
@@ -36,9 +38,7 @@ __all__ = ["command"]
 @click.option("--opset", type=int, help="Version of the standard operators.  [default: 23, exact: 18]")
 @click.option("--context-length", type=int, help="Positions of the longest text.  [default: the model's]")
 @click.option("--standard-ops", is_flag=True, help="With --runtime fast: no operators of onnxruntime's own.")
-@click.option("--no-verify", is_flag=True, help="Do not verify; the folder then holds no report.")
-@verification_options
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@export_options
 def command(
     checkpoint: Path,
     output: Path | None,
@@ -47,48 +47,69 @@ def command(
     opset: int | None,
     context_length: int | None,
     standard_ops: bool,
-    no_verify: bool,
-    overwrite: bool,
-    **verification: Any,
+    **common: Any,
 ) -> None:
     """Convert MODEL.PT to an ONNX decoder with cache, bit for bit, and verify the files on disk.
 
     The folder holds the graph, its weights, the tokenizer and the verification report; onnxruntime-genai, optimum and
     transformers.js load it as it is. Exit status 1: it was made, but failed verification.
     """
-    from converters.onnx.bundle import write_bundle
-    from converters.onnx.plan import plan_onnx
-    from edkm_export.atomic import atomic_folder, check_output
-    from edkm_export.checkpoint import load
-    from edkm_export.cli.console import err, out, print_report, print_unverified
-    from edkm_export.verify.report import Verdict
-    from edkm_export.verify.write import write_report
+    exporter = _OnnxExporter(runtime, dtype, opset, context_length, standard_ops)
+    run_export(exporter, checkpoint, output, **common)
 
-    folder = output or checkpoint.with_name(f"{checkpoint.stem}-onnx")
-    check_output(folder, overwrite=overwrite, folder=True)
-    with err.status(f"reading {checkpoint}"):
-        loaded = load(checkpoint)
-    evaluation = None if no_verify else prepare(loaded, **verification)
-    with err.status("tracing the decoder"):
-        plan = plan_onnx(
-            loaded, runtime=runtime, dtype=dtype, opset=opset, context=context_length, standard_ops=standard_ops
-        )  # fmt: skip
-    report = None
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
-        with err.status(f"writing {len(loaded.palettized)} palettized weights"):
-            write_bundle(loaded, plan, temporary)
-        if evaluation is not None:
-            report = climb(loaded, temporary, evaluation, plan.weights_size_bytes)
-            report = report.model_copy(update={"artifact": folder.absolute().name})  # as it will be called
-            write_report(report, temporary)
-    if report is None:
-        print_unverified(folder, checkpoint, plan.weights_size_bytes)
-        return
-    print_report(report)
-    out.print(
-        f"{folder}: try it with `edkm-export generate {folder} --prompt TEXT`; "
-        "report.md says what was proved and what was not.",
-        soft_wrap=True,
-    )
-    if report.verdict is Verdict.FAIL:
-        sys.exit(1)
+
+@dataclass(frozen=True)
+class _OnnxExporter:
+    """See `export.Exporter`; the attributes are the options of the command."""
+
+    runtime: str
+    dtype: str
+    opset: int | None
+    context_length: int | None
+    standard_ops: bool
+    suffix: str = "onnx"
+
+    def plan(self, checkpoint: Checkpoint) -> OnnxPlan:
+        from converters.onnx.write.export_plan import plan_onnx
+
+        return plan_onnx(
+            checkpoint,
+            runtime=self.runtime,
+            dtype=self.dtype,
+            opset=self.opset,
+            context=self.context_length,
+            standard_ops=self.standard_ops,
+        )
+
+    def show(self, checkpoint: Checkpoint, plan: OnnxPlan, name: str) -> None:
+        from rich.table import Table
+
+        from edkm_export.cli.console import megabytes, out
+
+        table = Table(title="plan (nothing was written)", title_justify="left", show_header=False)
+        table.add_row("runtime profile", plan.runtime)
+        table.add_row("activations and cache", plan.dtype)
+        table.add_row("opset", str(plan.opset))
+        table.add_row("positions", f"{plan.context:,}")
+        table.add_row("weights", f"{megabytes(plan.weights_size_bytes)} ({plan.weights_size_bytes:,} bytes)")
+        out.print(table)
+
+    def warn(self, checkpoint: Checkpoint, plan: OnnxPlan) -> None:
+        """Nothing: what a profile cannot hold is refused by its plan."""
+
+    def write(self, checkpoint: Checkpoint, plan: OnnxPlan, folder: Path, name: str) -> Path:
+        from converters.onnx.write.bundle import write_bundle
+
+        write_bundle(checkpoint, plan, folder)
+        return folder
+
+    def finish(
+        self, checkpoint: Checkpoint, plan: OnnxPlan, folder: Path, name: str, report: Report | None
+    ) -> None:
+        """Nothing: the report says it all."""
+
+    def next_steps(self, plan: OnnxPlan, folder: Path, name: str) -> list[str]:
+        return [
+            f"{folder}: try it with `edkm-export generate {folder} --prompt TEXT`; "
+            "report.md says what was proved and what was not."
+        ]

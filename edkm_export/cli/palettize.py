@@ -63,9 +63,9 @@ def command(
     from edkm_export import checkpoint
     from edkm_export.atomic import check_output
     from edkm_export.cli.console import bar, err, megabytes, out
-    from edkm_export.models.registry import decoder_config
-    from edkm_export.models.source import Source, load_config, load_model, load_tokenizer, tokenizer_files
-    from edkm_export.palettize import palettizable_shapes, palettize_model
+    from edkm_export.decoder.build import decoder_config
+    from edkm_export.palettization import palettizable_shapes, palettize_model
+    from edkm_export.reference.source import Source, load_config, load_model, load_tokenizer, tokenizer_files
     from edkm_export.text import read_text, token_windows
     from edkm_export.versions import library_versions
 

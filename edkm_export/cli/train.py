@@ -125,9 +125,9 @@ def command(
     import torch
 
     from edkm_export.errors import InputError
-    from edkm_export.models.source import Source
     from edkm_export.recipe import load_recipe
-    from edkm_export.training.config import PRESETS, load_config_file
+    from edkm_export.reference.source import Source
+    from edkm_export.training.train_config import PRESETS, load_config_file
 
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device here.")

@@ -9,22 +9,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edkm_export.verify.thresholds import MAX_PERPLEXITY_RATIO
+from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
-    from edkm_export.models.soft import SoftWeights
-    from edkm_export.models.source import Source
-    from edkm_export.verify.artifact import Artifact
-    from edkm_export.verify.evaluation import Evaluation
+    from edkm_export.reference.soft_model import SoftWeights
+    from edkm_export.reference.source import Source
+    from edkm_export.verify.inputs import VerificationInputs
     from edkm_export.verify.report import Report
 
 __all__ = [
     "climb",
-    "find_artifact",
     "find_original",
     "find_soft",
-    "open_artifact",
     "prepare",
     "read_evaluation_text",
     "verification_options",
@@ -68,7 +65,7 @@ def verification_options(function: _F) -> _F:
         click.option(
             "--text",
             type=click.Path(path_type=Path),
-            help="Evaluation text; by default a built-in sample.",
+            help="VerificationInputs text; by default a built-in sample.",
         ),
     ):
         function = option(function)
@@ -85,18 +82,18 @@ def prepare(
     max_perplexity_ratio: float,
     prompts: tuple[str, ...],
     localize: bool,
-) -> Evaluation:
+) -> VerificationInputs:
     """Read what the options name, before the long work.
 
     Raises:
         InputError: the text, the original or the run that was asked for cannot be used.
     """
-    from edkm_export.verify.evaluation import Evaluation
+    from edkm_export.verify.inputs import VerificationInputs
 
     content, name = read_evaluation_text(text)
     source, missing = find_original(checkpoint, original)
     soft, no_soft = find_soft(checkpoint, run)
-    return Evaluation(
+    return VerificationInputs(
         text=content,
         text_name=name,
         tokens=tokens,
@@ -115,7 +112,7 @@ def prepare(
 def climb(
     checkpoint: Checkpoint,
     path: Path,
-    evaluation: Evaluation,
+    evaluation: VerificationInputs,
     predicted_size_bytes: int | None = None,
 ) -> Report:
     """Climb the ladder with a progress bar.
@@ -124,42 +121,20 @@ def climb(
         checkpoint: what the artifact should hold.
         path: of the artifact, as `find_artifact` gives it.
         evaluation: from `prepare`.
-        predicted_size_bytes: what the exporter promised; None: what the checkpoint predicts.
+        predicted_size_bytes: what the exporter promised; None: what a plan of the same export says.
     """
+    from edkm_export.cli import artifacts
     from edkm_export.cli.console import err, steps
     from edkm_export.verify.ladder import count_steps, verify_artifact
 
     with err.status("reading the artifact"):
-        artifact = open_artifact(path)
+        artifact = artifacts.open_artifact(path)
+        if predicted_size_bytes is None:
+            predicted_size_bytes = artifacts.predicted_size_bytes(checkpoint, artifact)
     with steps(count_steps(artifact, evaluation)) as advance:
         return verify_artifact(
             checkpoint, artifact, evaluation, predicted_size_bytes=predicted_size_bytes, advance=advance
         )
-
-
-def find_artifact(path: Path) -> Path:
-    """The artifact that a user means: itself, or the one inside a folder that we made.
-
-    Raises:
-        PackageError: there is none, or more than one.
-    """
-    from converters.coreml.bundle import find_package
-    from converters.onnx.folder import is_onnx
-
-    return path if is_onnx(path) else find_package(path)
-
-
-def open_artifact(path: Path) -> Artifact:
-    """Open what `find_artifact` found, for the verifier."""
-    from converters.onnx.folder import is_onnx
-
-    if is_onnx(path):
-        from converters.onnx.artifact import open_artifact as open_onnx
-
-        return open_onnx(path)
-    from converters.coreml.artifact import open_artifact as open_coreml
-
-    return open_coreml(path)
 
 
 def read_evaluation_text(path: Path | None) -> tuple[str, str]:
@@ -174,7 +149,7 @@ def read_evaluation_text(path: Path | None) -> tuple[str, str]:
 def find_original(checkpoint: Checkpoint, asked: str | None) -> tuple[Source | None, str]:
     """The float model, or the reason why there is none. One that was asked for must be there."""
     from edkm_export.errors import InputError
-    from edkm_export.models.source import Source
+    from edkm_export.reference.source import Source
 
     if asked is not None:
         return Source.parse(asked), ""
@@ -208,7 +183,7 @@ def find_soft(checkpoint: Checkpoint, asked: Path | None) -> tuple[SoftWeights |
     if asked is None and (folder is None or "training" not in checkpoint.provenance):
         return None, "the checkpoint was palettized in one shot: there is no soft model"
     assert folder is not None
-    from edkm_export.training.soft import read_soft_weights
+    from edkm_export.training.soft_weights import read_soft_weights
 
     try:
         return read_soft_weights(folder, checkpoint), ""

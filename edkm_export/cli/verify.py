@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from edkm_export.cli.verification import climb, find_artifact, prepare, verification_options
+from edkm_export.cli.artifacts import find_artifact
+from edkm_export.cli.verification import climb, prepare, verification_options
 
 __all__ = ["command"]
 

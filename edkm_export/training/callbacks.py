@@ -11,9 +11,9 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from edkm_export.training.batch import ClusterBatch
-from edkm_export.training.clusters import Clusters
-from edkm_export.training.processes import ALONE, Processes
+from edkm_export.training.distributed.processes import ALONE, Processes
+from edkm_export.training.palettized.batch import ClusterBatch
+from edkm_export.training.palettized.clusters import Clusters
 from edkm_export.training.progress import Progress
 
 __all__ = ["Clock", "Evaluate", "Finite", "Log", "Refit", "Refresh", "dead_centroids", "moved_share"]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from edkm_export.training.modules import PalettizedModule
+from edkm_export.training.palettized.modules import PalettizedModule
 
 __all__ = ["Head", "cross_entropy", "distillation", "has_plain_head", "head_of"]
 

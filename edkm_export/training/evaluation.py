@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edkm_export.verify.metrics import divergence, perplexity, token_losses
+from edkm_export.artifact.metrics import divergence, perplexity, token_losses
 
 __all__ = ["Evaluation", "evaluate"]
 

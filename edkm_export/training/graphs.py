@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edkm_export.training.learner import Learner
-from edkm_export.training.surgery import clusters_of
+from edkm_export.training.palettized.surgery import clusters_of
 
 __all__ = ["GraphedStep", "can_record"]
 

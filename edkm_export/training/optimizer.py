@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from edkm_export.training.config import TrainConfig
-from edkm_export.training.surgery import clusters_of
+from edkm_export.training.palettized.surgery import clusters_of
+from edkm_export.training.train_config import TrainConfig
 
 __all__ = ["build_optimizer", "freeze", "rate_at"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from edkm_export.calibration import input_energy
-from edkm_export.models.conv1d import held_weight
 from edkm_export.recipe import Recipe, Rule, uniform_recipe
-from edkm_export.training.clusters import ClusterMethod
-from edkm_export.training.config import TrainConfig
+from edkm_export.reference.conv1d import held_weight
+from edkm_export.training.palettized.clusters import ClusterMethod
+from edkm_export.training.palettized.surgery import Importance, insert_clusters, trainable_shapes
 from edkm_export.training.scaling import fold_scales
 from edkm_export.training.sensitivity import (
     Sensitivity,
@@ -22,7 +22,7 @@ from edkm_export.training.sensitivity import (
     fisher_factors,
     mixed_recipe,
 )
-from edkm_export.training.surgery import Importance, insert_clusters, trainable_shapes
+from edkm_export.training.train_config import TrainConfig
 
 __all__ = ["Prepared", "base_recipe", "inner_plan", "insert", "prepare"]
 

@@ -11,23 +11,22 @@ from typing import Any
 import torch
 
 from edkm_export import checkpoint
-from edkm_export.models.hard import load_hard_model
-from edkm_export.models.source import Source, load_model, load_tokenizer, tokenizer_files
 from edkm_export.recipe import Recipe
+from edkm_export.reference.hard_model import load_hard_model
+from edkm_export.reference.source import Source, load_model, load_tokenizer, tokenizer_files
 from edkm_export.text import read_text, token_windows
-from edkm_export.training import checkpoints
-from edkm_export.training.arguments import training_arguments
+from edkm_export.training import run_checkpoints
 from edkm_export.training.callbacks import Clock, Evaluate, Log, Refit
-from edkm_export.training.config import TrainConfig
 from edkm_export.training.curve import draw
+from edkm_export.training.distributed.processes import Processes
+from edkm_export.training.distributed.sharding import Student
 from edkm_export.training.evaluation import Evaluation
-from edkm_export.training.folder import RunFolder, identify
 from edkm_export.training.learner import Learner
 from edkm_export.training.optimizer import freeze
+from edkm_export.training.palettized.surgery import clusters_of, to_checkpoint, trainable_shapes
 from edkm_export.training.preparation import base_recipe, decoder_bits, insert
-from edkm_export.training.processes import Processes
 from edkm_export.training.progress import Progress
-from edkm_export.training.sharding import Student
+from edkm_export.training.run_folder import RunFolder, identify
 from edkm_export.training.stages import (
     Run,
     check_tokens,
@@ -36,8 +35,9 @@ from edkm_export.training.stages import (
     self_generated,
     share_student,
 )
-from edkm_export.training.surgery import clusters_of, to_checkpoint, trainable_shapes
+from edkm_export.training.train_config import TrainConfig
 from edkm_export.training.trainer import PaletteTrainer
+from edkm_export.training.trainer_arguments import training_arguments
 from edkm_export.training.windows import PackedWindows, Tokens
 
 __all__ = ["Outcome", "train"]
@@ -158,7 +158,7 @@ def _train(
             for text, stages in metadata["evaluations"].items()
         }
         assert where is not None
-        step = int(checkpoints.read_state(where)["step"])
+        step = int(run_checkpoints.read_state(where)["step"])
         processes.first(lambda: place.cut_log(step))
     if metadata is not None or not processes.is_first:
         insert(student, used, config, seeded=False, source=source.reference)

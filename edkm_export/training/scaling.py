@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edkm_export.recipe import Rule
-from edkm_export.training.surgery import Importance, seed_centroids
+from edkm_export.training.palettized.surgery import Importance, seed_centroids
 
 __all__ = ["fold_scales", "norm_readers"]
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from edkm_export.errors import InputError
-from edkm_export.models.conv1d import is_conv1d
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.recipe import Recipe, Rule
-from edkm_export.training.surgery import Importance, seed_centroids
+from edkm_export.reference.conv1d import is_conv1d
+from edkm_export.training.palettized.surgery import Importance, seed_centroids
 
 __all__ = [
     "Sensitivity",

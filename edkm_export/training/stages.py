@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from edkm_export.errors import InputError
-from edkm_export.models.source import Source
 from edkm_export.recipe import Recipe
-from edkm_export.training.config import TrainConfig
+from edkm_export.reference.source import Source
 from edkm_export.training.data import read_documents, tokenize
+from edkm_export.training.distributed.processes import Processes
 from edkm_export.training.evaluation import Evaluation, evaluate
-from edkm_export.training.folder import RunFolder
-from edkm_export.training.generation import generate, load_tokens, save_tokens
 from edkm_export.training.optimizer import freeze
+from edkm_export.training.palettized.surgery import clusters_of
 from edkm_export.training.preparation import prepare
-from edkm_export.training.processes import Processes
-from edkm_export.training.surgery import clusters_of
-from edkm_export.training.weights import load_weights
+from edkm_export.training.run_folder import RunFolder
+from edkm_export.training.run_weights import load_weights
+from edkm_export.training.self_generated import generate, load_tokens, save_tokens
+from edkm_export.training.train_config import TrainConfig
 from edkm_export.training.windows import Tokens
 
 __all__ = ["Run", "check_tokens", "prepare_student", "read_tokens", "self_generated", "share_student"]

@@ -11,20 +11,19 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from edkm_export.errors import InputError, PaletteError
-from edkm_export.training import checkpoints
-from edkm_export.training.batch import ClusterBatch
+from edkm_export.errors import InputError, PaletteError, TrainingError
+from edkm_export.training import run_checkpoints
 from edkm_export.training.callbacks import Finite, Refresh
-from edkm_export.training.config import TrainConfig
-from edkm_export.training.faults import TrainingError
+from edkm_export.training.distributed.processes import ALONE, Processes
+from edkm_export.training.distributed.sharding import Sharding
 from edkm_export.training.graphs import GraphedStep, can_record
 from edkm_export.training.learner import Learner
 from edkm_export.training.optimizer import build_optimizer, rate_at
-from edkm_export.training.processes import ALONE, Processes
+from edkm_export.training.palettized.batch import ClusterBatch
+from edkm_export.training.palettized.surgery import clusters_of
 from edkm_export.training.progress import Progress
-from edkm_export.training.sharding import Sharding
-from edkm_export.training.surgery import clusters_of
-from edkm_export.training.weights import load_weights, read_state_dict, save_weights
+from edkm_export.training.run_weights import load_weights, read_state_dict, save_weights
+from edkm_export.training.train_config import TrainConfig
 from edkm_export.training.windows import PackedWindows
 
 __all__ = ["PaletteTrainer"]
@@ -169,7 +168,7 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
 
     def failure(self, reason: str) -> TrainingError:
         """What to raise: the step, the reason, and the last checkpoint that is whole."""
-        last = checkpoints.last_complete(self.folder)
+        last = run_checkpoints.last_complete(self.folder)
         found = (
             f"the last good checkpoint is {last}; go on from it with --resume"
             if last
@@ -209,8 +208,10 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
             self.processes.wait()  # each writes the state of its random numbers
             if self.processes.is_first:
-                checkpoints.complete(path, {"elapsed": self.progress.elapsed, "step": self.state.global_step})
-                checkpoints.retire(self.folder, _KEPT)
+                run_checkpoints.complete(
+                    path, {"elapsed": self.progress.elapsed, "step": self.state.global_step}
+                )
+                run_checkpoints.retire(self.folder, _KEPT)
             self.processes.wait()
         except (OSError, RuntimeError) as error:
             if isinstance(error, OSError) and error.errno not in _FULL:
@@ -226,15 +227,15 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             return
         state = self.sharding.optimizer_state()
         if self.processes.is_first:
-            torch.save(state, Path(output_dir) / checkpoints.OPTIMIZER)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / checkpoints.SCHEDULER)
+            torch.save(state, Path(output_dir) / run_checkpoints.OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / run_checkpoints.SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.sharding is None or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        self.sharding.load_optimizer(read_state_dict(Path(checkpoint) / checkpoints.OPTIMIZER))
-        self.lr_scheduler.load_state_dict(read_state_dict(Path(checkpoint) / checkpoints.SCHEDULER))
+        self.sharding.load_optimizer(read_state_dict(Path(checkpoint) / run_checkpoints.OPTIMIZER))
+        self.lr_scheduler.load_state_dict(read_state_dict(Path(checkpoint) / run_checkpoints.SCHEDULER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights, LUTs and codes, unless that was done before the model was sharded."""
@@ -248,7 +249,7 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             TrainingError: what is said in `faults`.
         """
         if resume is not None:
-            state = checkpoints.read_state(resume)
+            state = run_checkpoints.read_state(resume)
             self.progress.step, self.progress.elapsed = int(state["step"]), float(state["elapsed"])
         try:
             self.train(resume_from_checkpoint=None if resume is None else str(resume))

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.artifact.protocol import Artifact
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
-from edkm_export.verify.artifact import Artifact
 from edkm_export.verify.report import Rung, Verdict
 
 __all__ = ["compare_bytes"]

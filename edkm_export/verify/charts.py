@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from edkm_export.verify.report import KL_DECADES, LayerError, WeightPlot
+from edkm_export.artifact.metrics import KL_DECADES
+from edkm_export.verify.report import LayerError, WeightPlot
 
 __all__ = ["Point", "kl_histogram", "layer_lines", "size_against_quality", "weight_histogram"]
 

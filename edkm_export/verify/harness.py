@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from edkm_export.artifact.generation import generate
+from edkm_export.artifact.protocol import Session
 from edkm_export.errors import BackendMissingError, InputError
-from edkm_export.generation import Session, generate
 from edkm_export.verify.multiple_choice import ExecuteBatch, Likelihood, encode_pair, log_likelihoods
 
 __all__ = ["harness_model", "run_tasks"]

@@ -7,28 +7,22 @@ original float model -> trained soft model -> hard PyTorch -> decoded artifact (
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from edkm_export.artifact.execution import AT_FAULT, Execution
+from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
+from edkm_export.artifact.protocol import Artifact
+from edkm_export.artifact.thresholds import NEAR_TIE_NATS, ROUNDED_TIE_NATS, decode_limit
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
-from edkm_export.models.hard import load_hard_model, load_hard_tokenizer
-from edkm_export.verify.artifact import AT_FAULT, Artifact, Execution
+from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
 from edkm_export.verify.bytes import compare_bytes
-from edkm_export.verify.decoding import compare_continuations, prefill_against_decode
-from edkm_export.verify.evaluation import Evaluation, evaluation_windows, prompt_tokens, provenance
+from edkm_export.verify.continuation import compare_continuations, prefill_against_decode
+from edkm_export.verify.inputs import VerificationInputs, evaluation_windows, prompt_tokens, provenance
 from edkm_export.verify.localize import find_faults
-from edkm_export.verify.metrics import divergence, perplexity, token_losses
-from edkm_export.verify.references import (
-    hidden_states,
-    layer_errors,
-    measure_original,
-    measure_soft,
-    transformers_model,
-)
-from edkm_export.verify.report import Divergence, LayerError, Perplexity, Report, Rung, Verdict, overall
+from edkm_export.verify.report import LayerError, Report, Rung, Verdict, overall
 from edkm_export.verify.rungs import (
     continuation_rung,
     decode_rung,
@@ -37,44 +31,30 @@ from edkm_export.verify.rungs import (
     size_rung,
     soft_rungs,
 )
-from edkm_export.verify.tensors import describe_tensors, measure_sizes, plot_weights
-from edkm_export.verify.thresholds import DECODE_KL, EXECUTION, NEAR_TIE_NATS, ROUNDED_TIE_NATS
+from edkm_export.verify.torch_runs import (
+    hidden_states,
+    layer_errors,
+    measure_original,
+    measure_soft,
+    transformers_model,
+)
+from edkm_export.verify.weight_report import describe_tensors, measure_sizes, plot_weights
 
-__all__ = ["count_steps", "verify_artifact", "verify_coreml"]
+__all__ = ["count_steps", "verify_artifact"]
 
 Advance = Callable[[str], None]
 
 
-def count_steps(artifact: Artifact, evaluation: Evaluation) -> int:
+def count_steps(artifact: Artifact, evaluation: VerificationInputs) -> int:
     """How often `verify_artifact` calls `advance`."""
     executed = sum(execution.execute is not None for execution in artifact.executions)
     return 6 + executed + (evaluation.soft is not None) + evaluation.localize
 
 
-def verify_coreml(
-    checkpoint: Checkpoint,
-    package_path: Path,
-    evaluation: Evaluation,
-    *,
-    predicted_size_bytes: int | None = None,
-    advance: Advance | None = None,
-) -> Report:
-    """Climb the ladder for a Core ML package; see `verify_artifact`."""
-    from converters.coreml.artifact import open_artifact
-
-    return verify_artifact(
-        checkpoint,
-        open_artifact(package_path),
-        evaluation,
-        predicted_size_bytes=predicted_size_bytes,
-        advance=advance,
-    )
-
-
 def verify_artifact(
     checkpoint: Checkpoint,
     artifact: Artifact,
-    evaluation: Evaluation,
+    evaluation: VerificationInputs,
     *,
     predicted_size_bytes: int | None = None,
     advance: Advance | None = None,
@@ -85,7 +65,7 @@ def verify_artifact(
         checkpoint: what the artifact should hold.
         artifact: what was read from disk.
         evaluation: text, original, prompts and threshold.
-        predicted_size_bytes: what the recipe promised for the weights; None: what the checkpoint predicts.
+        predicted_size_bytes: what the weights should take on disk; None: not known, and not compared.
         advance: called with the name of each step before it starts.
 
     Returns:
@@ -133,8 +113,6 @@ def verify_artifact(
     run.clear()
 
     step("comparing the bytes on disk")
-    if predicted_size_bytes is None:
-        predicted_size_bytes = artifact.predicted_size_bytes(checkpoint)
     bytes_rung, exact = compare_bytes(checkpoint, artifact)
     tensors = [tensor.model_copy(update={"bit_exact": exact.get(tensor.name)}) for tensor in tensors]
     sizes = measure_sizes(checkpoint, artifact, predicted_size_bytes)
@@ -215,9 +193,8 @@ def _decode(artifact: Artifact, windows: Tensor) -> Rung:
         session = artifact.session()
         if session is None:
             return decode_rung(None, _no_session(artifact) or "this interface of the artifact has no cache")
-        median = artifact.executions[0].threshold.median_kl
-        largest = DECODE_KL if median <= EXECUTION["float32"].median_kl else 10 * median
-        return decode_rung(prefill_against_decode(session, windows[0]), "", largest)
+        limit = decode_limit(artifact.executions[0].threshold)
+        return decode_rung(prefill_against_decode(session, windows[0]), "", limit)
     except AT_FAULT as error:
         return decode_rung(str(error), "")
 

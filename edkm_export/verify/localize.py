@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edkm_export.verify.artifact import AT_FAULT, Artifact, Execution, Traceable
+from edkm_export.artifact.execution import AT_FAULT, Execution
+from edkm_export.artifact.protocol import Artifact, Traceable
+from edkm_export.artifact.thresholds import EXECUTION, LOCAL_TOLERANCE
 from edkm_export.verify.report import Fault, Rung, Verdict
 from edkm_export.verify.sites import Site, record_sites
-from edkm_export.verify.thresholds import EXECUTION, LOCAL_TOLERANCE
 
 __all__ = ["find_faults", "localize"]
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edkm_export.artifact.execution import Execute
 from edkm_export.errors import InputError
-from edkm_export.verify.artifact import Execute
 
 __all__ = [
     "Accuracy",

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic
 
+from edkm_export.artifact.metrics import Number, Perplexity, Record
+
 __all__ = [
-    "KL_DECADES",
     "SCHEMA_VERSION",
-    "Divergence",
     "Fault",
     "LayerError",
-    "Perplexity",
     "Report",
     "Rung",
     "Size",
@@ -25,9 +24,6 @@ __all__ = [
 
 SCHEMA_VERSION = 3
 
-KL_DECADES = (-12, 2)
-"""Powers of ten between which `Divergence.kl_histogram` counts, in half decades."""
-
 
 class Verdict(str, Enum):
     """Outcome of a rung, or of the whole ladder. REPORTED: measured, but nothing is demanded of it."""
@@ -38,57 +34,7 @@ class Verdict(str, Enum):
     NOT_RUN = "NOT RUN"
 
 
-class _Record(pydantic.BaseModel):
-    # Infinity is a legal measurement (an output that is not finite); JSON has no number for it.
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
-
-
-Number = Annotated[
-    float,
-    pydantic.WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["Infinity", "-Infinity", "NaN"]}]}),
-]
-"""A number that may not be finite, and is then a string in the JSON."""
-
-
-class Perplexity(_Record):
-    """Perplexity of a model on the evaluation text."""
-
-    value: Number
-    standard_error: Number
-    tokens: int
-
-
-class Divergence(_Record):
-    """Distance between the next-token distributions of two models; KL in nats.
-
-    Attributes:
-        tokens: positions that were compared.
-        kl_mean: of KL(reference || candidate) over the positions.
-        kl_median: likewise.
-        kl_p999: its 99.9th percentile.
-        kl_max: the largest.
-        top1_agreement: share of positions with the same most likely token.
-        near_ties: disagreements on it at which the reference holds both tokens equally likely.
-        kl_histogram: positions by KL, in half decades from 1e-12 to 100 nats; the first and the last count what is
-            beyond.
-    """
-
-    tokens: int
-    kl_mean: Number
-    kl_median: Number
-    kl_p999: Number
-    kl_max: Number
-    top1_agreement: Number
-    near_ties: int
-    kl_histogram: list[int] = []
-
-    @property
-    def settled_agreement(self) -> float:
-        """Top-1 agreement, near ties counted as agreeing."""
-        return self.top1_agreement + self.near_ties / self.tokens
-
-
-class Rung(_Record):
+class Rung(Record):
     """One step of the ladder: `candidate` is compared with `reference`.
 
     Attributes:
@@ -112,7 +58,7 @@ class Rung(_Record):
     measures: dict[str, Any] = pydantic.Field(default_factory=dict)
 
 
-class TensorReport(_Record):
+class TensorReport(Record):
     """One palettized weight.
 
     Attributes:
@@ -152,7 +98,7 @@ class TensorReport(_Record):
         return self.centroids - self.used_centroids
 
 
-class Size(_Record):
+class Size(Record):
     """Bytes of one part of an artifact, as the recipe predicts and as they are; None: not known."""
 
     part: str
@@ -160,14 +106,14 @@ class Size(_Record):
     actual_bytes: int | None
 
 
-class LayerError(_Record):
+class LayerError(Record):
     """Signal to noise ratio of the hidden states after a layer, in decibels."""
 
     layer: str
     snr_db: Number
 
 
-class WeightPlot(_Record):
+class WeightPlot(Record):
     """Values of a weight that share a LUT, and the LUT.
 
     Attributes:
@@ -191,7 +137,7 @@ class WeightPlot(_Record):
     used: list[int]
 
 
-class Fault(_Record):
+class Fault(Record):
     """Where an executed artifact first leaves the tolerance.
 
     Attributes:
@@ -213,7 +159,7 @@ class Fault(_Record):
     candidates: list[str] = []
 
 
-class Report(_Record):
+class Report(Record):
     """Everything that `report.json` holds."""
 
     schema_version: int = SCHEMA_VERSION

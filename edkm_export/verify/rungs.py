@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from edkm_export.verify.artifact import DAMAGED, Execution
-from edkm_export.verify.report import Divergence, Perplexity, Rung, Verdict
-from edkm_export.verify.thresholds import (
+from edkm_export.artifact.execution import DAMAGED, Execution
+from edkm_export.artifact.metrics import Divergence, Perplexity
+from edkm_export.artifact.thresholds import (
     CONTINUATION,
     CONTINUATION_WHY,
     DECODE_KL,
@@ -16,9 +16,10 @@ from edkm_export.verify.thresholds import (
     SIZE_TOLERANCE,
     SOFT_WHY,
 )
+from edkm_export.verify.report import Rung, Verdict
 
 if TYPE_CHECKING:
-    from edkm_export.verify.decoding import Continuation
+    from edkm_export.verify.continuation import Continuation
 
 __all__ = [
     "continuation_rung",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edkm_export.models.caching import new_cache, run_cached
+from edkm_export.reference.caching import new_cache, run_cached
 
 __all__ = ["Site", "record_sites"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from edkm_export.verify.html import report_page
 from edkm_export.verify.report import Report, Verdict
 
-__all__ = ["markdown", "write_report"]
+__all__ = ["markdown", "quality", "write_report"]
 
 _WORST = 10
 
@@ -63,6 +63,23 @@ def markdown(report: Report) -> str:
     if report.tensors:
         lines += _tensor_section(report)
     lines += ["", "## Provenance", "", "```json", _provenance(report), "```", ""]
+    return "\n".join(lines)
+
+
+def quality(report: Report) -> str:
+    """The verdict in short, in Markdown, for a model card."""
+    lines = [
+        f"Verdict: **{report.verdict.value}**. report.md has the details.",
+        "",
+        "| | perplexity |",
+        "|---|---|",
+    ]
+    lines += [
+        f"| {name} | {found.value:.2f} ± {found.standard_error:.2f} |"
+        for name, found in report.perplexities.items()
+    ]
+    lines += ["", "| checked | verdict |", "|---|---|"]
+    lines += [f"| {rung.candidate} | {rung.verdict.value} |" for rung in report.rungs]
     return "\n".join(lines)
 
 

@@ -7,14 +7,7 @@ import pytest
 
 pytest.importorskip("coremltools")
 
-
-@pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch) -> Path:
-    """An empty working folder."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("work")
 
 
 def test_checkpoint_and_its_package_are_the_same_model(edkm, tiny_export, dense_export, work):

@@ -12,26 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from folders import snapshot
-from palettes import random_palette
 
 from converters.coreml import load_package
 from edkm_export import checkpoint
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.verify.report import Report
+from tests.helpers.palettes import random_palette
+from tests.helpers.snapshots import snapshot
 
 pytest.importorskip("coremltools")
 
+pytestmark = pytest.mark.usefixtures("work")
+
 UP = "model.layers.0.mlp.up_proj.weight"
-
-
-@pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch) -> Path:
-    """An empty working folder."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
 
 
 @pytest.fixture
@@ -99,7 +92,7 @@ def test_overwrite_replaces_a_folder_of_ours(edkm, model, small_export):
 @pytest.fixture
 def ready_made(tiny_export, monkeypatch) -> None:
     """Take the finished package of the session instead of converting again."""
-    from converters.coreml import bundle
+    from converters.coreml.write import bundle
 
     def write_bundle(_checkpoint: Any, _plan: Any, folder: Path, _name: str) -> Path:
         shutil.copytree(tiny_export.bundle, folder, dirs_exist_ok=True)
@@ -328,7 +321,7 @@ def test_sequence_length(edkm, work, model, length):
     "option", [["--text", "gone.txt"], ["--original", "/gone"]], ids=lambda option: option[0]
 )
 def test_verification_inputs_are_checked_before_the_long_work(edkm, work, model, monkeypatch, option):
-    from converters.coreml import bundle
+    from converters.coreml.write import bundle
 
     monkeypatch.setattr(bundle, "write_bundle", lambda *_: pytest.fail("nothing must be converted"))
     assert refused(edkm, work, model, *option).startswith(f"{option[1]}: ")
@@ -374,7 +367,7 @@ def test_output_in_a_folder_that_is_not_there(edkm, work, model):
     ids=["no space", "coremltools' own", "memory"],
 )
 def test_write_that_fails(edkm, work, model, small_export, monkeypatch, failure, message, existing):
-    from converters.coreml import bundle
+    from converters.coreml.write import bundle
 
     if existing:
         shutil.copytree(small_export.bundle, "bundle")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from odd_families import CASES, EXPORTED, build
-from odd_models import build_tokenizer
 
 from edkm_export import checkpoint
-from edkm_export.models.hard import load_hard_model
-from edkm_export.models.registry import build_decoder
-from edkm_export.models.whole_sequence import WholeSequence
+from edkm_export.decoder.build import build_decoder
+from edkm_export.decoder.whole_sequence import WholeSequence
+from edkm_export.reference.hard_model import load_hard_model
+from tests.helpers.odd_families import CASES, EXPORTED, build
+from tests.helpers.odd_models import build_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 8
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from onnx_models import export
 
-from edkm_export.generation import generate
-from edkm_export.models.hard import load_hard_model, load_hard_tokenizer
-from edkm_export.models.session import TorchSession
+from edkm_export.artifact.generation import generate
+from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
+from edkm_export.reference.torch_session import TorchSession
+from tests.helpers.onnx_models import export
 
 PROMPT = "The house on the hill"
 TOKENS = 24
@@ -76,7 +76,7 @@ def test_text_streams(onnx_folder):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(edkm, onnx_folder, monkeypatch, number):
-    from converters.onnx.session import OnnxSession
+    from converters.onnx.read.session import OnnxSession
 
     calls, real = 0, OnnxSession.feed
 

@@ -16,21 +16,15 @@ from typing import Any
 
 import pytest
 import torch
-from folders import snapshot
+
+from tests.helpers.snapshots import snapshot
 
 pytest.importorskip("coremltools")
 
+pytestmark = pytest.mark.usefixtures("work")
+
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 PATIENCE_S = 120
-
-
-@pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch) -> Path:
-    """A working folder with an older output in it."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
 
 
 # In this process, at chosen points
@@ -62,8 +56,8 @@ def interrupted(edkm: Callable[..., Any], work: Path, *arguments: object) -> Non
 @pytest.mark.parametrize("point", ["loading", "clustering", "writing"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_palettize(edkm, small_folder, work, monkeypatch, number, point, existing):
-    from edkm_export import palettize
-    from edkm_export.models import source
+    from edkm_export import palettization
+    from edkm_export.reference import source
 
     if existing:
         Path("model.pt").write_text("old")
@@ -71,7 +65,7 @@ def test_palettize(edkm, small_folder, work, monkeypatch, number, point, existin
         monkeypatch.setattr(source, "load_model", raising(source.load_model, number))
     elif point == "clustering":
         monkeypatch.setattr(
-            palettize, "palettize_weight", raising(palettize.palettize_weight, number, call=5)
+            palettization, "palettize_weight", raising(palettization.palettize_weight, number, call=5)
         )
     else:
 
@@ -87,7 +81,8 @@ def test_palettize(edkm, small_folder, work, monkeypatch, number, point, existin
 @pytest.mark.parametrize("point", ["reading", "converting", "saving", "verifying"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_coreml(edkm, small_export, work, monkeypatch, number, point, existing):
-    from converters.coreml import bundle, language_model, lut_pass, session
+    from converters.coreml.read import session
+    from converters.coreml.write import bundle, lut_pass, packages
     from edkm_export import checkpoint
 
     if existing:
@@ -103,8 +98,8 @@ def test_coreml(edkm, small_export, work, monkeypatch, number, point, existing):
             (path / "half").write_bytes(b"half")
             signal.raise_signal(number)
 
-        monkeypatch.setattr(language_model, "convert", lambda *_arguments, **_options: None)
-        monkeypatch.setattr(language_model, "save_package", half)
+        monkeypatch.setattr(packages, "convert", lambda *_arguments, **_options: None)
+        monkeypatch.setattr(packages, "save_package", half)
     else:
 
         def write_bundle(_checkpoint: Any, _plan: Any, folder: Path, _name: str) -> Path:

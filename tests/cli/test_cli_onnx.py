@@ -8,23 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import palettized_folder
 
 from converters.onnx import load_graph
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.recipe import uniform_recipe
 from edkm_export.verify.report import Report
+from tests.helpers.exports import palettized_folder
 
 TOKENS = ("--tokens", 96)
-
-
-@pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
-    """An empty working folder."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +111,7 @@ def test_checkpoint_of_something_else(edkm, work):
 
 
 def test_nothing_is_left_of_a_job_that_fails(edkm, tiny_checkpoint, work, monkeypatch):
-    from converters.onnx import bundle
+    from converters.onnx.write import bundle
 
     def fail(*_arguments: object) -> None:
         raise OSError(28, "No space left on device")

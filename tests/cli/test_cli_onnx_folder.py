@@ -8,8 +8,9 @@ from pathlib import Path
 
 import onnx
 import pytest
-from onnx_build import external
-from onnx_models import export
+
+from tests.helpers.onnx_build import external
+from tests.helpers.onnx_models import export
 
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
 TOKENS = ("--tokens", "128")

@@ -12,20 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from folders import snapshot
-from odd_models import build, build_tokenizer
 from safetensors.torch import load_file, save_file
 
 from edkm_export import checkpoint
-
-
-@pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch) -> Path:
-    """An empty working folder."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
+from tests.helpers.odd_models import build, build_tokenizer
+from tests.helpers.snapshots import snapshot
 
 
 @pytest.fixture
@@ -267,7 +258,7 @@ def test_output_that_is_a_folder(edkm, work, small_folder, small_export, ours, m
     else:
         Path("model.pt").mkdir()
         Path("model.pt/letter.txt").write_text("precious")
-    from edkm_export.models import source
+    from edkm_export.reference import source
 
     monkeypatch.setattr(source, "load_model", lambda *_: pytest.fail("the model must not be loaded"))
     assert "model.pt" in refused(edkm, work, small_folder, "--overwrite")

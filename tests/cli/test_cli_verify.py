@@ -6,18 +6,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from folders import snapshot
+
+from tests.helpers.snapshots import snapshot
 
 pytest.importorskip("coremltools")
 
-
-@pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch) -> Path:
-    """An empty working folder."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("work")
 
 
 @pytest.mark.parametrize("form", ["bundle", "package"])
@@ -141,7 +135,7 @@ def test_junit(edkm, tiny_export, tmp_path, harm):
 
 
 def test_localize_names_the_module(edkm, tiny_export, tmp_path):
-    from coreml_mutations import COREML_MUTATIONS
+    from tests.faults.coreml_mutations import COREML_MUTATIONS
 
     mutation = next(one for one in COREML_MUTATIONS if one.name == "missing norm weight")
     copy = Path(shutil.copytree(tiny_export.package, tmp_path / "copy.mlpackage"))

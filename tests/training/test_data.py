@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from odd_models import build_tokenizer
 
 from edkm_export.errors import InputError
 from edkm_export.training.data import read_documents, tokenize
-from edkm_export.training.generation import load_tokens, save_tokens
+from edkm_export.training.self_generated import load_tokens, save_tokens
 from edkm_export.training.windows import PackedWindows, Tokens
+from tests.helpers.odd_models import build_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"

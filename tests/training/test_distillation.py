@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from odd_models import build
 from torch import Tensor
 
 from edkm_export.recipe import uniform_recipe
 from edkm_export.training import distillation as module
-from edkm_export.training.clusters import ClusterMethod
 from edkm_export.training.distillation import Head, cross_entropy, distillation
 from edkm_export.training.learner import Learner
-from edkm_export.training.surgery import insert_clusters
+from edkm_export.training.palettized.clusters import ClusterMethod
+from edkm_export.training.palettized.surgery import insert_clusters
+from tests.helpers.odd_models import build
 
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
 

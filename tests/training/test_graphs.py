@@ -9,17 +9,18 @@ import torch
 import transformers
 
 from edkm_export.checkpoint import load
-from edkm_export.models.source import Source
 from edkm_export.recipe import uniform_recipe
+from edkm_export.reference.source import Source
 from edkm_export.training import trainer
-from edkm_export.training.batch import ClusterBatch
-from edkm_export.training.clusters import ClusterMethod
-from edkm_export.training.config import TrainConfig
 from edkm_export.training.graphs import GraphedStep, can_record
 from edkm_export.training.learner import Learner
 from edkm_export.training.optimizer import build_optimizer, freeze
+from edkm_export.training.palettized.batch import ClusterBatch
+from edkm_export.training.palettized.clusters import ClusterMethod
+from edkm_export.training.palettized.surgery import clusters_of, insert_clusters
 from edkm_export.training.run import train as train_run
-from edkm_export.training.surgery import clusters_of, insert_clusters
+from edkm_export.training.train_config import TrainConfig
+from tests.helpers.paths import FIXTURES
 
 CONFIG = TrainConfig(bf16=False, bits=3, group_size=16)
 
@@ -131,11 +132,10 @@ def test_the_trainer_runs_recorded_steps_like_others(
     accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Zeroed, put back, added up, clipped and logged as gradients of ordinary steps are: the same bits."""
-    fixtures = Path(__file__).parents[2] / "fixtures"
     config = TrainConfig(
         bits=2, steps=4, batch_size=2, accumulate=accumulate, context=32, calibration_tokens=128, log_every=1
     )
-    source, data = Source.parse(str(fixtures / "tiny-llama")), [fixtures / "calibration.txt"]
+    source, data = Source.parse(str(FIXTURES / "tiny-llama")), [FIXTURES / "calibration.txt"]
     train_run(source, data, tmp_path / "plain", config, device="cpu")
     monkeypatch.setattr(trainer, "can_record", lambda learner: True)
     monkeypatch.setattr(trainer, "GraphedStep", Replayed)

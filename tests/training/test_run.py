@@ -16,15 +16,14 @@ from click.testing import CliRunner
 
 from edkm_export.checkpoint import load
 from edkm_export.cli.train import command
-from edkm_export.errors import InputError, OutputExistsError
-from edkm_export.models.source import Source
-from edkm_export.training import checkpoints
-from edkm_export.training.config import PRESETS, TrainConfig
-from edkm_export.training.faults import TrainingError
+from edkm_export.errors import InputError, OutputExistsError, TrainingError
+from edkm_export.reference.source import Source
+from edkm_export.training import run_checkpoints
 from edkm_export.training.run import Outcome, train
+from edkm_export.training.train_config import PRESETS, TrainConfig
 from edkm_export.training.trainer import PaletteTrainer
+from tests.helpers.paths import FIXTURES, ROOT
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
 MODEL, DATA, HELDOUT = FIXTURES / "tiny-llama", FIXTURES / "calibration.txt", FIXTURES / "heldout.txt"
 TINY = TrainConfig(
     bits=2,
@@ -100,11 +99,11 @@ def test_the_log_and_the_folder(tmp_path: Path) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-sys.path[:0] = {path!r}
+sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 from edkm_export.training import callbacks
-from test_run import TINY, run
+from tests.training.test_run import TINY, run
 write = callbacks.Log.write
 def slow(self, record):
     write(self, record)
@@ -122,9 +121,7 @@ def test_kill_and_resume_gives_the_same_bits(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     try:
         run(tmp_path / "whole")
-        script = KILLED.format(
-            path=[str(Path(__file__).parent), str(FIXTURES.parent)], folder=str(tmp_path / "cut")
-        )
+        script = KILLED.format(root=str(ROOT), folder=str(tmp_path / "cut"))
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=tmp_path)
         assert process.stdout is not None and process.stdout.readline() == b"now\n"
         process.send_signal(signal.SIGKILL)
@@ -133,7 +130,7 @@ def test_kill_and_resume_gives_the_same_bits(tmp_path: Path) -> None:
         assert not (tmp_path / "cut" / "model.pt").exists()
         # As if it had been killed while it wrote the next one as well.
         (tmp_path / "cut" / "checkpoints" / "checkpoint-6").mkdir()
-        (tmp_path / "cut" / "checkpoints" / "checkpoint-6" / checkpoints.WEIGHTS).write_bytes(
+        (tmp_path / "cut" / "checkpoints" / "checkpoint-6" / run_checkpoints.WEIGHTS).write_bytes(
             b"PK\x03\x04 torn"
         )
         (tmp_path / "cut" / "log.jsonl").open("a").write('{"step": 6, "lo')
@@ -180,7 +177,7 @@ def test_a_loss_that_is_not_finite_names_the_last_checkpoint(
         TrainingError, match=r"step 5: the loss is not finite.*last good checkpoint is .*checkpoint-4"
     ):
         run(tmp_path / "run")
-    assert checkpoints.last_complete(tmp_path / "run" / "checkpoints").name == "checkpoint-4"
+    assert run_checkpoints.last_complete(tmp_path / "run" / "checkpoints").name == "checkpoint-4"
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from odd_models import build
 
 from edkm_export.errors import InputError
 from edkm_export.recipe import Recipe, uniform_recipe
-from edkm_export.training.clusters import ClusterMethod
+from edkm_export.training.palettized.clusters import ClusterMethod
+from edkm_export.training.palettized.surgery import (
+    Importance,
+    insert_clusters,
+    to_checkpoint,
+    trainable_shapes,
+)
 from edkm_export.training.scaling import fold_scales, norm_readers
 from edkm_export.training.sensitivity import (
     Sensitivity,
@@ -20,7 +25,7 @@ from edkm_export.training.sensitivity import (
     fisher_factors,
     mixed_recipe,
 )
-from edkm_export.training.surgery import Importance, insert_clusters, to_checkpoint, trainable_shapes
+from tests.helpers.odd_models import build
 
 
 def test_factors_are_mean_squares_of_inputs_and_output_gradients() -> None:

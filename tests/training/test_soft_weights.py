@@ -12,19 +12,19 @@ import torch
 
 from edkm_export.checkpoint import load
 from edkm_export.errors import InputError
-from edkm_export.models.hard import load_hard_model
-from edkm_export.models.soft import load_soft_model
-from edkm_export.models.source import Source, load_model
 from edkm_export.recipe import Recipe
-from edkm_export.training import checkpoints
-from edkm_export.training.config import TrainConfig
+from edkm_export.reference.hard_model import load_hard_model
+from edkm_export.reference.soft_model import load_soft_model
+from edkm_export.reference.source import Source, load_model
+from edkm_export.training import run_checkpoints
 from edkm_export.training.preparation import insert
 from edkm_export.training.run import train
-from edkm_export.training.soft import read_soft_weights
-from edkm_export.training.weights import load_weights
+from edkm_export.training.run_weights import load_weights
+from edkm_export.training.soft_weights import read_soft_weights
+from edkm_export.training.train_config import TrainConfig
 from edkm_export.verify.report import Report, Rung, Verdict
+from tests.helpers.paths import FIXTURES
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
 MODEL, DATA, HELDOUT = FIXTURES / "tiny-llama", FIXTURES / "calibration.txt", FIXTURES / "heldout.txt"
 TINY = TrainConfig(
     bits=3,
@@ -73,7 +73,7 @@ def test_soft_model_of_dkm_is_what_its_forward_passes_compute(tmp_path):
     source = Source.parse(str(MODEL))
     student = load_model(source, torch.float32)
     insert(student, Recipe.model_validate(made.recipe), config, seeded=False, source="tiny")
-    load_weights(student, checkpoints.last_complete(tmp_path / "run" / "checkpoints"))
+    load_weights(student, run_checkpoints.last_complete(tmp_path / "run" / "checkpoints"))
     expected = logits(student.train())
     assert torch.allclose(logits(found), expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits(load_hard_model(made)), expected, atol=1e-2)  # soft is another model
@@ -92,7 +92,7 @@ def test_soft_weight_is_that_of_the_equations(backward, plain, tmp_path):
     assert "28 of 29 weights" in soft.how and "step 4" in soft.how  # the embedding has 256 entries
     found = dict(soft.weights())
     assert found.keys() == made.palettized.keys() - {"model.embed_tokens.weight"}
-    state = torch.load(checkpoints.last_complete(folder / "checkpoints") / checkpoints.WEIGHTS)
+    state = torch.load(run_checkpoints.last_complete(folder / "checkpoints") / run_checkpoints.WEIGHTS)
     module = WEIGHT.removesuffix("weight") + "clusters."
     weight, lut, unit = (state[module + part].double() for part in ("weight", "lut", "unit"))
     centroids = lut * unit
@@ -150,7 +150,7 @@ def test_state_of_another_run_is_refused(spoilt, tmp_path):
 
 
 def edit_state(folder: Path, change: Any) -> None:
-    path = checkpoints.last_complete(folder / "checkpoints") / checkpoints.WEIGHTS
+    path = run_checkpoints.last_complete(folder / "checkpoints") / run_checkpoints.WEIGHTS
     state = torch.load(path)
     change(state)
     torch.save(state, path)
@@ -174,7 +174,7 @@ def test_state_that_does_not_fit_is_refused(change, spoilt):
     ("spoil", "reason"),
     [
         (lambda run: shutil.rmtree(run / "checkpoints"), "holds no checkpoints of the run; without"),
-        (lambda run: damage(run, checkpoints.WEIGHTS), "checkpoint-4: cannot be read"),
+        (lambda run: damage(run, run_checkpoints.WEIGHTS), "checkpoint-4: cannot be read"),
         (lambda run: damage(run, "complete.json"), "checkpoint-4: cannot be read"),
     ],
     ids=["no checkpoints", "damaged weights", "damaged mark"],
@@ -186,7 +186,7 @@ def test_state_that_is_gone_or_damaged(spoil, reason, spoilt):
 
 
 def damage(folder: Path, name: str) -> None:
-    path = checkpoints.last_complete(folder / "checkpoints") / name
+    path = run_checkpoints.last_complete(folder / "checkpoints") / name
     path.write_bytes(b"{ torn")
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from edkm_export.models.soft import SoftWeights
-from edkm_export.models.source import Source
-from edkm_export.verify.comparison import Compared, comparison_page
-from edkm_export.verify.evaluation import Evaluation
+from converters.coreml.read.artifact import open_artifact
+from edkm_export.artifact.metrics import Perplexity
+from edkm_export.reference.soft_model import SoftWeights
+from edkm_export.reference.source import Source
+from edkm_export.verify.compare_models import Compared, comparison_page
 from edkm_export.verify.html import report_page
-from edkm_export.verify.ladder import verify_coreml
-from edkm_export.verify.report import Perplexity
+from edkm_export.verify.inputs import VerificationInputs
+from edkm_export.verify.ladder import verify_artifact
 
 pytestmark = pytest.mark.browser
 
@@ -25,8 +26,10 @@ WIDTHS = {"desk": 1200, "phone": 375}
 def page_file(tiny_export, tiny_llama, held_out, tmp_path_factory) -> Path:
     # A soft model that is hard, so that every verdict there is but FAIL stands on the page.
     soft = SoftWeights("made up", lambda: iter(()))
-    evaluation = Evaluation(held_out, "words", tokens=128, original=Source.parse(str(tiny_llama)), soft=soft)
-    report = verify_coreml(tiny_export.checkpoint, tiny_export.package, evaluation)
+    evaluation = VerificationInputs(
+        held_out, "words", tokens=128, original=Source.parse(str(tiny_llama)), soft=soft
+    )
+    report = verify_artifact(tiny_export.checkpoint, open_artifact(tiny_export.package), evaluation)
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(report_page(report), encoding="utf-8")
     return path

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from converters.coreml.weights import PARAMETERS_KEY
+from converters.coreml.format import PARAMETERS_KEY
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.verify.report import Report, Verdict
 

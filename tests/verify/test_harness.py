@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from edkm_export.errors import BackendMissingError, InputError
-from edkm_export.models.hard import load_hard_model, load_hard_tokenizer
+from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
 from edkm_export.verify import harness
 from edkm_export.verify.multiple_choice import grade, load_items, one_by_one
-from edkm_export.verify.references import transformers_model
+from edkm_export.verify.torch_runs import transformers_model
 
 QUESTIONS = [
     {"query": "Question: What is a bug?", "choices": ["an error", "a fruit", "zq"], "gold": 0},

@@ -9,22 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from odd_models import build, save
 
 from edkm_export import checkpoint
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.cli.artifacts import predicted_size_bytes as predict
 from edkm_export.errors import CheckpointError, InputError
-from edkm_export.models.source import Source
-from edkm_export.verify.evaluation import Evaluation
-from edkm_export.verify.ladder import count_steps, verify_coreml
+from edkm_export.reference.source import Source
+from edkm_export.verify.inputs import VerificationInputs
+from edkm_export.verify.ladder import count_steps, verify_artifact
 from edkm_export.verify.report import Report, Rung, Verdict
 from edkm_export.verify.write import markdown
+from tests.helpers.odd_models import build, save
+from tests.helpers.paths import FIXTURES
 
 pytest.importorskip("coremltools")
 
-from converters.coreml.artifact import CoreMLArtifact, open_artifact
+from converters.coreml.read.artifact import CoreMLArtifact, open_artifact
 
-TEXT = (Path(__file__).parents[2] / "fixtures" / "heldout.txt").read_text(encoding="utf-8")
+TEXT = (FIXTURES / "heldout.txt").read_text(encoding="utf-8")
 
 
 def climb(
@@ -36,13 +38,12 @@ def climb(
     **options: Any,
 ) -> Report:
     """The ladder, without the original unless it is given."""
-    evaluation = Evaluation(**{"text": TEXT, "text_name": "words", "tokens": 128, **options})
-    return verify_coreml(
-        made or export.checkpoint,
-        export.package,
-        evaluation,
-        predicted_size_bytes=predicted_size_bytes,
-        advance=advance,
+    evaluation = VerificationInputs(**{"text": TEXT, "text_name": "words", "tokens": 128, **options})
+    checkpoint, artifact = made or export.checkpoint, open_artifact(export.package)
+    if predicted_size_bytes is None:
+        predicted_size_bytes = predict(checkpoint, artifact)
+    return verify_artifact(
+        checkpoint, artifact, evaluation, predicted_size_bytes=predicted_size_bytes, advance=advance
     )
 
 
@@ -261,7 +262,9 @@ def test_every_step_is_announced(tiny_export, tiny_llama):
     for localize in (False, True):
         names: list[str] = []
         climb(tiny_export, original=Source.parse(str(tiny_llama)), localize=localize, advance=names.append)
-        expected = count_steps(open_artifact(tiny_export.package), Evaluation("", "", localize=localize))
+        expected = count_steps(
+            open_artifact(tiny_export.package), VerificationInputs("", "", localize=localize)
+        )
         assert len(names) == expected == len(set(names))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edkm_export.errors import InputError
-from edkm_export.models.hard import load_hard_model, load_hard_tokenizer
+from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
 from edkm_export.verify.multiple_choice import (
     Item,
     accuracy,
@@ -21,7 +21,7 @@ from edkm_export.verify.multiple_choice import (
     log_likelihoods,
     one_by_one,
 )
-from edkm_export.verify.references import transformers_model
+from edkm_export.verify.torch_runs import transformers_model
 
 ITEMS = [
     Item(("A bug is",) * 3, ("an error in a program.", "a kind of fruit.", "the"), 0),

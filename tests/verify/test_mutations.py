@@ -6,28 +6,28 @@ import shutil
 from pathlib import Path
 
 import pytest
-from coreml_mutations import COREML_MUTATIONS, COREML_STATE_MUTATIONS
-from mutation import Mutation
-from onnx_mutations import ONNX_MUTATIONS
 
+from edkm_export.artifact.protocol import Artifact
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.verify.artifact import Artifact
-from edkm_export.verify.evaluation import Evaluation
+from edkm_export.verify.inputs import VerificationInputs
 from edkm_export.verify.ladder import verify_artifact
 from edkm_export.verify.report import Verdict
+from tests.faults.coreml_mutations import COREML_MUTATIONS, COREML_STATE_MUTATIONS
+from tests.faults.mutation import Mutation
+from tests.faults.onnx_mutations import ONNX_MUTATIONS
 
 pytest.importorskip("coremltools")
 pytest.importorskip("onnxruntime")
 
-from converters.coreml import artifact as coreml
-from converters.onnx import artifact as onnx
+from converters.coreml.read import artifact as coreml
+from converters.onnx.read import artifact as onnx
 
 
 @pytest.fixture(scope="module")
 def tiny_onnx(tiny_checkpoint, tmp_path_factory) -> Path:
     """The trained Llama as an ONNX folder, to be read only."""
-    from converters.onnx.bundle import write_bundle
-    from converters.onnx.plan import plan_onnx
+    from converters.onnx.write.bundle import write_bundle
+    from converters.onnx.write.export_plan import plan_onnx
 
     folder = tmp_path_factory.mktemp("tiny-onnx")
     write_bundle(tiny_checkpoint, plan_onnx(tiny_checkpoint), folder)
@@ -37,8 +37,8 @@ def tiny_onnx(tiny_checkpoint, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tiny_stateful(tiny_checkpoint, tmp_path_factory) -> Path:
     """The trained Llama as a package with its cache in states, to be read only."""
-    from converters.coreml.bundle import write_bundle
-    from converters.coreml.export_plan import plan_export
+    from converters.coreml.write.bundle import write_bundle
+    from converters.coreml.write.export_plan import plan_export
 
     plan = plan_export(tiny_checkpoint, interface="swift-transformers", sequence_length=64)
     return write_bundle(tiny_checkpoint, plan, tmp_path_factory.mktemp("tiny-stateful"), "model")
@@ -46,7 +46,9 @@ def tiny_stateful(tiny_checkpoint, tmp_path_factory) -> Path:
 
 def check(mutation: Mutation, checkpoint: Checkpoint, artifact: Artifact, text: str) -> None:
     # two windows; the faults are large, so that more would only take time
-    evaluation = Evaluation(text, "words", tokens=128, continuation=8, localize=mutation.module is not None)
+    evaluation = VerificationInputs(
+        text, "words", tokens=128, continuation=8, localize=mutation.module is not None
+    )
     report = verify_artifact(checkpoint, artifact, evaluation)
     failed = [f"{rung.id}: {rung.detail}" for rung in report.rungs if rung.verdict is Verdict.FAIL]
     assert report.verdict is (Verdict.FAIL if mutation.harmful else Verdict.PASS), failed

@@ -2,17 +2,15 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+from edkm_export.artifact.metrics import Divergence, Perplexity
 from edkm_export.verify.report import (
     SCHEMA_VERSION,
-    Divergence,
     LayerError,
-    Perplexity,
     Report,
     Rung,
     Size,
@@ -21,6 +19,7 @@ from edkm_export.verify.report import (
     overall,
 )
 from edkm_export.verify.write import markdown, write_report
+from tests.helpers.paths import ROOT
 
 
 def rung(verdict: Verdict = Verdict.PASS, **changes: Any) -> Rung:
@@ -180,7 +179,7 @@ def test_writing_replaces_older_reports(tmp_path):
 # The published schema
 
 
-SCHEMA = Path(__file__).parents[2] / "docs" / "report.schema.json"
+SCHEMA = ROOT / "docs" / "report.schema.json"
 
 
 def test_published_schema_is_that_of_the_code():

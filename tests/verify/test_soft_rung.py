@@ -7,25 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import palettized_folder
-from odd_families import CASES, build_case
-from odd_models import save
 
 from edkm_export.errors import InputError
-from edkm_export.models.hard import load_hard_model
-from edkm_export.models.soft import SoftWeights, load_soft_model
-from edkm_export.models.source import Source, load_model
 from edkm_export.recipe import load_recipe
-from edkm_export.verify.evaluation import Evaluation
+from edkm_export.reference.hard_model import load_hard_model
+from edkm_export.reference.soft_model import SoftWeights, load_soft_model
+from edkm_export.reference.source import Source, load_model
 from edkm_export.verify.html import report_page
+from edkm_export.verify.inputs import VerificationInputs
 from edkm_export.verify.junit import junit
-from edkm_export.verify.ladder import count_steps, verify_coreml
+from edkm_export.verify.ladder import count_steps, verify_artifact
 from edkm_export.verify.report import Report, Rung, Verdict
 from edkm_export.verify.write import markdown
+from tests.helpers.exports import palettized_folder
+from tests.helpers.odd_families import CASES, build_case
+from tests.helpers.odd_models import save
 
 pytest.importorskip("coremltools")
 
-from converters.coreml.artifact import open_artifact
+from converters.coreml.read.artifact import open_artifact
 
 
 @pytest.fixture
@@ -34,11 +34,11 @@ def climb(tiny_export, tiny_llama, held_out) -> Any:
     made = dataclasses.replace(tiny_export.checkpoint, provenance={"training": {"steps": 1}})
 
     def run(**options: Any) -> Report:
-        evaluation = Evaluation(
+        evaluation = VerificationInputs(
             held_out, "words", tokens=128, **{"original": Source.parse(str(tiny_llama)), **options}
         )
         names: list[str] = []
-        report = verify_coreml(made, tiny_export.package, evaluation, advance=names.append)
+        report = verify_artifact(made, open_artifact(tiny_export.package), evaluation, advance=names.append)
         assert len(names) == count_steps(open_artifact(tiny_export.package), evaluation)
         return report
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from unharmed import UNHARMED
 
-from edkm_export.models.hard import load_hard_model, load_hard_tokenizer
-from edkm_export.verify.evaluation import Evaluation, evaluation_windows
+from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
+from edkm_export.verify.inputs import VerificationInputs, evaluation_windows
 from edkm_export.verify.ladder import verify_artifact
 from edkm_export.verify.localize import localize
 from edkm_export.verify.report import Verdict
+from tests.faults.unharmed import UNHARMED
 
 pytest.importorskip("coremltools")
 pytest.importorskip("onnxruntime")
@@ -19,7 +19,7 @@ pytest.importorskip("onnxruntime")
 @pytest.mark.parametrize("export", UNHARMED, ids=str)
 def test_unharmed_export_passes(export, held_out, tmp_path):
     checkpoint, artifact = export.make(tmp_path)
-    evaluation = Evaluation(held_out, "words", tokens=256, continuation=8)
+    evaluation = VerificationInputs(held_out, "words", tokens=256, continuation=8)
     report = verify_artifact(checkpoint, artifact, evaluation)
     failed = [f"{rung.id}: {rung.detail}" for rung in report.rungs if rung.verdict is Verdict.FAIL]
     assert report.verdict is Verdict.PASS, failed

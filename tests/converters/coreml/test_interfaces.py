@@ -7,23 +7,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-import odd_families
 import pytest
 import torch
-from odd_models import build
 from torch import Tensor
 
 from converters.coreml import convert, load_package, save_package
-from converters.coreml.artifact import CoreMLArtifact, open_artifact
-from converters.coreml.export_plan import plan_export
-from converters.coreml.language_model import export_packages
-from converters.coreml.session import CoreMLSession, open_chunks
-from converters.coreml.vocabulary import RowSplit, SplitEmbedding, SplitHead, plan_split
+from converters.coreml.read.artifact import CoreMLArtifact, open_artifact
+from converters.coreml.read.session import CoreMLSession, open_chunks
+from converters.coreml.write.export_plan import plan_export
+from converters.coreml.write.packages import export_packages
+from converters.coreml.write.vocabulary import RowSplit, SplitEmbedding, SplitHead, plan_split
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.cli.artifacts import predicted_size_bytes
 from edkm_export.errors import ConversionError, InputError, PackageError
-from edkm_export.models.hard import load_hard_model
-from edkm_export.palettize import palettize_model
+from edkm_export.palettization import palettize_model
 from edkm_export.recipe import uniform_recipe
+from edkm_export.reference.hard_model import load_hard_model
+from tests.helpers import odd_families
+from tests.helpers.odd_models import build
 
 pytest.importorskip("coremltools")
 
@@ -68,7 +69,7 @@ def stateful(plain, tmp_path_factory) -> Made:
 @pytest.fixture(scope="module")
 def chunked(tmp_path_factory) -> Made:
     """Two chunks, a tied vocabulary in parts, heads that need padding."""
-    from converters.coreml import vocabulary
+    from converters.coreml.write import vocabulary
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary, "LARGEST_DIMENSION", 130)
@@ -129,7 +130,7 @@ def test_size_is_predicted(either):
 
 
 def test_prediction_needs_no_plan(stateful):
-    assert stateful.artifact.predicted_size_bytes(stateful.checkpoint) == stateful.plan.weights_size_bytes
+    assert predicted_size_bytes(stateful.checkpoint, stateful.artifact) == stateful.plan.weights_size_bytes
 
 
 def test_session_refuses_what_does_not_fit(stateful):
@@ -266,7 +267,7 @@ def test_plan_refuses_what_an_interface_cannot(plain):
 
 
 def test_automatic_chunks_stay_below_the_limit(plain, monkeypatch):
-    from converters.coreml import export_plan
+    from converters.coreml.write import export_plan
 
     whole = plan_export(plain, interface="neural-engine")
     assert len(whole.chunks) == 1 and whole.context == 128
@@ -276,7 +277,7 @@ def test_automatic_chunks_stay_below_the_limit(plain, monkeypatch):
 
 
 def test_metadata_of_a_bundle_tells_how_chunks_chain(chunked, tmp_path):
-    from converters.coreml.bundle import _metadata
+    from converters.coreml.write.bundle import _metadata
 
     told = json.loads(json.dumps(_metadata(chunked.checkpoint, chunked.plan, "model")))
     assert [part["layers"] for part in told["packages"]] == [[0, 1], [1, 2]]

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import palettized_folder
-from onnx_models import export
 
-from converters.onnx.executors import Optimization
-from converters.onnx.session import OnnxSession
+from converters.onnx.read.executors import Optimization
+from converters.onnx.read.session import OnnxSession
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.models.hard import load_hard_model
 from edkm_export.recipe import uniform_recipe
+from edkm_export.reference.hard_model import load_hard_model
+from tests.helpers.exports import palettized_folder
+from tests.helpers.onnx_models import export
 
 PROMPT = [5, 9, 100, 33, 2, 7, 64, 8]
 COUNT = 32

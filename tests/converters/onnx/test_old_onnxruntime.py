@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onnx_models import export, palettized_checkpoint
-from onnx_texts import assert_same_logits
 
 from converters.onnx import load_graph
-from converters.onnx.interface import batch_feeds
-from edkm_export.models.hard import load_hard_model
+from converters.onnx.read.interface import batch_feeds
+from edkm_export.reference.hard_model import load_hard_model
+from tests.helpers.onnx_models import export, palettized_checkpoint
+from tests.helpers.onnx_texts import assert_same_logits
 
 pytestmark = pytest.mark.onnxruntimes
 

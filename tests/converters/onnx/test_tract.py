@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import tract
 from numpy.typing import NDArray
-from odd_families import EXPORTED
-from onnx_models import export, family_checkpoint, palettized_checkpoint
-from onnx_texts import assert_same_logits
 
 from converters.onnx import load_graph
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.models.hard import load_hard_model
+from edkm_export.reference.hard_model import load_hard_model
+from tests.helpers.odd_families import EXPORTED
+from tests.helpers.onnx_models import export, family_checkpoint, palettized_checkpoint
+from tests.helpers.onnx_texts import assert_same_logits
 
 RUNTIMES = ("exact", "low-memory")  # `fast` needs operators of onnxruntime, or scales of blocks
 

@@ -1,0 +1,47 @@
+"""What writer and reader of a Core ML package must agree on: names of interfaces, states, metadata."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, TypeAlias, get_args
+
+__all__ = [
+    "HIDDEN_IN",
+    "HIDDEN_OUT",
+    "INTERFACES",
+    "KEY_CACHE",
+    "METADATA_PREFIX",
+    "PARAMETERS_KEY",
+    "ROW_PART",
+    "SPLIT_KEY",
+    "VALUE_CACHE",
+    "Interface",
+    "row_part",
+]
+
+Interface: TypeAlias = Literal["swift-transformers", "neural-engine", "logits"]
+INTERFACES: tuple[Interface, ...] = get_args(Interface)
+"""How an app calls a package; docs/coreml.md describes each."""
+
+KEY_CACHE, VALUE_CACHE = "keyCache", "valueCache"
+"""Names of the states, as swift-transformers looks for them."""
+
+HIDDEN_IN, HIDDEN_OUT = "hiddenStates", "hiddenStatesOut"
+"""What one chunk hands to the next: the output of the one is the input of the other."""
+
+METADATA_PREFIX = "com.github.edkm-export."
+"""Of our keys in the user-defined metadata of a package."""
+
+PARAMETERS_KEY = f"{METADATA_PREFIX}parameters"
+"""JSON {name of the output of the op that decodes a weight: name of the parameter}."""
+
+SPLIT_KEY = f"{METADATA_PREFIX}split"
+"""JSON {name of a weight that is held in parts of rows: number of its LUT groups of rows}."""
+
+ROW_PART = re.compile(r"(?P<name>.+)_rows_(?P<start>\d+)_(?P<end>\d+)")
+"""Name of a part of rows of a weight."""
+
+
+def row_part(name: str, start: int, end: int) -> str:
+    """Name of the rows `start` to `end`, exclusive, of a weight."""
+    return f"{name}_rows_{start}_{end}"

@@ -1,0 +1,1 @@
+"""Reading and running Core ML packages. Nothing here imports `write`."""

@@ -1,0 +1,167 @@
+"""Constants of a function: decoded when they are first used, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TypeAlias
+
+from torch import Tensor
+
+from converters.coreml.read.layout import PackageLayout
+from converters.coreml.read.ops import Call, definition_of, located
+from converters.coreml.read.precision import Precision
+from converters.coreml.read.program import Function, Operation
+from converters.coreml.read.values import TensorType, Value, decode_bytes
+from edkm_export.errors import PackageError
+
+__all__ = ["ConstantValue", "Constants"]
+
+ConstantValue: TypeAlias = Tensor | str | tuple[str, ...]
+
+
+class Constants:
+    """The const and constexpr ops of one function.
+
+    Args:
+        layout: the package.
+        function: the function.
+        shared: decoded tensors of all functions; those that name the same blobs share them.
+    """
+
+    def __init__(self, layout: PackageLayout, function: Function, shared: dict[Hashable, Tensor]) -> None:
+        self._layout = layout
+        self.function = function
+        self._shared = shared
+        self._held: dict[tuple[str, bool], ConstantValue] = {}
+        self.operations = {
+            output.name: op for op in function.operations if op.is_constant for output in op.outputs
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.operations
+
+    def where(self, operation: Operation) -> str:
+        """Package, function and op, for messages."""
+        return f"{self._layout.root}: function {self.function.name}: {operation.label}"
+
+    def get(self, name: str, precision: Precision) -> ConstantValue:
+        """Get a constant as the interpreter holds it; kept, and not to be written to.
+
+        Raises:
+            PackageError: its data is damaged.
+            UnsupportedOpError: a constexpr that is not implemented.
+        """
+        native = precision is Precision.FLOAT16
+        if (name, native) not in self._held:
+            self._held[name, native] = self._compute(name, precision)
+        return self._held[name, native]
+
+    def literal(self, value: Value, operation: Operation, precision: Precision) -> ConstantValue:
+        """Get a constant that is written at its use, as the interpreter holds it."""
+        stored = self.read(value, operation)
+        return stored.to(precision.carrier(value.type.dtype)) if isinstance(stored, Tensor) else stored
+
+    def _compute(self, name: str, precision: Precision) -> ConstantValue:
+        declared = self.declared(name)
+        key = (precision is Precision.FLOAT16, self._key(name))
+        if key not in self._shared:
+            stored = self.stored(name)
+            if not isinstance(stored, Tensor):
+                return stored
+            self._shared[key] = stored.to(precision.carrier(declared.dtype))
+        return self._shared[key]
+
+    def declared(self, name: str) -> TensorType:
+        """Look up the declared type of a constant."""
+        return next(output.type for output in self.operations[name].outputs if output.name == name)
+
+    def stored(self, name: str) -> ConstantValue:
+        """Read a constant as it is stored, a constexpr decoded; anew each time.
+
+        Raises:
+            PackageError: its data is damaged, or does not have the declared type.
+            UnsupportedOpError: a constexpr that is not implemented.
+        """
+        operation = self.operations[name]
+        declared = self.declared(name)
+        if operation.type == "const":
+            value = operation.arguments.get("val", (None,))[0]
+            if not isinstance(value, Value):
+                raise PackageError(f"{self.where(operation)}: holds no value.")
+            if value.type != declared:
+                raise PackageError(
+                    f"{self.where(operation)}: declared as {declared}, but holds {value.type}."
+                )
+            return self.read(value, operation)
+        arguments = {
+            key: [self.operand(operation, binding) for binding in bindings]
+            for key, bindings in operation.arguments.items()
+        }
+        with located(self.where(operation)):
+            call = Call(operation, self.function.opset, Precision.FLOAT16)
+            results = definition_of(operation).evaluate(call, arguments)
+            if len(results) != 1 or len(operation.outputs) != 1:
+                raise PackageError(f"{len(operation.outputs)} outputs, expected one.")
+            (result,) = results
+            if tuple(result.shape) != declared.shape or result.dtype != declared.dtype.stored:
+                raise PackageError(
+                    f"declared as {declared}, but decodes to {result.dtype} {list(result.shape)}."
+                )
+        return result
+
+    def operand(self, operation: Operation, binding: str | Value) -> ConstantValue:
+        """Read what an argument of a constexpr is bound to, as stored.
+
+        Raises:
+            PackageError: it is not a constant that comes before the op.
+        """
+        if isinstance(binding, Value):
+            return self.read(binding, operation)
+        source = self.operations.get(binding)
+        if source is None or source.line >= operation.line:
+            raise PackageError(
+                f"{self.where(operation)}: its operand {binding!r} is not a constant made before it."
+            )
+        return self.stored(binding)
+
+    def read(self, value: Value, operation: Operation) -> ConstantValue:
+        """Decode a constant.
+
+        Raises:
+            PackageError: its data is damaged.
+        """
+        if value.blob is None:
+            assert value.inline is not None
+            return value.inline
+        owner = f"{self.function.name}: {operation.label}"
+        shape, dtype = value.type.fixed_shape, value.type.dtype
+        count = value.type.numel
+        assert shape is not None and count is not None and dtype.blob_code is not None  # see read_value
+        blob = self._layout.blob(value.blob.file_name, owner)
+        data = blob.read(value.blob.offset, owner, dtype_code=dtype.blob_code, bits=dtype.bits, count=count)
+        return decode_bytes(data, dtype, shape, f"{blob.path}: {owner}")
+
+    def _key(self, name: str) -> Hashable:
+        """Identify a value by what it depends on: equal keys, equal values."""
+        operation = self.operations[name]
+        parts = [
+            (key, tuple(self._binding_key(operation, binding) for binding in bindings))
+            for key, bindings in sorted(operation.arguments.items())
+        ]
+        return (operation.type, tuple(parts), str(self.declared(name)))
+
+    def _binding_key(self, operation: Operation, binding: str | Value) -> Hashable:
+        if isinstance(binding, str):
+            source = self.operations.get(binding)
+            if source is None or source.line >= operation.line:
+                raise PackageError(
+                    f"{self.where(operation)}: its operand {binding!r} is not a constant made before it."
+                )
+            return self._key(binding)
+        if binding.blob is not None:
+            return (str(binding.type), binding.blob)
+        inline = binding.inline
+        return (
+            str(binding.type),
+            tuple(inline.reshape(-1).tolist()) if isinstance(inline, Tensor) else inline,
+        )

@@ -1,0 +1,49 @@
+"""The operations of MIL that the interpreter knows, a file a family.
+
+Semantics are those of the op documentation of coremltools (`converters/mil/mil/ops/defs`). `registry` tells
+how to add one.
+"""
+
+from __future__ import annotations
+
+from converters.coreml.read.ops import (  # noqa: F401  (importing registers the ops)
+    activation,
+    arithmetic,
+    comparison,
+    constexpr,
+    convolution,
+    creation,
+    dot_product_attention,
+    gathering,
+    joining,
+    normalization,
+    product,
+    reduction,
+    reshaping,
+    slicing,
+    sorting,
+    state,
+)
+from converters.coreml.read.ops.registry import (
+    FAULTS,
+    Call,
+    OpDefinition,
+    StateCell,
+    UnsupportedForm,
+    definition_of,
+    explained,
+    known_ops,
+    located,
+)
+
+__all__ = [
+    "FAULTS",
+    "Call",
+    "OpDefinition",
+    "StateCell",
+    "UnsupportedForm",
+    "definition_of",
+    "explained",
+    "known_ops",
+    "located",
+]

@@ -1,0 +1,77 @@
+"""The folder that `edkm-export coreml` leaves: packages, tokenizer and metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from converters.coreml.format import HIDDEN_IN, HIDDEN_OUT
+from converters.coreml.write.export_plan import ExportPlan
+from converters.coreml.write.packages import export_packages
+from edkm_export._version import __version__
+from edkm_export.atomic import GENERATOR, MARKER
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.errors import ConversionError
+
+__all__ = ["write_bundle"]
+
+_OURS = ("config.json", MARKER, "report.json", "report.md", "report.html", "README.md")
+
+
+def write_bundle(checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str) -> Path:
+    """Export into an existing, empty folder.
+
+    Args:
+        checkpoint: what to export.
+        plan: from `plan_export`.
+        folder: receives the packages, the tokenizer files, config.json and metadata.json.
+        name: of the model.
+
+    Returns:
+        Path of the first package.
+
+    Raises:
+        ConversionError: a tokenizer file has the name of one of ours, or see `export_packages`.
+    """
+    ours = {*plan.package_names(name), *_OURS}
+    if taken := sorted(ours & checkpoint.tokenizer.keys()):
+        raise ConversionError(
+            f"{checkpoint.path}: its tokenizer file {taken[0]} would take the place of one of ours; palettize again."
+        )
+    packages = export_packages(checkpoint, plan, folder, name)
+    for file, content in checkpoint.tokenizer.items():
+        (folder / file).write_bytes(content)
+    (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n")
+    (folder / MARKER).write_text(json.dumps(_metadata(checkpoint, plan, name), indent=2) + "\n")
+    return packages[0]
+
+
+def _metadata(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, Any]:
+    """What an app, or a person, needs to know to run the packages."""
+    sizes = zip(plan.package_names(name), plan.chunks, plan.package_sizes_bytes, strict=True)
+    known: dict[str, Any] = {
+        "generator": f"{GENERATOR} {__version__}",
+        "package": plan.package_names(name)[0],
+        "interface": plan.interface,
+        "target": plan.target,
+        "sequence_length": plan.context,
+        "packages": [
+            {
+                "file": file,
+                "layers": [layers.first, layers.end],
+                "input": "inputIds" if layers.embeds else HIDDEN_IN,
+                "output": "logits" if layers.gives_logits else HIDDEN_OUT,
+                "predicted_weights_size_bytes": size,
+            }
+            for file, layers, size in sizes
+        ],
+        "predicted_weights_size_bytes": plan.weights_size_bytes,
+        "bits_per_weight": checkpoint.bits_per_weight,
+        "recipe": checkpoint.recipe,
+    }
+    if plan.interface == "logits":
+        known["packages"][0]["input"] = "input_ids"
+    if plan.interface == "neural-engine":
+        known["functions"] = {"prefill": plan.prefill, "decode": 1}
+    return known

@@ -1,0 +1,67 @@
+"""Size of weight.bin, predicted from a module before it is converted.
+
+The file starts with a header of 64 bytes; each constant of at least ten elements takes a record of 64 bytes and its
+data, aligned to 64 (see `blob`). The constants are the parameters and buffers of what is traced, and the biases of
+zeros that coremltools gives to linear layers without one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from converters.coreml.format import KEY_CACHE, VALUE_CACHE
+from converters.coreml.write.vocabulary import SplitHead
+from edkm_export.palette import PalettizedTensor
+
+__all__ = ["predict_size"]
+
+_ALIGNMENT = 64
+_SMALLEST_STORED = 10  # elements; smaller constants stay in the program
+
+
+def predict_size(
+    module: nn.Module,
+    palettized: Mapping[str, PalettizedTensor],
+    prefix: str = "decoder.",
+    unused: Collection[str] = (),
+) -> int:
+    """Bytes of weight.bin.
+
+    Args:
+        module: what will be traced.
+        palettized: {parameter name: palette}.
+        prefix: what `module` puts in front of the names in `palettized`.
+        unused: buffers that the forward pass does not read.
+    """
+    blobs: list[tuple[int, int]] = []  # elements, bytes
+    tables: set[int] = set()  # LUTs that are counted; parts of a vocabulary share theirs
+    for path, parameter in module.named_parameters():
+        name = path.removeprefix(prefix)
+        if name in palettized:
+            tensor = palettized[name]
+            blobs.append((math.prod(tensor.index_shape), tensor.indices.numel()))
+            if tensor.lut.data_ptr() not in tables:
+                tables.add(tensor.lut.data_ptr())
+                blobs.append((tensor.lut.numel(), tensor.lut.numel() * tensor.lut.element_size()))
+            if tensor.lut_scale is not None:
+                blobs.append((tensor.lut_scale.numel(), tensor.lut_scale.numel() * 2))
+        else:
+            blobs.append((parameter.numel(), parameter.numel() * 2))
+    for path, buffer in module.named_buffers():
+        if path not in (KEY_CACHE, VALUE_CACHE, *unused):
+            width = 2 if buffer.is_floating_point() else 4
+            blobs.append((buffer.numel(), buffer.numel() * width))
+    zeros: set[int] = set()  # one bias of each length is kept
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and "bias" not in dict(layer.named_parameters()):
+            zeros.add(layer.out_features)
+        elif isinstance(layer, SplitHead):
+            zeros |= {end - start for _, start, end in layer.spans}
+    blobs += [(size, size * 2) for size in zeros]
+    aligned = (
+        math.ceil(size / _ALIGNMENT) * _ALIGNMENT for count, size in blobs if count >= _SMALLEST_STORED
+    )
+    return _ALIGNMENT + sum(size + _ALIGNMENT for size in aligned)

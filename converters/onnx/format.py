@@ -1,0 +1,41 @@
+"""What the writer and the reader of an ONNX folder must agree on; docs/onnx.md describes it."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CACHE_PREFIX",
+    "DATA_FILE",
+    "FORMAT",
+    "INDICES_IN_SYMBOL",
+    "METADATA_PREFIX",
+    "MODEL_FILE",
+    "PARTS",
+    "PRESENT_PREFIX",
+    "PROFILES",
+    "TWO_PLANES",
+]
+
+PROFILES = ("exact", "low-memory", "fast")
+"""Runtime profiles, by the names that the command line uses."""
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx_data"
+"""The name that transformers.js looks for."""
+
+METADATA_PREFIX = "edkm_export."
+"""Of our keys in `metadata_props`."""
+
+FORMAT = "1"
+"""Version of these conventions."""
+
+CACHE_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
+"""Of the cache among inputs and outputs, as optimum names them."""
+
+PARTS = ("codes", "codes_high", "lut", "lut_scale")
+"""Endings of the initializers of one palettized weight."""
+
+INDICES_IN_SYMBOL = {1: 8, 2: 4, 3: 2, 4: 2, 6: 1, 8: 1}
+"""Indices that are stored together, by bits of an index."""
+
+TWO_PLANES = (3, 6)
+"""Bits of an index whose symbols have 6 bits: they are stored as a plane of 4 bits and one of 2."""

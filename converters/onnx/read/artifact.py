@@ -1,0 +1,170 @@
+"""An exported ONNX folder as the verifier sees it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from converters.onnx.read.executors import Executor, ReferenceRuntime
+from converters.onnx.read.interface import batch_feeds, check_interface, past_of
+from converters.onnx.read.lut_graph import LutGraph, load_graph
+from converters.onnx.read.observe import trace_graph
+from converters.onnx.read.session import OnnxSession
+from edkm_export.artifact.execution import Execution
+from edkm_export.artifact.protocol import Artifact, DamagedArtifact
+from edkm_export.artifact.thresholds import EXECUTION, INT8_ACTIVATIONS, ExecutionThreshold
+from edkm_export.errors import PackageError
+from edkm_export.palette import PalettizedTensor
+
+__all__ = ["KIND", "OnnxArtifact", "open_artifact"]
+
+KIND = "ONNX folder"
+
+_WINDOW = 512  # positions of one execution; logits of more would only take memory
+_REFERENCE_WEIGHTS = 20_000_000  # the reference decodes every weight again for each text, on one core
+_PADDING = 5  # positions
+
+
+class OnnxArtifact:
+    """A folder with a decoder that has a cache.
+
+    Args:
+        graph: as read.
+
+    Raises:
+        PackageError: it has another interface.
+    """
+
+    kind = KIND
+
+    def __init__(self, graph: LutGraph) -> None:
+        check_interface(graph.graph)
+        self.graph = graph
+        self.path: Path = graph.path
+        self.context = min(_WINDOW, max(graph.description.context - _PADDING, 2))
+        self.executions = tuple(self._executions())
+
+    def palettized(self) -> dict[str, PalettizedTensor]:
+        """Palettized weights by parameter name, read from disk and followed through the graph."""
+        return self.graph.palettized()
+
+    def dense(self) -> dict[str, Tensor]:
+        """Other initializers by name, read from disk."""
+        return self.graph.dense()
+
+    def weights_size_bytes(self) -> int:
+        """Size of the external data."""
+        return self.graph.weights_size_bytes
+
+    def size_bytes(self) -> int:
+        """Size of the folder."""
+        return self.graph.size_bytes
+
+    def session(self) -> OnnxSession:
+        """The decoder with its cache, in the arithmetic of the first execution."""
+        return OnnxSession(self.graph, self.graph.runtime("disabled" if self._rounds else "all"))
+
+    def rounded_session(self) -> None:
+        """None: onnxruntime cannot round after each op."""
+        return None
+
+    def trace(
+        self, execution: str, tokens: Tensor, observe: Callable[[str, Tensor], None], cached: int = 0
+    ) -> None:
+        """Show the output of each node, run unoptimized by onnxruntime whatever the execution; see `Traceable`."""
+        trace_graph(self.graph.graph, tokens, observe, cached)
+
+    @property
+    def _rounds(self) -> bool:
+        """True when optimization lets the graph round activations to int8."""
+        return self.graph.profile == "fast"
+
+    def _executions(self) -> list[Execution]:
+        exact = EXECUTION["float32" if self.graph.outputs["logits"].dtype == np.float32 else "rounded"]
+        optimized = Execution(
+            "execution-onnxruntime",
+            "onnxruntime, full optimization",
+            INT8_ACTIVATIONS if self._rounds else exact,
+            self._optimized,
+        )
+        plain = Execution(
+            "execution-onnxruntime-plain",
+            "onnxruntime, no optimization",
+            exact.because(
+                "onnxruntime rounds activations only for weights that it has folded, and so not here"
+                if self._rounds
+                else "each node runs as it is written: a fault that an optimization hides shows here"
+            ),
+            self._plain,
+        )
+        padded = Execution(
+            "execution-onnxruntime-padded",
+            "onnxruntime, in a batch, padded on the left, half of the text in the cache",
+            optimized.threshold.because(
+                "a server runs texts of different lengths together; padding must change nothing"
+            ),
+            self._padded,
+        )
+        # Those of one kind of optimization stand together: the graph is loaded once for them.
+        order = [plain, optimized, padded] if self._rounds else [optimized, padded, plain]
+        return [*order, self._reference(exact)]
+
+    def _optimized(self, tokens: Tensor) -> Tensor:
+        return self._run(self.graph.runtime("all"), tokens)
+
+    def _plain(self, tokens: Tensor) -> Tensor:
+        return self._run(self.graph.runtime("disabled"), tokens)
+
+    def _run(self, executor: Executor, tokens: Tensor) -> Tensor:
+        """Logits of one text without a past."""
+        logits = executor.run(batch_feeds(self.graph.graph, [tokens], len(tokens)))["logits"]
+        return torch.from_numpy(logits[0]).float()
+
+    def _padded(self, tokens: Tensor) -> Tensor:
+        """Logits of a text beside a longer one, in two calls."""
+        graph, runtime = self.graph.graph, self.graph.runtime("all")
+        other = torch.cat([tokens.flip(0), tokens[:_PADDING]])[: self.graph.description.context]
+        length, half = len(other), len(other) // 2
+        feeds = batch_feeds(graph, [tokens, other], length)
+        first = runtime.run(_columns(feeds, 0, half))
+        second = runtime.run({**_columns(feeds, half, length), **past_of(first)})
+        logits = np.concatenate([first["logits"][0], second["logits"][0]])
+        return torch.from_numpy(logits[length - len(tokens) :]).float()
+
+    def _reference(self, exact: ExecutionThreshold) -> Execution:
+        """The graph in onnx's own reference implementation, when it is small."""
+        name, words = "execution-reference", "onnx reference implementation"
+        threshold = exact.because("it shares no code with onnxruntime, and rounds no activations")
+        weights = sum(math.prod(shape) for shape, _ in self.graph.description.palettized.values())
+        if weights > _REFERENCE_WEIGHTS:
+            missing = f"takes too long for {weights:,} weights; it is run up to {_REFERENCE_WEIGHTS:,}"
+            return Execution(name, words, threshold, None, missing)
+        return Execution(name, words, threshold, self._referenced)
+
+    def _referenced(self, tokens: Tensor) -> Tensor:
+        return self._run(ReferenceRuntime(self.graph.graph), tokens)
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Open an ONNX folder for the verifier; one that cannot be opened becomes a DamagedArtifact."""
+    try:
+        return OnnxArtifact(load_graph(path))
+    except PackageError as error:
+        return DamagedArtifact(path, KIND, str(error))
+
+
+def _columns(feeds: Mapping[str, NDArray[Any]], start: int, stop: int) -> dict[str, NDArray[Any]]:
+    """The inputs for positions from `start` to `stop`, and the cache as it is."""
+    found = dict(feeds)
+    for name in ("input_ids", "position_ids"):
+        if name in found:
+            found[name] = found[name][:, start:stop]
+    found["attention_mask"] = found["attention_mask"][:, :stop]
+    return found

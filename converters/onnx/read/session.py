@@ -1,0 +1,85 @@
+"""An exported graph in the middle of a text, through onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from converters.onnx.backend import load_onnxruntime
+from converters.onnx.read.executors import OnnxRuntime, Optimization
+from converters.onnx.read.interface import check_interface, empty_cache, past_of
+from converters.onnx.read.lut_graph import LutGraph, load_graph
+from edkm_export.context_window import require_room
+
+__all__ = ["OnnxSession"]
+
+
+class OnnxSession:
+    """A decoder with cache in onnxruntime; keys and values stay in its own memory from call to call.
+
+    Args:
+        graph: of a decoder with cache.
+        runtime: with the graph loaded; None: loaded with full optimization.
+
+    Attributes:
+        context: most positions that it can hold.
+
+    Raises:
+        PackageError: it is not a decoder with cache, or onnxruntime refuses it.
+        BackendMissingError: onnxruntime is not installed.
+    """
+
+    def __init__(self, graph: LutGraph, runtime: OnnxRuntime | None = None) -> None:
+        self._vocab_size = check_interface(graph.graph)
+        self.context = graph.description.context
+        self._graph = graph.graph
+        self._runtime = runtime or graph.runtime()
+        self._value = load_onnxruntime().OrtValue.ortvalue_from_numpy
+        self.reset()
+
+    @classmethod
+    def open(
+        cls, path: Path, *, optimization: Optimization = "all", threads: int | None = None
+    ) -> OnnxSession:
+        """Read, check and load the graph of a folder.
+
+        Args:
+            path: the folder.
+            optimization: of the graph at load, "all" or "disabled".
+            threads: of one operation; None: as many as there are cores.
+        """
+        graph = load_graph(path)
+        check_interface(graph.graph)  # before onnxruntime spends time on it
+        return cls(graph, graph.new_runtime(optimization, threads))
+
+    def reset(self) -> None:
+        """Forget the text."""
+        self._used = 0
+        self._cache: dict[str, Any] = {
+            name: self._value(value) for name, value in empty_cache(self._graph, batch=1).items()
+        }
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Go on with the text: int64 [new] -> logits float32 [new, vocab_size].
+
+        Raises:
+            InputError: there is no room for the tokens, or one is outside the vocabulary.
+            PackageError: the graph fails.
+        """
+        require_room(tokens, self._used, self.context, self._vocab_size, str(self._graph.path))
+        total = self._used + len(tokens)
+        feeds = {
+            "input_ids": tokens[None].numpy(),
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(self._used, total, dtype=np.int64)[None],
+        }
+        values = {name: self._value(value) for name, value in feeds.items() if name in self._graph.inputs}
+        results = self._runtime.run_values({**values, **self._cache})
+        logits = torch.from_numpy(results["logits"].numpy())[0].float()
+        self._cache = past_of(results)
+        self._used = total
+        return logits

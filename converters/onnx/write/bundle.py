@@ -1,0 +1,77 @@
+"""The folder that `edkm-export onnx` leaves: graph, weights, tokenizer and what other runtimes want to read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from converters.onnx.format import MODEL_FILE
+from converters.onnx.write.export_plan import OnnxPlan
+from converters.onnx.write.genai import GENERATION_CONFIG, genai_config, generation_config
+from converters.onnx.write.graph_file import write_graph
+from edkm_export._version import __version__
+from edkm_export.atomic import GENERATOR, MARKER
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.errors import ConversionError
+
+__all__ = ["write_bundle"]
+
+_GRAPH_FOLDER = "onnx"  # where transformers.js looks
+_OURS = ("config.json", "genai_config.json", MARKER, "report.json", "report.md", "report.html")
+
+
+def write_bundle(checkpoint: Checkpoint, plan: OnnxPlan, folder: Path) -> Path:
+    """Export into an existing, empty folder.
+
+    Args:
+        checkpoint: what to export.
+        plan: from `plan_onnx`.
+        folder: receives onnx/model.onnx with its data, the tokenizer, configurations and metadata.json.
+
+    Returns:
+        Path of the model.
+
+    Raises:
+        ConversionError: a tokenizer file has the name of one of ours.
+    """
+    if taken := sorted({*_OURS, _GRAPH_FOLDER} & checkpoint.tokenizer.keys()):
+        raise ConversionError(
+            f"{checkpoint.path}: its tokenizer file {taken[0]} would take the place of one of ours; palettize again."
+        )
+    graph_folder = folder / _GRAPH_FOLDER
+    graph_folder.mkdir()
+    model = write_graph(plan, graph_folder)
+    for file, content in checkpoint.tokenizer.items():
+        (folder / file).write_bytes(content)
+    documents = {
+        "config.json": {**checkpoint.config, "transformers.js_config": _transformers_js(plan)},
+        GENERATION_CONFIG: generation_config(checkpoint),
+        "genai_config.json": genai_config(checkpoint, plan, f"{_GRAPH_FOLDER}/{MODEL_FILE}"),
+        MARKER: _metadata(checkpoint, plan),
+    }
+    for name, document in documents.items():
+        (folder / name).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return model
+
+
+def _transformers_js(plan: OnnxPlan) -> dict[str, Any]:
+    """Settings of transformers.js, which otherwise looks for a quantized graph in a browser."""
+    settings: dict[str, Any] = {"dtype": "fp32", "use_external_data_format": True}  # "fp32" names model.onnx
+    if plan.dtype == "float16":
+        settings["kv_cache_dtype"] = "float16"
+    return settings
+
+
+def _metadata(checkpoint: Checkpoint, plan: OnnxPlan) -> dict[str, Any]:
+    return {
+        "generator": f"{GENERATOR} {__version__}",
+        "model": f"{_GRAPH_FOLDER}/{MODEL_FILE}",
+        "runtime": plan.runtime,
+        "dtype": plan.dtype,
+        "opset": plan.opset,
+        "context_length": plan.context,
+        "predicted_weights_size_bytes": plan.weights_size_bytes,
+        "bits_per_weight": checkpoint.bits_per_weight,
+        "recipe": checkpoint.recipe,
+    }

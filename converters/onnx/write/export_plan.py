@@ -1,0 +1,204 @@
+"""What an export will make: checked, traced and measured before any weight is touched."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from converters.onnx.backend import load_onnx
+from converters.onnx.format import DATA_FILE, FORMAT, METADATA_PREFIX
+from converters.onnx.write.builder import CONTRIB, GraphBuilder, Weight
+from converters.onnx.write.cached_decoder import BATCH, NEW, PAST, TOTAL, build_graph
+from converters.onnx.write.fused_attention import ATTENTION_OPSET
+from converters.onnx.write.profiles import FORMS_OF_PROFILE, StandardFastForms
+from edkm_export._version import __version__
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.decoder.build import empty_decoder
+from edkm_export.decoder.config import DecoderConfig
+from edkm_export.errors import ConversionError
+
+__all__ = ["OnnxPlan", "plan_onnx"]
+
+_OPSETS = (18, 23)
+_BLOCKWISE_OPSET = 21  # DequantizeLinear with blocks
+_ALIGNMENT = 64
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class OnnxPlan:
+    """A graph whose weights are still to be written.
+
+    Attributes:
+        runtime: profile.
+        dtype: of activations, cache and logits.
+        opset: version of the standard operators.
+        context: positions that the tables hold.
+        config: of the decoder.
+        model: ModelProto; its weights name their place in the data file.
+        weights: in the order of the data file, with their offsets.
+        weights_size_bytes: size of the data file.
+    """
+
+    runtime: str
+    dtype: str
+    opset: int
+    context: int
+    config: DecoderConfig
+    model: Any
+    weights: tuple[tuple[int, Weight], ...]
+    weights_size_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of both files."""
+        return self.weights_size_bytes + int(self.model.ByteSize())
+
+
+def plan_onnx(
+    checkpoint: Checkpoint,
+    *,
+    runtime: str = "exact",
+    dtype: str = "float32",
+    opset: int | None = None,
+    context: int | None = None,
+    standard_ops: bool = False,
+) -> OnnxPlan:
+    """Check that a checkpoint can be exported, and make its graph.
+
+    Args:
+        checkpoint: what to export.
+        runtime: "exact", "low-memory" or "fast".
+        dtype: of activations, cache and logits, "float32" or "float16".
+        opset: version of the standard operators; None: the oldest that the profile needs, and for `fast` and
+            `low-memory` the one that has attention as an operator, if it can be used.
+        context: positions that the tables hold; None: all of the model.
+        standard_ops: the fast profile without onnxruntime's own operators.
+
+    Raises:
+        ConversionError: unsupported family, profile or option, or palettes that the profile cannot hold.
+        CheckpointError: parameters that do not fit the model.
+        BackendMissingError: onnx is not installed.
+    """
+    source = str(checkpoint.path or "checkpoint")
+    _check_options(runtime, dtype, standard_ops)
+    oldest = _BLOCKWISE_OPSET if standard_ops else _OPSETS[0]
+    decoder = empty_decoder(checkpoint)
+    config = decoder.config
+    attends = runtime != "exact" and not standard_ops and dtype == "float32" and config.attention_cap is None
+    if opset is None:
+        opset = ATTENTION_OPSET if attends else oldest
+    if not oldest <= opset <= _OPSETS[1]:
+        raise ConversionError(
+            f"--opset {opset} is outside {oldest} to {_OPSETS[1]}, which this profile needs; leave it out."
+        )
+    length = config.max_positions if context is None else context
+    if not 2 <= length <= config.max_positions:
+        raise ConversionError(
+            f"{source}: --context-length {length} is outside 2 to {config.max_positions}, the model's positions."
+        )
+    load_onnx()
+    graph = GraphBuilder(opset)
+    forms = (StandardFastForms if standard_ops else FORMS_OF_PROFILE[runtime])(
+        graph, checkpoint, _DTYPES[dtype]
+    )
+    with torch.no_grad():
+        build_graph(decoder, checkpoint.config, length, forms, graph, _DTYPES[dtype])
+    placed, offset = [], 0
+    for weight in graph.weights.values():
+        offset = -(-offset // _ALIGNMENT) * _ALIGNMENT
+        placed.append((offset, weight))
+        offset += weight.size_bytes
+    metadata = _metadata(checkpoint, runtime, length)
+    model = _model(graph, placed, config, dtype, metadata)
+    return OnnxPlan(runtime, dtype, opset, length, config, model, tuple(placed), offset)
+
+
+def _check_options(runtime: str, dtype: str, standard_ops: bool) -> None:
+    if runtime not in FORMS_OF_PROFILE:
+        raise ConversionError(f"--runtime {runtime!r} is unknown; use one of {', '.join(FORMS_OF_PROFILE)}.")
+    if dtype not in _DTYPES:
+        raise ConversionError(f"--dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}.")
+    if standard_ops and runtime != "fast":
+        raise ConversionError(
+            f"--standard-ops is for --runtime fast; {runtime} has standard operators anyway."
+        )
+
+
+def _metadata(checkpoint: Checkpoint, runtime: str, context: int) -> dict[str, str]:
+    palettized = {
+        name: {"shape": list(tensor.shape), "n_bits": tensor.n_bits}
+        for name, tensor in checkpoint.palettized.items()
+    }
+    values: dict[str, Any] = {
+        "format": FORMAT,
+        "version": __version__,
+        "runtime": runtime,
+        "context_length": str(context),
+        "palettized": palettized,
+        "dense": {name: list(tensor.shape) for name, tensor in checkpoint.dense.items()},
+        "tied": dict(checkpoint.tied),
+    }
+    return {
+        METADATA_PREFIX + key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for key, value in values.items()
+    }
+
+
+def _model(
+    graph: GraphBuilder,
+    placed: list[tuple[int, Weight]],
+    config: DecoderConfig,
+    dtype: str,
+    metadata: dict[str, str],
+) -> Any:
+    onnx = load_onnx()
+    helper, types = onnx.helper, onnx.TensorProto
+    real = types.FLOAT16 if dtype == "float16" else types.FLOAT
+    cache = [f"{layer}.{what}" for layer in range(config.num_layers) for what in ("key", "value")]
+
+    def describe(name: str, kind: int, *shape: str | int) -> Any:
+        return helper.make_tensor_value_info(name, kind, list(shape))
+
+    heads, width = config.num_kv_heads, config.head_dim
+    inputs = [
+        describe("input_ids", types.INT64, BATCH, NEW),
+        describe("attention_mask", types.INT64, BATCH, TOTAL),
+        describe("position_ids", types.INT64, BATCH, NEW),
+        *(describe(f"past_key_values.{name}", real, BATCH, heads, PAST, width) for name in cache),
+    ]
+    outputs = [
+        describe("logits", real, BATCH, NEW, config.vocab_size),
+        *(describe(f"present.{name}", real, BATCH, heads, TOTAL, width) for name in cache),
+    ]
+    tensors = [*graph.inline, *(_external(weight, offset) for offset, weight in placed)]
+    opsets = [helper.make_opsetid("", graph.opset)]
+    if graph.contrib:
+        opsets.append(helper.make_opsetid(CONTRIB, 1))
+    made = helper.make_graph(graph.nodes, "decoder", inputs, outputs, initializer=tensors)
+    model = helper.make_model(
+        made,
+        opset_imports=opsets,
+        producer_name="edkm-export",
+        producer_version=__version__,
+        ir_version=helper.find_min_ir_version_for(opsets, ignore_unknown=True),
+    )
+    helper.set_model_props(model, metadata)
+    return model
+
+
+def _external(weight: Weight, offset: int) -> Any:
+    onnx = load_onnx()
+    tensor = onnx.TensorProto(
+        name=weight.name,
+        dims=weight.shape,
+        data_type=onnx.helper.np_dtype_to_tensor_dtype(weight.dtype),
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    places = {"location": DATA_FILE, "offset": offset, "length": weight.size_bytes}
+    for key, value in places.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor

@@ -1,0 +1,112 @@
+"""Attention and its growing cache as one standard operator (onnx/docs/Operators.md, Attention, opset 23)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from converters.onnx.write.fused_rotary import Rotation
+from converters.onnx.write.tracing import Tracer, Value
+from edkm_export.decoder.attention import Attention
+from edkm_export.decoder.context import Context
+from edkm_export.decoder.projections import project
+
+__all__ = ["ATTENTION_OPSET", "GrowingCache", "replace_attention"]
+
+ATTENTION_OPSET = 23
+
+
+class GrowingCache:
+    """Keys and values that come in as inputs, grow by the new ones, and go out.
+
+    Args:
+        tracer: of the graph.
+        shape: of each input, [batch, kv_heads, past, head_dim].
+
+    Attributes:
+        present: {name of an output of the graph: name of its value}.
+    """
+
+    def __init__(self, tracer: Tracer, shape: tuple[int | str, ...]) -> None:
+        self._tracer, self._shape = tracer, shape
+        self.present: dict[str, str] = {}
+
+    def past(self, what: str, layer: int) -> Value:
+        """An input of the graph; `what` is "key" or "value"."""
+        return Value(self._tracer, f"past_key_values.{layer}.{what}", self._shape, self._tracer.dtype)
+
+    def update(self, layer: int, keys: Value, values: Value) -> tuple[Value, Value]:
+        """Append the new ones [batch, kv_heads, new, head_dim]."""
+        grown = []
+        for what, new in (("key", keys), ("value", values)):
+            both: Value = torch.cat((self.past(what, layer), new), dim=2)  # type: ignore[arg-type, assignment]
+            self.present[f"present.{layer}.{what}"] = both.name
+            grown.append(both)
+        return grown[0], grown[1]
+
+
+def replace_attention(module: torch.nn.Module, tracer: Tracer, rotation: Rotation | None) -> None:
+    """Let an attention of a decoder be one operator, if it is one that caps no scores.
+
+    Args:
+        module: of the decoder.
+        tracer: of the graph.
+        rotation: its `rotate`, which takes heads side by side; None: it has none, or its own.
+    """
+    if isinstance(module, Attention) and module.cap is None and (rotation or not module.rotary_dim):
+        module.forward = _FusedAttention(module, tracer, rotation)  # type: ignore[method-assign, assignment]
+
+
+class _FusedAttention:
+    """Heads stay side by side in the last axis: nothing is split, turned, repeated or joined.
+
+    Args:
+        module: the decoder's attention.
+        tracer: of the graph.
+        rotation: of queries and keys; None: they have no positions.
+    """
+
+    def __init__(self, module: Attention, tracer: Tracer, rotation: Rotation | None) -> None:
+        self._module, self._tracer, self._rotation = module, tracer, rotation
+        self._scale = module.query_scale * module.head_dim**-0.5
+        # Scaled by its tables of rotation a query needs no scale in the operator, and with a scale of 1 onnxruntime
+        # multiplies a single query without a copy of the keys.
+        self._turned_scale = 1.0
+        if tracer.weights.contrib and rotation is not None and rotation.is_whole:
+            self._scale, self._turned_scale = 1.0, self._scale
+
+    def __call__(self, x: Value, context: Context, cache: GrowingCache) -> Value:
+        """x [batch, new, hidden] -> [batch, new, hidden]."""
+        module, graph = self._module, self._tracer.graph
+        names = module.names
+        mask: Any = context.masks[module.kind]
+        projected: Any = project(module, names.attention_inputs, module.sizes, x)  # type: ignore[arg-type]
+        queries, keys, values = projected
+        if module.q_norm is not None and module.k_norm is not None:
+            queries = self._each_head(module.q_norm, queries, module.heads)
+            keys = self._each_head(module.k_norm, keys, module.kv_heads)
+        if self._rotation is not None:
+            queries, keys = self._rotation.turn(queries, self._turned_scale), self._rotation.turn(keys)
+        layer = module.layer
+        mixed = graph.unique("Attention")
+        cache.present |= {f"present.{layer}.{what}": f"{mixed}.{what}" for what in ("key", "value")}
+        graph.append(
+            "Attention",
+            (
+                queries.name, keys.name, values.name, mask.name,
+                cache.past("key", layer).name, cache.past("value", layer).name,
+            ),
+            (mixed, f"{mixed}.key", f"{mixed}.value"),
+            q_num_heads=module.heads,
+            kv_num_heads=module.kv_heads,
+            scale=self._scale,
+        )  # fmt: skip
+        value = Value(self._tracer, mixed, (*x.shape[:2], module.heads * module.head_dim), x.dtype)
+        return module.get_submodule(names.attention_output)(value)  # type: ignore[no-any-return]
+
+    def _each_head(self, norm: torch.nn.Module, x: Value, heads: int) -> Value:
+        """Norm of [batch, new, heads * head_dim], head by head."""
+        batch, new, width = x.shape
+        split = x.reshape(batch, new, heads, self._module.head_dim)
+        return norm(split).reshape(batch, new, width)  # type: ignore[no-any-return]

@@ -1,0 +1,98 @@
+"""Norms of a decoder as nodes. The decoder's own know only float16's limits; these are computed in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from converters.onnx.write.builder import CONTRIB
+from converters.onnx.write.tracing import Tracer, Value
+from edkm_export.decoder.norms import LayerNorm, RMSNorm
+
+__all__ = ["replace_norm"]
+
+
+def replace_norm(module: torch.nn.Module, tracer: Tracer) -> None:
+    """Let a module of a decoder call one of these norms, if it is a norm."""
+    if isinstance(module, RMSNorm):
+        fused = tracer.weights.contrib and tracer.dtype == torch.float32 and module.scale == 1
+        form = _SkipRMSNorm if fused else _RMSNorm
+        module.forward = form(module, tracer)  # type: ignore[method-assign, assignment]
+    elif isinstance(module, LayerNorm):
+        module.forward = _LayerNorm(module, tracer)  # type: ignore[method-assign, assignment]
+
+
+class _Norm:
+    """A norm in the plain form that runtimes fuse.
+
+    Args:
+        module: the decoder's norm.
+        tracer: of the graph.
+    """
+
+    def __init__(self, module: Any, tracer: Tracer) -> None:
+        self._module, self._tracer = module, tracer
+        self._eps = float(module.root_eps.double()) ** 2
+
+    def _weight(self, which: str) -> Value:
+        parameter = getattr(self._module, which)
+        name = self._tracer.weights.vector(self._tracer.parameters[id(parameter)])
+        return Value(self._tracer, name, tuple(parameter.shape), self._tracer.dtype)
+
+    def _mean(self, x: Value) -> Value:
+        axes = self._tracer.graph.integers(-1)
+        return self._tracer.emit(
+            "ReduceMean", x.name, axes, shape=(*x.shape[:-1], 1), dtype=x.dtype, keepdims=1
+        )
+
+    def _power(self, x: Value) -> Value:
+        two = self._tracer.constant(2.0, x.dtype)
+        return self._tracer.emit("Pow", x.name, two, shape=x.shape, dtype=x.dtype)
+
+    def _normalize(self, x: Value) -> Value:
+        """Divide by the root mean square."""
+        return x / (self._mean(self._power(x)) + self._eps)._unary("Sqrt")
+
+
+class _RMSNorm(_Norm):
+    """Root mean square norm: x [..., size] -> [..., size]."""
+
+    def __call__(self, x: Value) -> Value:
+        return self._normalize(x.to(torch.float32)).to(self._tracer.dtype) * self._scale()
+
+    def _scale(self) -> Value:
+        weight = self._weight("weight")
+        if self._module.offset:
+            weight = weight + 1.0
+        if self._module.scale != 1:
+            weight = weight * self._module.scale
+        return weight
+
+
+class _SkipRMSNorm(_RMSNorm):
+    """The same, in one operator of onnxruntime with the residual sum in front of it."""
+
+    def __call__(self, x: Value) -> Value:
+        if x.terms is None:
+            return super().__call__(x)
+        graph, scale = self._tracer.graph, self._scale()
+        graph.drop(x.name)  # the sum is the last output of the new node
+        name = graph.unique("SkipSimplifiedLayerNormalization")
+        graph.append(
+            "SkipSimplifiedLayerNormalization",
+            (*x.terms, scale.name),
+            (name, "", "", x.name),
+            domain=CONTRIB,
+            epsilon=self._eps,
+        )
+        return Value(self._tracer, name, x.shape, x.dtype)
+
+
+class _LayerNorm(_Norm):
+    """Layer norm with weight and bias: x [..., size] -> [..., size]."""
+
+    def __call__(self, x: Value) -> Value:
+        wide = x.to(torch.float32)
+        normal = self._normalize(wide - self._mean(wide)).to(self._tracer.dtype)
+        return normal * self._weight("weight") + self._weight("bias")

@@ -1,0 +1,93 @@
+"""genai_config.json and generation_config.json: how onnxruntime-genai and transformers find their way in a folder.
+
+Fields as in onnxruntime-genai's documentation ("Generate API, config reference").
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from converters.onnx.write.export_plan import OnnxPlan
+from edkm_export.checkpoint import Checkpoint
+
+__all__ = ["genai_config", "generation_config"]
+
+GENERATION_CONFIG = "generation_config.json"
+
+# Families that onnxruntime-genai runs as a plain decoder under their own name; any other one is a "decoder" there.
+_GENAI_TYPES = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3")
+
+
+def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The model's own, or one with the special tokens of its configuration."""
+    if (given := checkpoint.tokenizer.get(GENERATION_CONFIG)) is not None:
+        try:
+            found = json.loads(given)
+        except ValueError:
+            found = None
+        if isinstance(found, dict):
+            return found
+    return {"_from_model_config": True, **_special_tokens(checkpoint.config)}
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: config[key] for key in keys if config.get(key) is not None}
+
+
+def genai_config(checkpoint: Checkpoint, plan: OnnxPlan, model: str) -> dict[str, Any]:
+    """Configuration of onnxruntime-genai.
+
+    Args:
+        checkpoint: the model.
+        plan: of its graph.
+        model: path of the graph in the folder.
+    """
+    config, family = plan.config, checkpoint.config["model_type"]
+    generation = generation_config(checkpoint)
+    tokens = _special_tokens({**checkpoint.config, **generation})
+    ends = tokens.get("eos_token_id", 0)
+    first_end = ends[0] if isinstance(ends, list) else ends
+    decoder = {
+        "session_options": session_options(plan.runtime),
+        "filename": model,
+        "head_size": config.head_dim,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "num_hidden_layers": config.num_layers,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "position_ids": "position_ids",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    return {
+        "model": {
+            "type": family if family in _GENAI_TYPES else "decoder",
+            "context_length": plan.context,
+            "vocab_size": config.vocab_size,
+            "bos_token_id": tokens.get("bos_token_id", first_end),
+            "eos_token_id": ends,
+            "pad_token_id": tokens.get("pad_token_id", first_end),
+            "decoder": decoder,
+        },
+        # the cache grows: present is longer than past
+        "search": {"do_sample": False, "max_length": plan.context, "past_present_share_buffer": False},
+    }
+
+
+def session_options(runtime: str) -> dict[str, Any]:
+    """Options of onnxruntime that a profile is made for, by the names that genai_config.json uses."""
+    options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    if runtime == "low-memory":  # an arena would keep what decoding a weight took
+        options |= {"enable_cpu_mem_arena": False, "enable_mem_pattern": False}
+    return options

@@ -1,0 +1,42 @@
+"""The ways to run an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from edkm_export.artifact.thresholds import ExecutionThreshold
+from edkm_export.errors import InputError, PackageError
+
+__all__ = ["AT_FAULT", "DAMAGED", "Execute", "Execution"]
+
+Execute = Callable[[Tensor], Tensor]
+"""int64 [positions] -> logits float32 [positions, vocab_size]."""
+
+AT_FAULT = (PackageError, InputError)
+"""What an execution raises when the artifact is at fault: the tokens that the verifier feeds are sound, so that even an
+index out of range is the artifact's."""
+
+DAMAGED = "the artifact cannot be read"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One way to run an artifact; one rung of the ladder.
+
+    Attributes:
+        id: stable name of the rung, such as "execution-float32".
+        words: what is run, for people, such as "executed artifact, float32".
+        threshold: how close to hard PyTorch it must be.
+        execute: int64 [positions] -> logits float32 [positions, vocab_size] of a text that starts at position 0;
+            raises PackageError when the artifact is at fault. None: it cannot be run here.
+        missing: why not, when `execute` is None.
+    """
+
+    id: str
+    words: str
+    threshold: ExecutionThreshold
+    execute: Execute | None
+    missing: str = ""

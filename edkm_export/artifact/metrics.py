@@ -1,0 +1,162 @@
+"""Measures of how far apart two models are on a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Annotated
+
+import pydantic
+import torch
+from torch import Tensor
+
+from edkm_export.artifact.thresholds import NEAR_TIE_NATS
+
+__all__ = [
+    "KL_DECADES",
+    "Divergence",
+    "Number",
+    "Perplexity",
+    "Record",
+    "divergence",
+    "perplexity",
+    "snr_db",
+    "token_losses",
+]
+
+KL_DECADES = (-12, 2)
+"""Powers of ten between which `Divergence.kl_histogram` counts, in half decades."""
+
+
+class Record(pydantic.BaseModel):
+    """A frozen part of a report."""
+
+    # Infinity is a legal measurement (an output that is not finite); JSON has no number for it.
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+Number = Annotated[
+    float,
+    pydantic.WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["Infinity", "-Infinity", "NaN"]}]}),
+]
+"""A number that may not be finite, and is then a string in the JSON."""
+
+
+class Perplexity(Record):
+    """Perplexity of a model on the evaluation text."""
+
+    value: Number
+    standard_error: Number
+    tokens: int
+
+
+class Divergence(Record):
+    """Distance between the next-token distributions of two models; KL in nats.
+
+    Attributes:
+        tokens: positions that were compared.
+        kl_mean: of KL(reference || candidate) over the positions.
+        kl_median: likewise.
+        kl_p999: its 99.9th percentile.
+        kl_max: the largest.
+        top1_agreement: share of positions with the same most likely token.
+        near_ties: disagreements on it at which the reference holds both tokens equally likely.
+        kl_histogram: positions by KL, in half decades from 1e-12 to 100 nats; the first and the last count what is
+            beyond.
+    """
+
+    tokens: int
+    kl_mean: Number
+    kl_median: Number
+    kl_p999: Number
+    kl_max: Number
+    top1_agreement: Number
+    near_ties: int
+    kl_histogram: list[int] = []
+
+    @property
+    def settled_agreement(self) -> float:
+        """Top-1 agreement, near ties counted as agreeing."""
+        return self.top1_agreement + self.near_ties / self.tokens
+
+
+def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Negative log likelihood of each next token.
+
+    Args:
+        logits: float [positions, vocab_size].
+        tokens: int64 [positions].
+
+    Returns:
+        float64 [positions - 1], in nats.
+    """
+    return torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:], reduction="none").double()
+
+
+def perplexity(losses: Iterable[Tensor]) -> Perplexity:
+    """Perplexity over all tokens, with its standard error.
+
+    Args:
+        losses: float [tokens] of each window, in nats.
+
+    Returns:
+        exp of the mean; the standard error is that of the mean carried through exp, tokens taken as independent.
+    """
+    values = torch.cat(list(losses)).double()
+    mean = float(values.mean())
+    spread = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value=value, standard_error=value * spread, tokens=len(values))
+
+
+def divergence(pairs: Iterable[tuple[Tensor, Tensor]]) -> Divergence:
+    """Compare next-token distributions, position by position.
+
+    Args:
+        pairs: (reference, candidate) logits, float [positions, vocab_size], of each window.
+
+    Returns:
+        KL(reference || candidate) in nats (mean, median, 99.9th percentile, maximum), top-1 agreement, and how many
+        of the disagreements are near ties: the reference holds both tokens equally likely, within NEAR_TIE_NATS. A
+        candidate that is not finite counts as infinitely far and as disagreeing.
+    """
+    kl_parts, agree_parts, tie_parts = [], [], []
+    for reference, candidate in pairs:
+        p = reference.double().log_softmax(-1)
+        q = candidate.double().log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1)
+        finite = torch.isfinite(candidate).all(-1)
+        kl_parts.append(torch.where(finite & ~kl.isnan(), kl.clamp_min(0), torch.inf))
+        best, chosen = p.argmax(-1, keepdim=True), candidate.argmax(-1, keepdim=True)
+        agree = (best == chosen)[:, 0] & finite
+        gap = (p.gather(-1, best) - p.gather(-1, chosen))[:, 0]
+        agree_parts.append(agree)
+        tie_parts.append(~agree & finite & (gap <= NEAR_TIE_NATS))
+    kl, agree, ties = torch.cat(kl_parts), torch.cat(agree_parts), torch.cat(tie_parts)
+    ordered = kl.sort().values
+    return Divergence(
+        tokens=len(kl),
+        kl_mean=float(kl.mean()),
+        kl_median=float(ordered[len(ordered) // 2]),
+        kl_p999=float(ordered[min(len(ordered) - 1, math.ceil(0.999 * len(ordered)) - 1)]),
+        kl_max=float(ordered[-1]),
+        top1_agreement=float(agree.double().mean()),
+        near_ties=int(ties.sum()),
+        kl_histogram=_half_decades(kl),
+    )
+
+
+def _half_decades(kl: Tensor) -> list[int]:
+    """Count values by their logarithm; zeros in the first bin, infinities in the last."""
+    low, high = KL_DECADES
+    bins = ((kl.log10() - low) * 2).floor().clamp(0, 2 * (high - low) - 1).long()
+    return torch.bincount(bins, minlength=2 * (high - low)).tolist()
+
+
+def snr_db(reference: Tensor, candidate: Tensor) -> float:
+    """Signal to noise ratio of a tensor in decibels; infinity when equal."""
+    signal = float(reference.double().square().sum())
+    noise = float((reference.double() - candidate.double()).square().sum())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

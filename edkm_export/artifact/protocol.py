@@ -1,0 +1,164 @@
+"""An artifact on disk as the verifier sees it, whatever its format.
+
+A format takes part in the ladder by a class with the members of `Artifact`; the ladder knows no format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from edkm_export.artifact.execution import DAMAGED, Execution
+from edkm_export.artifact.thresholds import EXECUTION
+from edkm_export.errors import PackageError
+from edkm_export.palette import PalettizedTensor
+
+__all__ = ["Artifact", "DamagedArtifact", "Session", "Traceable"]
+
+
+class Session(Protocol):
+    """A model in the middle of a text."""
+
+    context: int
+    """Most positions that it can hold."""
+
+    def reset(self) -> None:
+        """Forget the text."""
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Go on with the text; the cache then holds these tokens too.
+
+        Args:
+            tokens: int64 [new].
+
+        Returns:
+            Logits of these tokens, float32 [new, vocab_size].
+
+        Raises:
+            InputError: there is no room for them, or one of them is not in the vocabulary.
+        """
+
+
+class Artifact(Protocol):
+    """What an exporter left on disk, read back."""
+
+    @property
+    def path(self) -> Path:
+        """The package or folder."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """Format, for people: "Core ML package", "ONNX folder"."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Most positions that one execution takes."""
+        ...
+
+    @property
+    def executions(self) -> Sequence[Execution]:
+        """Ways to run it, the strictest first."""
+        ...
+
+    def palettized(self) -> dict[str, PalettizedTensor]:
+        """Palettized weights by parameter name, read from disk.
+
+        Raises:
+            PackageError: one is damaged.
+        """
+        ...
+
+    def dense(self) -> dict[str, Tensor]:
+        """All other parameters by name, read from disk; other constants may be among them.
+
+        Raises:
+            PackageError: one is damaged.
+        """
+        ...
+
+    def weights_size_bytes(self) -> int:
+        """Size of the files that hold the weights."""
+        ...
+
+    def size_bytes(self) -> int:
+        """Size of everything that ships."""
+        ...
+
+    def session(self) -> Session | None:
+        """The artifact with its cache, in the arithmetic of the first execution; None: the interface has no cache."""
+        ...
+
+    def rounded_session(self) -> Session | None:
+        """The same, rounded to float16 after each op; None: no cache, or no such way to run it."""
+        ...
+
+
+@runtime_checkable
+class Traceable(Protocol):
+    """An artifact that can show what happens inside."""
+
+    def trace(
+        self, execution: str, tokens: Tensor, observe: Callable[[str, Tensor], None], cached: int = 0
+    ) -> None:
+        """Run a text and show the output of each operation.
+
+        Args:
+            execution: id of one of the executions; its arithmetic is used.
+            tokens: int64 [positions].
+            observe: called with the name of the operation and its output, in order; must not keep the tensor.
+            cached: so many tokens are fed first, unobserved; 0 when the interface has no cache.
+
+        Raises:
+            PackageError: the artifact is at fault.
+        """
+        ...
+
+
+class DamagedArtifact:
+    """Stands for an artifact that cannot be opened: it fails the rung of the bytes, and nothing of it can be run.
+
+    Args:
+        path: where it lies.
+        kind: its format.
+        reason: what is wrong with it.
+    """
+
+    context = 512  # what the original and hard PyTorch are measured with
+
+    def __init__(self, path: Path, kind: str, reason: str) -> None:
+        self.path = path
+        self.kind = kind
+        self.reason = reason
+        self.executions = tuple(
+            Execution(f"execution-{name}", f"executed artifact, {threshold.words}", threshold, None, DAMAGED)
+            for name, threshold in EXECUTION.items()
+        )
+
+    def palettized(self) -> NoReturn:
+        """Raise PackageError."""
+        raise PackageError(self.reason)
+
+    def dense(self) -> NoReturn:
+        """Raise PackageError."""
+        raise PackageError(self.reason)
+
+    def weights_size_bytes(self) -> NoReturn:
+        """Raise PackageError."""
+        raise PackageError(self.reason)
+
+    def size_bytes(self) -> int:
+        """Nothing that could be read."""
+        return 0
+
+    def session(self) -> None:
+        """Nothing that could be run."""
+        return None
+
+    def rounded_session(self) -> None:
+        """Nothing that could be run."""
+        return None

@@ -1,0 +1,126 @@
+"""What must hold for a rung to pass, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+__all__ = [
+    "CONTINUATION",
+    "CONTINUATION_WHY",
+    "DECODE_KL",
+    "DECODE_WHY",
+    "EXECUTION",
+    "INT8_ACTIVATIONS",
+    "LOCAL_TOLERANCE",
+    "MAX_PERPLEXITY_RATIO",
+    "NEAR_TIE_NATS",
+    "ROUNDED_TIE_NATS",
+    "RATIO_WHY",
+    "SIZE_TOLERANCE",
+    "SOFT_WHY",
+    "ExecutionThreshold",
+    "decode_limit",
+]
+
+MAX_PERPLEXITY_RATIO = 2.0
+"""Worst allowed perplexity of hard PyTorch, as a multiple of the original's."""
+
+RATIO_WHY = "a doubled perplexity is one more bit of surprise a token: it is no longer the same model"
+
+SOFT_WHY = (
+    "nothing of it ships; it splits the distance between the original and hard PyTorch, which has a threshold, into "
+    "what training left and what rounding to LUT entries adds"
+)
+
+NEAR_TIE_NATS = 0.01
+"""Tokens whose probabilities differ by less than 1% are a near tie: which of them comes out first is no evidence.
+RoPE tables and norms are float16 in a package, which moves logits by about 1e-3 even in float32 arithmetic."""
+
+DECODE_KL = 1e-4
+"""Largest KL divergence, in nats, of decoding token by token from one feed of the same text, at any position.
+`decode_limit` is for coarser arithmetic."""
+
+DECODE_WHY = (
+    "both are the same sums in another order, which moves float32 logits by about 1e-5; a key or value in the wrong "
+    "place, or a position off by one, shows at once"
+)
+
+CONTINUATION = (
+    "the same tokens as hard PyTorch from each prompt, up to the first near tie that falls otherwise"
+)
+
+ROUNDED_TIE_NATS = 0.05
+"""The same where every result is rounded to float16. That moves a log probability by about 0.005 (a median KL of 1.6e-5
+on a model of 135 million parameters); a choice within ten times as much may fall otherwise."""
+
+CONTINUATION_WHY = "it is what a user sees, and an error that feeds on itself shows only here"
+
+LOCAL_TOLERANCE = {"float32": 2e-3, "rounded": 5e-2}
+"""Largest relative error of an intermediate value before it is called wrong. RoPE tables in float16 cost about 2e-4 and
+add up over the layers; rounding after each op costs ten times as much."""
+
+SIZE_TOLERANCE = 0.01
+"""Allowed relative difference between the weights on disk and the prediction."""
+
+
+@dataclass(frozen=True)
+class ExecutionThreshold:
+    """How close an executed artifact must be to hard PyTorch.
+
+    Attributes:
+        words: the precision, in words.
+        top1: least share of positions with the same most likely token, or with a near tie.
+        median_kl: largest median KL divergence, in nats.
+        why: the reason.
+    """
+
+    words: str
+    top1: float
+    median_kl: float
+    why: str
+
+    def because(self, why: str) -> ExecutionThreshold:
+        """The same threshold for another reason."""
+        return replace(self, why=why)
+
+    def __str__(self) -> str:
+        return (
+            f"top-1 agreement at least {self.top1:.1%}, near ties aside; median KL at most {self.median_kl:g}"
+        )
+
+
+EXECUTION = {
+    "float32": ExecutionThreshold(
+        "float32",
+        0.999,
+        1e-5,
+        "both sides compute in float32 with the same weights; a wrong weight, table or op shows at once",
+    ),
+    "rounded": ExecutionThreshold(
+        "float32 rounded to float16 after each op",
+        0.99,
+        1e-3,
+        "rounding every result to float16 is the least that a phone does; an overflow or lost precision shows here",
+    ),
+}
+"""By precision of the interpreter."""
+
+INT8_ACTIVATIONS = ExecutionThreshold(
+    "activations rounded to int8",
+    0.9,
+    2e-2,
+    "the weights are exact, but MatMulNBits rounds activations to int8 in blocks; on SmolLM2-135M that alone costs a "
+    "median of 0.007 nats and 6% of the top tokens. Whether the graph is right shows without that rounding",
+)
+"""For onnxruntime's 8-bit products, which the ONNX profile `fast` uses."""
+
+_DECODE_MEDIANS = 10
+"""In coarse arithmetic the largest KL of decoding is compared with the median that its execution may have. KL
+has a long tail: over the 32 positions that are decoded, the largest is a few times the median of a sound artifact."""
+
+
+def decode_limit(execution: ExecutionThreshold) -> float:
+    """Largest KL of decoding against prefill, in the arithmetic of an execution, in nats."""
+    if execution.median_kl <= EXECUTION["float32"].median_kl:
+        return DECODE_KL
+    return _DECODE_MEDIANS * execution.median_kl

@@ -1,0 +1,104 @@
+"""Whatever `edkm-export` exported, of any format: the one place that tells formats apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
+    from edkm_export.artifact.protocol import Artifact, Session
+    from edkm_export.checkpoint import Checkpoint
+
+__all__ = ["find_artifact", "is_artifact", "open_artifact", "open_session", "predicted_size_bytes"]
+
+
+def is_artifact(path: Path) -> bool:
+    """True for what may be an exported model, false for what may be a checkpoint."""
+    from converters.onnx.read.folder import is_onnx
+
+    return is_onnx(path) or path.is_dir()
+
+
+def find_artifact(path: Path) -> Path:
+    """The artifact that a user means: itself, or the one inside a folder that we made.
+
+    Raises:
+        PackageError: there is none, or more than one.
+    """
+    from converters.coreml.read.folder import find_package
+    from converters.onnx.read.folder import is_onnx
+
+    return path if is_onnx(path) else find_package(path)
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Open what `find_artifact` found, for the verifier."""
+    from converters.onnx.read.folder import is_onnx
+
+    if is_onnx(path):
+        from converters.onnx.read.artifact import open_artifact as open_onnx
+
+        return open_onnx(path)
+    from converters.coreml.read.artifact import open_artifact as open_coreml
+
+    return open_coreml(path)
+
+
+def open_session(path: Path) -> tuple[Session, Path]:
+    """A session for an exported model, and the folder that holds its tokenizer.
+
+    Raises:
+        PackageError: it is damaged, or has no interface that we know.
+    """
+    from converters.onnx.read.folder import OnnxFolder, is_onnx
+
+    if is_onnx(path):
+        from converters.onnx.read.session import OnnxSession
+
+        return OnnxSession.open(path), OnnxFolder.find(path).root
+    from converters.coreml.read.folder import find_package
+    from converters.coreml.read.session import CoreMLSession
+
+    package = find_package(path)
+    return CoreMLSession.open(package), package.parent
+
+
+def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact) -> int | None:
+    """What the weights of a checkpoint should take in the form of an artifact that was opened.
+
+    The export is planned again from what the artifact says of itself.
+
+    Returns:
+        None for a damaged artifact, and when the checkpoint cannot be exported in this form: other rungs say why.
+    """
+    from converters.coreml.read.artifact import CoreMLArtifact
+    from converters.onnx.read.artifact import OnnxArtifact
+    from edkm_export.errors import EdkmExportError
+
+    try:
+        if isinstance(artifact, CoreMLArtifact):
+            from converters.coreml.write.export_plan import plan_export
+
+            found = artifact.description
+            return plan_export(
+                checkpoint,
+                interface=found.interface,
+                sequence_length=found.context,
+                prefill=found.prefill or 2,
+                chunks=len(found.packages),
+            ).weights_size_bytes
+        if isinstance(artifact, OnnxArtifact):
+            from converters.onnx.write.export_plan import plan_onnx
+
+            graph = artifact.graph
+            return plan_onnx(
+                checkpoint,
+                runtime=graph.profile,
+                dtype=graph.outputs["logits"].dtype.name,
+                opset=graph.graph.opsets[""],
+                context=graph.description.context,
+                standard_ops="DequantizeLinear" in graph.op_counts(),
+            ).weights_size_bytes
+    except EdkmExportError:
+        return None
+    return None

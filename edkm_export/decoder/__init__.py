@@ -1,0 +1,1 @@
+"""How the model is said again for export: one decoder for all families. Shares no line with `reference`."""

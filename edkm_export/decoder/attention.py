@@ -1,0 +1,97 @@
+"""Grouped-query self-attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edkm_export.decoder.config import DecoderConfig
+from edkm_export.decoder.context import Cache, Context
+from edkm_export.decoder.norms import RMSNorm
+from edkm_export.decoder.projections import add_projections, project
+
+__all__ = ["Attention"]
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer, with rotary or without positions of its own.
+
+    Args:
+        config: of the decoder.
+        layer: its number, from 0.
+    """
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.kind = layer, config.layer_kinds[layer]
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.rotary_dim, self.names = config.rotary_dim, config.names
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.sizes = (width, kv_width, kv_width)
+        add_projections(self, self.names.attention_inputs, config.hidden_size, self.sizes, config.qkv_bias)
+        self.add_module(
+            self.names.attention_output, nn.Linear(width, config.hidden_size, bias=config.output_bias)
+        )
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if config.query_key_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.norm_eps, offset=config.norm_offset)
+            self.k_norm = RMSNorm(self.head_dim, config.norm_eps, offset=config.norm_offset)
+        self.cap = config.attention_cap
+        scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        # Queries are scaled, not scores: the fused op takes no scale, and scores could leave the range of float16.
+        self.query_scale = scale * self.head_dim**0.5 if self.cap is None else scale / self.cap
+
+    def forward(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
+        """x [batch, new, hidden] -> [batch, new, hidden]; rotary of the context [batch, 1, new, rotary_dim]."""
+        queries, keys, values = project(self, self.names.attention_inputs, self.sizes, x)
+        queries, keys = self._split(queries, self.heads), self._split(keys, self.kv_heads)
+        values = self._split(values, self.kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if self.rotary_dim:
+            cos, sin = context.rotary[self.kind]
+            queries, keys = self.rotate(queries, cos, sin), self.rotate(keys, cos, sin)
+        if abs(self.query_scale - 1) > 1e-12:
+            queries = queries * self.query_scale
+        if cache is not None:
+            keys, values = cache.update(self.layer, keys, values)
+        mixed = self._attend(queries, self._repeat(keys), self._repeat(values), context.masks[self.kind])
+        batch, new = x.shape[:2]
+        mixed = mixed.transpose(1, 2).reshape(batch, new, self.heads * self.head_dim)
+        return self.get_submodule(self.names.attention_output)(mixed)  # type: ignore[no-any-return]
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Queries [batch, heads, new, head_dim], the others [batch, heads, total, head_dim] -> as queries."""
+        if self.cap is None:
+            # No scale argument: only then does the Core ML converter emit the fused attention op.
+            return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        scores = torch.tanh(queries @ keys.transpose(-1, -2)) * self.cap + mask
+        return scores.softmax(-1) @ values
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        """[batch, new, heads * head_dim] -> [batch, heads, new, head_dim]."""
+        return x.reshape(x.shape[0], x.shape[1], heads, self.head_dim).transpose(1, 2)
+
+    def _repeat(self, x: Tensor) -> Tensor:
+        """[batch, kv_heads, total, head_dim] -> [batch, heads, total, head_dim]."""
+        times = self.heads // self.kv_heads
+        if times == 1:
+            return x
+        batch, heads, total, dim = x.shape
+        return (
+            x.unsqueeze(2).expand(batch, heads, times, total, dim).reshape(batch, heads * times, total, dim)
+        )
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """RoPE in the "rotate half" layout. x [batch, heads, new, head_dim], others [batch, 1, new, rotary_dim]."""
+        if self.rotary_dim == self.head_dim:
+            return _rotate(x, cos, sin)
+        turned, kept = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        return torch.cat((_rotate(turned, cos, sin), kept), dim=-1)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,0 +1,132 @@
+"""A decoder that exports well: constant RoPE tables, float16-safe norms, names as in Hugging Face's models.
+
+Written for tracing, not for training. One class serves all families, see `config`. Positions, masks and cache are
+arguments of the forward pass, so that it serves whole sequences and, with a cache, prompts and single tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from edkm_export.decoder.attention import Attention
+from edkm_export.decoder.config import DecoderConfig
+from edkm_export.decoder.context import Cache, Context
+from edkm_export.decoder.mlp import MLP
+from edkm_export.decoder.norms import build_norm
+
+__all__ = ["Decoder", "Layer", "Stack"]
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each behind a norm and around a residual; further norms may follow them."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.names = names = config.names
+        self.add_module(names.attention, Attention(config, layer))
+        self.add_module(names.mlp, MLP(config))
+        for name in (names.attention_norm, names.mlp_norm):
+            self.add_module(name, build_norm(config))
+        behind = (names.attention_output_norm, names.mlp_output_norm)
+        assert config.residual_scale == 1 or all(behind), "only a norm can bring its output to the scale"
+        for each in behind:
+            if each is not None:
+                self.add_module(each, build_norm(config, behind=True))
+
+    def forward(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
+        """x [batch, new, hidden] -> [batch, new, hidden]."""
+        names = self.names
+        mixed = self._through(names.attention, self._through(names.attention_norm, x), context, cache)
+        x = x + self._through(names.attention_output_norm, mixed)
+        inner = self._through(names.mlp, self._through(names.mlp_norm, x))
+        return x + self._through(names.mlp_output_norm, inner)
+
+    def _through(self, name: str | None, x: Tensor, *others: object) -> Tensor:
+        return x if name is None else self.get_submodule(name)(x, *others)
+
+
+class Stack(nn.Module):
+    """Embedding, layers and final norm: the part that Hugging Face calls `model` or `transformer`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.names = names = config.names
+        self.embedding_scale = config.embedding_scale * config.residual_scale
+        self.add_module(names.embedding, nn.Embedding(config.vocab_size, config.hidden_size))
+        if names.positions is not None:
+            self.add_module(names.positions, nn.Embedding(config.max_positions, config.hidden_size))
+        self.add_module(names.layers, nn.ModuleList(Layer(config, i) for i in range(config.num_layers)))
+        self.add_module(names.final_norm, build_norm(config))
+
+    def forward(self, input_ids: Tensor, context: Context, cache: Cache | None) -> Tensor:
+        """input_ids [batch, new] -> [batch, new, hidden]."""
+        x = self.through(self.embed(input_ids, context), context, cache)
+        return self.get_submodule(self.names.final_norm)(x)  # type: ignore[no-any-return]
+
+    def embed(self, input_ids: Tensor, context: Context) -> Tensor:
+        """What the first layer reads: input_ids [batch, new] -> [batch, new, hidden]."""
+        x = self.get_submodule(self.names.embedding)(input_ids)
+        if self.embedding_scale != 1:
+            x = x * self.embedding_scale
+        if self.names.positions is not None:
+            x = x + self.get_submodule(self.names.positions)(context.position_ids)
+        return x  # type: ignore[no-any-return]
+
+    def through(
+        self, x: Tensor, context: Context, cache: Cache | None, first: int = 0, end: int | None = None
+    ) -> Tensor:
+        """Layers `first` to `end`, exclusive: x [batch, new, hidden] -> [batch, new, hidden]."""
+        # the axis of the heads, once for all layers
+        rotary = {kind: (cos.unsqueeze(1), sin.unsqueeze(1)) for kind, (cos, sin) in context.rotary.items()}
+        context = replace(context, rotary=rotary)
+        for layer in list(self.get_submodule(self.names.layers).children())[first:end]:
+            x = layer(x, context, cache)
+        return x
+
+
+class Decoder(nn.Module):
+    """A causal language model whose parameter names are those of the family's Hugging Face model."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.add_module(config.names.stack, Stack(config))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    @property
+    def stack(self) -> nn.Module:
+        """Everything below the output head."""
+        return self.get_submodule(self.config.names.stack)
+
+    @property
+    def embedding(self) -> nn.Module:
+        """Of the tokens."""
+        return self.stack.get_submodule(self.config.names.embedding)
+
+    def tie(self) -> None:
+        """Make the output head the embedding again, after weights were assigned, where the family ties them."""
+        if self.config.tied:
+            self.lm_head.weight = self.embedding.weight  # type: ignore[assignment]
+
+    def forward(self, input_ids: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
+        """Logits of every new position.
+
+        Args:
+            input_ids: int [batch, new].
+            context: positions and masks.
+            cache: None: the new positions are all there are.
+
+        Returns:
+            float [batch, new, vocab_size].
+        """
+        return self.head(self.stack(input_ids, context, cache))
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits of normed activations: [batch, new, hidden] -> [batch, new, vocab_size]."""
+        logits: Tensor = self.lm_head(x)
+        cap = self.config.logit_cap
+        return logits if cap is None else torch.tanh(logits * (1 / cap)) * cap

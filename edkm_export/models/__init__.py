@@ -1,1 +1,0 @@
-"""Loading Hugging Face models, and export-friendly decoders for their families."""

@@ -1,0 +1,149 @@
+"""One-shot palettization: exact 1-D k-means of every weight, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edkm_export.clustering import hard_assign, optimal_centroids
+from edkm_export.errors import InputError
+from edkm_export.lut_grid import round_to_grid
+from edkm_export.memory import return_freed_memory
+from edkm_export.palette import PalettizedTensor, all_finite
+from edkm_export.recipe import Recipe, Rule
+from edkm_export.reference.conv1d import as_linear, held_weight, is_conv1d
+
+__all__ = ["PalettizedModel", "palettizable_shapes", "palettize_model", "palettize_weight"]
+
+_BLOCK_WEIGHTS = 1 << 22  # weights clustered at a time; bounds the float32 copies
+
+
+@dataclass(frozen=True)
+class PalettizedModel:
+    """Parameters of a model after palettization, by name; see `Checkpoint`."""
+
+    palettized: dict[str, PalettizedTensor]
+    dense: dict[str, Tensor]
+    tied: dict[str, str]
+
+
+def palettizable_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """{module name: weight shape (out, in)} of linear and embedding layers; tied ones under their first name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Embedding)) and not is_conv1d(module):
+            continue
+        weight = module.get_parameter("weight")
+        if id(weight) not in seen:
+            seen.add(id(weight))
+            shapes[name] = tuple(weight.shape)[::-1] if is_conv1d(module) else tuple(weight.shape)
+    return shapes
+
+
+def palettize_model(
+    model: Any,
+    recipe: Recipe,
+    *,
+    energy: Mapping[str, Tensor] | None = None,
+    source: str = "model",
+    advance: Callable[[str, int], None] | None = None,
+) -> PalettizedModel:
+    """Palettize a model as its recipe says. The model's own weights are freed one by one, so it is used up.
+
+    Args:
+        model: a causal language model of transformers.
+        recipe: bits, groups and LUT dtype by module name.
+        energy: {module name: float32 [in]} mean square of the layer's inputs, see `calibration.input_energy`.
+        source: name of the model, for messages.
+        advance: called with a module's name and its number of weights when it is done.
+
+    Returns:
+        Palettized and dense parameters. Parameters that are tied stay so.
+
+    Raises:
+        RecipeError, PaletteError: the recipe does not fit the model.
+        InputError: a weight holds NaN or infinity.
+    """
+    plan = recipe.plan(palettizable_shapes(model), source)
+    aliases = _tied_names(model)
+    palettized: dict[str, PalettizedTensor] = {}
+    for module_name, rule in plan.items():
+        name = f"{module_name}.weight"
+        parameter = model.get_parameter(name)
+        if not all_finite(parameter):
+            raise InputError(f"{source}: {name} holds NaN or infinity; the model is broken.")
+        # A tied embedding is read as the head's weight too, where a channel's energy matters.
+        users = [
+            module_name,
+            *(alias.removesuffix(".weight") for alias, target in aliases.items() if target == name),
+        ]
+        importance = next((energy[user] for user in users if user in energy), None) if energy else None
+        weight = held_weight(model.get_submodule(module_name))
+        palettized[name] = palettize_weight(name, weight, rule, importance=importance)
+        del weight
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+        return_freed_memory()
+        if advance is not None:
+            advance(module_name, palettized[name].numel)
+    left = {name: parameter.data for name, parameter in model.named_parameters() if name not in palettized}
+    dense = {name: tensor.clone() for name, tensor in as_linear(model, left).items()}
+    for name, tensor in dense.items():
+        if not all_finite(tensor):
+            raise InputError(f"{source}: {name} holds NaN or infinity; the model is broken.")
+    return PalettizedModel(palettized, dense, aliases)
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """{further name of a shared parameter: the name that it is stored under}."""
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            aliases[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+    return aliases
+
+
+@torch.no_grad()
+def palettize_weight(
+    name: str, weight: Tensor, rule: Rule, *, importance: Tensor | None = None
+) -> PalettizedTensor:
+    """Palettize one weight.
+
+    Args:
+        name: of the parameter.
+        weight: float [out, in].
+        rule: bits, groups and LUT dtype.
+        importance: nonnegative [in], weight of each input channel in the k-means error; None: all alike.
+
+    Returns:
+        The weight with the best LUT of each group (eDKM's initialization is k-means as well; here it is exact),
+        rounded to the LUT's dtype before weights are assigned to its entries.
+    """
+    out, columns = weight.shape
+    group_size = rule.group_size or out
+    groups = out // group_size
+    entries = 1 << rule.bits
+    grouped = weight.reshape(groups, group_size * columns)
+    if importance is not None:
+        importance = importance.float()  # [in], repeated for each row of a group
+    in_steps = rule.lut_dtype != "float16"
+    lut = torch.empty(groups, 1, entries, 1, dtype=torch.int8 if in_steps else torch.float16)
+    scale = torch.empty(groups, 1, dtype=torch.float16) if in_steps else None
+    indices = torch.empty(groups, group_size * columns, dtype=torch.uint8)
+    step = max(1, _BLOCK_WEIGHTS // (group_size * columns))
+    for start in range(0, groups, step):
+        block = grouped[start : start + step]
+        centroids, _ = optimal_centroids(block, entries, importance=importance)  # [step, entries]
+        rounded = round_to_grid(centroids, rule.lut_dtype)
+        lut[start : start + step, 0, :, 0] = rounded.lut
+        if scale is not None and rounded.scale is not None:
+            scale[start : start + step, 0] = rounded.scale
+        indices[start : start + step] = hard_assign(block, rounded.values)
+    return PalettizedTensor.from_indices(name, lut, indices.view(out, columns), lut_scale=scale)

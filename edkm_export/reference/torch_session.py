@@ -1,0 +1,67 @@
+"""Hard PyTorch with a key-value cache: the reference that generated texts are compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.context_window import require_room
+from edkm_export.errors import CheckpointError
+from edkm_export.reference.caching import new_cache, run_cached
+from edkm_export.reference.hard_model import load_hard_model
+
+__all__ = ["TorchSession"]
+
+
+class TorchSession:
+    """A model of transformers in the middle of a text.
+
+    Args:
+        model: transformers.PreTrainedModel in eval mode.
+        where: what to call it in messages.
+
+    Attributes:
+        context: most positions that it can hold.
+    """
+
+    def __init__(self, model: Any, where: str = "the model") -> None:
+        self._model = model
+        self._where = where
+        self._vocab_size = int(model.config.vocab_size)
+        self.context = int(model.config.max_position_embeddings)
+        self.reset()
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> TorchSession:
+        """The model of a checkpoint in float32, its weights decoded.
+
+        Raises:
+            CheckpointError: see `load_hard_model`; or its configuration does not say how long a text may be.
+        """
+        model, where = load_hard_model(checkpoint), str(checkpoint.path or "checkpoint")
+        length = getattr(model.config, "max_position_embeddings", None)
+        if type(length) is not int or length < 1:
+            raise CheckpointError(
+                f"{where}: max_position_embeddings of its configuration is {length!r}; palettize the model again."
+            )
+        return cls(model, where)
+
+    def reset(self) -> None:
+        """Forget the text."""
+        self._cache = new_cache(self._model)
+        self._used = 0
+
+    @torch.no_grad()
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Go on with the text: int64 [new] -> logits float32 [new, vocab_size].
+
+        Raises:
+            InputError: there is no room for the tokens, or one is outside the vocabulary.
+        """
+        require_room(tokens, self._used, self.context, self._vocab_size, self._where)
+        logits = run_cached(self._model, tokens[None], self._cache)[0].float()
+        self._used += len(tokens)
+        return logits

@@ -1,0 +1,214 @@
+"""Clusters of which each process holds a share of the rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edkm_export.clustering import soft_cluster
+from edkm_export.clustering.recurrence import Points, apply, pull_back, unroll
+from edkm_export.palette import PalettizedTensor
+from edkm_export.training.distributed.gathered import Gathered, Master
+from edkm_export.training.distributed.processes import Processes
+from edkm_export.training.distributed.rows import Rows
+from edkm_export.training.palettized.clusters import Clusters
+from edkm_export.training.palettized.tables import assign, look_up, segment_sums, use_counts
+
+__all__ = ["ShardedClusters", "plain"]
+
+
+def plain(value: Any) -> Tensor:
+    """The part of this process of a parameter or gradient, as an ordinary tensor."""
+    local: Any = value.to_local() if hasattr(value, "to_local") else value
+    found: Tensor = local.plain if isinstance(local, Master) else local
+    return found
+
+
+@dataclass(frozen=True)
+class _SplitPoints(Points):
+    """Pieces of groups whose other pieces may be in other processes."""
+
+    rows: Rows | None = None
+
+    def total(self, sums: Tensor) -> Tensor:
+        assert self.rows is not None
+        return self.rows.of_pieces(self.rows.total(sums))
+
+
+class ShardedClusters(Clusters):
+    """`Clusters` after sharding.
+
+    In shares: master weight, its gradient, its optimizer state, and codes. In every process: the LUTs, which are
+    small. Codes are gathered for a product (see `gathered`); gradients of LUTs, and those through soft k-means,
+    are computed once an optimizer step, from the reduced gradient of the rows that the process holds: both are
+    linear in it.
+
+    Attributes:
+        codes: uint8 [pieces, m], a view of the rows that are gathered.
+        rows: which rows these are.
+    """
+
+    rows: Rows
+    _padded: Tensor  # codes [share, in, ...]
+    _soft: Tensor | None  # "dkm": soft weight of these rows, [share, in, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def shard(cls, clusters: Clusters, name: str, processes: Processes) -> ShardedClusters:
+        """Keep this process's rows of codes, and prepare the weight for FSDP2 to cut.
+
+        Raises:
+            InputError: there are fewer rows than processes.
+        """
+        weight = clusters.weight
+        clusters.__class__ = cls
+        assert isinstance(clusters, ShardedClusters)
+        rows = Rows(name, weight.shape[0], clusters.groups, processes, weight.device)
+        clusters.rows = rows
+        codes = clusters.codes.view(weight.shape)[rows.start : rows.stop]
+        clusters._padded = codes.new_zeros(rows.share, *weight.shape[1:])
+        clusters._padded[: len(codes)] = codes
+        clusters.codes = rows.view(clusters._padded[: len(codes)])
+        clusters.weight = nn.Parameter(Master(weight.detach()), requires_grad=weight.requires_grad)
+        clusters._soft = None
+        if clusters.method.backward == "dkm":
+            dtype = torch.bfloat16 if clusters.grid.in_bfloat16 else weight.dtype
+            clusters._soft = torch.zeros_like(clusters._padded, dtype=dtype)
+            clusters._soften(weight.detach()[rows.start : rows.stop])
+        clusters.seen()
+        return clusters
+
+    @property
+    def is_soft(self) -> bool:
+        """False: soft weights are computed where their rows are, and gathered."""
+        return False
+
+    @property
+    def defers_gradients(self) -> bool:
+        """True: they are finished in `lut_sums` and `soften_gradient`, when they have been reduced."""
+        return True
+
+    def own(self, value: Any) -> Tensor:
+        """The rows of this process of the weight or its gradient, [pieces, m]."""
+        return self.rows.view(plain(value))
+
+    def contribution(self) -> Tensor:
+        """What is gathered: codes, or, as other methods have to be the same in each pass, soft or hard weights."""
+        if self._soft is None:
+            assert self.codes.data_ptr() == self._padded.data_ptr()
+            return self._padded
+        if self.training:
+            return self._soft
+        hard = torch.zeros_like(self._soft)
+        table = self.rows.of_pieces(self.table(hard.dtype))
+        hard[: self.rows.stop - self.rows.start] = look_up(table, self.codes).view(-1, *hard.shape[1:])
+        return hard
+
+    def product_codes(self, weight: Tensor) -> Tensor:
+        """The codes that were gathered."""
+        codes: Tensor = weight.codes  # type: ignore[attr-defined]
+        return codes
+
+    def decode(self, table: Tensor, codes: Tensor) -> Tensor:
+        """The gathered weight in the dtype of the table."""
+        if codes.is_floating_point():
+            return codes.to(table.dtype)
+        if codes.device.type == "cpu":
+            codes = codes.clone()  # a NumPy view would forbid FSDP2 to free what it gathered
+        return look_up(table, codes.view(self.groups, -1))
+
+    def fresh(self) -> None:
+        """Refresh if the parameters may have changed; in a forward pass it would be too late."""
+        if self.is_stale:
+            assert not isinstance(self.weight, Gathered)
+            self.refresh()
+
+    def _state(self) -> tuple[int, int, int]:
+        return (0, *super()._state()[1:])  # the parameter is another one while it is gathered
+
+    @torch.no_grad()
+    def assign(self) -> None:
+        """Give each weight of these rows the code of its nearest LUT value."""
+        table = self.rows.of_pieces(self.table(self.unit.dtype))
+        assign(self.own(self.weight.detach()), table, self.codes, self.moved)
+        if self._soft is not None:
+            self._soften(plain(self.weight.detach()))
+
+    def _soften(self, weight: Tensor) -> None:
+        assert self._soft is not None
+        soft, self._last = self._soft_cluster(self.rows.view(weight))
+        self._soft[: len(weight)] = soft.view(weight.shape)
+
+    def _soft_cluster(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Soft weight of these rows and the last centroids [groups, k]; not differentiable."""
+        rows, start, tau = self.rows, self.centroids(), self.temperature
+        if not rows.are_split:
+            soft, last = soft_cluster(
+                weight,
+                rows.of_pieces(start),
+                temperature=rows.of_pieces(tau),
+                iterations=self.method.iterations,
+            )
+            return soft, rows.total(last)
+        points = _SplitPoints(weight[..., None], None, rows.of_pieces(tau), rows)
+        trace = unroll(points, rows.of_pieces(start)[..., None], self.method.iterations)
+        soft = torch.empty_like(points.values)
+        apply(points, trace, soft)
+        pieces = rows.total(torch.ones(rows.pieces, 1, dtype=tau.dtype, device=tau.device))
+        return soft[..., 0], rows.total(trace.centroids[-1][..., 0]) / pieces
+
+    def lut_sums(self, grad: Tensor) -> Tensor:
+        """The part of this process of the sums of `lut_gradient`, [groups, k]; grad [pieces, m]."""
+        return self.rows.of_groups(segment_sums(grad, self.codes, self.k).to(self.unit.dtype))
+
+    @torch.no_grad()
+    def soften_gradient(self, grad: Tensor) -> None:
+        """Turn the gradient of the palettized weight [pieces, m] into that of the master weight, in place."""
+        if self.method.backward == "straight-through":
+            return
+        weight, rows, tau = self.own(self.weight.detach()), self.rows, self.temperature
+        start = rows.of_pieces(self.centroids())
+        if not rows.are_split:
+            with torch.enable_grad():
+                leaf = weight.detach().requires_grad_()
+                soft, _ = soft_cluster(
+                    leaf, start, temperature=rows.of_pieces(tau), iterations=self.method.iterations
+                )
+                (exact,) = torch.autograd.grad(soft, leaf, grad.to(soft.dtype))
+            grad.copy_(exact)
+            return
+        points = _SplitPoints(weight[..., None], None, rows.of_pieces(tau), rows)
+        trace = unroll(points, start[..., None], self.method.iterations)
+        out = torch.zeros_like(points.values)
+        nothing = torch.zeros_like(start)[..., None]
+        pull_back(points, trace, grad[..., None], nothing, out, implicit=False, through=True)
+        grad.copy_(out[..., 0])
+
+    @torch.no_grad()
+    def refit(self) -> None:
+        """Move each centroid to the mean of its weights; one without weights stays where it is."""
+        weight = self.own(self.weight.detach())
+        counts = self.rows.total(segment_sums(torch.ones_like(weight), self.codes, self.k))
+        means = self.rows.total(segment_sums(weight, self.codes, self.k)) / counts.clamp_min(1)
+        self.lut.copy_(torch.where(counts > 0, means, self.centroids()) / self.unit)
+        self.refresh()
+
+    def use_counts(self) -> Tensor:
+        """How often each code of each group is used, int32 [groups, k]."""
+        return self.rows.total(use_counts(self.codes, self.k))
+
+    def all_codes(self) -> Tensor:
+        """Codes of all rows, in every process: uint8 [groups, m]."""
+        return self.rows.gather(self._padded, self.weight.shape[0]).view(self.groups, -1)
+
+    @torch.no_grad()
+    def export(self, name: str) -> PalettizedTensor:
+        """What the hard forward pass uses, as it ships; in every process."""
+        held, self.codes = self.codes, self.all_codes()
+        try:
+            return super().export(name)
+        finally:
+            self.codes = held

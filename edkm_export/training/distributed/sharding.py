@@ -1,0 +1,201 @@
+"""A learner in shares: FSDP2 for weights, one all-reduce for LUTs, whole tensors for checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
+
+from edkm_export.training.distributed.processes import Processes
+from edkm_export.training.distributed.sharded_clusters import ShardedClusters, plain
+from edkm_export.training.learner import Learner
+from edkm_export.training.palettized.surgery import clusters_of
+
+__all__ = ["Sharding", "Student"]
+
+
+def _layers(model: Any) -> Iterator[nn.Module]:
+    """The decoder's layers: what transformers keeps on one device when it spreads a model."""
+    names = set(model._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in names:
+            yield module
+
+
+class Student:
+    """The student as evaluations call it: through the learner, for which FSDP2 gathers embedding and head."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self.parameters, self.eval, self.train = learner.parameters, learner.eval, learner.train
+
+    @property
+    def training(self) -> bool:
+        """Mode of its modules."""
+        return self._learner.training
+
+    def __call__(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+        """`.logits` [batch, context, vocab_size]; a collective."""
+        assert not use_cache
+        return SimpleNamespace(logits=self._learner.logits(input_ids))
+
+
+class Sharding:
+    """Cuts a learner and its optimizer into shares, in place, and handles what FSDP2 does not.
+
+    FSDP2 gathers a layer before its use and frees it afterwards; of a palettized weight it gathers the codes only
+    (`gathered`). The frozen original's layers are cut too; its embedding, head and norms stay whole.
+
+    Args:
+        learner: on this process's device, the same in each process.
+        original: the frozen float model, None if it is not needed.
+        optimizer: of the learner's parameters, before its first step.
+        processes: more than one.
+
+    Raises:
+        InputError: a weight has fewer rows than there are processes.
+    """
+
+    def __init__(
+        self, learner: Learner, original: Any | None, optimizer: torch.optim.Optimizer, processes: Processes
+    ) -> None:
+        self.learner, self.optimizer, self.processes = learner, optimizer, processes
+        self.mesh = init_device_mesh(processes.device.partition(":")[0], (processes.count,))
+        named = {id(parameter): name for name, parameter in learner.named_parameters()}
+        in_groups = [
+            [named[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups
+        ]
+        self.clusters = [
+            ShardedClusters.shard(clusters, name, processes)
+            for name, clusters in clusters_of(learner.model).items()
+        ]
+        whole: set[nn.Parameter] = {clusters.lut for clusters in self.clusters}
+        for layer in _layers(learner.model):
+            fully_shard(layer, mesh=self.mesh, ignored_params=whole)
+        # Resharded after the forward pass too, so that weights are in shares whenever no pass is under way.
+        fully_shard(learner, mesh=self.mesh, ignored_params=whole, reshard_after_forward=True)
+        register_fsdp_forward_method(learner, "logits")
+        if original is not None:
+            self._shard_frozen(original)
+        parameters = dict(learner.named_parameters())
+        for group, names in zip(optimizer.param_groups, in_groups, strict=True):
+            group["params"] = [parameters[name] for name in names]
+
+    def _shard_frozen(self, model: Any) -> None:
+        """Cut the layers' matrices of a model that is not trained. Called as it always was, it gathers by itself."""
+        inner = list(_layers(model))
+        cut = {parameter for layer in inner for parameter in layer.parameters() if parameter.dim() > 1}
+        whole = set(model.parameters()) - cut
+        for layer in inner:
+            fully_shard(layer, mesh=self.mesh, ignored_params=whole)
+        fully_shard(model.base_model, mesh=self.mesh, ignored_params=whole)
+
+    @torch.no_grad()
+    def finish_gradients(self) -> None:
+        """After the last backward pass of a step: gradients of LUTs and through soft k-means.
+
+        Each process sums the rows that it holds; one all-reduce of all LUTs' sums follows.
+        """
+        learned = [each for each in self.clusters if each.weight.grad is not None]
+        with_luts = [each for each in learned if each.lut.requires_grad]
+        if with_luts:
+            sums = [each.lut_sums(each.own(each.weight.grad)) for each in with_luts]
+            flat = self.processes.total(torch.cat([part.view(-1) for part in sums]))
+            parts = torch.split(flat, [part.numel() for part in sums])
+            for each, part in zip(with_luts, parts, strict=True):
+                each.lut.grad = part.view(each.lut.shape).to(each.lut.dtype) * each.factor
+        for each in learned:
+            each.soften_gradient(each.own(each.weight.grad))
+
+    @torch.no_grad()
+    def clip_gradients(self, limit: float) -> Tensor:
+        """Scale all gradients so that their common norm is at most `limit`; the norm before that."""
+        with_grad = [parameter for parameter in self.learner.parameters() if parameter.grad is not None]
+        shares = [plain(each.grad) for each in with_grad if isinstance(each, DTensor)]
+        whole = [plain(each.grad) for each in with_grad if not isinstance(each, DTensor)]
+        square = nn.utils.get_total_norm(shares).square().to(self.processes.device)
+        norm = (self.processes.total(square) + nn.utils.get_total_norm(whole).square()).sqrt()
+        if limit > 0:
+            factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+            for grad in (*shares, *whole):
+                grad.mul_(factor)
+        return norm
+
+    def _whole(self, value: Any) -> Any:
+        """A tensor of all processes, on the CPU of the first one; None elsewhere."""
+        found = value
+        if isinstance(value, DTensor):
+            found = self._gather(value)
+        elif not isinstance(value, Tensor):
+            return value
+        return found.cpu() if self.processes.is_first else None
+
+    def _gather(self, value: DTensor) -> Tensor:
+        rows = value.shape[0]
+        share = -(-rows // self.processes.count)
+        local = plain(value)
+        padded = local.new_zeros(share, *value.shape[1:])
+        padded[: len(local)] = local
+        return self.processes.gather(padded)[:rows]
+
+    @torch.no_grad()
+    def whole_state(self) -> dict[str, Any]:
+        """The student's state dict as if it were not cut, tensor by tensor; for the first process, empty elsewhere."""
+        codes = {id(each.codes): each for each in self.clusters}
+        done: dict[int, Any] = {}
+        held = self.learner.model.state_dict(keep_vars=True)
+        for value in held.values():  # tied ones have several names
+            if id(value) not in done:
+                sharded = codes.get(id(value))
+                done[id(value)] = self._whole(value.detach() if sharded is None else sharded.all_codes())
+        return {name: done[id(value)] for name, value in held.items()} if self.processes.is_first else {}
+
+    def whole_parameter(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter of all processes, in every process."""
+        return self._gather(parameter) if isinstance(parameter, DTensor) else parameter.detach()
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state dict as if nothing were cut; for the first process only."""
+        state = self.optimizer.state_dict()
+        whole = {
+            number: {name: self._whole(value) for name, value in own.items()}
+            for number, own in state["state"].items()
+        }
+        return {"state": whole, "param_groups": state["param_groups"]} if self.processes.is_first else {}
+
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take this process's shares out of what `optimizer_state` returned."""
+        parameters = [
+            parameter for group in self.optimizer.param_groups for parameter in group["params"]
+        ]  # numbered in this order, torch.optim.Optimizer.state_dict
+        own = {
+            number: {
+                name: self._cut(value, parameters[number])
+                if isinstance(value, Tensor) and value.dim()
+                else value
+                for name, value in values.items()
+            }
+            for number, values in state["state"].items()
+        }
+        self.optimizer.load_state_dict({"state": own, "param_groups": state["param_groups"]})
+
+    def _cut(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return whole
+        share = -(-parameter.shape[0] // self.processes.count)
+        start = min(self.processes.rank * share, len(whole))
+        local = whole[start : start + share].to(parameter.device, copy=True)
+        return DTensor.from_local(
+            local,
+            self.mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )

@@ -1,0 +1,1 @@
+"""Modules with palettized weights that are trained; usable alone, without the training run around them."""

@@ -1,0 +1,291 @@
+"""Clusters: a master weight, its LUTs and its codes, kept together while they train."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from edkm_export.clustering import soft_cluster
+from edkm_export.palette import PalettizedTensor
+from edkm_export.recipe import Rule
+from edkm_export.training.palettized.grid import Grid, Rounded
+from edkm_export.training.palettized.tables import assign, look_up, segment_sums, use_counts
+
+__all__ = ["Backward", "ClusterMethod", "Clusters"]
+
+Backward = Literal["straight-through", "soft", "dkm"]
+
+_MOST_SOFT = 16  # entries
+
+_steps = 0  # of any optimizer; fused ones write parameters without touching their version counters
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+@dataclass(frozen=True)
+class ClusterMethod:
+    """How gradients pass the clustering.
+
+    Attributes:
+        backward: "straight-through": the gradient of the palettized weight goes to the master weight as it is,
+            and to each LUT entry as the sum over its weights. "soft": the same forward pass and LUT gradient,
+            but the master weight gets the exact gradient of soft k-means there, G d + h. "dkm": soft k-means
+            in both passes, as published (arXiv 2108.12659); the LUT is then the last iteration's centroids.
+        alpha: temperature of "soft" and "dkm", in units of the mean squared error of the first assignment.
+        iterations: of "dkm", and of "soft" in its backward pass.
+
+    LUTs of more than 16 entries are trained straight through in any case: their rounding error is below what
+    softness could repair, and attention over 256 entries a weight costs more than the model.
+    """
+
+    backward: Backward = "straight-through"
+    alpha: float = 1.0
+    iterations: int = 1
+
+    def suited(self, k: int) -> ClusterMethod:
+        """The method for LUTs of `k` entries."""
+        return self if k <= _MOST_SOFT else ClusterMethod()
+
+
+class Clusters(nn.Module):
+    """One weight on its way to a `PalettizedTensor`.
+
+    Codes and LUT values are brought up to date once an optimizer step: `refresh` does it when it is called, and
+    `fresh`, which each forward pass calls, when an optimizer has stepped or a parameter was written to since.
+    Micro-batches and the recomputation of gradient checkpointing see the same ones.
+
+    Attributes:
+        weight: master weight, float parameter [out, in] (a convolution's: [out, in, height, width]).
+        lut: learned centroids, float parameter [groups, k], in units of `unit`, so that one learning rate suits
+            weights of every scale. Frozen with "dkm".
+        unit: root mean square of each group's first centroids, [groups, 1].
+        factor: of the gradients of `lut`, see `lut_gradient`; [groups, 1].
+        codes: uint8 [groups, m].
+        temperature: of soft clustering, [groups].
+        moved: int32 [1], codes that changed since it was last set to zero.
+        deferred: leave the gradient of `lut` to `ClusterBatch.gradients`. With "straight-through" only.
+    """
+
+    weight: nn.Parameter
+    lut: nn.Parameter
+    unit: Tensor
+    factor: Tensor
+    codes: Tensor
+    temperature: Tensor
+    moved: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        centroids: Tensor,
+        rule: Rule,
+        method: ClusterMethod,
+        *,
+        in_bfloat16: bool = False,
+    ) -> None:
+        super().__init__()
+        groups, k = centroids.shape
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        start = centroids.detach().to(device=weight.device, dtype=wide)
+        unit = start.square().mean(1, keepdim=True).sqrt()
+        unit = torch.where(unit > 0, unit, 1.0)
+        self.rule, self.method = rule, method.suited(k)
+        self.grid = Grid(rule.lut_dtype, in_bfloat16)
+        self.weight = nn.Parameter(weight.detach())
+        self.lut = nn.Parameter(start / unit, requires_grad=self.method.backward != "dkm")
+        self.register_buffer("unit", unit)
+        self.register_buffer("factor", self._lut_factor(), persistent=False)
+        self.register_buffer(
+            "codes", torch.zeros(groups, weight.numel() // groups, dtype=torch.uint8, device=weight.device)
+        )
+        self.register_buffer("temperature", torch.ones(groups, dtype=wide, device=weight.device))
+        self.register_buffer(
+            "moved", torch.zeros(1, dtype=torch.int32, device=weight.device), persistent=False
+        )
+        self.deferred = False
+        self._seen: tuple[int, int, int] | None = None
+        self._tables: dict[torch.dtype, Tensor] = {}
+        self._last: Tensor | None = None
+        self._rounded: Rounded | None = None
+        self.refresh()
+        self.moved.zero_()
+        if self.method.backward != "straight-through":
+            self._set_temperature()
+
+    @property
+    def k(self) -> int:
+        """Entries of a LUT."""
+        return int(self.lut.shape[1])
+
+    @property
+    def groups(self) -> int:
+        """Number of LUTs."""
+        return int(self.lut.shape[0])
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether the forward pass of training uses the soft weight."""
+        return self.method.backward == "dkm" and self.training
+
+    @property
+    def defers_gradients(self) -> bool:
+        """Whether gradients get their final form once a step instead of in each backward pass."""
+        return self.deferred
+
+    def product_codes(self, weight: Tensor) -> Tensor:
+        """Codes for a product with the whole weight; `weight` is the parameter as autograd sees it."""
+        return self.codes
+
+    def decode(self, table: Tensor, codes: Tensor) -> Tensor:
+        """The whole weight from a table of its LUT values and `product_codes`, in the table's dtype."""
+        return look_up(table, codes)
+
+    def use_counts(self) -> Tensor:
+        """How often each code of each group is used, int32 [groups, k]."""
+        return use_counts(self.codes, self.k)
+
+    def grouped(self, values: Tensor) -> Tensor:
+        """View of the weight's shape as [groups, m]."""
+        return values.reshape(self.groups, -1)
+
+    def centroids(self) -> Tensor:
+        """LUT entries before rounding, [groups, k]."""
+        return self.lut.detach() * self.unit
+
+    @torch.no_grad()
+    def _set_temperature(self) -> None:
+        values = look_up(self.rounded().values.to(self.unit.dtype), self.codes)
+        error = (self.grouped(self.weight.detach()) - values).square_().mean(1)
+        self.temperature.copy_((self.method.alpha * error).clamp_min(torch.finfo(error.dtype).tiny * 2**20))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring LUT values and codes up to date with the parameters.
+
+        Raises:
+            PaletteError: on the CPU, a weight or centroid is not finite.
+        """
+        self.adopt()
+        self._round()
+        self.assign()
+
+    def adopt(self) -> None:
+        """With "dkm", make the last iteration's centroids the LUT."""
+        if self._last is not None:
+            self.lut.data.copy_(self._last / self.unit)
+            self._last = None
+
+    @torch.no_grad()
+    def assign(self) -> None:
+        """Give each weight the code of its nearest LUT value."""
+        assign(self.grouped(self.weight.detach()), self.table(self.unit.dtype), self.codes, self.moved)
+
+    @torch.no_grad()
+    def restored(self) -> None:
+        """Take parameters and codes that were just loaded as they are: they belong together."""
+        self._last = None
+        self.factor.copy_(self._lut_factor())
+        self._round()
+
+    def _lut_factor(self) -> Tensor:
+        weights = self.weight.numel() / self.lut.numel()  # an entry has
+        return self.unit / math.sqrt(weights)
+
+    def _round(self) -> None:
+        rounded = self.grid.round(self.centroids())
+        self._rounded = rounded
+        self._tables = {
+            dtype: each for dtype, each in self._tables.items() if each.device == self.codes.device
+        }
+        for table in self._tables.values():
+            table.copy_(rounded.values)  # in place, for a recorded CUDA graph reads them there
+        self.seen()
+
+    def keep(self, rounded: Rounded, tables: dict[torch.dtype, Tensor]) -> None:
+        """Hold LUT values in these tensors, which a `ClusterBatch` writes; `tables` are the same in other dtypes."""
+        self._rounded, self._tables = rounded, tables
+
+    def seen(self) -> None:
+        """Take note that LUT values and codes are those of the parameters as they are."""
+        self._seen = self._state()
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the parameters may have changed since the last refresh."""
+        return self._seen != self._state()
+
+    def _state(self) -> tuple[int, int, int]:
+        trained = self.weight.requires_grad or self.lut.requires_grad
+        return (self.weight._version, self.lut._version, _steps if trained else 0)
+
+    def fresh(self) -> None:
+        """Refresh if the parameters may have changed since the last time."""
+        if self.is_stale:
+            self.refresh()
+
+    def set_grid(self, *, in_bfloat16: bool) -> None:
+        """Choose the grid for the dtype that products run in."""
+        self.grid = Grid(self.rule.lut_dtype, in_bfloat16)
+        self.refresh()
+
+    @torch.no_grad()
+    def refit(self) -> None:
+        """Move each centroid to the mean of its weights; one without weights stays where it is."""
+        self.fresh()
+        weight = self.grouped(self.weight.detach())
+        counts = segment_sums(torch.ones_like(weight), self.codes, self.k)
+        means = segment_sums(weight, self.codes, self.k) / counts.clamp_min(1)
+        self.lut.copy_(torch.where(counts > 0, means, self.centroids()) / self.unit)
+        self.refresh()
+
+    def rounded(self) -> Rounded:
+        """LUTs on their grid."""
+        assert self._rounded is not None
+        return self._rounded
+
+    def table(self, dtype: torch.dtype) -> Tensor:
+        """LUT values in the dtype of a product, [groups, k]."""
+        if dtype not in self._tables or self._tables[dtype].device != self.codes.device:
+            self._tables[dtype] = self.rounded().values.to(device=self.codes.device, dtype=dtype)
+        return self._tables[dtype]
+
+    def soft_weight(self, weight: Tensor, centroids: Tensor) -> Tensor:
+        """Differentiable soft weight [groups, m], and remember the centroids that it ends at."""
+        soft, last = soft_cluster(
+            self.grouped(weight), centroids, temperature=self.temperature, iterations=self.method.iterations
+        )
+        if self.method.backward == "dkm":
+            self._last = last.detach()
+        return soft
+
+    def lut_gradient(self, grad: Tensor, codes: Tensor) -> Tensor:
+        """Gradient of `lut` from that of the palettized weight, both [groups, .].
+
+        Divided by the square root of the number of weights an entry has: as large as the gradient of a single
+        weight when these are independent, so that clipping by the common norm treats the two alike.
+        """
+        return segment_sums(grad, codes, self.k).to(self.unit.dtype).mul_(self.factor)
+
+    @torch.no_grad()
+    def export(self, name: str) -> PalettizedTensor:
+        """What the hard forward pass uses, as it ships."""
+        self.fresh()
+        rounded = self.rounded()
+        return PalettizedTensor.from_indices(
+            name,
+            rounded.lut[:, None, :, None],
+            self.codes.cpu().view(self.weight.shape[0], -1),
+            shape=tuple(self.weight.shape),
+            lut_scale=None if rounded.scale is None else rounded.scale[:, None],
+        )

@@ -1,0 +1,254 @@
+"""Put palettized modules into a model, and take a checkpoint out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.clustering import optimal_centroids
+from edkm_export.errors import InputError
+from edkm_export.palette import PalettizedTensor
+from edkm_export.recipe import Recipe, Rule
+from edkm_export.reference.conv1d import conv1d_weights, held_weight, is_conv1d
+from edkm_export.training.palettized.clusters import ClusterMethod, Clusters
+from edkm_export.training.palettized.modules import (
+    PalettizedConv1D,
+    PalettizedConv2d,
+    PalettizedEmbedding,
+    PalettizedLinear,
+    PalettizedModule,
+)
+
+__all__ = [
+    "Importance",
+    "clusters_of",
+    "insert_clusters",
+    "seed_centroids",
+    "to_checkpoint",
+    "trainable_shapes",
+]
+
+_FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What a squared error of each weight costs, as a product.
+
+    Attributes:
+        inputs: float32 [in], mean square of each input channel.
+        outputs: float32 [out], mean square of the loss gradient of each output channel; None: all alike.
+    """
+
+    inputs: Tensor
+    outputs: Tensor | None = None
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    """True for Gemma's scaled embeddings too."""
+    return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and _scale_of(module) != 1)
+
+
+def _scale_of(module: nn.Module) -> float:
+    """The factor that Gemma's embeddings multiply their output by; one for others."""
+    return float(getattr(module, "scalar_embed_scale", 1.0))
+
+
+def _targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules(remove_duplicate=True):
+        if type(module) in (nn.Linear, nn.Conv2d) or _is_embedding(module) or is_conv1d(module):
+            yield name, module
+
+
+def trainable_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """{module name: weight shape (out, in, ...)} of every layer that can be palettized; tied ones once."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    seen: set[int] = set()
+    for name, module in _targets(model):
+        if id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            shape = tuple(module.weight.shape)  # type: ignore[arg-type]
+            shapes[name] = shape[::-1] if is_conv1d(module) else shape
+    return shapes
+
+
+@torch.no_grad()
+def seed_centroids(weight: Tensor, rule: Rule, importance: Importance | None = None) -> tuple[Tensor, Tensor]:
+    """Exact k-means of each group.
+
+    Args:
+        weight: float [out, in, ...].
+        rule: bits and group size.
+        importance: weighs the error; None: all weights alike.
+
+    Returns:
+        Centroids float64 [groups, k], and the squared error of each group float64 [groups], weighted.
+    """
+    out = weight.shape[0]
+    groups = out // (rule.group_size or out)
+    grouped = weight.detach().reshape(groups, -1).cpu()
+    if float(grouped.abs().max()) < _FLOAT16_MAX:
+        grouped = grouped.half()  # a histogram instead of sorting; the masters keep their digits
+    weights = None
+    if importance is not None:
+        columns = weight[0].numel() // importance.inputs.numel()  # the kernel of a convolution
+        inputs = importance.inputs.float().cpu().repeat_interleave(columns)
+        if importance.outputs is None:
+            weights = inputs.repeat(out // groups)
+        else:
+            weights = torch.outer(importance.outputs.float().cpu(), inputs).view(groups, -1)
+    return optimal_centroids(grouped, 1 << rule.bits, importance=weights)
+
+
+def insert_clusters(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    method: ClusterMethod,
+    importance: Mapping[str, Importance] | None = None,
+    seeds: Mapping[tuple[str, int], Tensor] | None = None,
+    seeded: bool = True,
+    in_bfloat16: bool = False,
+    source: str = "model",
+    advance: Callable[[str, int], None] | None = None,
+) -> nn.Module:
+    """Replace the layers that the recipe names by palettized ones, seeded by exact weighted k-means.
+
+    Args:
+        model: changed in place; its weights become the master weights.
+        recipe: bits, groups and LUT dtype by module name.
+        method: how gradients pass the clustering.
+        importance: {module name: importance of its weights}.
+        seeds: centroids that are known already, {(module name, bits): float [groups, k]}.
+        seeded: False leaves LUTs and codes to be loaded from a checkpoint of the run.
+        in_bfloat16: products will run in bfloat16, see `Grid`.
+        source: name of the model, for messages.
+        advance: called with a module's name and its number of weights when it is done.
+
+    Returns:
+        The model.
+
+    Raises:
+        RecipeError, PaletteError: the recipe does not fit the model.
+        InputError: a weight is not finite, or a layer is of a kind that cannot be trained.
+    """
+    plan = recipe.plan(trainable_shapes(model), source)
+    users: dict[int, list[tuple[str, Any]]] = {}
+    for name, module in _targets(model):
+        users.setdefault(id(module.weight), []).append((name, module))
+    for name, rule in plan.items():
+        layer: Any = model.get_submodule(name)
+        weight = held_weight(layer)
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(f"{source}: {name}.weight holds NaN or infinity; the model is broken.")
+        sharing = users[id(layer.weight)]
+        found = (
+            next((importance[user] for user, _ in sharing if user in importance), None)
+            if importance
+            else None
+        )
+        if not seeded:
+            centroids = torch.zeros(weight.shape[0] // (rule.group_size or weight.shape[0]), 1 << rule.bits)
+        elif seeds is not None and (name, rule.bits) in seeds:
+            centroids = seeds[name, rule.bits]
+        else:
+            centroids, _ = seed_centroids(weight, rule, found)
+        clusters = Clusters(weight, centroids, rule, method, in_bfloat16=in_bfloat16)
+        for user, old in sharing:
+            _replace(model, user, _palettized(f"{source}: {user}", old, clusters))
+        if advance is not None:
+            advance(name, weight.numel())
+    return model
+
+
+def _palettized(where: str, module: Any, clusters: Clusters) -> PalettizedModule:
+    bias = getattr(module, "bias", None)
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
+            raise InputError(
+                f"{where}: embeddings with max_norm, sparse or scale_grad_by_freq cannot be trained."
+            )
+        return PalettizedEmbedding(clusters, module.padding_idx, _scale_of(module))
+    if isinstance(module, nn.Conv2d):
+        if module.padding_mode != "zeros":
+            raise InputError(f"{where}: padding mode {module.padding_mode!r} cannot be trained, use zeros.")
+        return PalettizedConv2d(clusters, bias, module)
+    if is_conv1d(module):
+        return PalettizedConv1D(clusters, bias)
+    return PalettizedLinear(clusters, bias)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    module.train(model.training)
+    setattr(model.get_submodule(parent), child, module)
+
+
+def clusters_of(model: nn.Module) -> dict[str, Clusters]:
+    """{name of the first module that has them: its clusters}."""
+    found: dict[str, Clusters] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, PalettizedModule) and id(module.clusters) not in seen:
+            seen.add(id(module.clusters))
+            found[name] = module.clusters
+    return found
+
+
+@torch.no_grad()
+def to_checkpoint(
+    model: Any,
+    recipe: Recipe,
+    *,
+    tokenizer: Mapping[str, bytes] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    whole: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach,
+) -> Checkpoint:
+    """Exactly what the hard forward pass of the model uses.
+
+    Parameters that are not palettized keep float32 where float16 would change them. `whole` makes ordinary
+    tensors of parameters of which each process holds a share.
+    """
+    palettized: dict[str, PalettizedTensor] = {}
+    tied: dict[str, str] = {}
+    stored: dict[int, str] = {}  # of clusters and of other parameters
+    for name, module in model.named_modules():
+        if isinstance(module, PalettizedModule):
+            weight_name = f"{name}.weight"
+            first = stored.setdefault(id(module.clusters), weight_name)
+            if first == weight_name:
+                palettized[weight_name] = module.clusters.export(weight_name)
+            else:
+                tied[weight_name] = first
+    dense: dict[str, Tensor] = {}
+    turned = conv1d_weights(model)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if ".clusters." in f".{name}":
+            continue
+        first = stored.setdefault(id(parameter), name)
+        if first == name:
+            tensor = whole(parameter).cpu()
+            dense[name] = _compact(tensor.t().contiguous() if name in turned else tensor)
+        else:
+            tied[name] = first
+    return Checkpoint(
+        config=model.config.to_dict(),
+        palettized=palettized,
+        dense=dense,
+        tied=tied,
+        tokenizer=dict(tokenizer or {}),
+        recipe=recipe.model_dump(mode="json"),
+        provenance=dict(provenance or {}),
+    )
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return tensor.to(dtype)
+    return tensor.float().clone()

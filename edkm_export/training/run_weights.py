@@ -1,0 +1,65 @@
+"""Weights of a training checkpoint: master weights, LUTs and codes. Frozen masters come from the original again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edkm_export.errors import TrainingError
+from edkm_export.training import run_checkpoints
+from edkm_export.training.palettized.surgery import clusters_of
+
+__all__ = ["load_weights", "read_state_dict", "save_weights"]
+
+
+def save_weights(model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write the state of a palettized model into an existing folder.
+
+    Args:
+        model: palettized.
+        folder: of the checkpoint.
+        state: the model's whole state dict where its own one holds shares; None: its own.
+    """
+    frozen = _frozen_masters(model)
+    whole = model.state_dict() if state is None else state
+    torch.save(
+        {name: value for name, value in whole.items() if name not in frozen}, folder / run_checkpoints.WEIGHTS
+    )
+
+
+def read_state_dict(path: Path) -> Any:
+    """Tensors of a file, mapped; nothing is unpickled."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Load what `save_weights` wrote.
+
+    Raises:
+        TrainingError: it belongs to another model or recipe.
+    """
+    state = read_state_dict(folder / run_checkpoints.WEIGHTS)
+    try:
+        missing, unknown = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise TrainingError(
+            f"{folder}: does not fit the model ({' '.join(str(error).split())[:200]})."
+        ) from error
+    excused = _frozen_masters(model)
+    lost = [name for name in missing if name not in excused]
+    if lost or unknown:
+        raise TrainingError(f"{folder}: does not fit the model: {', '.join((lost + list(unknown))[:4])}.")
+    for clusters in clusters_of(model).values():
+        clusters.restored()
+
+
+def _frozen_masters(model: Any) -> set[str]:
+    """State dict names of master weights that are not trained, under each name of tied ones."""
+    return {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name.endswith(".clusters.weight") and not parameter.requires_grad
+    }

@@ -1,0 +1,148 @@
+"""Settings of a training run, and the presets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from edkm_export.errors import InputError
+from edkm_export.lut_grid import LutDtype, check_bits
+from edkm_export.training.palettized.clusters import Backward
+
+__all__ = ["PRESETS", "TrainConfig", "load_config_file"]
+
+
+class TrainConfig(pydantic.BaseModel):
+    """Settings of a run. Learning rates are shares of a tensor's root mean square, the same for every model.
+
+    Attributes:
+        bits: bits of an index in the decoder's linear layers. Embedding and output head take 8.
+        group_size: output rows that share a LUT; 0: one LUT a weight.
+        lut_dtype: grid of the LUT entries. "int4" takes at most 3 `bits`; layers that get more by `target_bits`, and
+            embedding and output head, are on an int8 grid.
+        target_bits: average over the decoder's weights, LUTs included, that layers of more bits may fill up,
+            the most sensitive first; None: all layers take `bits`.
+        backward, alpha, iterations: see `ClusterMethod`.
+        objective: "distillation" from the frozen original, or "cross-entropy" on the data.
+        temperature: of the distillation.
+        importance: what weighs the seeds: "fisher" (input energy times output gradient), "energy" or "none".
+        fold_scales: move activation outliers from the norms' outputs into the weights before clustering.
+        train_embedding: train embedding and output head too; otherwise they stay at their one-shot clusters.
+        train_norms: train norms and biases.
+        refit_every: steps between moves of all centroids to the mean of their weights; 0: never.
+        steps, tokens, minutes: how long to train; the first that is reached ends it. All None: one pass over
+            the data. With `minutes` the schedule follows the clock, and no two runs are the same.
+        context: tokens of a window.
+        batch_size: windows of a micro-batch.
+        accumulate: micro-batches of an optimizer step.
+        weight_rate, lut_rate, norm_rate: learning rates.
+        warmup: share of the run in which the rates rise.
+        decay: shape of their fall.
+        final_rate: share of the rates that is left at the end.
+        clip: largest norm of the gradient; 0: do not clip.
+        bf16: products in bfloat16; master weights stay in float32.
+        gradient_checkpointing: recompute activations in the backward pass.
+        record_steps: on CUDA, launch steps as a recorded CUDA graph where the model allows it (`graphs.can_record`).
+        self_generated: tokens that the original writes itself, added to the data.
+        seed: of data order and sampling.
+        answers_only: learn only the answers of instructions and conversations.
+        chat: write instructions in the model's chat template.
+        calibration_tokens: for importance, sensitivity and scales.
+        eval_tokens: of each evaluation text.
+        eval_every, log_every, save_every: in steps; 0: no evaluations or checkpoints on the way.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    bits: Literal[1, 2, 3, 4, 6, 8] = 4
+    group_size: int = pydantic.Field(default=16, ge=0)
+    lut_dtype: LutDtype = "float16"
+    target_bits: float | None = pydantic.Field(default=None, gt=0, le=8.5)
+    backward: Backward = "straight-through"
+    alpha: float = pydantic.Field(default=1.0, gt=0)
+    iterations: int = pydantic.Field(default=1, ge=1, le=50)
+    objective: Literal["distillation", "cross-entropy"] = "distillation"
+    temperature: float = pydantic.Field(default=1.0, gt=0)
+    importance: Literal["fisher", "energy", "none"] = "fisher"
+    fold_scales: bool = False
+    train_embedding: bool = False
+    train_norms: bool = True
+    refit_every: int = pydantic.Field(default=0, ge=0)
+    steps: int | None = pydantic.Field(default=None, ge=1)
+    tokens: int | None = pydantic.Field(default=None, ge=1)
+    minutes: float | None = pydantic.Field(default=None, gt=0)
+    context: int = pydantic.Field(default=512, ge=2)
+    batch_size: int = pydantic.Field(default=4, ge=1)
+    accumulate: int = pydantic.Field(default=1, ge=1)
+    weight_rate: float = pydantic.Field(default=1e-3, ge=0)
+    lut_rate: float = pydantic.Field(default=3e-3, ge=0)
+    norm_rate: float = pydantic.Field(default=2e-3, ge=0)
+    warmup: float = pydantic.Field(default=0.03, ge=0, lt=1)
+    decay: Literal["linear", "cosine", "none"] = "linear"
+    final_rate: float = pydantic.Field(default=0.02, ge=0, le=1)
+    clip: float = pydantic.Field(default=1.0, ge=0)
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    record_steps: bool = True
+    self_generated: int = pydantic.Field(default=0, ge=0)
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**31)
+    answers_only: bool = False
+    chat: bool = False
+    calibration_tokens: int = pydantic.Field(default=4096, ge=2)
+    eval_tokens: int = pydantic.Field(default=4096, ge=2)
+    eval_every: int = pydantic.Field(default=0, ge=0)
+    log_every: int = pydantic.Field(default=10, ge=1)
+    save_every: int = pydantic.Field(default=200, ge=0)
+
+    @pydantic.field_validator("lut_dtype")
+    @classmethod
+    def _chooses(cls, lut_dtype: LutDtype, info: pydantic.ValidationInfo) -> LutDtype:
+        check_bits(lut_dtype, info.data.get("bits", 0))  # bits that are wrong have their own message
+        return lut_dtype
+
+    def updated(self, changes: dict[str, Any]) -> TrainConfig:
+        """These settings with some changed.
+
+        Raises:
+            InputError: naming the setting that is unknown or wrong.
+        """
+        try:
+            return TrainConfig.model_validate({**self.model_dump(), **changes})
+        except pydantic.ValidationError as error:
+            lines = [
+                f"{'.'.join(map(str, detail['loc'])) or 'settings'}: {detail['msg'].removeprefix('Value error, ')} "
+                f"(found {detail.get('input')!r})"
+                for detail in error.errors()
+            ]
+            raise InputError("; ".join(lines)[:600] + ".") from error
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "4bit": TrainConfig(bits=4, target_bits=4.1, weight_rate=1e-3, lut_rate=1e-3),
+    "3bit": TrainConfig(bits=3, target_bits=3.25, weight_rate=2e-3, lut_rate=2e-3),
+    "2bit": TrainConfig(bits=2, target_bits=2.3, weight_rate=4e-3, lut_rate=3e-3),
+    "paper": TrainConfig(
+        bits=3, group_size=0, backward="dkm", iterations=3, importance="none", train_embedding=True
+    ),
+}
+"""`paper` is eDKM as published (arXiv 2309.00964): 3 bits, one LUT a weight, soft DKM in both passes."""
+
+
+def load_config_file(path: Path) -> dict[str, Any]:
+    """Settings of a YAML file, unchecked.
+
+    Raises:
+        InputError: it cannot be read, or is not a mapping.
+    """
+    try:
+        contents = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not valid YAML: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(contents, dict):
+        raise InputError(f"{path}: expected settings as `name: value` lines.")
+    return contents

@@ -1,0 +1,204 @@
+"""Several checkpoints and artifacts side by side, on one text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from markupsafe import Markup
+from torch import Tensor
+
+from edkm_export.artifact.execution import Execute
+from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
+from edkm_export.artifact.protocol import Artifact, DamagedArtifact
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.errors import InputError, PackageError
+from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
+from edkm_export.reference.source import Source, load_model
+from edkm_export.text import token_windows
+from edkm_export.verify import charts
+from edkm_export.verify.html import page
+from edkm_export.verify.torch_runs import transformers_model
+
+__all__ = ["Compared", "Contestant", "compare", "comparison_page"]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One thing to compare.
+
+    Attributes:
+        name: for the table.
+        kind: "checkpoint" or the kind of artifact.
+        bits_per_weight: of storage, LUTs and unpalettized parameters included.
+        size_bytes: on disk.
+        context: most positions of one text; None: no limit of its own.
+        tokenizer: loads its tokenizer.
+        load: gives what runs it; the memory of it is free when the result is dropped.
+    """
+
+    name: str
+    kind: str
+    bits_per_weight: float
+    size_bytes: int
+    context: int | None
+    tokenizer: Callable[[], Any]
+    load: Callable[[], Execute]
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint, name: str, size_bytes: int) -> Contestant:
+        """A model.pt, run as hard PyTorch."""
+        positions = checkpoint.config.get("max_position_embeddings")
+        return cls(
+            name=name,
+            kind="checkpoint, hard PyTorch",
+            bits_per_weight=checkpoint.bits_per_weight,
+            size_bytes=size_bytes,
+            context=positions if isinstance(positions, int) else None,
+            tokenizer=lambda: load_hard_tokenizer(checkpoint),
+            load=lambda: transformers_model(load_hard_model(checkpoint)),
+        )
+
+    @classmethod
+    def of_artifact(cls, artifact: Artifact, name: str, folder: Path) -> Contestant:
+        """An artifact, run by its first execution.
+
+        Args:
+            artifact: what was opened.
+            name: for the table.
+            folder: where its tokenizer lies.
+
+        Raises:
+            PackageError: it is damaged.
+        """
+        if isinstance(artifact, DamagedArtifact):
+            raise PackageError(artifact.reason)
+        execution = artifact.executions[0]
+        if execution.execute is None:
+            raise PackageError(f"{artifact.path}: cannot be run here: {execution.missing}.")
+        palettized = artifact.palettized()
+        # Parameters have dotted names; tables and masks, which are constants of the program, do not.
+        dense = {name: tensor for name, tensor in artifact.dense().items() if "." in name}
+        bits = 8 * sum(tensor.size_bytes for tensor in palettized.values())
+        bits += 16 * sum(tensor.numel() for tensor in dense.values())
+        weights = sum(tensor.numel for tensor in palettized.values())
+        weights += sum(tensor.numel() for tensor in dense.values())
+        execute = execution.execute
+        return cls(
+            name=name,
+            kind=f"{artifact.kind}, {execution.words.removeprefix('executed artifact, ')}",
+            bits_per_weight=bits / max(1, weights),
+            size_bytes=artifact.size_bytes(),
+            context=artifact.context,
+            tokenizer=lambda: _tokenizer_of(folder),
+            load=lambda: execute,
+        )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What came of one contestant; `distance` is from the original, None without it."""
+
+    name: str
+    kind: str
+    bits_per_weight: float | None
+    size_bytes: int | None
+    perplexity: Perplexity
+    distance: Divergence | None
+
+
+def compare(
+    contestants: Iterable[Contestant],
+    text: str,
+    text_name: str,
+    *,
+    tokens: int = 1024,
+    original: Source | None = None,
+    advance: Callable[[str], None] | None = None,
+) -> list[Compared]:
+    """Run all of them on the same windows of one text.
+
+    Args:
+        contestants: at least one.
+        text: evaluation text.
+        text_name: for messages.
+        tokens: tokens of it to use.
+        original: the float model; the first row of the result when it is given.
+        advance: called with the name of each step before it starts.
+
+    Raises:
+        InputError: the text is too short, the original cannot be used, or the tokenizers differ.
+        PackageError: an artifact fails.
+    """
+    entries, step = list(contestants), advance or (lambda _name: None)
+    limits = [entry.context for entry in entries if entry.context is not None]
+    context = min(512, *limits) if limits else 512
+    windows: Tensor | None = None
+    for entry in entries:
+        found = token_windows(text, entry.tokenizer(), tokens=tokens, context=context, source=text_name)
+        if windows is not None and not windows.equal(found):
+            raise InputError(
+                f"{entry.name}: its tokenizer cuts {text_name} into other tokens than that of {entries[0].name}; "
+                "only models of one tokenizer can be compared."
+            )
+        windows = found
+    assert windows is not None
+    rows: list[Compared] = []
+    reference: list[Tensor] | None = None
+    if original is not None:
+        step("the original")
+        execute = transformers_model(load_model(original, torch.float32))
+        reference = [execute(window) for window in windows]
+        rows.append(Compared("original", "float model", None, None, _perplexity(reference, windows), None))
+    for entry in entries:
+        step(entry.name)
+        execute = entry.load()
+        logits = [execute(window) for window in windows]
+        distance = None if reference is None else divergence(zip(reference, logits, strict=True))
+        rows.append(
+            Compared(
+                entry.name,
+                entry.kind,
+                entry.bits_per_weight,
+                entry.size_bytes,
+                _perplexity(logits, windows),
+                distance,
+            )
+        )
+    return rows
+
+
+def comparison_page(rows: list[Compared], text_name: str) -> str:
+    """One self-contained page."""
+    points = [
+        charts.Point(row.name, row.size_bytes, row.perplexity.value, row.perplexity.standard_error)
+        for row in rows
+        if row.size_bytes is not None
+    ]
+    original = next((row for row in rows if row.size_bytes is None), None)
+    return page(
+        "compare.html.jinja",
+        rows=rows,
+        plot=Markup(charts.size_against_quality(points)),
+        original=original,
+        text_name=text_name,
+        tokens=rows[0].perplexity.tokens,
+    )
+
+
+def _perplexity(logits: list[Tensor], windows: Tensor) -> Perplexity:
+    return perplexity(token_losses(one, window) for one, window in zip(logits, windows, strict=True))
+
+
+def _tokenizer_of(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # what a folder without a tokenizer raises has no common base
+        raise InputError(
+            f"{folder}: holds no tokenizer that can be read; give the whole folder that was exported."
+        ) from error

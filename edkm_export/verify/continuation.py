@@ -1,0 +1,182 @@
+"""Token by token: prefill against decode, and greedy continuations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edkm_export.artifact.execution import Execute
+from edkm_export.artifact.generation import Choice, Difference, first_difference, generate
+from edkm_export.artifact.metrics import Divergence, divergence
+from edkm_export.artifact.protocol import Artifact, Session
+from edkm_export.artifact.thresholds import NEAR_TIE_NATS
+from edkm_export.errors import InputError, PackageError
+from edkm_export.reference.torch_session import TorchSession
+
+__all__ = ["Continuation", "compare_continuations", "prefill_against_decode"]
+
+_DECODED = 32  # tokens that are decoded one by one; a fault of the cache shows within a few
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt and what came of it.
+
+    Attributes:
+        prompt: the prompt.
+        text: its greedy continuation by hard PyTorch.
+        wanted: tokens of that.
+        equal: how many of them the artifact gives too, before the texts part.
+        difference: where they part; None: nowhere.
+        tie_nats: how near two tokens must be for either to be right.
+        found: the token of the artifact there, in words.
+        expected: that of hard PyTorch.
+    """
+
+    prompt: str
+    text: str
+    wanted: int
+    equal: int
+    difference: Difference | None
+    tie_nats: float = NEAR_TIE_NATS
+    found: str = ""
+    expected: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Equal, or parted at a near tie."""
+        return self.difference is None or self.difference.within(self.tie_nats)
+
+    def measures(self) -> dict[str, Any]:
+        """The same for report.json."""
+        known: dict[str, Any] = {
+            "prompt": self.prompt,
+            "text": self.text,
+            "tokens": self.wanted,
+            "equal_tokens": self.equal,
+            "parted": None,
+        }
+        if self.difference is not None:
+            known["parted"] = {
+                "found": self.found,
+                "expected": self.expected,
+                "near_tie": self.ok,
+                "hard_pytorch": _best(self.difference.reference),
+                "artifact": _best(self.difference.candidate),
+            }
+        return known
+
+    def __str__(self) -> str:
+        """Where the texts part; nothing when they do not."""
+        if self.difference is None:
+            return ""
+        reference = self.difference.reference
+        assert reference is not None  # the candidate never goes on beyond the reference
+        first, second = reference.probabilities
+        near = ", a near tie" if self.ok else ""
+        return (
+            f"{self.prompt!r}: token {self.equal + 1} is {self.found!r}, hard PyTorch has {self.expected!r} "
+            f"(its two best have probabilities {first:.4f} and {second:.4f}{near})"
+        )
+
+
+def prefill_against_decode(session: Session, tokens: Tensor) -> Divergence:
+    """Feed a text at once, then token by token.
+
+    Args:
+        session: of the artifact.
+        tokens: int64 [positions]; the first 32 of them are used.
+    """
+    text = tokens[: min(_DECODED, session.context)]
+    session.reset()
+    prefill = session.feed(text).clone()
+    session.reset()
+    decode = torch.cat([session.feed(token[None]).clone() for token in text])
+    return divergence([(prefill, decode)])
+
+
+def compare_continuations(
+    artifact: Artifact,
+    session: Session | None,
+    hard: Any,
+    tokenizer: Any,
+    prompts: Mapping[str, Tensor],
+    count: int,
+    tie_nats: float = NEAR_TIE_NATS,
+) -> list[Continuation]:
+    """Continue each prompt greedily, in hard PyTorch and in the artifact.
+
+    Without a cache the artifact is fed the prompt with hard PyTorch's continuation at once. Up to the first position
+    at which it would have chosen another token, that is the same as generating.
+
+    Args:
+        artifact: what can be run.
+        session: of the artifact, if it has a cache.
+        hard: the model of transformers.
+        tokenizer: to put tokens into words.
+        prompts: int64 [length] by prompt.
+        count: tokens to add to each, as far as the context allows.
+        tie_nats: how near two tokens must be for either to be right.
+
+    Raises:
+        PackageError: the artifact is at fault.
+    """
+    execute = None if session is not None else artifact.executions[0].execute
+    context = artifact.context if session is None else session.context
+    found = []
+    for prompt, ids in prompts.items():
+        wanted = min(count, context - len(ids))
+        expected = generate(TorchSession(hard), ids, max_new_tokens=wanted)
+        tokens = torch.tensor(expected.tokens)
+        if session is not None:
+            chosen = _generate(session, ids, wanted)
+        else:
+            assert execute is not None
+            chosen = _choices(execute, ids, tokens)
+        difference = first_difference(expected.choices, chosen)
+        one = Continuation(
+            prompt=prompt,
+            text=tokenizer.decode(tokens),
+            wanted=wanted,
+            equal=wanted if difference is None else difference.place,
+            difference=difference,
+            tie_nats=tie_nats,
+            found=_word(tokenizer, None if difference is None else difference.candidate),
+            expected=_word(tokenizer, None if difference is None else difference.reference),
+        )
+        found.append(one)
+    return found
+
+
+def _generate(session: Session, prompt: Tensor, count: int) -> tuple[Choice, ...]:
+    try:
+        return generate(session, prompt, max_new_tokens=count).choices
+    except InputError as error:  # the prompt fits, so the logits are to blame
+        raise PackageError(str(error)) from error
+
+
+def _choices(execute: Execute, prompt: Tensor, expected: Tensor) -> tuple[Choice, ...]:
+    """What the artifact chooses after the prompt and each part of the expected continuation."""
+    logits = execute(torch.cat([prompt, expected[:-1]]))[len(prompt) - 1 :]
+    if not bool(torch.isfinite(logits).all()):
+        raise PackageError("gives a logit that is not finite.")
+    chosen = []
+    for row in logits.double().log_softmax(-1):
+        (high, low), (first, second) = (values.tolist() for values in row.topk(2))
+        probabilities = (float(row[first].exp()), float(row[second].exp()))
+        chosen.append(Choice(first, (first, second), probabilities, high - low))
+    return tuple(chosen)
+
+
+def _word(tokenizer: Any, choice: Choice | None) -> str:
+    return "" if choice is None else str(tokenizer.decode([choice.token]))
+
+
+def _best(choice: Choice | None) -> dict[str, Any] | None:
+    if choice is None:
+        return None
+    return {"tokens": list(choice.best), "probabilities": list(choice.probabilities)}

@@ -1,0 +1,179 @@
+"""What an artifact is verified with: a text, the original, prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.errors import CheckpointError, InputError
+from edkm_export.reference.soft_model import SoftWeights
+from edkm_export.reference.source import Source
+from edkm_export.text import token_windows
+from edkm_export.versions import library_versions
+
+__all__ = [
+    "FIXED_PROMPTS",
+    "REPORT_FILES",
+    "VerificationInputs",
+    "evaluation_windows",
+    "prompt_tokens",
+    "provenance",
+]
+
+FIXED_PROMPTS = ("The meaning of the word is", "def add(a, b):")
+"""Prose and code: the greedy continuation of both is always compared."""
+
+REPORT_FILES = ("report.json", "report.md", "report.html")
+"""What the verifier itself writes beside an artifact."""
+
+
+@dataclass(frozen=True)
+class VerificationInputs:
+    """What an artifact is verified with.
+
+    Attributes:
+        text: evaluation text.
+        text_name: what to call it in the report.
+        tokens: tokens of it to use.
+        original: the float model; None: its rung is not run.
+        original_missing: why there is none.
+        original_required: the user named it: that it cannot be used is an error, not a rung that is not run.
+        max_perplexity_ratio: threshold of hard PyTorch against the original.
+        prompts: prompts of the user's own, beside the fixed ones.
+        continuation: tokens to continue each prompt by.
+        localize: find the first op that leaves the tolerance when an execution fails.
+        soft: weights of the soft model that training left behind; None: its rung is not run.
+        soft_missing: why there are none.
+        soft_required: as `original_required`.
+    """
+
+    text: str
+    text_name: str
+    tokens: int = 1024
+    original: Source | None = None
+    original_missing: str = "it was not given"
+    original_required: bool = False
+    max_perplexity_ratio: float = MAX_PERPLEXITY_RATIO
+    prompts: tuple[str, ...] = ()
+    continuation: int = 24
+    localize: bool = False
+    soft: SoftWeights | None = None
+    soft_missing: str = "no training run was given"
+    soft_required: bool = False
+
+
+def evaluation_windows(
+    checkpoint: Checkpoint, evaluation: VerificationInputs, tokenizer: Any, context: int
+) -> Tensor:
+    """Tokens of the evaluation text, int64 [windows, at most `context`].
+
+    Raises:
+        InputError: the text is too short, or the tokenizer is another model's.
+        CheckpointError: the configuration makes no sense.
+    """
+    windows = token_windows(
+        evaluation.text,
+        tokenizer,
+        tokens=evaluation.tokens,
+        context=min(context, _positive(checkpoint, "max_position_embeddings", "n_positions")),
+        source=evaluation.text_name,
+    )
+    _check_vocabulary(checkpoint, windows)
+    return windows
+
+
+def prompt_tokens(
+    checkpoint: Checkpoint, evaluation: VerificationInputs, tokenizer: Any, context: int
+) -> dict[str, Tensor]:
+    """Tokens of the fixed prompts and of the user's own, int64 [length]; at most half the context.
+
+    Raises:
+        InputError: a prompt of the user's is empty, or leaves no room for its continuation.
+    """
+    limit = max(1, min(context, _positive(checkpoint, "max_position_embeddings", "n_positions")) // 2)
+    found = {}
+    for prompt in (*FIXED_PROMPTS, *evaluation.prompts):
+        ids = torch.tensor(tokenizer(prompt, return_attention_mask=False)["input_ids"], dtype=torch.int64)
+        if prompt in evaluation.prompts and not 0 < len(ids) <= limit:
+            raise InputError(
+                f"prompt {prompt!r}: has {len(ids)} tokens, expected 1 to {limit}, half of the context."
+            )
+        _check_vocabulary(checkpoint, ids)
+        found[prompt] = ids[:limit]
+    return found
+
+
+def provenance(
+    checkpoint: Checkpoint, evaluation: VerificationInputs, windows: Tensor, artifact: Path
+) -> dict[str, Any]:
+    """Where the checkpoint is from, as it says itself, and how it was verified.
+
+    No folder is named: the report travels with the artifact.
+    """
+    known = dict(checkpoint.provenance)
+    base = known.get("base_model")
+    if isinstance(base, dict) and isinstance(base.get("reference"), str):
+        path = Path(base["reference"])
+        known["base_model"] = {**base, "reference": path.name if path.is_absolute() else base["reference"]}
+    used = {"text": evaluation.text_name, "tokens": int(windows.numel()), "context": int(windows.shape[1])}
+    return {**known, "evaluation": used, "verification": _verification(artifact)}
+
+
+def _verification(artifact: Path) -> Mapping[str, Any]:
+    """The command, with the names of files in place of whole paths, versions, platform, and what was verified."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
+    return {
+        "command": shlex.join(words),
+        "versions": library_versions(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "artifact": _digests(artifact),
+    }
+
+
+def _digests(artifact: Path) -> dict[str, str]:
+    """The sha256 of each file of an artifact, by its path within it."""
+    files = sorted(artifact.rglob("*")) if artifact.is_dir() else [artifact]
+    found = {}
+    for path in files:
+        if path.is_file() and not path.is_symlink() and path.name not in REPORT_FILES:
+            name = path.name if path == artifact else path.relative_to(artifact).as_posix()
+            found[name] = _sha256(path)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def _check_vocabulary(checkpoint: Checkpoint, tokens: Tensor) -> None:
+    vocabulary = _positive(checkpoint, "vocab_size")
+    if tokens.numel() and int(tokens.max()) >= vocabulary:
+        raise InputError(
+            f"{checkpoint.path}: its tokenizer gives token {int(tokens.max())}, beyond {vocabulary}."
+        )
+
+
+def _positive(checkpoint: Checkpoint, *keys: str) -> int:
+    """The first of the keys that is given; GPT-2 has names of its own."""
+    key = next((key for key in keys if key in checkpoint.config), keys[0])
+    value = checkpoint.config.get(key)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(
+            f"{checkpoint.path}: {key} of its configuration is {value!r}; palettize the model again."
+        )
+    return value

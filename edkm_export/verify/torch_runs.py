@@ -1,0 +1,180 @@
+"""Running the models of transformers that the artifact is compared with: the original, soft and hard PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edkm_export.artifact.execution import Execute
+from edkm_export.artifact.metrics import snr_db
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.errors import EdkmExportError, InputError
+from edkm_export.palette import PalettizedTensor
+from edkm_export.reference.conv1d import as_linear, is_conv1d
+from edkm_export.reference.soft_model import load_soft_model
+from edkm_export.reference.source import load_model
+from edkm_export.verify.inputs import VerificationInputs
+from edkm_export.verify.report import LayerError
+
+__all__ = [
+    "Measured",
+    "hidden_states",
+    "layer_errors",
+    "measure_original",
+    "measure_soft",
+    "transformers_model",
+]
+
+
+@dataclass
+class Measured:
+    """What a model of transformers gave.
+
+    Attributes:
+        logits: float32 [positions, vocab_size] of each window.
+        hidden: states after each layer by module name, float32 [positions, hidden], of the first window.
+        weights: the palettized parameters in float, by name.
+        output_snr_db: what palettization does to each layer's output, by parameter name.
+    """
+
+    logits: list[Tensor]
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    output_snr_db: dict[str, float] = field(default_factory=dict)
+
+
+def transformers_model(model: Any) -> Execute:
+    """Run a model of transformers."""
+
+    @torch.no_grad()
+    def execute(tokens: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[0]
+        return logits.float()
+
+    return execute
+
+
+def measure_original(
+    checkpoint: Checkpoint, evaluation: VerificationInputs, windows: Tensor
+) -> tuple[Measured | None, str]:
+    """Run the float model.
+
+    Returns:
+        What it gave; None and the reason when there is no such model.
+
+    Raises:
+        EdkmExportError: the user named it, and it cannot be used.
+    """
+    if evaluation.original is None:
+        return None, evaluation.original_missing
+    try:
+        model = load_model(evaluation.original, torch.float32)
+        state = as_linear(model, model.state_dict())
+        for name, tensor in checkpoint.palettized.items():
+            if name not in state or tuple(state[name].shape) != tensor.shape:
+                raise InputError(
+                    f"{evaluation.original.reference}: {name} is missing or has another shape than in "
+                    f"{checkpoint.path}; it is another model."
+                )
+    except EdkmExportError as error:
+        if evaluation.original_required:
+            raise
+        return None, str(error)
+    execute = transformers_model(model)
+    logits = [execute(window) for window in windows[1:]]
+    with _comparing_outputs(model, checkpoint) as snr, hidden_states(model) as hidden:
+        logits.insert(0, execute(windows[0]))
+    weights = {name: state[name] for name in checkpoint.palettized}
+    return Measured(logits, hidden, weights, snr), ""
+
+
+def measure_soft(
+    checkpoint: Checkpoint, evaluation: VerificationInputs, windows: Tensor
+) -> tuple[list[Tensor] | None, str]:
+    """Run the soft model that training left behind.
+
+    Returns:
+        Logits float32 [positions, vocab_size] of each window; None and the reason when there is no such model.
+
+    Raises:
+        EdkmExportError: the user named the run, and it cannot be used.
+    """
+    if evaluation.soft is None:
+        return None, evaluation.soft_missing
+    try:
+        execute = transformers_model(load_soft_model(checkpoint, evaluation.soft))
+    except EdkmExportError as error:
+        if evaluation.soft_required:
+            raise
+        return None, str(error)
+    return [execute(window) for window in windows], ""
+
+
+def layer_errors(reference: dict[str, Tensor], candidate: dict[str, Tensor]) -> list[LayerError]:
+    """Compare hidden states layer by layer."""
+    return [
+        LayerError(layer=name, snr_db=snr_db(states, candidate[name]))
+        for name, states in reference.items()
+        if name in candidate
+    ]
+
+
+@contextlib.contextmanager
+def hidden_states(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Record what each decoder layer gives while the model runs, by module name."""
+    found: dict[str, Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        parent, _, number = name.rpartition(".")
+        # the stack of layers: a list of modules that is in no other list
+        if number.isdigit() and not any(part.isdigit() for part in parent.split(".")):
+            handles.append(module.register_forward_hook(_recorder(found, name)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recorder(found: dict[str, Tensor], name: str) -> Any:
+    def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        found[name] = states.detach()[0].float().clone()
+
+    return record
+
+
+@contextlib.contextmanager
+def _comparing_outputs(model: Any, checkpoint: Checkpoint) -> Iterator[dict[str, float]]:
+    """While the model runs, also give each layer's input to the decoded weight: SNR by parameter name."""
+    found: dict[str, float] = {}
+    modules = dict(model.named_modules())
+    handles = []
+    for name, tensor in checkpoint.palettized.items():
+        module = modules.get(name.removesuffix(".weight"))
+        if name.endswith(".weight") and module is not None:
+            handles.append(module.register_forward_hook(_comparer(found, name, tensor)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _comparer(found: dict[str, float], name: str, tensor: PalettizedTensor) -> Any:
+    def compare(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        weight = module.get_parameter("weight")
+        original = weight.data
+        try:
+            decoded = tensor.decode().to(original.dtype)
+            weight.data = decoded.t() if is_conv1d(module) else decoded
+            found[name] = snr_db(output, module.forward(*inputs))
+        finally:
+            weight.data = original
+
+    return compare

@@ -1,0 +1,32 @@
+"""The graph of every family against transformers' own model."""
+
+from __future__ import annotations
+
+import pytest
+
+from converters.onnx import load_graph
+from edkm_export.reference.hard_model import load_hard_model
+from tests.helpers.odd_families import CASES, EXPORTED, build, checkpoint_of
+from tests.helpers.onnx_models import export, family_checkpoint
+from tests.helpers.onnx_texts import assert_same_logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dense_decoder_is_transformers_own(case, tmp_path):
+    model = build(case)
+    made = checkpoint_of(model)
+    context = 48 if "longrope" in case else None  # its tables change with the length of the text
+    graph = load_graph(export(made, tmp_path / "out", context=context))
+    assert_same_logits(graph.graph, graph.new_runtime(threads=1).run, model)
+
+
+@pytest.mark.parametrize("case", EXPORTED)
+@pytest.mark.parametrize(
+    ("runtime", "opset"),
+    [("exact", 23), ("low-memory", None), ("low-memory", 18), ("fast", None), ("fast", 18)],
+)
+def test_palettized_families(case, runtime, opset, tmp_path):
+    """With int8 LUTs and without optimization MatMulNBits multiplies the very weights, in float32."""
+    made = family_checkpoint(case)
+    graph = load_graph(export(made, tmp_path / "out", runtime=runtime, opset=opset))
+    assert_same_logits(graph.graph, graph.new_runtime("disabled", 1).run, load_hard_model(made))

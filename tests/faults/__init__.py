@@ -1,0 +1,1 @@
+"""Faults to plant in artifacts, for tests and `benchmarks/mutations.py`."""

@@ -1,0 +1,1 @@
+"""What tests build models, checkpoints and artifacts with."""
