@@ -16,6 +16,7 @@ __all__ = [
     "PackageError",
     "PaletteError",
     "RecipeError",
+    "SourceError",
     "TrainingError",
     "UnsupportedOpError",
 ]
@@ -39,6 +40,10 @@ class RecipeError(EdkmExportError, ValueError):
 
 class InputError(EdkmExportError, ValueError):
     """A model, text or option that the command cannot use."""
+
+
+class SourceError(InputError):
+    """A model that holds something that is not understood, so that it would be read as another model."""
 
 
 class OutputExistsError(EdkmExportError):
