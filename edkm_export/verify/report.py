@@ -67,7 +67,7 @@ class TensorReport(Record):
         n_bits: bits of an index.
         groups: LUTs along output and input axis.
         dim: values of a LUT entry.
-        lut_dtype: "float16" or "int8".
+        lut_dtype: "float16", "int8" or "int4".
         used_centroids: entries that are selected, all LUTs together.
         centroids: entries there are.
         bits_per_weight: storage, LUTs included.

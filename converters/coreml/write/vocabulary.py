@@ -145,5 +145,9 @@ def _cut(tensor: PalettizedTensor, split: RowSplit) -> list[PalettizedTensor]:
         scale = None if tensor.lut_scale is None else tensor.lut_scale[rows]
         part = indices[start // dim : end // dim]
         shape = (end - start, *tensor.shape[1:])
-        cut.append(PalettizedTensor.from_indices(name, tensor.lut[rows], part, shape=shape, lut_scale=scale))
+        cut.append(
+            PalettizedTensor.from_indices(
+                name, tensor.lut[rows], part, shape=shape, lut_scale=scale, lut_dtype=tensor.lut_dtype
+            )
+        )
     return cut
