@@ -16,7 +16,7 @@ from edkm_export.reference.source import Source, load_model
 from edkm_export.verify.html import report_page
 from edkm_export.verify.inputs import VerificationInputs
 from edkm_export.verify.junit import junit
-from edkm_export.verify.ladder import count_steps, verify_artifact
+from edkm_export.verify.ladder import count_stages, verify_artifact
 from edkm_export.verify.report import Report, Rung, Verdict
 from edkm_export.verify.write import markdown
 from tests.helpers.exports import palettized_folder
@@ -39,7 +39,7 @@ def climb(tiny_export, tiny_llama, held_out) -> Any:
         )
         names: list[str] = []
         report = verify_artifact(made, open_artifact(tiny_export.package), evaluation, advance=names.append)
-        assert len(names) == count_steps(open_artifact(tiny_export.package), evaluation)
+        assert len(names) == count_stages(open_artifact(tiny_export.package), evaluation)
         return report
 
     return run

@@ -70,13 +70,13 @@ def plan_split(name: str, rows: int, palette: PalettizedTensor | None) -> RowSpl
         return None
     groups = 1 if palette is None else palette.groups[0]
     dim = 1 if palette is None else palette.dim
-    step = dim if groups == 1 else rows // groups
-    if step > LARGEST_DIMENSION:
+    unit = dim if groups == 1 else rows // groups
+    if unit > LARGEST_DIMENSION:
         return None
     count = math.ceil(rows / LARGEST_DIMENSION)
-    size = math.ceil(rows / count / step) * step
+    size = math.ceil(rows / count / unit) * unit
     if size > LARGEST_DIMENSION:  # rounding up to whole groups went too far
-        size = LARGEST_DIMENSION // step * step
+        size = LARGEST_DIMENSION // unit * unit
     return RowSplit(name, (*range(0, rows, size), rows), groups)
 
 

@@ -116,7 +116,7 @@ class FastForms(_Int8Forms):
         """Entries uint8 [out, blocks, bytes of a block] and scales float32 [out, blocks] of some rows."""
         graph, blocks = self.graph, _blocks_of(tensor)
         out = rows.count * tensor.dim
-        entries = nodes.nibbles(rows) if blocks.bits == 4 else nodes.steps(rows)
+        entries = nodes.nibbles(rows) if blocks.bits == 4 else nodes.entries(rows)
         if blocks.padding_bytes:
             padding = graph.constant(np.full((1, 1), blocks.zero, np.uint8))
             padding = graph.node("Expand", padding, graph.integers(out, blocks.padding_bytes))
@@ -151,7 +151,7 @@ class StandardFastForms(_Int8Forms):
             scales = graph.node("Cast", scales, to=self.onnx_type)
         weight = graph.node(
             "DequantizeLinear",
-            graph.node("Transpose", nodes.steps(rows), perm=[1, 0]),
+            graph.node("Transpose", nodes.entries(rows), perm=[1, 0]),
             scales,
             zero,
             axis=0,
