@@ -38,8 +38,15 @@ def climb(tiny_export, tiny_llama, held_out) -> Any:
             held_out, "words", tokens=128, **{"original": Source.parse(str(tiny_llama)), **options}
         )
         names: list[str] = []
-        report = verify_artifact(made, open_artifact(tiny_export.package), evaluation, advance=names.append)
-        assert len(names) == count_stages(open_artifact(tiny_export.package), evaluation)
+        artifact = open_artifact(tiny_export.package)
+        report = verify_artifact(
+            made,
+            artifact,
+            evaluation,
+            predicted_size_bytes=tiny_export.weights_size_bytes,
+            advance=names.append,
+        )
+        assert len(names) == count_stages(artifact, evaluation)
         return report
 
     return run
