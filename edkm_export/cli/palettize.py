@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
+
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
-    from edkm_export.lut_grid import LutDtype
+    from edkm_export.lut_dtypes import LutDtype
     from edkm_export.recipe import Recipe
 
 __all__ = ["command"]
@@ -27,7 +29,7 @@ _CONTEXT = 512
 )
 @click.option(
     "--lut-dtype",
-    type=click.Choice(["float16", "int8", "int4"]),
+    type=click.Choice(LUT_DTYPE_NAMES),
     help="Type of the LUT entries; int4, 16 even levels, for up to 3 bits.  [default: float16]",
 )
 @click.option(

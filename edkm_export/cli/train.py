@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
+
 __all__ = ["command"]
 
 _PRESETS = ("4bit", "3bit", "2bit", "paper")
@@ -38,7 +40,7 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 @click.option("--group-size", type=int, help="Output rows that share a LUT; 0: one for the weight.")
 @click.option(
     "--lut-dtype",
-    type=click.Choice(["float16", "int8", "int4"]),
+    type=click.Choice(LUT_DTYPE_NAMES),
     help="Grid of the LUT entries; int4, 16 even levels, for up to 3 bits (layers of more get int8).",
 )
 @click.option(

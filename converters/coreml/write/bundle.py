@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from converters.coreml.format import HIDDEN_IN, HIDDEN_OUT
+from converters.coreml.format import DECODE, HIDDEN_IN, HIDDEN_OUT, LOGITS, PREFILL, TEXT, TOKENS
 from converters.coreml.write.export_plan import ExportPlan
 from converters.coreml.write.packages import export_packages
 from edkm_export._version import __version__
@@ -48,7 +48,7 @@ def write_bundle(checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: s
 
 
 def _metadata(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, Any]:
-    """What an app, or a person, needs to know to run the packages."""
+    """What it takes to run the packages: files, interface, sizes."""
     sizes = zip(plan.package_names(name), plan.chunks, plan.package_sizes_bytes, strict=True)
     known: dict[str, Any] = {
         "generator": f"{GENERATOR} {__version__}",
@@ -60,8 +60,8 @@ def _metadata(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, 
             {
                 "file": file,
                 "layers": [layers.first, layers.end],
-                "input": "inputIds" if layers.embeds else HIDDEN_IN,
-                "output": "logits" if layers.gives_logits else HIDDEN_OUT,
+                "input": TOKENS if layers.embeds else HIDDEN_IN,
+                "output": LOGITS if layers.gives_logits else HIDDEN_OUT,
                 "predicted_weights_size_bytes": size,
             }
             for file, layers, size in sizes
@@ -71,7 +71,7 @@ def _metadata(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, 
         "recipe": checkpoint.recipe,
     }
     if plan.interface == "logits":
-        known["packages"][0]["input"] = "input_ids"
+        known["packages"][0]["input"] = TEXT
     if plan.interface == "neural-engine":
-        known["functions"] = {"prefill": plan.prefill, "decode": 1}
+        known["functions"] = {PREFILL: plan.prefill, DECODE: 1}
     return known
