@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -29,7 +30,7 @@ def soft_cluster(
     weight: Tensor,
     centroids: Tensor,
     *,
-    temperature: float | Tensor,
+    temperature: float | Sequence[float] | Tensor,
     iterations: int | Literal["converge"],
     method: Method = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def soft_cluster(
     Args:
         weight: float [groups, m], or vectors [groups, m, dim].
         centroids: c^0, float [groups, k] or [groups, k, dim].
-        temperature: tau, positive; a number or float [groups]. See `scale_free_temperature`. A tensor on a
+        temperature: tau, positive; a number or floats [groups]. See `scale_free_temperature`. A tensor on a
             GPU is not checked.
         iterations: T, at least 1; or "converge" for a fixed point, whose gradient comes from the implicit
             function theorem and does not depend on c^0. Not for "dense" and "marshaled".
@@ -131,9 +132,11 @@ def _check(weight: Tensor, centroids: Tensor, iterations: int | str, method: str
         raise PaletteError("method 'histogram' takes scalars only; use 'streaming' for vectors.")
 
 
-def _temperature(temperature: float | Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _temperature(temperature: float | Sequence[float] | Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """As a tensor [groups]."""
-    tau = torch.as_tensor(temperature).detach().to(dtype)
+    if not isinstance(temperature, Tensor):  # torch would round a number to float32
+        temperature = torch.as_tensor(temperature, dtype=torch.float64)
+    tau = temperature.detach().to(dtype)
     if tau.shape not in ((), weight.shape[:1]):
         raise PaletteError(
             f"temperature has shape {list(tau.shape)}, expected a number or [{weight.shape[0]}]."

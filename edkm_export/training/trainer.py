@@ -97,7 +97,7 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             )
 
     def _move_model_to_device(self, model: Any, device: Any) -> None:
-        if self.sharding is None:  # shares are where they have to be, and codes would lose their padding
+        if self.sharding is None:  # shares are where they have to be, and indices would lose their padding
             super()._move_model_to_device(model, device)
 
     def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -186,7 +186,7 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Weights, LUTs and codes, whole; frozen master weights come from the original again."""
+        """Weights, LUTs and indices, whole; frozen master weights come from the original again."""
         self.clusters.refresh()
         if self.sharding is not None:
             state_dict = self.sharding.whole_state()
@@ -238,7 +238,7 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         self.lr_scheduler.load_state_dict(read_state_dict(Path(checkpoint) / run_checkpoints.SCHEDULER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights, LUTs and codes, unless that was done before the model was sharded."""
+        """Load weights, LUTs and indices, unless that was done before the model was sharded."""
         if self.sharding is None:
             load_weights(self.learner.model, Path(resume_from_checkpoint))
 

@@ -49,7 +49,7 @@ class Student:
 class Sharding:
     """Cuts a learner and its optimizer into shares, in place, and handles what FSDP2 does not.
 
-    FSDP2 gathers a layer before its use and frees it afterwards; of a palettized weight it gathers the codes only
+    FSDP2 gathers a layer before its use and frees it afterwards; of a palettized weight it gathers the indices only
     (`gathered`). The frozen original's layers are cut too; its embedding, head and norms stay whole.
 
     Args:
@@ -147,13 +147,13 @@ class Sharding:
     @torch.no_grad()
     def whole_state(self) -> dict[str, Any]:
         """The student's state dict as if it were not cut, tensor by tensor; for the first process, empty elsewhere."""
-        codes = {id(each.codes): each for each in self.clusters}
+        indices = {id(each.indices): each for each in self.clusters}
         done: dict[int, Any] = {}
         held = self.learner.model.state_dict(keep_vars=True)
         for value in held.values():  # tied ones have several names
             if id(value) not in done:
-                sharded = codes.get(id(value))
-                done[id(value)] = self._whole(value.detach() if sharded is None else sharded.all_codes())
+                sharded = indices.get(id(value))
+                done[id(value)] = self._whole(value.detach() if sharded is None else sharded.all_indices())
         return {name: done[id(value)] for name, value in held.items()} if self.processes.is_first else {}
 
     def whole_parameter(self, parameter: nn.Parameter) -> Tensor:

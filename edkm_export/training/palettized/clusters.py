@@ -1,4 +1,4 @@
-"""Clusters: a master weight, its LUTs and its codes, kept together while they train."""
+"""Clusters: a master weight, its LUTs and its indices, kept together while they train."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ClusterMethod:
 class Clusters(nn.Module):
     """One weight on its way to a `PalettizedTensor`.
 
-    Codes and LUT values are brought up to date once an optimizer step: `refresh` does it when it is called, and
+    Indices and LUT values are brought up to date once an optimizer step: `refresh` does it when it is called, and
     `fresh`, which each forward pass calls, when an optimizer has stepped or a parameter was written to since.
     Micro-batches and the recomputation of gradient checkpointing see the same ones.
 
@@ -71,9 +71,9 @@ class Clusters(nn.Module):
             weights of every scale. Frozen with "dkm".
         unit: root mean square of each group's first centroids, [groups, 1].
         factor: of the gradients of `lut`, see `lut_gradient`; [groups, 1].
-        codes: uint8 [groups, m].
+        indices: uint8 [groups, m].
         temperature: of soft clustering, [groups].
-        moved: int32 [1], codes that changed since it was last set to zero.
+        moved: int32 [1], indices that changed since it was last set to zero.
         deferred: leave the gradient of `lut` to `ClusterBatch.gradients`. With "straight-through" only.
     """
 
@@ -81,7 +81,7 @@ class Clusters(nn.Module):
     lut: nn.Parameter
     unit: Tensor
     factor: Tensor
-    codes: Tensor
+    indices: Tensor
     temperature: Tensor
     moved: Tensor
 
@@ -107,7 +107,7 @@ class Clusters(nn.Module):
         self.register_buffer("unit", unit)
         self.register_buffer("factor", self._lut_factor(), persistent=False)
         self.register_buffer(
-            "codes", torch.zeros(groups, weight.numel() // groups, dtype=torch.uint8, device=weight.device)
+            "indices", torch.zeros(groups, weight.numel() // groups, dtype=torch.uint8, device=weight.device)
         )
         self.register_buffer("temperature", torch.ones(groups, dtype=wide, device=weight.device))
         self.register_buffer(
@@ -143,17 +143,17 @@ class Clusters(nn.Module):
         """Whether gradients get their final form once a step instead of in each backward pass."""
         return self.deferred
 
-    def product_codes(self, weight: Tensor) -> Tensor:
-        """Codes for a product with the whole weight; `weight` is the parameter as autograd sees it."""
-        return self.codes
+    def product_indices(self, weight: Tensor) -> Tensor:
+        """Indices for a product with the whole weight; `weight` is the parameter as autograd sees it."""
+        return self.indices
 
-    def decode(self, table: Tensor, codes: Tensor) -> Tensor:
-        """The whole weight from a table of its LUT values and `product_codes`, in the table's dtype."""
-        return look_up(table, codes)
+    def decode(self, table: Tensor, indices: Tensor) -> Tensor:
+        """The whole weight from a table of its LUT values and `product_indices`, in the table's dtype."""
+        return look_up(table, indices)
 
     def use_counts(self) -> Tensor:
-        """How often each code of each group is used, int32 [groups, k]."""
-        return use_counts(self.codes, self.k)
+        """How often each index of each group is used, int32 [groups, k]."""
+        return use_counts(self.indices, self.k)
 
     def grouped(self, values: Tensor) -> Tensor:
         """View of the weight's shape as [groups, m]."""
@@ -165,13 +165,13 @@ class Clusters(nn.Module):
 
     @torch.no_grad()
     def _set_temperature(self) -> None:
-        values = look_up(self.rounded().values.to(self.unit.dtype), self.codes)
+        values = look_up(self.rounded().values.to(self.unit.dtype), self.indices)
         error = (self.grouped(self.weight.detach()) - values).square_().mean(1)
         self.temperature.copy_((self.method.alpha * error).clamp_min(torch.finfo(error.dtype).tiny * 2**20))
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring LUT values and codes up to date with the parameters.
+        """Bring LUT values and indices up to date with the parameters.
 
         Raises:
             PaletteError: on the CPU, a weight or centroid is not finite.
@@ -188,12 +188,12 @@ class Clusters(nn.Module):
 
     @torch.no_grad()
     def assign(self) -> None:
-        """Give each weight the code of its nearest LUT value."""
-        assign(self.grouped(self.weight.detach()), self.table(self.unit.dtype), self.codes, self.moved)
+        """Give each weight the index of its nearest LUT value."""
+        assign(self.grouped(self.weight.detach()), self.table(self.unit.dtype), self.indices, self.moved)
 
     @torch.no_grad()
     def restored(self) -> None:
-        """Take parameters and codes that were just loaded as they are: they belong together."""
+        """Take parameters and indices that were just loaded as they are: they belong together."""
         self._last = None
         self.factor.copy_(self._lut_factor())
         self._round()
@@ -206,7 +206,7 @@ class Clusters(nn.Module):
         rounded = self.grid.round(self.centroids())
         self._rounded = rounded
         self._tables = {
-            dtype: each for dtype, each in self._tables.items() if each.device == self.codes.device
+            dtype: each for dtype, each in self._tables.items() if each.device == self.indices.device
         }
         for table in self._tables.values():
             table.copy_(rounded.values)  # in place, for a recorded CUDA graph reads them there
@@ -217,7 +217,7 @@ class Clusters(nn.Module):
         self._rounded, self._tables = rounded, tables
 
     def seen(self) -> None:
-        """Take note that LUT values and codes are those of the parameters as they are."""
+        """Take note that LUT values and indices are those of the parameters as they are."""
         self._seen = self._state()
 
     @property
@@ -244,8 +244,8 @@ class Clusters(nn.Module):
         """Move each centroid to the mean of its weights; one without weights stays where it is."""
         self.fresh()
         weight = self.grouped(self.weight.detach())
-        counts = segment_sums(torch.ones_like(weight), self.codes, self.k)
-        means = segment_sums(weight, self.codes, self.k) / counts.clamp_min(1)
+        counts = segment_sums(torch.ones_like(weight), self.indices, self.k)
+        means = segment_sums(weight, self.indices, self.k) / counts.clamp_min(1)
         self.lut.copy_(torch.where(counts > 0, means, self.centroids()) / self.unit)
         self.refresh()
 
@@ -256,8 +256,8 @@ class Clusters(nn.Module):
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """LUT values in the dtype of a product, [groups, k]."""
-        if dtype not in self._tables or self._tables[dtype].device != self.codes.device:
-            self._tables[dtype] = self.rounded().values.to(device=self.codes.device, dtype=dtype)
+        if dtype not in self._tables or self._tables[dtype].device != self.indices.device:
+            self._tables[dtype] = self.rounded().values.to(device=self.indices.device, dtype=dtype)
         return self._tables[dtype]
 
     def soft_weight(self, weight: Tensor, centroids: Tensor) -> Tensor:
@@ -269,13 +269,13 @@ class Clusters(nn.Module):
             self._last = last.detach()
         return soft
 
-    def lut_gradient(self, grad: Tensor, codes: Tensor) -> Tensor:
+    def lut_gradient(self, grad: Tensor, indices: Tensor) -> Tensor:
         """Gradient of `lut` from that of the palettized weight, both [groups, .].
 
         Divided by the square root of the number of weights an entry has: as large as the gradient of a single
         weight when these are independent, so that clipping by the common norm treats the two alike.
         """
-        return segment_sums(grad, codes, self.k).to(self.unit.dtype).mul_(self.factor)
+        return segment_sums(grad, indices, self.k).to(self.unit.dtype).mul_(self.factor)
 
     @torch.no_grad()
     def export(self, name: str) -> PalettizedTensor:
@@ -285,7 +285,7 @@ class Clusters(nn.Module):
         return PalettizedTensor.from_indices(
             name,
             rounded.lut[:, None, :, None],
-            self.codes.cpu().view(self.weight.shape[0], -1),
+            self.indices.cpu().view(self.weight.shape[0], -1),
             shape=tuple(self.weight.shape),
             lut_scale=None if rounded.scale is None else rounded.scale[:, None],
         )

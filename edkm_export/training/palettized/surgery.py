@@ -125,7 +125,7 @@ def insert_clusters(
         method: how gradients pass the clustering.
         importance: {module name: importance of its weights}.
         seeds: centroids that are known already, {(module name, bits): float [groups, k]}.
-        seeded: False leaves LUTs and codes to be loaded from a checkpoint of the run.
+        seeded: False leaves LUTs and indices to be loaded from a checkpoint of the run.
         in_bfloat16: products will run in bfloat16, see `Grid`.
         source: name of the model, for messages.
         advance: called with a module's name and its number of weights when it is done.

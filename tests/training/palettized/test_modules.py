@@ -42,12 +42,12 @@ def dense_from_lut(clusters: Clusters, lut: Tensor) -> Tensor:
     real = lut * clusters.unit
     rounded = real + (clusters.rounded().values.double() - real).detach()
     group = torch.arange(clusters.groups)[:, None]
-    return rounded[group, clusters.codes.long()].view(clusters.weight.shape)
+    return rounded[group, clusters.indices.long()].view(clusters.weight.shape)
 
 
 def lut_share(clusters: Clusters) -> float:
     """The documented factor on LUT gradients."""
-    return (clusters.codes.shape[1] / clusters.k) ** -0.5
+    return (clusters.indices.shape[1] / clusters.k) ** -0.5
 
 
 def check_straight_through(clusters: Clusters, run: Any, run_dense: Any, inputs: list[Tensor]) -> None:
@@ -169,12 +169,12 @@ def test_backward_saves_no_float_tensor_of_the_weights_size() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         module(x)
     large = [each for each in kept if each.numel() >= clusters.weight.numel()]
-    allowed = {clusters.weight.data_ptr(), clusters.codes.data_ptr()}
+    allowed = {clusters.weight.data_ptr(), clusters.indices.data_ptr()}
     assert {each.data_ptr() for each in large} == allowed  # references, not copies
     assert sum(each.numel() for each in kept if each.data_ptr() not in allowed) <= x.numel() + 4 * 8 * 2
 
 
-def test_codes_change_once_a_step_under_accumulation_and_checkpointing(
+def test_indices_change_once_a_step_under_accumulation_and_checkpointing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clusters = make_clusters((16, 8), Rule(bits=2, group_size=4))
@@ -198,7 +198,7 @@ def test_codes_change_once_a_step_under_accumulation_and_checkpointing(
     assert int(clusters.moved) > 0
 
 
-def test_codes_that_change_between_forward_and_backward_are_an_error() -> None:
+def test_indices_that_change_between_forward_and_backward_are_an_error() -> None:
     clusters = make_clusters((16, 8), Rule(bits=2, group_size=4))
     y = PalettizedLinear(clusters, None)(torch.randn(5, 8, dtype=torch.float64, requires_grad=True))
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_refit_moves_centroids_to_the_mean_of_their_weights() -> None:
     with torch.no_grad():
         clusters.lut.add_(0.2)
     clusters.fresh()
-    before = clusters.codes.clone()
+    before = clusters.indices.clone()
     clusters.refit()
     weight = clusters.weight.detach().view(-1)
     means = [float(weight[before.view(-1) == j].mean()) for j in range(4)]
