@@ -19,9 +19,8 @@ from edkm_export.training import run_checkpoints
 from edkm_export.training.callbacks import Clock, Evaluate, Log, Refit
 from edkm_export.training.curve import draw
 from edkm_export.training.distributed.processes import Processes
-from edkm_export.training.distributed.sharding import Student
 from edkm_export.training.evaluation import Evaluation
-from edkm_export.training.learner import Learner
+from edkm_export.training.learner import Learner, Student
 from edkm_export.training.optimizer import freeze
 from edkm_export.training.palettized.surgery import clusters_of, to_checkpoint, trainable_shapes
 from edkm_export.training.preparation import base_recipe, decoder_bits, insert

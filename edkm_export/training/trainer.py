@@ -20,7 +20,7 @@ from edkm_export.training.graphs import GraphedStep, can_record
 from edkm_export.training.learner import Learner
 from edkm_export.training.optimizer import build_optimizer, rate_at
 from edkm_export.training.palettized.batch import ClusterBatch
-from edkm_export.training.palettized.surgery import clusters_of
+from edkm_export.training.palettized.surgery import attach, clusters_of
 from edkm_export.training.progress import Progress
 from edkm_export.training.run_weights import load_weights, read_state_dict, save_weights
 from edkm_export.training.train_config import TrainConfig
@@ -82,9 +82,10 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided by the micro-batches
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Adam with our groups."""
+        """Adam with our groups, attached to the clusters."""
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.learner.model, self.config)
+            attach(self.learner, self.optimizer)
         return self.optimizer
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -17,7 +17,7 @@ from edkm_export.training.learner import Learner
 from edkm_export.training.optimizer import build_optimizer, freeze
 from edkm_export.training.palettized.batch import ClusterBatch
 from edkm_export.training.palettized.clusters import ClusterMethod
-from edkm_export.training.palettized.surgery import clusters_of, insert_clusters
+from edkm_export.training.palettized.surgery import attach, clusters_of, insert_clusters
 from edkm_export.training.run import train as train_run
 from edkm_export.training.train_config import TrainConfig
 from tests.helpers.paths import FIXTURES
@@ -51,6 +51,7 @@ def learner(device: str, distill: bool) -> Learner:
 def train(steps: int, accumulate: int, *, together: bool, distill: bool) -> tuple[list[float], dict]:
     found = learner("cuda", distill)
     optimizer = build_optimizer(found.model, CONFIG)
+    attach(found, optimizer)
     batch = ClusterBatch(list(clusters_of(found.model).values()))
     graph = None
     if together:

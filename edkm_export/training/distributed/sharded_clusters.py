@@ -39,7 +39,7 @@ class _SplitPoints(Points):
 
 
 class ShardedClusters(Clusters):
-    """`Clusters` after sharding.
+    """`Clusters` in shares.
 
     In shares: master weight, its gradient, its optimizer state, and indices. In every process: the LUTs, which are
     small. Indices are gathered for a product (see `gathered`); gradients of LUTs, and those through soft k-means,
@@ -51,35 +51,45 @@ class ShardedClusters(Clusters):
         rows: which rows these are.
     """
 
-    rows: Rows
     _padded: Tensor  # indices [share, in, ...]
     _soft: Tensor | None  # "dkm": soft weight of these rows, [share, in, ...]
 
-    @classmethod
     @torch.no_grad()
-    def shard(cls, clusters: Clusters, name: str, processes: Processes) -> ShardedClusters:
+    def __init__(self, clusters: Clusters, name: str, processes: Processes) -> None:
         """Keep this process's rows of indices, and prepare the weight for FSDP2 to cut.
+
+        Args:
+            clusters: the same in each process; the LUT stays theirs.
+            name: of the module, for messages.
+            processes: more than one.
 
         Raises:
             InputError: there are fewer rows than processes.
         """
+        nn.Module.__init__(self)
         weight = clusters.weight
-        clusters.__class__ = cls
-        assert isinstance(clusters, ShardedClusters)
-        rows = Rows(name, weight.shape[0], clusters.groups, processes, weight.device)
-        clusters.rows = rows
-        indices = clusters.indices.view(weight.shape)[rows.start : rows.stop]
-        clusters._padded = indices.new_zeros(rows.share, *weight.shape[1:])
-        clusters._padded[: len(indices)] = indices
-        clusters.indices = rows.view(clusters._padded[: len(indices)])
-        clusters.weight = nn.Parameter(Master(weight.detach()), requires_grad=weight.requires_grad)
-        clusters._soft = None
-        if clusters.method.backward == "dkm":
-            dtype = torch.bfloat16 if clusters.grid.in_bfloat16 else weight.dtype
-            clusters._soft = torch.zeros_like(clusters._padded, dtype=dtype)
-            clusters._soften(weight.detach()[rows.start : rows.stop])
-        clusters.seen()
-        return clusters
+        self.rows = Rows(name, weight.shape[0], clusters.groups, processes, weight.device)
+        own = slice(self.rows.start, self.rows.stop)
+        indices = clusters.indices.view(weight.shape)[own]
+        self._padded = indices.new_zeros(self.rows.share, *weight.shape[1:])
+        self._padded[: len(indices)] = indices
+        self._hold(
+            clusters.rule,
+            clusters.method,
+            clusters.grid,
+            weight=nn.Parameter(Master(weight.detach()), requires_grad=weight.requires_grad),
+            lut=clusters.lut,
+            unit=clusters.unit,
+            indices=self.rows.view(self._padded[: len(indices)]),
+            temperature=clusters.temperature,
+        )
+        self.train(clusters.training)
+        self._soft = None
+        self._round()
+        if self.method.backward == "dkm":
+            dtype = torch.bfloat16 if self.grid.in_bfloat16 else weight.dtype
+            self._soft = torch.zeros_like(self._padded, dtype=dtype)
+            self._soften(weight.detach()[own])
 
     @property
     def is_soft(self) -> bool:
@@ -125,6 +135,9 @@ class ShardedClusters(Clusters):
         if self.is_stale:
             assert not isinstance(self.weight, Gathered)
             self.refresh()
+
+    def note_gradient(self) -> None:
+        """Nothing: `Sharding` attaches the optimizer."""
 
     def _state(self) -> tuple[int, int, int]:
         return (0, *super()._state()[1:])  # the parameter is another one while it is gathered

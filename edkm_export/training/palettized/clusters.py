@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from edkm_export.clustering import soft_cluster
 from edkm_export.palette import PalettizedTensor
 from edkm_export.recipe import Rule
+from edkm_export.training.palettized.fingerprint import fingerprint
 from edkm_export.training.palettized.grid import Grid, Rounded
 from edkm_export.training.palettized.tables import assign, look_up, segment_sums, use_counts
 
@@ -21,16 +21,6 @@ __all__ = ["Backward", "ClusterMethod", "Clusters"]
 Backward = Literal["straight-through", "soft", "dkm"]
 
 _MOST_SOFT = 16  # entries
-
-_steps = 0  # of any optimizer; fused ones write parameters without touching their version counters
-
-
-def _count_step(*_: object) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
 
 
 @dataclass(frozen=True)
@@ -62,8 +52,12 @@ class Clusters(nn.Module):
     """One weight on its way to a `PalettizedTensor`.
 
     Indices and LUT values are brought up to date once an optimizer step: `refresh` does it when it is called, and
-    `fresh`, which each forward pass calls, when an optimizer has stepped or a parameter was written to since.
-    Micro-batches and the recomputation of gradient checkpointing see the same ones.
+    `fresh`, which each forward pass calls, when the parameters have changed since. Micro-batches and the recomputation
+    of gradient checkpointing see the same ones.
+
+    An optimizer that was attached (`surgery.attach`) says when it has stepped. Of others, version counters tell; fused
+    ones do not move these, so that parameters with a gradient are compared by a fingerprint in each forward pass: right
+    as well, but it reads them all.
 
     Attributes:
         weight: master weight, float parameter [out, in] (a convolution's: [out, in, height, width]).
@@ -100,28 +94,50 @@ class Clusters(nn.Module):
         start = centroids.detach().to(device=weight.device, dtype=wide)
         unit = start.square().mean(1, keepdim=True).sqrt()
         unit = torch.where(unit > 0, unit, 1.0)
-        self.rule, self.method = rule, method.suited(k)
-        self.grid = Grid(rule.lut_dtype, in_bfloat16)
-        self.weight = nn.Parameter(weight.detach())
-        self.lut = nn.Parameter(start / unit, requires_grad=self.method.backward != "dkm")
-        self.register_buffer("unit", unit)
-        self.register_buffer("factor", self._lut_factor(), persistent=False)
-        self.register_buffer(
-            "indices", torch.zeros(groups, weight.numel() // groups, dtype=torch.uint8, device=weight.device)
+        method = method.suited(k)
+        self._hold(
+            rule,
+            method,
+            Grid(rule.lut_dtype, in_bfloat16),
+            weight=nn.Parameter(weight.detach()),
+            lut=nn.Parameter(start / unit, requires_grad=method.backward != "dkm"),
+            unit=unit,
+            indices=torch.zeros(groups, weight.numel() // groups, dtype=torch.uint8, device=weight.device),
+            temperature=torch.ones(groups, dtype=wide, device=weight.device),
         )
-        self.register_buffer("temperature", torch.ones(groups, dtype=wide, device=weight.device))
-        self.register_buffer(
-            "moved", torch.zeros(1, dtype=torch.int32, device=weight.device), persistent=False
-        )
-        self.deferred = False
-        self._seen: tuple[int, int, int] | None = None
-        self._tables: dict[torch.dtype, Tensor] = {}
-        self._last: Tensor | None = None
-        self._rounded: Rounded | None = None
         self.refresh()
         self.moved.zero_()
         if self.method.backward != "straight-through":
             self._set_temperature()
+
+    def _hold(
+        self,
+        rule: Rule,
+        method: ClusterMethod,
+        grid: Grid,
+        *,
+        weight: nn.Parameter,
+        lut: nn.Parameter,
+        unit: Tensor,
+        indices: Tensor,
+        temperature: Tensor,
+    ) -> None:
+        """Take these as the parts; nothing is computed from them yet but what follows from shapes."""
+        self.rule, self.method, self.grid = rule, method, grid
+        self.weight, self.lut = weight, lut
+        self.register_buffer("unit", unit)
+        self.register_buffer("factor", self._lut_factor(), persistent=False)
+        self.register_buffer("indices", indices)
+        self.register_buffer("temperature", temperature)
+        self.register_buffer("moved", torch.zeros(1, dtype=torch.int32, device=unit.device), persistent=False)
+        self.deferred = False
+        self._steps = 0  # of optimizers that are attached
+        self._attached: set[int] = set()  # ids of their parameters; those of a copy are others
+        self._seen: tuple[int, int, int] | None = None
+        self._mark: int | None = None  # fingerprint of parameters that may be stepped without a word
+        self._tables: dict[torch.dtype, Tensor] = {}
+        self._last: Tensor | None = None
+        self._rounded: Rounded | None = None
 
     @property
     def k(self) -> int:
@@ -216,18 +232,47 @@ class Clusters(nn.Module):
         """Hold LUT values in these tensors, which a `ClusterBatch` writes; `tables` are the same in other dtypes."""
         self._rounded, self._tables = rounded, tables
 
+    def attach(self, parameters: set[int]) -> bool:
+        """Rely on `stepped` for the parameters of these ids; whether any of them is one of ours."""
+        ours = parameters & {id(self.weight), id(self.lut)}
+        self._attached |= ours
+        return bool(ours)
+
+    def stepped(self) -> None:
+        """Take note that an optimizer that was attached has stepped."""
+        self._steps += 1
+
+    def note_gradient(self) -> None:
+        """Take note, before an optimizer can, that a gradient is on its way to the parameters."""
+        if self._mark is None and (silent := self._silent()):
+            self._mark = fingerprint(silent)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether an attached optimizer tells of each step."""
+        return not self._silent()
+
+    def _silent(self) -> list[nn.Parameter]:
+        """Trained parameters of which no attached optimizer tells."""
+        return [
+            each for each in (self.weight, self.lut) if each.requires_grad and id(each) not in self._attached
+        ]
+
     def seen(self) -> None:
         """Take note that LUT values and indices are those of the parameters as they are."""
-        self._seen = self._state()
+        self._seen, self._mark = self._state(), None
+        if any(each.grad is not None for each in self._silent()):  # it may be used for another step
+            self.note_gradient()
 
     @property
     def is_stale(self) -> bool:
         """Whether the parameters may have changed since the last refresh."""
-        return self._seen != self._state()
+        if self._seen != self._state():
+            return True
+        return self._mark is not None and self._mark != fingerprint(self._silent())
 
     def _state(self) -> tuple[int, int, int]:
-        trained = self.weight.requires_grad or self.lut.requires_grad
-        return (self.weight._version, self.lut._version, _steps if trained else 0)
+        return (self.weight._version, self.lut._version, self._steps)
 
     def fresh(self) -> None:
         """Refresh if the parameters may have changed since the last time."""

@@ -45,6 +45,7 @@ def _pull_back(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tenso
     indices, _, weight, lut = saved[:4]
     clusters: Clusters = ctx.clusters
     need_weight, need_lut = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    clusters.note_gradient()
     if clusters.defers_gradients:
         return (grad.to(weight.dtype) if need_weight else None), None
     grad_lut = None
