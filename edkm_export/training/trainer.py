@@ -38,7 +38,7 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class PaletteTrainer(Trainer):  # type: ignore[misc]
-    """Trains a `Learner`; see `run.train` for the whole."""
+    """Trains a `Learner`; see `run.Run` for the whole."""
 
     optimizer: Any
     lr_scheduler: Any
@@ -50,7 +50,7 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         config: TrainConfig,
         arguments: TrainingArguments,
         progress: Progress,
-        callbacks: list[Any],
+        *,
         processes: Processes = ALONE,
         original: Any | None = None,
     ) -> None:
@@ -68,7 +68,6 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             args=arguments,
             train_dataset=data,
             data_collator=collate,
-            callbacks=callbacks,
             optimizers=(optimizer, None),
         )
         self.remove_callback(PrinterCallback)

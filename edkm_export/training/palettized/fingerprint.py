@@ -30,6 +30,6 @@ def fingerprint(tensors: Sequence[Tensor]) -> int:
     found = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
     for tensor in tensors:
         bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()]).view(-1)
-        for block in bits.split(_BLOCK):
+        for block in torch.split(bits, _BLOCK):
             found = found * _PRIME + (block * _factors(block.device)[: len(block)]).sum()
     return int(found)

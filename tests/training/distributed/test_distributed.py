@@ -24,7 +24,7 @@ from edkm_export.errors import InputError
 from edkm_export.reference.source import Source
 from edkm_export.training import run_checkpoints
 from edkm_export.training.distributed.sharded_clusters import ShardedClusters, plain
-from edkm_export.training.run import train
+from edkm_export.training.run import Run
 from edkm_export.training.train_config import TrainConfig
 from edkm_export.training.trainer import PaletteTrainer
 from tests.helpers.paths import FIXTURES
@@ -57,7 +57,8 @@ def run(
 ) -> None:
     texts = [HELDOUT] if "eval_every" in changes else []
     config = BASE.updated(changes)
-    train(Source.parse(str(MODEL)), [data], folder, config, device=device, eval_texts=texts, **arguments)
+    made = Run(Source.parse(str(MODEL)), [data], folder, config, eval_texts=texts)
+    made.complete(device=device, **arguments)
 
 
 def held_bytes(trainer: PaletteTrainer) -> dict[str, int]:
