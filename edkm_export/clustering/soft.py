@@ -70,9 +70,9 @@ def soft_cluster(
     _check(weight, centroids, iterations, method)
     dtype = torch.promote_types(torch.promote_types(weight.dtype, centroids.dtype), torch.float32)
     tau = _temperature(temperature, weight, dtype)
-    steps = None if iterations == "converge" else int(iterations)
+    count = None if iterations == "converge" else int(iterations)
     start = centroids.to(dtype)
-    fused = method in ("auto", "histogram", "streaming") and can_fuse(weight, centroids, tau, steps)
+    fused = method in ("auto", "histogram", "streaming") and can_fuse(weight, centroids, tau, count)
     bins = bins_of(weight.dtype)
     if method == "auto":
         least = _LEAST_PER_BIN * bins if fused else _LEAST_FOR_HISTOGRAM
@@ -80,26 +80,26 @@ def soft_cluster(
     soft: Tensor
     last: Tensor
     if fused and method == "streaming":
-        soft, last = FusedStreaming.apply(weight, start, tau, steps)  # type: ignore[no-untyped-call]
+        soft, last = FusedStreaming.apply(weight, start, tau, count)  # type: ignore[no-untyped-call]
         return soft, last
     # With fewer weights than bins, the bins of all groups together would outweigh the weights.
     if fused and method == "histogram" and 0 < bins <= weight.shape[1]:
-        soft, last = FusedHistogram.apply(weight, start, tau, steps)  # type: ignore[no-untyped-call]
+        soft, last = FusedHistogram.apply(weight, start, tau, count)  # type: ignore[no-untyped-call]
         return soft, last
     if method == "histogram":
-        soft, last = Histogram.apply(weight, start, tau, steps)  # type: ignore[no-untyped-call]
+        soft, last = Histogram.apply(weight, start, tau, count)  # type: ignore[no-untyped-call]
         return soft, last
     points = weight if weight.dim() == 3 else weight[..., None]
     start = start if centroids.dim() == 3 else start[..., None]
     if method == "streaming":
-        soft, last = Streaming.apply(points, start, tau, steps)  # type: ignore[no-untyped-call]
+        soft, last = Streaming.apply(points, start, tau, count)  # type: ignore[no-untyped-call]
     else:
-        assert steps is not None
+        assert count is not None
         if method == "marshaled":
             with MarshaledTensors(weight.detach()):
-                soft, last = cluster_dense(points.to(dtype), start, tau, steps)
+                soft, last = cluster_dense(points.to(dtype), start, tau, count)
         else:
-            soft, last = cluster_dense(points.to(dtype), start, tau, steps)
+            soft, last = cluster_dense(points.to(dtype), start, tau, count)
         soft = soft.to(weight.dtype)
     return soft.view(weight.shape), last.view(centroids.shape)
 
