@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,9 @@ def command(
     from edkm_export.errors import InputError
     from edkm_export.recipe import load_recipe
     from edkm_export.reference.source import Source
+    from edkm_export.training.run import Run
     from edkm_export.training.train_config import PRESETS, load_config_file
+    from edkm_export.versions import library_versions
 
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device here.")
@@ -147,7 +151,24 @@ def command(
     config = PRESETS[preset].updated(changes)
     source = Source.parse(model)
     rules = None if recipe is None else load_recipe(recipe)
-    outcome = _train(source, data, output, config, rules, eval_text, chosen, resume, overwrite)
+    provenance = {
+        "versions": library_versions(),
+        "command": ["edkm-export", *sys.argv[1:]],
+        "data": _digests(data),
+    }
+    with _shown(output) as (announce, advance):
+        run = Run(
+            source,
+            data,
+            output,
+            config,
+            recipe=rules,
+            eval_texts=eval_text,
+            provenance=provenance,
+            announce=announce,
+            advance=advance,
+        )
+        outcome = run.complete(device=chosen, resume=resume, overwrite=overwrite)
     if _is_first():
         _print(outcome)
 
@@ -168,22 +189,12 @@ def _below(target: float) -> int:
     return max(sizes)
 
 
-def _train(
-    source: Any,
-    data: tuple[Path, ...],
-    output: Path,
-    config: Any,
-    rules: Any,
-    eval_text: tuple[Path, ...],
-    device: str,
-    resume: bool,
-    overwrite: bool,
-) -> Any:
+@contextlib.contextmanager
+def _shown(output: Path) -> Iterator[tuple[Callable[[str], None], Callable[[float], None]]]:
+    """A bar for what is done meanwhile: give it the name of each stage, and the shares of the training."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from edkm_export.cli.console import err
-    from edkm_export.training.run import train
-    from edkm_export.versions import library_versions
 
     share = TextColumn("{task.percentage:>3.1f}%")
     columns = (
@@ -204,24 +215,7 @@ def _train(
                 err.print(f"- {name}")
 
         try:
-            return train(
-                source,
-                data,
-                output,
-                config,
-                recipe=rules,
-                eval_texts=eval_text,
-                device=device,
-                resume=resume,
-                overwrite=overwrite,
-                provenance={
-                    "versions": library_versions(),
-                    "command": ["edkm-export", *sys.argv[1:]],
-                    "data": _digests(data),
-                },
-                announce=announce,
-                advance=lambda share: progress.advance(task, share),
-            )
+            yield announce, lambda share: progress.advance(task, share)
         except KeyboardInterrupt:
             err.print(f"stopped; the same command with --resume goes on from the last checkpoint in {output}")
             sys.exit(130)

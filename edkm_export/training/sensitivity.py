@@ -153,7 +153,7 @@ def allocate_bits(
 ) -> dict[str, int]:
     """Choose bits for each layer: the least estimated loss that fits.
 
-    Greedy on gain per bit, over all larger sizes of each layer: within one layer's step of the optimum. No
+    Greedy on gain per bit, over all larger sizes of each layer: within one choice of a single layer of the optimum. No
     size can gain more than the whole loss of the present one, so that most losses are never asked for.
 
     Args:
