@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -91,9 +92,11 @@ def test_help_of_every_command(unpacked, command):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a file that looks like GGUF."""
+    """A folder with a GGUF file of a Llama without tensors."""
     folder = tmp_path_factory.mktemp("place")
-    (folder / "model.gguf").write_bytes(b"GGUF")
+    key, value = b"general.architecture", b"llama"
+    entry = struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(value)) + value  # 8: a string
+    (folder / "model.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + entry)
     return folder
 
 
@@ -149,6 +152,7 @@ def test_training_goes_on_without_matplotlib(tmp_path):
     arguments = [
         "train", str(FIXTURES / "tiny-llama"), "--data", str(FIXTURES / "calibration.txt"), "--steps", "1",
         "--batch-size", "1", "--context", "32", "--importance", "none",
+        "--bits", "4", "--log-every", "1",
     ]  # fmt: skip
     done = run(ROOT, "-c", code, *arguments, "-o", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr

@@ -199,7 +199,7 @@ def _train(
         def announce(name: str) -> None:
             progress.update(task, description=name)
             if not err.is_terminal and _is_first():
-                err.print(f"- {name}")
+                err.print(f"- {name}", markup=False)
 
         try:
             return train(
