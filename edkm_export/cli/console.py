@@ -76,7 +76,7 @@ def stages(total: int) -> Iterator[Callable[[str], None]]:
         def advance(name: str) -> None:
             progress.update(task, advance=1, description=name)
             if not err.is_terminal:
-                err.print(f"- {name}")
+                err.print(f"- {name}", markup=False)
 
         yield advance
 

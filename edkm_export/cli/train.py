@@ -212,7 +212,7 @@ def _shown(output: Path) -> Iterator[tuple[Callable[[str], None], Callable[[floa
         def announce(name: str) -> None:
             progress.update(task, description=name)
             if not err.is_terminal and _is_first():
-                err.print(f"- {name}")
+                err.print(f"- {name}", markup=False)
 
         try:
             yield announce, lambda share: progress.advance(task, share)

@@ -65,7 +65,7 @@ def verification_options(function: _F) -> _F:
         click.option(
             "--text",
             type=click.Path(path_type=Path),
-            help="VerificationInputs text; by default a built-in sample.",
+            help="Evaluation text; by default a built-in sample.",
         ),
     ):
         function = option(function)
