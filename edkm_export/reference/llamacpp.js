@@ -17,6 +17,7 @@ async function open(request) {
         skipDownload: true,
         usePrebuiltBinaries: true,
         progressLogs: false,
+        maxThreads: 1, // its threads wait in loops: two of them on a busy machine are forty times slower than one
         logLevel: LlamaLogLevel.error
     });
     const model = await llama.loadModel({
@@ -30,8 +31,9 @@ async function open(request) {
 
 async function writeLogits(model, request) {
     const context = await model.createContext({
-        contextSize: request.tokens.length,
+        contextSize: request.tokens.length + 8, // a full context is shifted before its last token is evaluated
         batchSize: Math.min(512, request.tokens.length),
+        threads: 1,
         flashAttention: false,
         experimentalKvCacheKeyType: request.cache,
         experimentalKvCacheValueType: request.cache,
