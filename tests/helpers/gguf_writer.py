@@ -279,9 +279,15 @@ def _random_blocks(shape: tuple[int, ...], kind: str, generator: np.random.Gener
     rows, count = shape[0], shape[1] // block
     blocks = generator.integers(0, 256, (rows, count, size), dtype=np.uint8)
     for start in _SCALES[kind]:
-        scale = generator.uniform(0.5, 1, (rows, count, 1)).astype(np.float16) / np.float16(2000)
+        scale = generator.uniform(0.5, 1, (rows, count, 1)).astype(np.float16) / np.float16(16)
         blocks[:, :, start : start + 2] = scale.view(np.uint8)
-    return blocks.reshape(rows, count * size)
+    packed = blocks.reshape(rows, count * size)
+    spread = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[kind]).std()
+    for start in _SCALES[kind]:  # now of the size that weights have
+        scale = np.ascontiguousarray(blocks[:, :, start : start + 2]).view(np.float16)
+        scale = (scale * np.float32(shape[1] ** -0.5 / spread)).astype(np.float16)
+        blocks[:, :, start : start + 2] = scale.view(np.uint8)
+    return packed
 
 
 def dequantize(made: Content) -> Content:
@@ -325,6 +331,12 @@ def _write_one(path: Path, metadata: dict[str, Any], made: Content, names: list[
 
 def _add(writer: Any, key: str, value: Any) -> None:
     kind = gguf.GGUFValueType
+    if key in ("split.no", "split.count") and isinstance(value, int):
+        writer.add_uint16(key, value)
+        return
+    if key == "split.tensors.count":
+        writer.add_int32(key, value)
+        return
     if isinstance(value, list):
         inner = {bool: kind.BOOL, int: kind.INT32, float: kind.FLOAT32, str: kind.STRING}[type(value[0])]
         writer.add_key_value(key, value, kind.ARRAY, sub_type=inner)

@@ -69,7 +69,10 @@ class GgufModel:
             not_understood |= self._tensors_out_of_place()
         if not not_understood:
             not_understood |= wrong_shapes(self._skeleton(torch.float16), self.file, self._places)
-        zero = sorted({name.split(".", 2)[2] for name in self._places if name not in self.file.tensors})
+        absent = [
+            name for name, place in self._places.items() if place.optional and name not in self.file.tensors
+        ]
+        zero = sorted({name.split(".", 2)[2] for name in absent})
         remarks = [f"{', '.join(zero)} of the layers are zeros: the file holds none"] if zero else []
         if "output.weight" in self.file.tensors and "output.weight" not in self._places:
             remarks.append("output.weight is token_embd.weight over again: the output head is the embedding")

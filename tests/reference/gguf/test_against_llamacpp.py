@@ -5,7 +5,6 @@ It shares no line with the reader nor with the writer of these files. Installed 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -37,10 +36,10 @@ def compare(path: Path, tokens: torch.Tensor, cache: str = "F32") -> tuple[float
 
 @pytest.mark.parametrize("name", SAME)
 def test_kind(name, tmp_path):
-    """llama.cpp takes GELU from a table of float16 numbers, which costs 3e-6; other kinds are at 1e-6."""
+    """llama.cpp takes GELU from a table of float16 numbers: 3e-6, and 1e-4 in 46 layers; other kinds are at 1e-6."""
     kind = KINDS[name]
     worst, same = compare(kind.write(kind.model(), tmp_path), text(TEXT))
-    assert worst < 2e-5 and same == 1
+    assert worst < kind.tolerance and same == 1
 
 
 @pytest.mark.parametrize("name", OTHER)
