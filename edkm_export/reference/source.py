@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from edkm_export.errors import BackendMissingError, InputError
+from edkm_export.reference.gguf.gguf_file import part_paths
+from edkm_export.reference.gguf.gguf_model import GgufModel, read_gguf
 
 __all__ = ["Source", "load_config", "load_model", "load_tokenizer", "tokenizer_files"]
 
@@ -78,7 +80,7 @@ class Source:
         if not self.is_local:
             return []
         folder = Path(self.location)
-        return [folder / self.gguf_file] if self.gguf_file else sorted(folder.glob("*.safetensors"))
+        return part_paths(folder / self.gguf_file) if self.gguf_file else sorted(folder.glob("*.safetensors"))
 
     def provenance(self) -> dict[str, Any]:
         """The reference and, for a local model, the sha256 of each weight file."""
@@ -104,6 +106,8 @@ def _explaining(source: Source) -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         yield
+    except BackendMissingError:
+        raise
     except ImportError as error:
         needed = "gguf" if source.gguf_file else "all"
         raise BackendMissingError(
@@ -126,8 +130,8 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(".")[:200] if lines else type(error).__name__
 
 
-def _arguments(source: Source) -> dict[str, Any]:
-    return {"gguf_file": source.gguf_file} if source.gguf_file else {}
+def _gguf(source: Source) -> GgufModel:
+    return read_gguf(source.weight_files()[0])
 
 
 def load_config(source: Source) -> Any:
@@ -135,18 +139,21 @@ def load_config(source: Source) -> Any:
     import transformers
 
     with _explaining(source):
-        return transformers.AutoConfig.from_pretrained(
-            source.location, trust_remote_code=False, **_arguments(source)
-        )
+        if source.gguf_file:
+            return _gguf(source).config()
+        return transformers.AutoConfig.from_pretrained(source.location, trust_remote_code=False)
 
 
-def load_model(source: Source, dtype: torch.dtype | None = None) -> Any:
+def load_model(
+    source: Source, dtype: torch.dtype | None = None, advance: Callable[[int], None] | None = None
+) -> Any:
     """Load a causal language model in eval mode, on the CPU.
 
     Args:
         source: where it is.
         dtype: of the weights; None keeps bfloat16 and float16 as they are and takes float32 as float16,
             which is the precision of every deployment target.
+        advance: called with numbers of values that were read, where the form is read one by one.
 
     Returns:
         transformers.PreTrainedModel, without a quantizer attached.
@@ -157,12 +164,12 @@ def load_model(source: Source, dtype: torch.dtype | None = None) -> Any:
     """
     import transformers
 
+    if source.gguf_file:
+        with _explaining(source):
+            return _gguf(source).load_model(dtype, advance)
     if dtype is None:
-        stored = None if source.gguf_file else getattr(load_config(source), "dtype", None)
+        stored = getattr(load_config(source), "dtype", None)
         dtype = torch.bfloat16 if stored == torch.bfloat16 else torch.float16
-    arguments = _arguments(source)
-    if not source.gguf_file:
-        arguments["use_safetensors"] = True  # the older format is a pickle
     with _explaining(source), _quiet_progress():
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -170,11 +177,9 @@ def load_model(source: Source, dtype: torch.dtype | None = None) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **arguments,
+            use_safetensors=True,  # the older format is a pickle
         )
     _check_loaded(source, found)
-    if source.gguf_file:
-        _forget_quantizer(model)
     return model.eval().requires_grad_(False)
 
 
@@ -193,14 +198,6 @@ def _check_loaded(source: Source, found: dict[str, Any]) -> None:
         raise InputError(
             f"{source.reference}: parameter {unexpected[0]} is not part of the model in config.json."
         )
-
-
-def _forget_quantizer(model: Any) -> None:
-    """GGUF weights arrive dequantized, but the model still claims to be quantized and refuses to be saved."""
-    model.config.__dict__.pop("quantization_config", None)
-    model.hf_quantizer = None
-    for name in ("is_quantized", "quantization_method"):
-        model.__dict__.pop(name, None)
 
 
 @contextlib.contextmanager
@@ -222,9 +219,9 @@ def load_tokenizer(source: Source) -> Any:
     import transformers
 
     with _explaining(source), _quiet_progress():
-        return transformers.AutoTokenizer.from_pretrained(
-            source.location, trust_remote_code=False, **_arguments(source)
-        )
+        if source.gguf_file:
+            return _gguf(source).load_tokenizer()
+        return transformers.AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
 
 
 def tokenizer_files(tokenizer: Any, model: Any) -> dict[str, bytes]:
