@@ -333,4 +333,5 @@ class Clusters(nn.Module):
             self.indices.cpu().view(self.weight.shape[0], -1),
             shape=tuple(self.weight.shape),
             lut_scale=None if rounded.scale is None else rounded.scale[:, None],
+            lut_dtype=self.grid.lut_dtype,
         )
