@@ -47,7 +47,9 @@ class Account:
             return
         name, why = next(iter(self.not_understood.items()))
         more = len(self.not_understood) - 1
-        others = f"; {more} more {'part is' if more == 1 else 'parts are'} not understood either" if more else ""
+        others = (
+            f"; {more} more {'part is' if more == 1 else 'parts are'} not understood either" if more else ""
+        )
         raise SourceError(
             f"{self.source}: {name}: {why}{others}. Without it this would be another model; "
             f"`edkm-export inspect {self.source}` shows the whole account."

@@ -80,5 +80,8 @@ def test_one_process_trains_on_one_device(monkeypatch, tmp_path):
 
     monkeypatch.setattr(trainer_arguments, "TrainingArguments", with_two_devices)
     assert (
-        trainer_arguments.training_arguments(TrainConfig(), tmp_path, steps=1, device="cpu", board=False).n_gpu == 1
+        trainer_arguments.training_arguments(
+            TrainConfig(), tmp_path, steps=1, device="cpu", board=False
+        ).n_gpu
+        == 1
     )
