@@ -174,8 +174,8 @@ class Adapter:
         """
         peft = _peft(self.reference)
         self.account().require_understood()
-        config = peft.PeftConfig.from_pretrained(str(self.path))
-        config.inference_mode = True
+        settings = {name: value for name, value in self.config().items() if value is not None}
+        config = peft.PeftConfig.from_peft_type(**{**settings, "inference_mode": True})
         tied = bool(model.config.tie_word_embeddings)
         if tied:
             _untie(model)

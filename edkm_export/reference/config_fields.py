@@ -112,7 +112,14 @@ _ROPE_FIELDS: dict[str, set[str]] = {
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor", "short_mscale", "long_mscale"},
 }  # fmt: skip
 _ROPE_ALIASES = {"su": "longrope"}
-_PARTIAL_ROTATION = ("phi3",)  # families whose heads may rotate in part
+_WHOLE_ROTATION = (
+    "gemma2",
+    "gemma3_text",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)  # heads never rotate in part
 # Arguments of older files that a class converts without declaring them.
 _CONVERTED: dict[str, tuple[str, ...]] = {
     "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"),
@@ -181,7 +188,7 @@ def sort_fields(config: Mapping[str, Any]) -> ConfigFields:
         elif rotates and name == "rope_theta" and _said_otherwise(config, value):
             found.not_understood[name] = f"is {value!r}, and rope_parameters says another base"
         elif name == "partial_rotary_factor":
-            if family in _PARTIAL_ROTATION:
+            if family not in _WHOLE_ROTATION:
                 found.used[name] = value
             else:
                 _require(found, name, value, 1.0, "heads rotate as a whole")
@@ -286,7 +293,7 @@ def _sort_rope_kind(found: ConfigFields, prefix: str, family: str, value: Mappin
     for name, inner in value.items():
         if inner is None or name in _ROPE_ALWAYS | _ROPE_FIELDS[kind]:
             continue
-        if name == "partial_rotary_factor" and (family in _PARTIAL_ROTATION or inner == 1):
+        if name == "partial_rotary_factor" and (family not in _WHOLE_ROTATION or inner == 1):
             continue
         found.not_understood[f"{prefix}.{name}"] = (
             f"is {inner!r}; rotary positions of kind {kind!r} have no such field"

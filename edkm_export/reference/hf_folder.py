@@ -108,6 +108,8 @@ class HfFolder:
 
         self.account().require_understood()
         raw, config = self._read_config(), self.config()
+        if "quantization_config" in raw:
+            config.quantization_config = raw["quantization_config"]
         stored = read_stored(self.path, self.reference)
         with self._staged(stored) as folder:
             model, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -121,6 +123,7 @@ class HfFolder:
                 **loading_arguments(raw),
             )
         _check_loaded(self.reference, found)
+        model.config._name_or_path = ""  # a temporary folder
         if "quantization_config" in raw:
             forget_quantizer(model)
         return model.eval().requires_grad_(False)

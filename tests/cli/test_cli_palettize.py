@@ -18,6 +18,8 @@ from edkm_export import checkpoint
 from tests.helpers.odd_models import build, build_tokenizer
 from tests.helpers.snapshots import snapshot
 
+pytestmark = pytest.mark.usefixtures("work")  # outputs have default names
+
 
 @pytest.fixture
 def copy(small_folder, tmp_path) -> Path:
