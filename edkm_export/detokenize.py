@@ -72,6 +72,8 @@ class TextStream:
         return self._decode(self._shown + self._held)[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:
+        if not tokens:
+            return ""
         try:
             text: str = self._tokenizer.decode(
                 tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False

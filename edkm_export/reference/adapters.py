@@ -179,9 +179,15 @@ class Adapter:
         tied = bool(model.config.tie_word_embeddings)
         if tied:
             _untie(model)
-        wrapped = peft.PeftModelForCausalLM(model, config)
         state = self._read()
-        found = peft.set_peft_model_state_dict(wrapped, state)
+        try:
+            wrapped = peft.PeftModelForCausalLM(model, config)
+            found = peft.set_peft_model_state_dict(wrapped, state)
+        except (ValueError, RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise InputError(
+                f"{self.reference}: does not fit the base model ({reason}); give the model that it was trained on."
+            ) from error
         unexpected = sorted(found.unexpected_keys)
         if unexpected:
             raise InputError(
