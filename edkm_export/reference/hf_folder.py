@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["HfFolder"]
 
 _TIED = "tie_word_embeddings"
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 
 
@@ -207,11 +208,13 @@ class HfFolder:
         """A folder with nothing but the weights: transformers looks for adapters and other files on its own."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            wanted = [*stored.files, *([stored.index] if stored.index else [])]
-            if self.generation_settings() is not None:
-                wanted.append(self.path / "generation_config.json")
-            for path in wanted:
+            for path in (*stored.files, *([stored.index] if stored.index else [])):
                 (folder / path.name).symlink_to(path.resolve())
+            settings = self.generation_settings()
+            if settings is None:  # transformers fails without this file
+                config = self._read_config()
+                settings = {name: config[name] for name in _SPECIAL_TOKENS if config.get(name) is not None}
+            (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
             yield folder
 
 

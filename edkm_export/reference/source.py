@@ -283,7 +283,7 @@ def account(source: Source) -> Account:
         settings={**found.settings, **own(added.settings)},
         without_effect={**found.without_effect, **own(added.without_effect)},
         not_understood={**found.not_understood, **own(added.not_understood)},
-        remarks=(*found.remarks, f"the adapter {added.source} was merged by peft, in float32"),
+        remarks=(*found.remarks, f"the adapter {source.adapter.path.name} was merged by peft, in float32"),
     )
 
 
