@@ -39,8 +39,8 @@ from edkm_export import checkpoint
 from edkm_export.reference.hard_model import load_hard_model
 from edkm_export.reference.source import Source, load_model, load_tokenizer
 from edkm_export.text import read_text, token_windows
+from edkm_export.training import run as training
 from edkm_export.training.evaluation import evaluate
-from edkm_export.training.run import train
 from edkm_export.training.train_config import PRESETS, TrainConfig
 from edkm_export.verify.multiple_choice import grade, load_items
 
@@ -155,7 +155,7 @@ def worker(run: Run | None, given: dict[str, Any]) -> None:
             config = PRESETS[run.preset].updated({"seed": run.seed, **run.changes})
             data = [Path(name) for name in given["data"]]
             started = time.monotonic()
-            train(source, data, folder, config, device=device, resume=True)
+            training.Run(source, data, folder, config).complete(device=device, resume=True)
             row["wall_s"] = time.monotonic() - started
         found = checkpoint.load(folder / "model.pt")
         inner = [each for name, each in found.palettized.items() if not any(outer in name for outer in OUTER)]

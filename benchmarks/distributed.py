@@ -143,11 +143,11 @@ def memory(shape: Shape, gpus: int, tokens: int, token_bytes: int, *, dkm: bool)
         "master weights, float32": 4 * shape.all / gpus,
         "Adam's m and v, float32": 8 * shape.inner / gpus,
         "gradients, float32": 4 * shape.inner / gpus,
-        "codes, uint8": shape.all / gpus,
+        "indices, uint8": shape.all / gpus,
         "soft weights, bfloat16 (dkm)": 2 * shape.inner / gpus if dkm else 0,
         # parameter, gradient, m, v and table in float32; table in bfloat16 and float16
         "LUTs, whole": (5 * 4 + 2 * 2) * shape.lut_entries,
-        "gathered codes": (prefetched * shape.layer * moved + shape.outer) if gpus > 1 else 0,
+        "gathered indices": (prefetched * shape.layer * moved + shape.outer) if gpus > 1 else 0,
         "decoded weight, bfloat16": 2 * max(shape.largest, shape.outer // 2),
         # of the layer in the backward pass and of the one that is being reduced, and the reduction's buffer
         "gradients of whole layers": 4 * 3 * shape.layer if gpus > 1 else 0,
@@ -164,8 +164,8 @@ def traffic(shape: Shape, gpus: int, *, dkm: bool) -> dict[str, float]:
     ring = (gpus - 1) / gpus
     moved = 2 if dkm else 1
     return {
-        "codes, forward": ring * (moved * shape.inner + shape.outer),
-        "codes, backward": ring * (moved * shape.inner + shape.outer),
+        "indices, forward": ring * (moved * shape.inner + shape.outer),
+        "indices, backward": ring * (moved * shape.inner + shape.outer),
         "gradients, reduce-scatter": ring * 4 * shape.inner,
         "LUT gradients, all-reduce": 2 * ring * 4 * shape.lut_entries,
         "original's layers": ring * 4 * shape.inner,

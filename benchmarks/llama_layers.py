@@ -44,7 +44,7 @@ from torch import Tensor
 
 from benchmarks.llama_stack import SIDES, Settings, SoftLinear, Stack, counting, palettize
 from edkm_export.training.palettized.batch import ClusterBatch
-from edkm_export.training.palettized.surgery import clusters_of
+from edkm_export.training.palettized.surgery import attach, clusters_of
 
 GIB, MIB = 2**30, 2**20
 WARM_UP, TIMED = 2, 5  # steps
@@ -83,6 +83,7 @@ def measure(side: str, layers: int, settings: Settings, *, timed: int) -> dict[s
     if settings.optimizer:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=device == "cuda")
+        attach(model, optimizer)
     batch = ClusterBatch(list(clusters_of(model).values()))
     dtype = getattr(torch, settings.weights)
     x = torch.randn(1, settings.context, model.width, device=device, dtype=dtype)

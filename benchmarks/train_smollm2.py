@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from edkm_export.reference.source import Source, load_model, load_tokenizer
-from edkm_export.training.data import read_documents, tokenize
-from edkm_export.training.run import train
-from edkm_export.training.self_generated import generate, save_tokens
+from edkm_export.training.data import read_tokens
+from edkm_export.training.run import Run
+from edkm_export.training.self_generated import first_token, generate
 from edkm_export.training.train_config import PRESETS
 
 # Perplexity on cfi.txt and average bits. The perplexities were set on the segment that starts at 30% of the text's
@@ -91,10 +91,8 @@ def main(
             announce(f"training {shown:.0%}")
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    outcome = train(
-        source, files, output, config, eval_texts=eval_text, device=chosen, resume=resume, overwrite=not resume,
-        announce=announce, advance=advance,
-    )  # fmt: skip
+    run = Run(source, files, output, config, eval_texts=eval_text, announce=announce, advance=advance)
+    outcome = run.complete(device=chosen, resume=resume, overwrite=not resume)
     wall = time.monotonic() - started
     table = Table(
         "text",
@@ -142,12 +140,11 @@ def write_tokens(
     source: Source, data: list[Path], path: Path, wanted: int, context: int, device: str
 ) -> None:
     tokenizer = load_tokenizer(source)
-    tokens = tokenize(read_documents(data), tokenizer)
+    tokens = read_tokens(data, tokenizer)
     original = load_model(source, torch.float32).to(device)
     started = time.monotonic()
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    made = generate(original, tokens, tokens=wanted, context=context, start=int(start))
-    save_tokens(made, path)
+    made = generate(original, tokens, tokens=wanted, context=context, start=first_token(tokenizer))
+    made.save(path)
     seconds = time.monotonic() - started
     print(f"{len(made):,} tokens in {seconds:.0f} s ({len(made) / seconds:,.0f} a second)", flush=True)
     print(repr(tokenizer.decode(made.ids[:200].tolist())), flush=True)

@@ -31,7 +31,7 @@ from edkm_export.training.learner import Learner
 from edkm_export.training.optimizer import build_optimizer, freeze
 from edkm_export.training.palettized.batch import ClusterBatch
 from edkm_export.training.palettized.clusters import ClusterMethod
-from edkm_export.training.palettized.surgery import clusters_of, insert_clusters
+from edkm_export.training.palettized.surgery import attach, clusters_of, insert_clusters
 from edkm_export.training.train_config import TrainConfig
 
 SMOLLM2: dict[str, Any] = {
@@ -94,6 +94,7 @@ def measure(
     model.train()
     learner = Learner(model, None, objective="cross-entropy")
     optimizer = build_optimizer(model, config)
+    attach(model, optimizer)
     clusters = ClusterBatch(list(clusters_of(model).values()))
     clusters.defer()
     graph = None

@@ -4,14 +4,16 @@ A `torch.save` archive of plain tensors and plain Python, read with `weights_onl
 never runs code. Keys:
 
     format          "edkm-export"
-    format_version  1
+    format_version  2; 1 is read as well
     config          the Hugging Face configuration, a dict
-    palettized      {name: {"shape", "n_bits", "lut", "indices", "lut_scale" (int8 LUTs only)}}
+    palettized      {name: {"shape", "n_bits", "lut", "indices", "lut_dtype", "lut_scale" (scaled LUTs only)}}
     dense           {name: float16, bfloat16 or float32 tensor}
     tied            {name: name of the parameter that it shares}
     tokenizer       {file name: its bytes, as a uint8 tensor}
     recipe          the recipe, a dict
     provenance      versions, command, seed, base model, sha256 of the three groups of tensors
+
+Version 1 had no "lut_dtype". It is then the dtype of the LUT: an int4 grid of version 1 reads as int8.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from edkm_export.palette import PalettizedTensor, all_finite
 __all__ = ["FORMAT", "FORMAT_VERSION", "Checkpoint", "load", "save"]
 
 FORMAT = "edkm-export"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)
 _DENSE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KEYS = ("config", "palettized", "dense", "tied", "tokenizer", "recipe", "provenance")
 
@@ -113,13 +116,14 @@ class Checkpoint:
                 )
 
 
-def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) -> None:
+def save(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool = False) -> None:
     """Write a checkpoint, whole or not at all.
 
     Raises:
         OutputExistsError: `path` exists and `overwrite` is false.
-        OSError: the disk is full or not writable; nothing is left behind.
+        OSError: the disk is full or not writable; no partial file is left.
     """
+    path = Path(path)
     tokenizer = {
         name: torch.frombuffer(bytearray(content), dtype=torch.uint8)
         if content
@@ -145,13 +149,17 @@ def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) -> None
             raise OSError(f"{path}: writing failed, is the disk full? ({_first_line(error)})") from error
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: str | Path) -> Checkpoint:
     """Read and validate a checkpoint. Tensors are memory mapped.
+
+    Args:
+        path: of the file.
 
     Raises:
         CheckpointError: missing, truncated, of an unknown version, damaged, or not plain data; the message
             names the file, the tensor and the value, and says what to do.
     """
+    path = Path(path)
     contents = _read(path)
     _require(
         isinstance(contents, dict) and contents.get("format") == FORMAT,
@@ -160,9 +168,9 @@ def load(path: Path) -> Checkpoint:
     )
     version = contents.get("format_version")
     _require(
-        type(version) is int and version == FORMAT_VERSION,
+        type(version) is int and version in _READABLE_VERSIONS,
         path,
-        f"format version is {version!r}, this release reads {FORMAT_VERSION}; "
+        f"format version is {version!r}, this release reads {' and '.join(map(str, _READABLE_VERSIONS))}; "
         "write it again with this release, or install the one that wrote it",
     )
     for key in _KEYS:
@@ -172,7 +180,7 @@ def load(path: Path) -> Checkpoint:
             f"'{key}' is missing or not a dict; write the file again",
         )
     palettized = {
-        name: _unpack_palettized(path, name, parts) for name, parts in contents["palettized"].items()
+        name: _unpack_palettized(path, name, parts, version) for name, parts in contents["palettized"].items()
     }
     dense = contents["dense"]
     for name, tensor in dense.items():
@@ -255,14 +263,15 @@ def _pack_palettized(tensor: PalettizedTensor) -> dict[str, Any]:
         "n_bits": tensor.n_bits,
         "lut": tensor.lut,
         "indices": tensor.indices,
+        "lut_dtype": tensor.lut_dtype,
     }
     if tensor.lut_scale is not None:
         parts["lut_scale"] = tensor.lut_scale
     return parts
 
 
-def _unpack_palettized(path: Path, name: Any, parts: Any) -> PalettizedTensor:
-    known = {"shape", "n_bits", "lut", "indices", "lut_scale"}
+def _unpack_palettized(path: Path, name: Any, parts: Any, version: int) -> PalettizedTensor:
+    known = {"shape", "n_bits", "lut", "indices", "lut_scale"} | ({"lut_dtype"} if version > 1 else set())
     _require(
         isinstance(name, str) and isinstance(parts, dict) and parts.keys() <= known,
         path,
@@ -278,8 +287,12 @@ def _unpack_palettized(path: Path, name: Any, parts: Any) -> PalettizedTensor:
     for key in ("lut", "indices"):
         _require(_is_plain(parts.get(key)), path, f"{name}: '{key}' is missing or not a plain tensor")
     _require(scale is None or _is_plain(scale), path, f"{name}: 'lut_scale' is not a plain tensor")
+    lut_dtype = parts.get("lut_dtype")
+    _require(version == 1 or lut_dtype is not None, path, f"{name}: 'lut_dtype' is missing")
     try:
-        tensor = PalettizedTensor(name, tuple(shape), n_bits, parts["lut"], parts["indices"], scale)
+        tensor = PalettizedTensor(
+            name, tuple(shape), n_bits, parts["lut"], parts["indices"], scale, lut_dtype
+        )
         tensor.unpack_indices()  # refuses padding bits that are set
     except PaletteError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -17,7 +17,7 @@ def require_room(tokens: Tensor, used: int, context: int, vocab_size: int, where
         tokens: int64 [new].
         used: positions that its cache holds.
         context: positions that it can hold.
-        vocab_size: tokens that the model knows.
+        vocab_size: size of its vocabulary.
         where: the model, for messages.
 
     Raises:

@@ -59,7 +59,7 @@ class PackageError(EdkmExportError):
 
 
 class UnsupportedOpError(PackageError):
-    """A program holds an operation, or a form of one, that the interpreter does not know."""
+    """A program holds an operation, or a form of one, that the interpreter does not support."""
 
 
 class TrainingError(EdkmExportError):

@@ -172,7 +172,7 @@ def _described(name: str, weight: Tensor, buffers: Mapping[str, Tensor]) -> Pale
 
 
 def _with_channel_scale(name: str, lut: Tensor, scale: Tensor, rows: int) -> Tensor:
-    """Fold a scale for each output channel into a LUT for each: an op behind the lookup crashes on devices."""
+    """Fold a scale for each output channel into a LUT for each: an op after the lookup crashes on devices."""
     if scale.numel() != rows or scale.shape[0] != rows or lut.shape[-1] > 1:
         raise PaletteError(
             f"{name}: scale {list(scale.shape)} is not one for each of its {rows} output rows."

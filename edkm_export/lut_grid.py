@@ -1,4 +1,4 @@
-"""The grids that LUT entries live on: float16, or whole numbers of steps with one float16 scale a LUT.
+"""Rounding of LUT entries: to float16, or to integer levels with one float16 scale a LUT.
 
 Scales have at most four significant bits. The product with an int8 entry then has at most eleven, which float16
 holds, so that a runtime may round it or not; with an int4 entry at most eight, which bfloat16 holds as well.
@@ -12,16 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from edkm_export.lut_dtypes import LUT_DTYPES, LutDtype
+
 __all__ = ["LutDtype", "Rounded", "check_bits", "int8_scale", "round_to_grid", "scale_of", "suited"]
 
-LutDtype = Literal["float16", "int8", "int4"]
-
-_RANGE = {"int8": (-127, 127), "int4": (-8, 7)}
-_INT4_BITS = 3  # of an index, at most
+_HIGHEST = {name: each.levels[1] for name, each in LUT_DTYPES.items() if each.levels is not None}
 _SMALLEST = 2.0**-24  # of float16
 _LARGEST_INT4 = 7680.0  # with four significant bits; -8 times the next one is beyond float16
 _CANDIDATES = 16  # scales of an int4 LUT that are tried: two octaves
-_NARROW = 1 / 64  # of the largest magnitude: half the step of the smallest candidate, nearly
+_NARROW = 1 / 64  # of the largest magnitude: nearly half the distance of levels with the smallest candidate
 
 
 @dataclass(frozen=True)
@@ -43,27 +42,29 @@ def check_bits(dtype: LutDtype, bits: int) -> None:
     """Refuse indices that a grid has too few levels for.
 
     Raises:
-        ValueError: `dtype` is "int4", and `bits` above 3.
+        ValueError: `bits` is above what `dtype` takes.
     """
-    if dtype == "int4" and bits > _INT4_BITS:
+    most, levels = LUT_DTYPES[dtype].max_bits, LUT_DTYPES[dtype].levels
+    if bits > most and levels is not None:
+        count = levels[1] - levels[0] + 1
         raise ValueError(
-            f"int4 has 16 levels, so that with indices of {bits} bits there is nothing left to choose; use int8, or "
-            f"at most {_INT4_BITS} bits"
+            f"{dtype} has {count} levels, so that with indices of {bits} bits there is nothing left to choose; use "
+            f"int8, or at most {most} bits"
         )
 
 
 def suited(dtype: LutDtype, bits: int) -> LutDtype:
     """The same grid, but int8 in place of int4 where indices of `bits` bits are too many for it."""
-    return "int8" if dtype == "int4" and bits > _INT4_BITS else dtype
+    return "int8" if bits > LUT_DTYPES[dtype].max_bits else dtype
 
 
 def round_to_grid(centroids: Tensor, dtype: LutDtype) -> Rounded:
-    """Round centroids, float [groups, k]; int8 entries are within -127..127, int4 entries within -8..7."""
+    """Round centroids, float [groups, k], to the levels of a LUT dtype."""
     if dtype == "float16":
         values = centroids.half()
         return Rounded(values, values, None)
     scale = scale_of(centroids, dtype)
-    lut = _steps(centroids.double(), scale.double()[:, None], dtype).to(torch.int8)
+    lut = _levels(centroids.double(), scale.double()[:, None], dtype).to(LUT_DTYPES[dtype].storage)
     return Rounded((lut.float() * scale.float()[:, None]).half(), lut, scale)
 
 
@@ -81,16 +82,18 @@ def int8_scale(largest: Tensor) -> Tensor:
     Returns:
         float16, of the same shape: at least `largest / 127`, or 1 where that is zero.
     """
-    needed = largest.double() / 127
+    needed = largest.double() / _HIGHEST["int8"]
     _, exponent = torch.frexp(needed)  # needed is in [2**(exponent - 1), 2**exponent)
-    step = torch.ldexp(torch.ones_like(needed), exponent - 4).clamp_min(_SMALLEST)
-    scale = ((needed / step).ceil() * step).clamp_max(512.0)  # 127 * 512 is the largest that float16 holds
+    unit = torch.ldexp(torch.ones_like(needed), exponent - 4).clamp_min(_SMALLEST)  # of the fourth digit
+    scale = ((needed / unit).ceil() * unit).clamp_max(512.0)  # 127 * 512 is the largest that float16 holds
     return torch.where(largest > 0, scale, 1.0).half()
 
 
-def _steps(centroids: Tensor, scale: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
-    """Whole numbers of steps nearest to the centroids, float64."""
-    return (centroids / scale).round_().clamp_(*_RANGE[dtype])
+def _levels(centroids: Tensor, scale: Tensor, dtype: Literal["int8", "int4"]) -> Tensor:
+    """Levels nearest to the centroids: integers, float64."""
+    levels = LUT_DTYPES[dtype].levels
+    assert levels is not None
+    return (centroids / scale).round_().clamp_(*levels)
 
 
 def _int4_scale(centroids: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ def _int4_scale(centroids: Tensor) -> Tensor:
     The scale that reaches the largest entry is too coarse for the others: entries far out have few weights, and are
     better cut off. How many an entry has follows from the centroids: a quantizer of many levels has the least
     squared error with cells of width density**(-1/3) (Bennett 1948; Panter & Dite 1951), so that a cell of width g
-    holds a share of the weights in proportion to g**-2. The choice needs neither weights nor codes, and follows the
+    holds a share of the weights in proportion to g**-2. The choice needs neither weights nor indices, and follows the
     centroids while they are trained. No shape depends on data, and nothing waits for the device.
 
     Args:
@@ -110,10 +113,10 @@ def _int4_scale(centroids: Tensor) -> Tensor:
     """
     ordered = centroids.double().sort(1).values
     largest = ordered.abs().amax(1, keepdim=True)
-    candidates = _int4_candidates(largest / 7)  # [groups, candidates]
+    candidates = _int4_candidates(largest / _HIGHEST["int4"])  # [groups, candidates]
     share = _cells(ordered / torch.where(largest > 0, largest, 1.0)) ** -2
-    steps = _steps(ordered[:, None], candidates[..., None], "int4")
-    error = ordered[:, None] - steps * candidates[..., None]  # [groups, candidates, k]
+    levels = _levels(ordered[:, None], candidates[..., None], "int4")
+    error = ordered[:, None] - levels * candidates[..., None]  # [groups, candidates, k]
     best = (error.square_() * share[:, None]).sum(2).argmin(1, keepdim=True)
     return torch.where(largest > 0, candidates.gather(1, best), 1.0)[:, 0].half()
 

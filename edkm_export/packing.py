@@ -1,6 +1,6 @@
 """b-bit little-endian bit streams.
 
-The checkpoint, Core ML's weight.bin and the ONNX code tables all hold indices in this one form: value i
+The checkpoint, Core ML's weight.bin and the codes of an ONNX graph all hold indices in this one form: value i
 occupies the bits [i * n_bits, (i + 1) * n_bits) of the stream, least significant bit first, so that 3- and
 6-bit values straddle byte borders. The last byte is padded with zero bits.
 """
@@ -138,19 +138,19 @@ def _unpack_block(stream: Tensor, n_bits: int) -> Tensor:
     """Look up 8 bits at a time, or 12 where values straddle bytes: far faster than shifting each value out."""
     octets = stream.numpy()
     if n_bits in (1, 2, 4):
-        codes = octets
+        words = octets
     else:
         octets = np.pad(octets, (0, -len(octets) % 3)).reshape(-1, 3)
-        codes = np.empty((len(octets), 2), np.uint16)
-        codes[:, 0] = octets[:, 0] | (octets[:, 1] & 15).astype(np.uint16) << 8
-        codes[:, 1] = octets[:, 1] >> 4 | octets[:, 2].astype(np.uint16) << 4
-    return torch.from_numpy(_table(n_bits)[codes.reshape(-1)].view(np.uint8))
+        words = np.empty((len(octets), 2), np.uint16)
+        words[:, 0] = octets[:, 0] | (octets[:, 1] & 15).astype(np.uint16) << 8
+        words[:, 1] = octets[:, 1] >> 4 | octets[:, 2].astype(np.uint16) << 4
+    return torch.from_numpy(_table(n_bits)[words.reshape(-1)].view(np.uint8))
 
 
 @functools.cache
 def _table(n_bits: int) -> NDArray[Any]:
-    """The values in each code of 8 or 12 bits, side by side in one integer of as many bytes."""
+    """The values in each word of 8 or 12 bits, side by side in one integer of as many bytes."""
     width = 8 if n_bits in (1, 2, 4) else 12
-    codes = np.arange(1 << width, dtype=np.uint16)[:, None]
-    values = (codes >> np.arange(0, width, n_bits, dtype=np.uint16)) & ((1 << n_bits) - 1)
+    words = np.arange(1 << width, dtype=np.uint16)[:, None]
+    values = (words >> np.arange(0, width, n_bits, dtype=np.uint16)) & ((1 << n_bits) - 1)
     return values.astype(np.uint8).view(f"u{width // n_bits}").reshape(-1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edkm_export.errors import PaletteError
+from edkm_export.lut_dtypes import LUT_DTYPES, LutDtype, stored_as
 from edkm_export.lut_grid import int8_scale
 from edkm_export.packing import SUPPORTED_BITS, pack, packed_size_bytes, unpack
 
@@ -59,7 +60,9 @@ class PalettizedTensor:
         n_bits: bits of an index, one of 1, 2, 3, 4, 6, 8.
         lut: float16 or int8 [G_out, G_in, 2**n_bits, dim].
         indices: uint8 [ceil(out / dim * in * n_bits / 8)], a bit stream of the row-major indices (see `packing`).
-        lut_scale: float16 [G_out, G_in], with an int8 LUT only: the value of an entry is lut * lut_scale.
+        lut_scale: float16 [G_out, G_in], with an int8 or int4 LUT only: the value of an entry is lut * lut_scale.
+        lut_dtype: key of `lut_dtypes.LUT_DTYPES`. An int4 LUT is stored as int8, so that only this tells it apart;
+            left out, it is the dtype of `lut`.
 
     Raises:
         PaletteError: on construction, when the parts do not fit together or hold NaN or infinity.
@@ -71,6 +74,7 @@ class PalettizedTensor:
     lut: Tensor
     indices: Tensor
     lut_scale: Tensor | None = None
+    lut_dtype: LutDtype = None  # type: ignore[assignment]  # replaced on construction
 
     def __post_init__(self) -> None:
         """Validate; the fields come from files."""
@@ -87,10 +91,7 @@ class PalettizedTensor:
             f"LUT has shape {list(self.lut.shape)}, expected [groups_out, groups_in, {entries}, dim] at "
             f"{self.n_bits} bits: with fewer entries an index could point beyond the LUT",
         )
-        self._require(
-            self.lut.dtype in (torch.float16, torch.int8),
-            f"LUT is {self.lut.dtype}, expected float16 or int8",
-        )
+        self._check_lut_dtype()
         out, columns = self.matrix_shape
         rows = out // self.dim
         self._require(out % self.dim == 0, f"vectors of {self.dim} do not divide its {out} output rows")
@@ -106,12 +107,12 @@ class PalettizedTensor:
             f"indices are {self.indices.dtype} {list(self.indices.shape)}, expected uint8 [{expected}] "
             f"for {rows} x {columns} indices of {self.n_bits} bits",
         )
-        if self.lut.dtype == torch.float16:
-            self._require(self.lut_scale is None, "a float16 LUT takes no lut_scale")
+        if not LUT_DTYPES[self.lut_dtype].scaled:
+            self._require(self.lut_scale is None, f"a {self.lut_dtype} LUT takes no lut_scale")
             self._require(all_finite(self.lut), "LUT holds NaN or infinity")
         else:
             scale = self.lut_scale
-            self._require(scale is not None, "an int8 LUT needs a lut_scale")
+            self._require(scale is not None, f"an {self.lut_dtype} LUT needs a lut_scale")
             assert scale is not None
             self._require(
                 scale.dtype == torch.float16 and tuple(scale.shape) == self.groups,
@@ -119,6 +120,33 @@ class PalettizedTensor:
             )
             self._require(all_finite(scale), "lut_scale holds NaN or infinity")
             self._require(all_finite(self.lut_values()), "lut * lut_scale overflows float16")
+
+    def _check_lut_dtype(self) -> None:
+        """Compare the entries with the table of LUT dtypes; without a name, take the one that they are stored as."""
+        told = stored_as(self.lut.dtype)
+        self._require(told is not None, f"LUT is {self.lut.dtype}, expected float16 or int8")
+        assert told is not None
+        given: object = self.lut_dtype
+        if given is None:
+            object.__setattr__(self, "lut_dtype", told.name)
+        else:
+            known = isinstance(given, str) and given in LUT_DTYPES
+            self._require(known, f"lut_dtype is {given!r}, expected one of {', '.join(LUT_DTYPES)}")
+        expected = LUT_DTYPES[self.lut_dtype]
+        self._require(
+            self.lut.dtype == expected.storage,
+            f"LUT is {self.lut.dtype}, but an {self.lut_dtype} LUT is stored as {expected.storage_name}",
+        )
+        self._require(
+            self.n_bits <= expected.max_bits,
+            f"an {self.lut_dtype} LUT takes indices of at most {expected.max_bits} bits, found {self.n_bits}",
+        )
+        if not expected.holds(self.lut):
+            low, high = (int(end) for end in self.lut.aminmax())
+            bounds = "{} to {}".format(*expected.valid or ())
+            self._require(
+                False, f"{self.lut_dtype} LUT holds entries from {low} to {high}, expected {bounds}"
+            )
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
@@ -133,15 +161,17 @@ class PalettizedTensor:
         *,
         shape: Sequence[int] | None = None,
         lut_scale: Tensor | None = None,
+        lut_dtype: LutDtype | None = None,
     ) -> PalettizedTensor:
         """Build from unpacked indices.
 
         Args:
             name: parameter name.
             lut: float16 or int8 [G_out, G_in, 2**n_bits, dim].
-            indices: uint8 [out / dim, in], or with the kernel axes of a convolution behind.
+            indices: uint8 [out / dim, in], or [out / dim, in, *kernel] for a convolution.
             shape: dense shape; by default that of the indices, with `dim` times the rows.
-            lut_scale: float16 [G_out, G_in] for an int8 LUT.
+            lut_scale: float16 [G_out, G_in] for an int8 or int4 LUT.
+            lut_dtype: "int4" for an int8 `lut` on an int4 grid; None: the dtype of `lut`.
 
         Raises:
             PaletteError: the parts do not fit together, or an index is beyond the LUT.
@@ -161,6 +191,7 @@ class PalettizedTensor:
             lut=lut.detach().cpu().contiguous(),
             indices=packed,
             lut_scale=None if lut_scale is None else lut_scale.detach().cpu().contiguous(),
+            lut_dtype=lut_dtype,  # type: ignore[arg-type]  # None: see the field
         )
 
     @property
@@ -207,7 +238,7 @@ class PalettizedTensor:
     def lut_values(self) -> Tensor:
         """The LUT as it decodes, float16 [G_out, G_in, 2**n_bits, dim].
 
-        For an int8 LUT: the product with its scale, rounded once to float16.
+        For an int8 or int4 LUT: the product with its scale, rounded once to float16.
         """
         if self.lut_scale is None:
             return self.lut
@@ -250,7 +281,11 @@ class PalettizedTensor:
         return used.sum(-1)
 
     def same_bits(self, other: PalettizedTensor) -> bool:
-        """True when LUT, scale, indices and shape are equal bit for bit (-0.0 and 0.0 differ)."""
+        """True when LUT, scale, indices and shape are equal bit for bit (-0.0 and 0.0 differ).
+
+        Bits are compared as they are stored. That an int8 LUT lies on an int4 grid is a mark of the checkpoint, which
+        no exported format has: what is read back from one equals the int4 LUT that was written.
+        """
         scales = (self.lut_scale, other.lut_scale)
         return (
             self.shape == other.shape

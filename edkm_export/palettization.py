@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edkm_export.clustering import hard_assign, optimal_centroids
 from edkm_export.errors import InputError
+from edkm_export.lut_dtypes import LUT_DTYPES
 from edkm_export.lut_grid import round_to_grid
 from edkm_export.memory import return_freed_memory
 from edkm_export.palette import PalettizedTensor, all_finite
@@ -128,7 +129,7 @@ def palettize_weight(
         name: of the parameter.
         weight: float [out, in].
         rule: bits, groups and LUT dtype.
-        importance: nonnegative [in], weight of each input channel in the k-means error; None: all alike.
+        importance: nonnegative [in], weight of each input channel in the k-means error; None: all the same.
 
     Returns:
         The weight with the best LUT of each group (eDKM's initialization is k-means as well; here it is exact),
@@ -141,17 +142,19 @@ def palettize_weight(
     grouped = weight.reshape(groups, group_size * columns)
     if importance is not None:
         importance = importance.float()  # [in], repeated for each row of a group
-    in_steps = rule.lut_dtype != "float16"
-    lut = torch.empty(groups, 1, entries, 1, dtype=torch.int8 if in_steps else torch.float16)
-    scale = torch.empty(groups, 1, dtype=torch.float16) if in_steps else None
+    grid = LUT_DTYPES[rule.lut_dtype]
+    lut = torch.empty(groups, 1, entries, 1, dtype=grid.storage)
+    scale = torch.empty(groups, 1, dtype=torch.float16) if grid.scaled else None
     indices = torch.empty(groups, group_size * columns, dtype=torch.uint8)
-    step = max(1, _BLOCK_WEIGHTS // (group_size * columns))
-    for start in range(0, groups, step):
-        block = grouped[start : start + step]
-        centroids, _ = optimal_centroids(block, entries, importance=importance)  # [step, entries]
+    count = max(1, _BLOCK_WEIGHTS // (group_size * columns))  # groups at a time
+    for start in range(0, groups, count):
+        block = grouped[start : start + count]
+        centroids, _ = optimal_centroids(block, entries, importance=importance)  # [count, entries]
         rounded = round_to_grid(centroids, rule.lut_dtype)
-        lut[start : start + step, 0, :, 0] = rounded.lut
+        lut[start : start + count, 0, :, 0] = rounded.lut
         if scale is not None and rounded.scale is not None:
-            scale[start : start + step, 0] = rounded.scale
-        indices[start : start + step] = hard_assign(block, rounded.values)
-    return PalettizedTensor.from_indices(name, lut, indices.view(out, columns), lut_scale=scale)
+            scale[start : start + count, 0] = rounded.scale
+        indices[start : start + count] = hard_assign(block, rounded.values)
+    return PalettizedTensor.from_indices(
+        name, lut, indices.view(out, columns), lut_scale=scale, lut_dtype=rule.lut_dtype
+    )

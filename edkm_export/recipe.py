@@ -20,7 +20,8 @@ import pydantic
 import yaml
 
 from edkm_export.errors import RecipeError
-from edkm_export.lut_grid import LutDtype, check_bits, suited
+from edkm_export.lut_dtypes import LutDtype
+from edkm_export.lut_grid import check_bits, suited
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.palette import check_grouping
 
@@ -38,8 +39,8 @@ class Rule(_Strict):
         match: shell pattern (`*`, `?`, `[...]`) for the module's name, such as "model.layers.*.mlp.*".
         bits: bits of an index, one of 1, 2, 3, 4, 6, 8.
         group_size: output rows that share a LUT; 0: one LUT for the whole weight.
-        lut_dtype: "float16", or "int8" or "int4": entries are whole numbers of steps, of which each LUT has a float16
-            scale. "int4" has 16 levels, -8 to 7, for LUTs of at most 3 bits; it is stored as int8.
+        lut_dtype: key of `lut_dtypes.LUT_DTYPES`: "float16", or "int8" or "int4", whose entries are integers with one
+            float16 scale a LUT. "int4" has 16 levels, -8 to 7, for indices of at most 3 bits; it is stored as int8.
         skip: leave the weight as it is, in float16.
         optional: no error when nothing matches (a tied output head is not a module of its own).
     """

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import struct
@@ -15,6 +16,7 @@ from edkm_export import checkpoint
 from edkm_export.checkpoint import FORMAT_VERSION, Checkpoint, load, save
 from edkm_export.errors import OutputExistsError
 from tests.helpers.checkpoint_files import EMBED, HEAD, LAYER, NORM, make_checkpoint
+from tests.helpers.palettes import random_palette
 from tests.helpers.snapshots import snapshot
 
 # What is written comes back
@@ -34,6 +36,47 @@ def test_round_trip(saved):
     assert expected.provenance.items() <= found.provenance.items()
 
 
+def int4_checkpoint() -> Checkpoint:
+    """One weight on an int4 grid, one on an int8 grid whose entries would fit in int4 as well."""
+    small = random_palette((8, 6), 3, (4, 1), int8=True, name="small")
+    lut = small.lut.remainder(16) - 8
+    marked = dataclasses.replace(small, lut=lut.to(torch.int8), lut_dtype="int4", name="marked")
+    return Checkpoint(
+        config={},
+        palettized={"marked": marked, "same": dataclasses.replace(marked, lut_dtype="int8")},
+        dense={},
+    )
+
+
+def test_an_int4_grid_leaves_a_mark(tmp_path):
+    save(int4_checkpoint(), tmp_path / "model.pt")
+    found = load(tmp_path / "model.pt").palettized
+    assert {name: tensor.lut_dtype for name, tensor in found.items()} == {"marked": "int4", "same": "int8"}
+    assert found["marked"].same_bits(found["same"])  # what an export stores
+
+
+def test_version_1_reads_int4_as_int8(tmp_path, saved):
+    """A file as the release before wrote it, digests included."""
+    for path, made in ((saved, make_checkpoint()), (tmp_path / "int4.pt", int4_checkpoint())):
+        save(made, path, overwrite=True)
+        contents = torch.load(path, weights_only=True)
+        contents["format_version"] = 1
+        for parts in contents["palettized"].values():
+            del parts["lut_dtype"]
+        contents["provenance"]["sha256"]["palettized"] = checkpoint._digest(contents["palettized"])
+        torch.save(contents, path)
+        found = load(path).palettized
+        for name, tensor in made.palettized.items():
+            assert found[name].same_bits(tensor)
+            assert found[name].lut_dtype == ("float16" if tensor.lut_scale is None else "int8")
+
+
+def test_paths_may_be_text(tmp_path):
+    path = str(tmp_path / "model.pt")
+    save(make_checkpoint(), path)
+    assert load(path).path == Path(path)
+
+
 def test_dense_parameters_come_back_bit_for_bit(tmp_path):
     dense = {
         "half": torch.tensor([0.0, -0.0, 6e-8, 65504.0]).half(),
@@ -50,9 +93,16 @@ def test_dense_parameters_come_back_bit_for_bit(tmp_path):
 
 def test_file_is_plain_data(saved):
     contents = torch.load(saved, weights_only=True)
-    assert contents["format"] == "edkm-export" and contents["format_version"] == 1 == FORMAT_VERSION
-    assert contents["palettized"][EMBED].keys() == {"shape", "n_bits", "lut", "indices"}
-    assert contents["palettized"][LAYER].keys() == {"shape", "n_bits", "lut", "indices", "lut_scale"}
+    assert contents["format"] == "edkm-export" and contents["format_version"] == 2 == FORMAT_VERSION
+    assert contents["palettized"][EMBED].keys() == {"shape", "n_bits", "lut", "indices", "lut_dtype"}
+    assert contents["palettized"][LAYER].keys() == {
+        "shape",
+        "n_bits",
+        "lut",
+        "indices",
+        "lut_dtype",
+        "lut_scale",
+    }
     assert contents["provenance"]["sha256"].keys() == {"palettized", "dense", "tokenizer"}
 
 

@@ -85,7 +85,7 @@ class Touch:
 
 
 def hostile_archive(path: Path, payload: Touch) -> None:
-    contents = {"format": "edkm-export", "format_version": 1, "config": payload}
+    contents = {"format": "edkm-export", "format_version": 2, "config": payload}
     torch.save(contents, path)
 
 
@@ -150,9 +150,19 @@ def spoil(*keys: str, value: float) -> Callable[[dict[str, Any]], None]:
 
 PALETTE = ("palettized", EMBED)
 FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "version 2": (
-        put("format_version", value=2),
-        "format version is 2, this release reads 1; write it again",
+    "version 3": (
+        put("format_version", value=3),
+        "format version is 3, this release reads 1 and 2; write it again",
+    ),
+    "no lut_dtype": (drop(*PALETTE, "lut_dtype"), f"{EMBED}: 'lut_dtype' is missing"),
+    "lut_dtype of another LUT": (
+        put(*PALETTE, "lut_dtype", value="int4"),
+        f"{EMBED}: LUT is torch.float16, but an int4 LUT is stored as int8",
+    ),
+    "lut_dtype unknown": (put(*PALETTE, "lut_dtype", value="int5"), f"{EMBED}: lut_dtype is 'int5'"),
+    "lut_dtype of version 1": (
+        put("format_version", value=1),
+        f"'{EMBED}': a palettized weight is a dict of",
     ),
     "version 0": (put("format_version", value=0), "format version is 0"),
     "version text": (put("format_version", value="1"), "format version is '1'"),

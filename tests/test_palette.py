@@ -189,6 +189,27 @@ FAULTS: dict[str, tuple[PalettizedTensor, dict[str, Any], str]] = {
         {"lut_scale": changed(torch.ones(2, 3).half(), math.nan)},
         "lut_scale holds NaN or infinity",
     ),
+    "unknown lut_dtype": (
+        GOOD,
+        {"lut_dtype": "int3"},
+        "lut_dtype is 'int3', expected one of float16, int8, int4",
+    ),
+    "lut_dtype of another type": (GOOD, {"lut_dtype": [8]}, "lut_dtype is [8], expected one of"),
+    "lut_dtype of other entries": (
+        GOOD,
+        {"lut_dtype": "int8"},
+        "LUT is torch.float16, but an int8 LUT is stored as int8",
+    ),
+    "int4 entry of 8": (
+        GOOD_INT8,
+        {"lut": changed(torch.zeros_like(GOOD_INT8.lut), 8), "lut_dtype": "int4"},
+        "int4 LUT holds entries from 0 to 8, expected -8 to 7",
+    ),
+    "int4 entry of -9": (
+        GOOD_INT8,
+        {"lut": changed(torch.zeros_like(GOOD_INT8.lut), -9), "lut_dtype": "int4"},
+        "int4 LUT holds entries from -9 to 0, expected -8 to 7",
+    ),
     "scale overflow": (
         GOOD_INT8,
         {"lut": torch.full_like(GOOD_INT8.lut, 127), "lut_scale": torch.full((2, 3), 600.0).half()},
@@ -222,6 +243,28 @@ def test_from_indices_refuses_luts_of_other_sizes(entries):
 def test_from_indices_refuses_a_lut_of_another_rank():
     with pytest.raises(PaletteError, match="w: LUT has shape .*, expected four axes"):
         PalettizedTensor.from_indices("w", torch.zeros(4).half(), torch.zeros(2, 2, dtype=torch.uint8))
+
+
+# LUT dtypes
+
+
+def test_lut_dtype_is_that_of_the_entries_unless_it_is_given():
+    assert GOOD.lut_dtype == "float16" and GOOD_INT8.lut_dtype == "int8"
+    levels = torch.arange(8, dtype=torch.int8).view(1, 1, 8, 1) - 4
+    indices, scale = torch.zeros(2, 2, dtype=torch.uint8), torch.ones(1, 1).half()
+    made = PalettizedTensor.from_indices("w", levels, indices, lut_scale=scale, lut_dtype="int4")
+    assert made.lut_dtype == "int4" and made.lut.dtype == torch.int8
+    plain = PalettizedTensor.from_indices("w", levels, indices, lut_scale=scale)
+    assert plain.lut_dtype == "int8"
+    assert made.same_bits(plain) and plain.same_bits(made)  # exported formats store no mark
+    assert made.size_bytes == plain.size_bytes == 2 + 8 + 2
+
+
+def test_int4_takes_at_most_3_bits():
+    lut = torch.zeros(1, 1, 16, 1, dtype=torch.int8)
+    indices, scale = torch.zeros(2, 2, dtype=torch.uint8), torch.ones(1, 1).half()
+    with pytest.raises(PaletteError, match="w: an int4 LUT takes indices of at most 3 bits, found 4"):
+        PalettizedTensor.from_indices("w", lut, indices, lut_scale=scale, lut_dtype="int4")
 
 
 # Bit equality

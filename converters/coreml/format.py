@@ -6,14 +6,21 @@ import re
 from typing import Literal, TypeAlias, get_args
 
 __all__ = [
+    "DECODE",
     "HIDDEN_IN",
     "HIDDEN_OUT",
     "INTERFACES",
     "KEY_CACHE",
+    "LOGITS",
+    "MASK",
     "METADATA_PREFIX",
     "PARAMETERS_KEY",
+    "POSITION",
+    "PREFILL",
     "ROW_PART",
     "SPLIT_KEY",
+    "TEXT",
+    "TOKENS",
     "VALUE_CACHE",
     "Interface",
     "row_part",
@@ -25,6 +32,15 @@ INTERFACES: tuple[Interface, ...] = get_args(Interface)
 
 KEY_CACHE, VALUE_CACHE = "keyCache", "valueCache"
 """Names of the states, as swift-transformers looks for them."""
+
+TOKENS, MASK, POSITION, LOGITS = "inputIds", "fullAttentionMask", "position", "logits"
+"""Inputs and output of an interface with cache, as swift-transformers names them; the position is our own."""
+
+TEXT = "input_ids"
+"""Input of the interface without cache: the whole text, padded."""
+
+PREFILL, DECODE = "prefill", "decode"
+"""Functions of the interface for the Neural Engine."""
 
 HIDDEN_IN, HIDDEN_OUT = "hiddenStates", "hiddenStatesOut"
 """What one chunk hands to the next: the output of the one is the input of the other."""

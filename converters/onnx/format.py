@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 __all__ = [
+    "ATTENTION_MASK",
     "CACHE_PREFIX",
+    "CODES",
+    "CODES_HIGH",
     "DATA_FILE",
     "FORMAT",
     "INDICES_IN_SYMBOL",
+    "INPUT_IDS",
+    "LOGITS",
+    "LUT",
+    "LUT_SCALE",
     "METADATA_PREFIX",
     "MODEL_FILE",
     "PARTS",
+    "POSITION_IDS",
     "PRESENT_PREFIX",
     "PROFILES",
     "TWO_PLANES",
+    "part_name",
+    "past_name",
+    "present_name",
 ]
 
 PROFILES = ("exact", "low-memory", "fast")
@@ -28,10 +39,13 @@ METADATA_PREFIX = "edkm_export."
 FORMAT = "1"
 """Version of these conventions."""
 
+INPUT_IDS, ATTENTION_MASK, POSITION_IDS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
+"""Inputs and output beside the cache, as optimum names them."""
+
 CACHE_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 """Of the cache among inputs and outputs, as optimum names them."""
 
-PARTS = ("codes", "codes_high", "lut", "lut_scale")
+CODES, CODES_HIGH, LUT, LUT_SCALE = PARTS = ("codes", "codes_high", "lut", "lut_scale")
 """Endings of the initializers of one palettized weight."""
 
 INDICES_IN_SYMBOL = {1: 8, 2: 4, 3: 2, 4: 2, 6: 1, 8: 1}
@@ -39,3 +53,18 @@ INDICES_IN_SYMBOL = {1: 8, 2: 4, 3: 2, 4: 2, 6: 1, 8: 1}
 
 TWO_PLANES = (3, 6)
 """Bits of an index whose symbols have 6 bits: they are stored as a plane of 4 bits and one of 2."""
+
+
+def past_name(layer: int | str, what: str) -> str:
+    """Input that holds the keys or values, `what`, of a layer."""
+    return f"{CACHE_PREFIX}{layer}.{what}"
+
+
+def present_name(layer: int | str, what: str) -> str:
+    """Output that gives the keys or values, `what`, of a layer."""
+    return f"{PRESENT_PREFIX}{layer}.{what}"
+
+
+def part_name(name: str, part: str) -> str:
+    """Initializer that holds one of `PARTS` of a palettized weight."""
+    return f"{name}.{part}"

@@ -137,7 +137,7 @@ class Difference:
 def first_difference(reference: Sequence[Choice], candidate: Sequence[Choice]) -> Difference | None:
     """Compare two greedy texts from the same prompt; None when all tokens are equal.
 
-    After the first difference they are texts of their own: nothing behind it is comparable.
+    After the first difference the texts go their own ways, and nothing is comparable.
     """
     for place in range(max(len(reference), len(candidate))):
         ours = reference[place] if place < len(reference) else None

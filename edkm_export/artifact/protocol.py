@@ -1,6 +1,6 @@
 """An artifact on disk as the verifier sees it, whatever its format.
 
-A format takes part in the ladder by a class with the members of `Artifact`; the ladder knows no format.
+A format takes part in the ladder by a class with the members of `Artifact`; the ladder does not depend on any format.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ __all__ = [
     "CONTINUATION",
     "CONTINUATION_WHY",
     "DECODE_KL",
+    "DECODE_MEDIANS",
     "DECODE_WHY",
     "EXECUTION",
     "INT8_ACTIVATIONS",
@@ -114,7 +115,7 @@ INT8_ACTIVATIONS = ExecutionThreshold(
 )
 """For onnxruntime's 8-bit products, which the ONNX profile `fast` uses."""
 
-_DECODE_MEDIANS = 10
+DECODE_MEDIANS = 10
 """In coarse arithmetic the largest KL of decoding is compared with the median that its execution may have. KL
 has a long tail: over the 32 positions that are decoded, the largest is a few times the median of a sound artifact."""
 
@@ -123,4 +124,4 @@ def decode_limit(execution: ExecutionThreshold) -> float:
     """Largest KL of decoding against prefill, in the arithmetic of an execution, in nats."""
     if execution.median_kl <= EXECUTION["float32"].median_kl:
         return DECODE_KL
-    return _DECODE_MEDIANS * execution.median_kl
+    return DECODE_MEDIANS * execution.median_kl

@@ -48,7 +48,7 @@ def open_session(path: Path) -> tuple[Session, Path]:
     """A session for an exported model, and the folder that holds its tokenizer.
 
     Raises:
-        PackageError: it is damaged, or has no interface that we know.
+        PackageError: it is damaged, or has an unknown interface.
     """
     from converters.onnx.read.folder import OnnxFolder, is_onnx
 

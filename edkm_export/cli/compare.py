@@ -52,7 +52,7 @@ def command(
     named = None if original is None else Source.parse(original)
 
     from edkm_export.checkpoint import load
-    from edkm_export.cli.console import err, out, print_wide, steps
+    from edkm_export.cli.console import err, out, print_wide, stages
     from edkm_export.verify.compare_models import Contestant, compare, comparison_page
 
     if output is not None:
@@ -71,7 +71,7 @@ def command(
             contestants.append(Contestant.of_artifact(open_artifact(found), _name(path, models), folder))
     source = named or source
     content, text_name = read_evaluation_text(text)
-    with steps(len(contestants) + (source is not None)) as advance:
+    with stages(len(contestants) + (source is not None)) as advance:
         rows = compare(contestants, content, text_name, tokens=tokens, original=source, advance=advance)
     if source is None:
         err.print(f"NOT RUN: distance from the original: {missing}")
@@ -86,7 +86,7 @@ def command(
 
 
 def _name(path: Path, models: tuple[Path, ...]) -> str:
-    """The last part of a path, or all of it when another one ends alike."""
+    """The last part of a path, or all of it when another one ends the same."""
     return path.name if sum(other.name == path.name for other in models) == 1 else str(path)
 
 

@@ -29,9 +29,9 @@ __all__ = [
     "out",
     "print_report",
     "print_wide",
+    "stages",
     "summary_line",
     "summary_table",
-    "steps",
     "verdict_text",
 ]
 
@@ -61,8 +61,8 @@ def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def steps(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar over named steps; yields the function that announces the next one."""
+def stages(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar over named stages; yields the function that announces the next one."""
     columns = (
         SpinnerColumn(),
         BarColumn(bar_width=20),
@@ -76,7 +76,7 @@ def steps(total: int) -> Iterator[Callable[[str], None]]:
         def advance(name: str) -> None:
             progress.update(task, advance=1, description=name)
             if not err.is_terminal:
-                err.print(f"- {name}")
+                err.print(f"- {name}", markup=False)
 
         yield advance
 
@@ -136,7 +136,7 @@ def summary_line(report: Report) -> str:
         judged = sum(rung.verdict is not Verdict.REPORTED for rung in report.rungs)
         found = (
             f"{report.bit_exact_tensors} of {len(report.tensors)} tensors bit-exact, "
-            f"{passed} of {judged} steps passed, {len(report.not_run)} not run"
+            f"{passed} of {judged} rungs passed, {len(report.not_run)} not run"
         )
     return " ".join(f"{report.verdict.value} {report.artifact}: {found}".split())
 

@@ -167,12 +167,12 @@ class _CoreMLExporter:
         card = model_card(checkpoint, plan, name, lint(checkpoint, plan), found)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
-    def next_steps(self, plan: ExportPlan, folder: Path, name: str) -> list[str]:
-        from converters.coreml.write.model_card import mac_steps
+    def next_commands(self, plan: ExportPlan, folder: Path, name: str) -> list[str]:
+        from converters.coreml.write.model_card import mac_commands
 
         packages = " and ".join(plan.package_names(name))
         return [
             f"{folder}: drag {packages} into Xcode; report.md says what was proved and what was not.",
             "on a Mac, where this was not run:",
-            *(f"    {step}" for step in mac_steps(plan, name)),
+            *(f"    {line}" for line in mac_commands(plan, name)),
         ]

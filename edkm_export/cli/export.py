@@ -1,4 +1,4 @@
-"""The steps that every export takes, whatever its format: plan, write, verify, print."""
+"""What every export does, whatever its format: plan, write, verify, print."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Plan(Protocol):
 
 
 class Exporter(Protocol[_Plan]):
-    """What a format does in each of the steps."""
+    """What a format does in each of them."""
 
     @property
     def suffix(self) -> str:
@@ -43,7 +43,7 @@ class Exporter(Protocol[_Plan]):
         """Print what `--dry-run` promises."""
 
     def warn(self, checkpoint: Checkpoint, plan: _Plan) -> None:
-        """Say what the user should know before the long work."""
+        """Print what the user should know before the long work."""
 
     def write(self, checkpoint: Checkpoint, plan: _Plan, folder: Path, name: str) -> Path:
         """Write everything but the report into an empty folder; the artifact in it that is to be verified."""
@@ -53,7 +53,7 @@ class Exporter(Protocol[_Plan]):
     ) -> None:
         """Add what tells of the verification; `report` is None when it was not run."""
 
-    def next_steps(self, plan: _Plan, folder: Path, name: str) -> list[str]:
+    def next_commands(self, plan: _Plan, folder: Path, name: str) -> list[str]:
         """What the user can do with the folder, a line each."""
 
 
@@ -66,7 +66,7 @@ def export_arguments(function: _F) -> _F:
 
 
 def export_options(function: _F) -> _F:
-    """Add --dry-run, --no-verify, the options of the verification and --overwrite, behind those of its format."""
+    """Add --dry-run, --no-verify, the options of the verification and --overwrite after those of its format."""
     for option in (
         click.option("--overwrite", is_flag=True, help="Replace an existing output."),
         verification_options,
@@ -137,7 +137,7 @@ def run_export(
         out.print(f"verify it with: edkm-export verify {path} {folder}", soft_wrap=True)
         return
     print_report(report)
-    for line in exporter.next_steps(plan, folder, path.stem):
+    for line in exporter.next_commands(plan, folder, path.stem):
         out.print(line, soft_wrap=True)
     if report.verdict is Verdict.FAIL:
         sys.exit(1)

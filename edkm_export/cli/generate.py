@@ -56,7 +56,7 @@ def command(
     with err.status(f"reading {path}"):
         opened = _open(path)
         tokens = encode_prompt(opened.tokenizer, prompt, chat=chat, where=str(path))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that knows no Unicode shows question marks
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without Unicode shows question marks
         sys.stdout.reconfigure(errors="replace")
     stream = TextStream(opened.tokenizer, tokens.tolist())
     try:
@@ -130,8 +130,10 @@ def _with_tokenizer(session: Session, folder: Path) -> _Opened:
 
 def _figures(made: Generation, context: int) -> str:
     """Speed and the reason of the end, for standard error."""
-    steps = max(len(made.choices) - 1, 0) + (made.finish == "stop")  # the first token comes from the prefill
-    speed = f"{steps / made.decode_s:.1f} tokens/s" if steps and made.decode_s > 0 else "no decoding"
+    decoded = max(len(made.choices) - 1, 0) + (
+        made.finish == "stop"
+    )  # the first token comes from the prefill
+    speed = f"{decoded / made.decode_s:.1f} tokens/s" if decoded and made.decode_s > 0 else "no decoding"
     prompt_speed = f", {made.prompt_tokens / made.prefill_s:.1f} tokens/s" if made.prefill_s > 0 else ""
     reason = _ENDS[made.finish] + (f" ({context:,} positions)" if made.finish == "context" else "")
     return (

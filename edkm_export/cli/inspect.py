@@ -196,7 +196,7 @@ def _describe_tensor(tensor: PalettizedTensor) -> dict[str, Any]:
         "groups": [groups_out, groups_in],
         "group_size": tensor.group_size,
         "dim": tensor.dim,
-        "lut_dtype": "float16" if tensor.lut_scale is None else "int8",
+        "lut_dtype": tensor.lut_dtype,
         "used_centroids": int(tensor.used_centroids.sum()),
         "centroids": groups_out * groups_in << tensor.n_bits,
         "size_bytes": tensor.size_bytes,

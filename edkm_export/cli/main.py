@@ -79,7 +79,7 @@ def main() -> NoReturn:
             try:
                 status = cli(standalone_mode=False)
             except Exception:
-                check_interrupt()  # an error that a swallowed signal left behind is not one
+                check_interrupt()  # an error after a swallowed signal is not one
                 raise
     except click.ClickException as error:
         error.show()

@@ -108,7 +108,7 @@ class _OnnxExporter:
     ) -> None:
         """Nothing: the report says it all."""
 
-    def next_steps(self, plan: OnnxPlan, folder: Path, name: str) -> list[str]:
+    def next_commands(self, plan: OnnxPlan, folder: Path, name: str) -> list[str]:
         return [
             f"{folder}: try it with `edkm-export generate {folder} --prompt TEXT`; "
             "report.md says what was proved and what was not."

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
+
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
-    from edkm_export.lut_grid import LutDtype
+    from edkm_export.lut_dtypes import LutDtype
     from edkm_export.recipe import Recipe
 
 __all__ = ["command"]
@@ -27,7 +29,7 @@ _CONTEXT = 512
 )
 @click.option(
     "--lut-dtype",
-    type=click.Choice(["float16", "int8", "int4"]),
+    type=click.Choice(LUT_DTYPE_NAMES),
     help="Type of the LUT entries; int4, 16 even levels, for up to 3 bits.  [default: float16]",
 )
 @click.option(
@@ -77,13 +79,17 @@ def command(
 
     text = read_text(calibration) if calibration is not None else None
     with err.status(f"loading {model}"):
-        decoder_config(
-            sources.load_config(source).to_dict(), model
-        )  # refuses a family that could not be exported
+        # refuses a family that could not be exported
+        decoder_config(sources.load_config(source).to_dict(), model)
         account = sources.account(source)
         account.require_understood()
         tokenizer = sources.load_tokenizer(source)
-        loaded = sources.load_model(source)
+        count = sources.value_count(source)
+        loaded = sources.load_model(source) if count is None else None
+    if count is not None:
+        with bar(f"reading {Path(model).name}", count) as advance:
+            loaded = sources.load_model(source, advance=advance)
+    assert loaded is not None
     rules = plan.plan(palettizable_shapes(loaded), model)
 
     energy = None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
+
+from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
 
 __all__ = ["command"]
 
@@ -38,7 +42,7 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 @click.option("--group-size", type=int, help="Output rows that share a LUT; 0: one for the weight.")
 @click.option(
     "--lut-dtype",
-    type=click.Choice(["float16", "int8", "int4"]),
+    type=click.Choice(LUT_DTYPE_NAMES),
     help="Grid of the LUT entries; int4, 16 even levels, for up to 3 bits (layers of more get int8).",
 )
 @click.option(
@@ -132,7 +136,10 @@ def command(
 
     from edkm_export.errors import InputError
     from edkm_export.recipe import load_recipe
+    from edkm_export.reference.source import account
+    from edkm_export.training.run import Run
     from edkm_export.training.train_config import PRESETS, load_config_file
+    from edkm_export.versions import library_versions
 
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device here.")
@@ -149,7 +156,27 @@ def command(
         changes["target_bits"] = None
     config = PRESETS[preset].updated(changes)
     rules = None if recipe is None else load_recipe(recipe)
-    outcome = _train(source, data, output, config, rules, eval_text, chosen, resume, overwrite)
+    accounted = account(source)
+    accounted.require_understood()
+    provenance = {
+        "versions": library_versions(),
+        "command": ["edkm-export", *sys.argv[1:]],
+        "data": _digests(data),
+        "source": accounted.provenance(),
+    }
+    with _shown(output) as (announce, advance):
+        run = Run(
+            source,
+            data,
+            output,
+            config,
+            recipe=rules,
+            eval_texts=eval_text,
+            provenance=provenance,
+            announce=announce,
+            advance=advance,
+        )
+        outcome = run.complete(device=chosen, resume=resume, overwrite=overwrite)
     if _is_first():
         _print(outcome)
 
@@ -170,26 +197,13 @@ def _below(target: float) -> int:
     return max(sizes)
 
 
-def _train(
-    source: Any,
-    data: tuple[Path, ...],
-    output: Path,
-    config: Any,
-    rules: Any,
-    eval_text: tuple[Path, ...],
-    device: str,
-    resume: bool,
-    overwrite: bool,
-) -> Any:
+@contextlib.contextmanager
+def _shown(output: Path) -> Iterator[tuple[Callable[[str], None], Callable[[float], None]]]:
+    """A bar for what is done meanwhile: give it the name of each stage, and the shares of the training."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from edkm_export.cli.console import err
-    from edkm_export.reference.source import account
-    from edkm_export.training.run import train
-    from edkm_export.versions import library_versions
 
-    accounted = account(source)
-    accounted.require_understood()
     share = TextColumn("{task.percentage:>3.1f}%")
     columns = (
         TextColumn("{task.description}"),
@@ -206,28 +220,10 @@ def _train(
         def announce(name: str) -> None:
             progress.update(task, description=name)
             if not err.is_terminal and _is_first():
-                err.print(f"- {name}")
+                err.print(f"- {name}", markup=False)
 
         try:
-            return train(
-                source,
-                data,
-                output,
-                config,
-                recipe=rules,
-                eval_texts=eval_text,
-                device=device,
-                resume=resume,
-                overwrite=overwrite,
-                provenance={
-                    "versions": library_versions(),
-                    "command": ["edkm-export", *sys.argv[1:]],
-                    "data": _digests(data),
-                    "source": accounted.provenance(),
-                },
-                announce=announce,
-                advance=lambda share: progress.advance(task, share),
-            )
+            yield announce, lambda share: progress.advance(task, share)
         except KeyboardInterrupt:
             err.print(f"stopped; the same command with --resume goes on from the last checkpoint in {output}")
             sys.exit(130)

@@ -1,4 +1,4 @@
-"""Options and steps that `coreml`, `onnx` and `verify` share."""
+"""Options and the run that `coreml`, `onnx` and `verify` share."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def verification_options(function: _F) -> _F:
         click.option(
             "--text",
             type=click.Path(path_type=Path),
-            help="VerificationInputs text; by default a built-in sample.",
+            help="Evaluation text; by default a built-in sample.",
         ),
     ):
         function = option(function)
@@ -88,6 +88,7 @@ def prepare(
     Raises:
         InputError: the text, the original or the run that was asked for cannot be used.
     """
+    from edkm_export.reference import llamacpp
     from edkm_export.verify.inputs import VerificationInputs
 
     content, name = read_evaluation_text(text)
@@ -100,6 +101,7 @@ def prepare(
         original=source,
         original_missing=missing,
         original_required=original is not None,
+        runtime=llamacpp,
         max_perplexity_ratio=max_perplexity_ratio,
         prompts=prompts,
         localize=localize,
@@ -124,14 +126,14 @@ def climb(
         predicted_size_bytes: what the exporter promised; None: what a plan of the same export says.
     """
     from edkm_export.cli import artifacts
-    from edkm_export.cli.console import err, steps
-    from edkm_export.verify.ladder import count_steps, verify_artifact
+    from edkm_export.cli.console import err, stages
+    from edkm_export.verify.ladder import count_stages, verify_artifact
 
     with err.status("reading the artifact"):
         artifact = artifacts.open_artifact(path)
         if predicted_size_bytes is None:
             predicted_size_bytes = artifacts.predicted_size_bytes(checkpoint, artifact)
-    with steps(count_steps(artifact, evaluation)) as advance:
+    with stages(count_stages(artifact, evaluation)) as advance:
         return verify_artifact(
             checkpoint, artifact, evaluation, predicted_size_bytes=predicted_size_bytes, advance=advance
         )

@@ -100,7 +100,7 @@ def _search_on_cpu(weight: Tensor, borders: Tensor, answer: Tensor, indices: Ten
         _by_blocks(count, weight.shape, _BLOCK // 4)
         return
     levels = (k - 1).bit_length()
-    # Padded to a power of two, the search is a fixed number of steps without branches.
+    # Padded to a power of two, the search is a fixed number of halvings without branches.
     padded = torch.full((groups, 1 << levels), torch.inf, dtype=torch.float64)
     padded[:, : k - 1] = borders
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -131,11 +131,11 @@ def _count_below(weight: Array, borders: Array, answer: Array, indices: Array) -
 def _search(weight: Array, borders: Array, answer: Array, levels: int, indices: Array) -> None:
     for group in range(weight.shape[0]):
         for i in range(weight.shape[1]):
-            rank, step = np.uint64(0), np.uint64(1) << np.uint64(levels)
+            rank, half = np.uint64(0), np.uint64(1) << np.uint64(levels)
             for _ in range(levels):
-                step >>= np.uint64(1)
-                if borders[group, rank + step - np.uint64(1)] < weight[group, i]:
-                    rank += step
+                half >>= np.uint64(1)
+                if borders[group, rank + half - np.uint64(1)] < weight[group, i]:
+                    rank += half
             indices[group, i] = answer[group, rank]
 
 

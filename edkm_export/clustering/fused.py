@@ -93,17 +93,17 @@ class _Passes:
         options: dict[str, Any] = {"K": self.width, "BLOCK": self.block, **choices}
         if reduces:
             tail, options["ROWS"] = (*tail, _LEAST), self.rows
-        if name == "step":
+        if name == "iterate":
             options["FIRST"] = arguments[-1] == 0
         kernel = getattr(_kernels("kernels"), name)
         kernel[(self.groups * self.parts,)](self.weight, *arguments, *tail, **options, num_warps=_WARPS)
 
-    def apply_sums(self, upstream: Tensor, steps: Tensor, collected: Tensor | None) -> Tensor:
+    def apply_sums(self, upstream: Tensor, iterates: Tensor, collected: Tensor | None) -> Tensor:
         """Sums for the gradients of c^T and c^{T-1} through the soft weight; G d goes to `collected`."""
         applied = self.sums()
         room = upstream if collected is None else collected
         self.launch(
-            "pull_apply", upstream, self.tau, steps, applied, room, len(steps) - 1, reduces=False,
+            "pull_apply", upstream, self.tau, iterates, applied, room, len(iterates) - 1, reduces=False,
             COLLECT=collected is not None,
         )  # fmt: skip
         return applied
@@ -112,9 +112,9 @@ class _Passes:
 def _room(centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Tensors for the centroids, c^0 filled in, and the masses of each iteration."""
     groups, k = centroids.shape
-    steps = centroids.new_empty(iterations + 1, groups, k)
-    steps[0] = centroids
-    return steps, centroids.new_empty(iterations, groups, k)
+    iterates = centroids.new_empty(iterations + 1, groups, k)
+    iterates[0] = centroids
+    return iterates, centroids.new_empty(iterations, groups, k)
 
 
 class FusedStreaming(torch.autograd.Function):
@@ -130,35 +130,35 @@ class FusedStreaming(torch.autograd.Function):
         ctx: Any, weight: Tensor, centroids: Tensor, tau: Tensor, iterations: int
     ) -> tuple[Tensor, Tensor]:
         weight, tau = weight.contiguous(), tau.contiguous()
-        steps, masses = _room(centroids, iterations)
+        iterates, masses = _room(centroids, iterations)
         soft = torch.empty_like(weight)
         with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
             passes = _Passes(weight, tau, centroids.shape[1])
             before, sums = passes.sums(), passes.sums()
             for t in range(iterations):
                 before, sums = sums, before
-                passes.launch("step", tau, steps, masses, before, sums, t)
-            passes.launch("soften", tau, steps, masses, sums, soft, iterations)
-        ctx.save_for_backward(weight, tau, steps, masses)
-        return soft, steps[-1].clone()
+                passes.launch("iterate", tau, iterates, masses, before, sums, t)
+            passes.launch("soften", tau, iterates, masses, sums, soft, iterations)
+        ctx.save_for_backward(weight, tau, iterates, masses)
+        return soft, iterates[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_soft: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        weight, tau, steps, masses = ctx.saved_tensors
+        weight, tau, iterates, masses = ctx.saved_tensors
         last, grad_soft = len(masses), grad_soft.contiguous()
-        gradients, out = torch.empty_like(steps), torch.empty_like(weight)
+        gradients, out = torch.empty_like(iterates), torch.empty_like(weight)
         gradients[-1] = grad_last
         collected = out if weight.dtype == torch.float32 else torch.empty_like(weight, dtype=torch.float32)
         with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
-            passes = _Passes(weight, tau, steps.shape[2])
-            applied = passes.apply_sums(grad_soft, steps, collected)
+            passes = _Passes(weight, tau, iterates.shape[2])
+            applied = passes.apply_sums(grad_soft, iterates, collected)
             before, sums = passes.sums(), passes.sums()
-            trace = (steps, masses, gradients, applied)
+            trace = (iterates, masses, gradients, applied)
             for t in range(last - 1, -1, -1):
                 before, sums = sums, before
                 target = out if t == 0 else collected
-                passes.launch("pull_step", tau, *trace, before, sums, collected, target, t, last)
+                passes.launch("pull_iteration", tau, *trace, before, sums, collected, target, t, last)
             _kernels("kernels").close[(passes.groups,)](
                 tau, masses, gradients, applied, sums, last, passes.groups, passes.k, passes.parts, _LEAST,
                 K=passes.width, ROWS=passes.rows, num_warps=_WARPS,
@@ -239,32 +239,32 @@ class FusedHistogram(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         weight, tau = weight.contiguous(), tau.contiguous()
         groups, k = centroids.shape
-        steps, masses = _room(centroids, iterations)
+        iterates, masses = _room(centroids, iterations)
         soft = torch.empty_like(weight)
         with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
             bins = _Bins(weight)
             table = weight.new_empty(groups, bins.number)
             bins.recurrence(
-                "settle", bins.counts, bins.largest, tau, steps, masses, table, iterations, groups, k,
+                "settle", bins.counts, bins.largest, tau, iterates, masses, table, iterations, groups, k,
                 width=1 << (k - 1).bit_length(),
             )  # fmt: skip
             bins.look_up(table, soft)
-        ctx.save_for_backward(weight, tau, steps, masses, *bins.memory)
-        return soft, steps[-1].clone()
+        ctx.save_for_backward(weight, tau, iterates, masses, *bins.memory)
+        return soft, iterates[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_soft: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        weight, tau, steps, masses, *known = ctx.saved_tensors
+        weight, tau, iterates, masses, *known = ctx.saved_tensors
         grad_soft, out = grad_soft.contiguous(), torch.empty_like(weight)
-        gradients = torch.empty_like(steps)
+        gradients = torch.empty_like(iterates)
         gradients[-1] = grad_last
         with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
-            passes, bins = _Passes(weight, tau, steps.shape[2]), _Bins(weight, tuple(known))
-            applied = passes.apply_sums(grad_soft, steps, None)
+            passes, bins = _Passes(weight, tau, iterates.shape[2]), _Bins(weight, tuple(known))
+            applied = passes.apply_sums(grad_soft, iterates, None)
             own, shared = (tau.new_empty(passes.groups, bins.number) for _ in range(2))
             bins.recurrence(
-                "unsettle", weight, bins.counts, bins.largest, tau, steps, masses, gradients, applied, own, shared,
+                "unsettle", weight, bins.counts, bins.largest, tau, iterates, masses, gradients, applied, own, shared,
                 len(masses), passes.groups, passes.k, passes.parts, width=passes.width, ROWS=passes.rows,
             )  # fmt: skip
             bins.combine(grad_soft, own, shared, out)

@@ -95,21 +95,21 @@ class Histogram(torch.autograd.Function):
             apply(points, trace, entries)
             table.look_up(entries[..., 0], soft[some])
             traces.append(trace)
-        steps = torch.cat([trace.centroids for trace in traces], dim=1)
-        ctx.save_for_backward(weight, tau, steps, torch.cat([trace.masses for trace in traces], dim=1))
+        iterates = torch.cat([trace.centroids for trace in traces], dim=1)
+        ctx.save_for_backward(weight, tau, iterates, torch.cat([trace.masses for trace in traces], dim=1))
         ctx.implicit = iterations is None
-        return soft, steps[-1, ..., 0].clone()
+        return soft, iterates[-1, ..., 0].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_soft: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        weight, tau, steps, masses = ctx.saved_tensors
+        weight, tau, iterates, masses = ctx.saved_tensors
         grad_soft = grad_soft.contiguous()
-        grad_weight, grad_first = torch.empty_like(weight), torch.empty_like(steps[0, ..., 0])
+        grad_weight, grad_first = torch.empty_like(weight), torch.empty_like(iterates[0, ..., 0])
         for some in group_chunks(len(weight), 1 << 16, _BINS):
             table = _count(weight[some], tau.dtype)
             points = Points(table.values[..., None], table.counts, tau[some])
-            trace = Trace(steps[:, some], masses[:, some])
+            trace = Trace(iterates[:, some], masses[:, some])
             shared = torch.zeros_like(points.values)
             grad_centroids = pull_back(
                 points,

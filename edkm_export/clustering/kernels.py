@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["close", "pull_apply", "pull_step", "soften", "step"]
+__all__ = ["close", "iterate", "pull_apply", "pull_iteration", "soften"]
 
 _FAR = tl.constexpr(1e18)  # a centroid that attracts nothing: its square is finite, and 2**-square is zero
 
@@ -112,7 +112,7 @@ def _next(
 
 
 @triton.jit(do_not_specialize=["t"])
-def step(
+def iterate(
     x, tau, centroids, masses, before, partial, t, m, chunk, groups, k, parts, least,
     FIRST: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +194,7 @@ def _gradient(
     gradients, masses, applied, before, t, last, group, groups, k, parts, least, pull, first,
     K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of c^t: from `pull_apply` at t = T, otherwise from pass t of `pull_step`. Keeps it.
+    """Gradient of c^t: from `pull_apply` at t = T, otherwise from pass t of `pull_iteration`. Keeps it.
 
     gradients[T] holds the upstream gradient of c^T beforehand, and stays as it is: every program reads it.
     """
@@ -215,7 +215,7 @@ def _gradient(
 
 
 @triton.jit(do_not_specialize=["t", "last"])
-def pull_step(
+def pull_iteration(
     x, tau, centroids, masses, gradients, applied, before, partial, collected, out, t, last, m, chunk, groups, k,
     parts, least,
     K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,

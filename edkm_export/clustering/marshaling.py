@@ -73,10 +73,10 @@ class _Rows:
         table, starts = self.table.to(device), self.starts.to(device)
         index = self.index.gather(device).view(torch.int16).view(len(starts), -1)
         out = table.new_empty(index.numel(), table.shape[1])
-        step = max(1, _VERIFIED_ROWS // len(starts))
+        stride = max(1, _VERIFIED_ROWS // len(starts))
         rows = out.view(len(starts), index.shape[1], table.shape[1])
-        for start in range(0, index.shape[1], step):
-            some = slice(start, start + step)
+        for start in range(0, index.shape[1], stride):
+            some = slice(start, start + stride)
             rows[:, some] = table[(index[:, some].int() & 0xFFFF) + starts[:, None]]
         return out.view(-1).view(torch.uint8)
 

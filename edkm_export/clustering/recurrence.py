@@ -58,9 +58,9 @@ class Points:
             entries = _HOST_BLOCK_ENTRIES
             if self.counts is not None:  # a block shall not take more memory than the table of values
                 entries = min(entries, max(groups * size, _LEAST_BLOCK_ENTRIES))
-        step = max(1, entries // (groups * k))
-        for start in range(0, size, step):
-            some = slice(start, start + step)
+        stride = max(1, entries // (groups * k))
+        for start in range(0, size, stride):
+            some = slice(start, start + stride)
             yield (
                 some,
                 self.values[:, some].to(self.temperature.dtype),
@@ -103,7 +103,7 @@ def _weighed(values: Tensor, counts: Tensor | None) -> Tensor:
     return values if counts is None else values * counts[:, None]
 
 
-def _step(points: Points, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def _iterate(points: Points, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """c^{t+1} [groups, k, dim] and S^t [groups, k] from c^t."""
     groups, k, dim = centroids.shape
     mass = centroids.new_zeros(groups, k)
@@ -126,17 +126,17 @@ def unroll(points: Points, centroids: Tensor, iterations: int | None) -> Trace:
         centroids: c^0 in the compute dtype [groups, k, dim].
         iterations: T, at least 1; None iterates to a fixed point.
     """
-    steps, masses = [centroids], []
+    iterates, masses = [centroids], []
     if iterations is not None:
         for _ in range(iterations):
-            centroids, mass = _step(points, centroids)
-            steps.append(centroids)
+            centroids, mass = _iterate(points, centroids)
+            iterates.append(centroids)
             masses.append(mass)
-        return Trace(torch.stack(steps), torch.stack(masses))
+        return Trace(torch.stack(iterates), torch.stack(masses))
     tolerance = _TOLERANCE_ULPS * torch.finfo(centroids.dtype).eps
     for _ in range(_MOST_ITERATIONS):
         before = centroids
-        centroids, mass = _step(points, before)
+        centroids, mass = _iterate(points, before)
         moved, size = (centroids - before).abs().amax((1, 2)), centroids.abs().amax((1, 2))
         if not bool((moved > tolerance * size).any()):
             break
@@ -195,10 +195,10 @@ def pull_back(
         alive = trace.masses[-1] > least_mass(grad.dtype)
         grad = grad + grad_before
         adjoint = _solve_adjoint(points, trace, grad, alive)
-        _pull_back_step(points, trace, -1, adjoint, out)
+        _pull_back_iteration(points, trace, -1, adjoint, out)
         return torch.where(alive[..., None], 0.0, grad)
     for t in range(len(trace.masses) - 1, -1, -1):
-        grad = _pull_back_step(points, trace, t, grad, out)
+        grad = _pull_back_iteration(points, trace, t, grad, out)
         if t == len(trace.masses) - 1:
             grad += grad_before
     return grad
@@ -235,7 +235,7 @@ def _pull_back_apply(
     return points.total(grad_after), points.total(grad_before)
 
 
-def _pull_back_step(points: Points, trace: Trace, t: int, grad: Tensor, out: Tensor) -> Tensor:
+def _pull_back_iteration(points: Points, trace: Trace, t: int, grad: Tensor, out: Tensor) -> Tensor:
     """Through c^{t+1} = F(c^t, x): adds to `out`, returns the gradient of c^t; grad [groups, k, dim]."""
     before, after = (trace.centroids[t - 1], trace.centroids[t]) if t < 0 else trace.centroids[t : t + 2]
     dim, factor = after.shape[2], (2 / points.temperature)[:, None]

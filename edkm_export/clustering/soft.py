@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -29,7 +30,7 @@ def soft_cluster(
     weight: Tensor,
     centroids: Tensor,
     *,
-    temperature: float | Tensor,
+    temperature: float | Sequence[float] | Tensor,
     iterations: int | Literal["converge"],
     method: Method = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def soft_cluster(
     Args:
         weight: float [groups, m], or vectors [groups, m, dim].
         centroids: c^0, float [groups, k] or [groups, k, dim].
-        temperature: tau, positive; a number or float [groups]. See `scale_free_temperature`. A tensor on a
+        temperature: tau, positive; a number or floats [groups]. See `scale_free_temperature`. A tensor on a
             GPU is not checked.
         iterations: T, at least 1; or "converge" for a fixed point, whose gradient comes from the implicit
             function theorem and does not depend on c^0. Not for "dense" and "marshaled".
@@ -69,9 +70,9 @@ def soft_cluster(
     _check(weight, centroids, iterations, method)
     dtype = torch.promote_types(torch.promote_types(weight.dtype, centroids.dtype), torch.float32)
     tau = _temperature(temperature, weight, dtype)
-    steps = None if iterations == "converge" else int(iterations)
+    count = None if iterations == "converge" else int(iterations)
     start = centroids.to(dtype)
-    fused = method in ("auto", "histogram", "streaming") and can_fuse(weight, centroids, tau, steps)
+    fused = method in ("auto", "histogram", "streaming") and can_fuse(weight, centroids, tau, count)
     bins = bins_of(weight.dtype)
     if method == "auto":
         least = _LEAST_PER_BIN * bins if fused else _LEAST_FOR_HISTOGRAM
@@ -79,26 +80,26 @@ def soft_cluster(
     soft: Tensor
     last: Tensor
     if fused and method == "streaming":
-        soft, last = FusedStreaming.apply(weight, start, tau, steps)  # type: ignore[no-untyped-call]
+        soft, last = FusedStreaming.apply(weight, start, tau, count)  # type: ignore[no-untyped-call]
         return soft, last
     # With fewer weights than bins, the bins of all groups together would outweigh the weights.
     if fused and method == "histogram" and 0 < bins <= weight.shape[1]:
-        soft, last = FusedHistogram.apply(weight, start, tau, steps)  # type: ignore[no-untyped-call]
+        soft, last = FusedHistogram.apply(weight, start, tau, count)  # type: ignore[no-untyped-call]
         return soft, last
     if method == "histogram":
-        soft, last = Histogram.apply(weight, start, tau, steps)  # type: ignore[no-untyped-call]
+        soft, last = Histogram.apply(weight, start, tau, count)  # type: ignore[no-untyped-call]
         return soft, last
     points = weight if weight.dim() == 3 else weight[..., None]
     start = start if centroids.dim() == 3 else start[..., None]
     if method == "streaming":
-        soft, last = Streaming.apply(points, start, tau, steps)  # type: ignore[no-untyped-call]
+        soft, last = Streaming.apply(points, start, tau, count)  # type: ignore[no-untyped-call]
     else:
-        assert steps is not None
+        assert count is not None
         if method == "marshaled":
             with MarshaledTensors(weight.detach()):
-                soft, last = cluster_dense(points.to(dtype), start, tau, steps)
+                soft, last = cluster_dense(points.to(dtype), start, tau, count)
         else:
-            soft, last = cluster_dense(points.to(dtype), start, tau, steps)
+            soft, last = cluster_dense(points.to(dtype), start, tau, count)
         soft = soft.to(weight.dtype)
     return soft.view(weight.shape), last.view(centroids.shape)
 
@@ -131,9 +132,11 @@ def _check(weight: Tensor, centroids: Tensor, iterations: int | str, method: str
         raise PaletteError("method 'histogram' takes scalars only; use 'streaming' for vectors.")
 
 
-def _temperature(temperature: float | Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _temperature(temperature: float | Sequence[float] | Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """As a tensor [groups]."""
-    tau = torch.as_tensor(temperature).detach().to(dtype)
+    if not isinstance(temperature, Tensor):  # torch would round a number to float32
+        temperature = torch.as_tensor(temperature, dtype=torch.float64)
+    tau = temperature.detach().to(dtype)
     if tau.shape not in ((), weight.shape[:1]):
         raise PaletteError(
             f"temperature has shape {list(tau.shape)}, expected a number or [{weight.shape[0]}]."

@@ -23,9 +23,9 @@ _CHUNK = 1 << 22  # weights whose gradient is held in the compute dtype at a tim
 
 def group_chunks(groups: int, group_entries: int, entries: int) -> Iterator[slice]:
     """Cut the groups into runs of about `entries` entries."""
-    step = max(1, entries // max(1, group_entries))
-    for start in range(0, groups, step):
-        yield slice(start, min(start + step, groups))
+    stride = max(1, entries // max(1, group_entries))
+    for start in range(0, groups, stride):
+        yield slice(start, min(start + stride, groups))
 
 
 class Streaming(torch.autograd.Function):
@@ -46,23 +46,23 @@ class Streaming(torch.autograd.Function):
             trace = unroll(points, centroids[some], iterations)
             apply(points, trace, soft[some])
             traces.append(trace)
-        steps = torch.cat([trace.centroids for trace in traces], dim=1)
-        ctx.save_for_backward(weight, tau, steps, torch.cat([trace.masses for trace in traces], dim=1))
+        iterates = torch.cat([trace.centroids for trace in traces], dim=1)
+        ctx.save_for_backward(weight, tau, iterates, torch.cat([trace.masses for trace in traces], dim=1))
         ctx.implicit = iterations is None
-        return soft, steps[-1].clone()
+        return soft, iterates[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_soft: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        weight, tau, steps, masses = ctx.saved_tensors
-        grad_weight, grad_first = torch.empty_like(weight), torch.empty_like(steps[0])
+        weight, tau, iterates, masses = ctx.saved_tensors
+        grad_weight, grad_first = torch.empty_like(weight), torch.empty_like(iterates[0])
         for some in group_chunks(len(weight), weight[0].numel(), _CHUNK):
             points = Points(weight[some], None, tau[some])
             in_place = weight.dtype == tau.dtype
             out = grad_weight[some].zero_() if in_place else tau.new_zeros(points.values.shape)
             grad_first[some] = pull_back(
                 points,
-                Trace(steps[:, some], masses[:, some]),
+                Trace(iterates[:, some], masses[:, some]),
                 grad_soft[some],
                 grad_last[some],
                 out,

@@ -20,8 +20,8 @@ class Names:
         embedding, layers, final_norm: in the stack.
         positions: table of learned positions in the stack, None with rotary ones.
         attention, mlp: in a layer.
-        attention_norm, mlp_norm: norms in front of them.
-        attention_output_norm, mlp_output_norm: norms behind them, None without.
+        attention_norm, mlp_norm: pre-norms, on their inputs.
+        attention_output_norm, mlp_output_norm: post-norms, on their outputs; None: the family has none.
         attention_inputs: projections to queries, keys and values; a single one makes all three.
         mlp_inputs: projections to gate and values; a single one makes both.
         attention_output, mlp_output: projections back to the hidden size.

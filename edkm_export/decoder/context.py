@@ -15,7 +15,7 @@ MASKED = -3e4
 
 @dataclass(frozen=True)
 class Context:
-    """What a forward pass knows of its new tokens. Dictionaries have an entry for each kind of layer.
+    """Positions, rotation and masks of the new tokens. Dictionaries have an entry for each kind of layer.
 
     Attributes:
         position_ids: int [batch, new].

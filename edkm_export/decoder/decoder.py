@@ -21,7 +21,7 @@ __all__ = ["Decoder", "Layer", "Stack"]
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind a norm and around a residual; further norms may follow them."""
+    """Attention and MLP, each with a pre-norm, a residual connection, and in some families a post-norm."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class Layer(nn.Module):
         self.add_module(names.mlp, MLP(config))
         for name in (names.attention_norm, names.mlp_norm):
             self.add_module(name, build_norm(config))
-        behind = (names.attention_output_norm, names.mlp_output_norm)
-        assert config.residual_scale == 1 or all(behind), "only a norm can bring its output to the scale"
-        for each in behind:
+        post = (names.attention_output_norm, names.mlp_output_norm)
+        assert config.residual_scale == 1 or all(post), "only a post-norm can bring its output to the scale"
+        for each in post:
             if each is not None:
-                self.add_module(each, build_norm(config, behind=True))
+                self.add_module(each, build_norm(config, post=True))
 
     def forward(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
         """x [batch, new, hidden] -> [batch, new, hidden]."""

@@ -94,17 +94,17 @@ class LayerNorm(_Norm):
         return self._normalize(wide - mean, largest) * self.weight + self.bias
 
 
-def build_norm(config: DecoderConfig, *, behind: bool = False) -> nn.Module:
+def build_norm(config: DecoderConfig, *, post: bool = False) -> nn.Module:
     """A norm over the hidden size.
 
     Args:
         config: of the decoder.
-        behind: it stands behind attention or MLP and gives to the residual stream; otherwise it reads from it.
+        post: a post-norm, whose output is added to the residual stream; otherwise a pre-norm, which reads it.
     """
     size, eps, residual = config.hidden_size, config.norm_eps, config.residual_scale
     if config.norm == "layer":
-        assert residual == 1 and not behind, "no family asks for it"
+        assert residual == 1 and not post, "no family asks for it"
         return LayerNorm(size, eps)
-    if behind:
+    if post:
         return RMSNorm(size, eps, offset=config.norm_offset, scale=residual)
     return RMSNorm(size, eps * residual**2, offset=config.norm_offset)

@@ -18,7 +18,7 @@ __all__ = ["WholeSequence"]
 class WholeSequence(nn.Module):
     """A decoder over a fixed number of positions, its tables and causal masks held as constants.
 
-    A shorter text is padded behind: positions never see what follows them.
+    A shorter text is padded on the right: no position attends to what follows it.
 
     Args:
         decoder: the model.

@@ -126,7 +126,7 @@ class HfFolder:
         _check_loaded(self.reference, found)
         model.config._name_or_path = ""  # a temporary folder
         if "quantization_config" in raw:
-            forget_quantizer(model)
+            _forget_quantizer(model)
         return model.eval().requires_grad_(False)
 
     def load_tokenizer(self) -> Any:
@@ -241,7 +241,7 @@ def _check_loaded(reference: str, found: Mapping[str, Any]) -> None:
         raise InputError(f"{reference}: parameter {unexpected[0]} is not part of the model in config.json.")
 
 
-def forget_quantizer(model: Any) -> None:
+def _forget_quantizer(model: Any) -> None:
     """Weights arrive dequantized, but the model still claims to be quantized and refuses to be saved."""
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None

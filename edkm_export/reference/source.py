@@ -22,11 +22,14 @@ from edkm_export.end_tokens import as_setting, end_tokens
 from edkm_export.errors import BackendMissingError, EdkmExportError, InputError
 from edkm_export.reference.account import Account
 from edkm_export.reference.adapters import Adapter
-from edkm_export.reference.hf_folder import HfFolder, forget_quantizer
+from edkm_export.reference.gguf.gguf_file import part_paths
+from edkm_export.reference.hf_folder import HfFolder
 from edkm_export.reference.stored_tensors import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     import torch
+
+    from edkm_export.reference.gguf.gguf_model import GgufModel
 
 __all__ = [
     "Source",
@@ -37,6 +40,7 @@ __all__ = [
     "load_tokenizer",
     "read_generation_settings",
     "tokenizer_files",
+    "value_count",
 ]
 
 _HASH_CHUNK = 1 << 24
@@ -119,7 +123,7 @@ class Source:
             return []
         folder = Path(self.location)
         if self.gguf_file:
-            return [folder / self.gguf_file]
+            return part_paths(folder / self.gguf_file)
         return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
 
     def provenance(self) -> dict[str, Any]:
@@ -203,7 +207,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def _reader(source: Source) -> SourceReader:
-    return _Gguf(source) if source.gguf_file else _folder(source)
+    return _gguf(source) if source.gguf_file else _folder(source)
+
+
+def _gguf(source: Source) -> GgufModel:
+    from edkm_export.reference.gguf.gguf_model import read_gguf
+
+    return read_gguf(source.weight_files()[0])
 
 
 def _folder(source: Source, files: list[str] | None = None) -> HfFolder:
@@ -216,48 +226,6 @@ def _folder(source: Source, files: list[str] | None = None) -> HfFolder:
         source.location, allow_patterns=files or _HUB_FILES, ignore_patterns=_NOT_FROM_HUB
     )
     return HfFolder(source.reference, Path(fetched))
-
-
-@dataclass(frozen=True)
-class _Gguf:
-    """A GGUF file as transformers reads it."""
-
-    source: Source
-
-    def _arguments(self) -> dict[str, Any]:
-        return {"gguf_file": self.source.gguf_file, "trust_remote_code": False}
-
-    def account(self) -> Account:
-        return Account(self.source.reference, "GGUF file")
-
-    def config(self) -> Any:
-        import transformers
-
-        return transformers.AutoConfig.from_pretrained(
-            self.source.location, gguf_file=self.source.gguf_file, trust_remote_code=False
-        )
-
-    def load_model(
-        self, dtype: torch.dtype | None = None, advance: Callable[[int], None] | None = None
-    ) -> Any:
-        import torch
-        import transformers
-
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            self.source.location,
-            gguf_file=self.source.gguf_file,
-            dtype=dtype or torch.float16,
-            trust_remote_code=False,
-        )
-        forget_quantizer(model)
-        return model.eval().requires_grad_(False)
-
-    def load_tokenizer(self) -> Any:
-        import transformers
-
-        return transformers.AutoTokenizer.from_pretrained(
-            self.source.location, gguf_file=self.source.gguf_file, trust_remote_code=False
-        )
 
 
 def account(source: Source) -> Account:
@@ -300,7 +268,7 @@ def load_config(source: Source, *, weights: bool = True) -> Any:
     """
     with _explaining(source), _quiet_progress():
         if source.gguf_file:
-            return _Gguf(source).config()
+            return _gguf(source).config()
         if not source.is_local:  # before the weights are fetched
             return _folder(source, ["config.json"]).config(weights=False)
         return _folder(source).config(weights=weights)
@@ -313,8 +281,8 @@ def load_model(
 
     Args:
         source: where it is.
-        dtype: of the weights; None: bfloat16 or float16 where they are stored so, else float32.
-        advance: called with numbers of parameters that were read, where the form is read one by one.
+        dtype: of the weights; None: bfloat16 or float16 where they are stored so, else float32; float16 for GGUF.
+        advance: called with numbers of values that were read, where the form is read one by one.
 
     Returns:
         transformers.PreTrainedModel, without a quantizer attached.
@@ -365,6 +333,12 @@ def _quiet_progress() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def value_count(source: Source) -> int | None:
+    """How many values `load_model` reports to `advance` in all; None for a form that is read in one go."""
+    with _explaining(source):
+        return _gguf(source).values if source.gguf_file else None
 
 
 def load_tokenizer(source: Source) -> Any:

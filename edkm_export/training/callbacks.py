@@ -20,7 +20,7 @@ __all__ = ["Clock", "Evaluate", "Finite", "Log", "Refit", "Refresh", "dead_centr
 
 
 def moved_share(clusters: list[Clusters], processes: Processes = ALONE) -> float:
-    """Share of the codes that changed since the last call."""
+    """Share of the indices that changed since the last call."""
     moved = processes.number(sum(int(each.moved) for each in clusters))
     for each in clusters:
         each.moved.zero_()
@@ -68,7 +68,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
 
 class Refresh(TrainerCallback):  # type: ignore[misc]
-    """Clusters once an optimizer step; whatever runs until the next one sees the same codes."""
+    """Clusters once an optimizer step; whatever runs until the next one sees the same indices."""
 
     def __init__(self, clusters: ClusterBatch) -> None:
         self.clusters = clusters
@@ -91,7 +91,7 @@ class Refit(TrainerCallback):  # type: ignore[misc]
 
 
 class Log(TrainerCallback):  # type: ignore[misc]
-    """Writes log.jsonl: loss, KL, rates, moved codes and dead centroids."""
+    """Writes log.jsonl: loss, KL, rates, moved indices and dead centroids."""
 
     def __init__(
         self,

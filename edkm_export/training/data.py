@@ -20,9 +20,9 @@ import torch
 
 from edkm_export.errors import InputError
 from edkm_export.text import read_text
-from edkm_export.training.windows import Tokens
+from edkm_export.training.tokens import SUFFIX, Tokens
 
-__all__ = ["Document", "read_documents", "tokenize"]
+__all__ = ["Document", "read_documents", "read_tokens", "tokenize"]
 
 _ALPACA = (
     "Below is an instruction that describes a task{more}. "
@@ -47,6 +47,21 @@ class Document:
     text: str = ""
     prompt: str = ""
     messages: tuple[dict[str, str], ...] = ()
+
+
+def read_tokens(
+    paths: Sequence[Path], tokenizer: Any, *, answers_only: bool = False, chat: bool = False
+) -> Tokens:
+    """All data: first what has to be tokenized, see `tokenize`, then `.tokens` files as they are.
+
+    Raises:
+        InputError: a file or line that cannot be used, or no data at all.
+    """
+    parts = [Tokens.load(path) for path in paths if path.suffix == SUFFIX]
+    texts = [path for path in paths if path.suffix != SUFFIX]
+    if texts or not parts:
+        parts.insert(0, tokenize(read_documents(texts), tokenizer, answers_only=answers_only, chat=chat))
+    return Tokens.join(parts)
 
 
 def read_documents(paths: Sequence[Path]) -> Iterator[Document]:

@@ -51,8 +51,8 @@ def head_of(model: Any, dtype: torch.dtype) -> Head:
 
 
 def _chunks(positions: int, vocabulary: int, device: str) -> list[slice]:
-    step = max(1, _CHUNK_LOGITS.get(device, 1 << 24) // vocabulary)
-    return [slice(start, min(start + step, positions)) for start in range(0, positions, step)]
+    stride = max(1, _CHUNK_LOGITS.get(device, 1 << 24) // vocabulary)
+    return [slice(start, min(start + stride, positions)) for start in range(0, positions, stride)]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from edkm_export.artifact.metrics import divergence, perplexity, token_losses
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "Evaluations", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -86,3 +88,49 @@ def _eval_mode(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+class Evaluations:
+    """What a run measures at its stages: the same texts each time, against the same original.
+
+    Attributes:
+        texts: {name: windows int64 [windows, context]}; none: nothing is measured.
+        original: the float model that others are compared with; set before the first of them.
+        found: {name: {stage: Evaluation}}.
+    """
+
+    def __init__(
+        self, texts: Mapping[str, Tensor], log: Path | None, announce: Callable[[str], None]
+    ) -> None:
+        """`log` gets a line for each evaluation; None where another process writes it."""
+        self.texts, self.original = texts, None
+        self.found: dict[str, dict[str, Evaluation]] = {}
+        self._log, self._announce = log, announce
+
+    def measure(self, model: Any, stage: str, step: int) -> None:
+        """Evaluate on all texts, and log it."""
+        if not self.texts:
+            return
+        self._announce(f"evaluating, {stage}")
+        for name, windows in self.texts.items():
+            found = evaluate(model, windows, None if model is self.original else self.original)
+            self.found.setdefault(name, {})[stage] = found
+            if self._log is not None:
+                with self._log.open("a", encoding="utf-8") as file:
+                    file.write(
+                        json.dumps({"step": step, "stage": stage, "text": name, **asdict(found)}) + "\n"
+                    )
+
+    def stored(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """What was found, as JSON holds it."""
+        return {
+            text: {stage: asdict(each) for stage, each in stages.items()}
+            for text, stages in self.found.items()
+        }
+
+    def restore(self, stored: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+        """Take what `stored` gave as found."""
+        self.found = {
+            text: {stage: Evaluation(**each) for stage, each in stages.items()}
+            for text, stages in stored.items()
+        }

@@ -103,6 +103,8 @@ class GraphedStep:
         return loss.detach()
 
     def _record(self, ids: Tensor) -> None:
+        # A step that is replayed runs no forward pass that could notice.
+        assert all(each.is_attached for each in clusters_of(self.learner).values()), "attach the optimizer"
         self._trained = [each for each in self.learner.parameters() if each.requires_grad]
         self._gradients = [
             torch.zeros_like(each) if each.grad is None else each.grad for each in self._trained

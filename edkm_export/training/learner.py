@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from edkm_export.training.distillation import Head, cross_entropy, distillation, has_plain_head, head_of
 
-__all__ = ["Learner"]
+__all__ = ["Learner", "Student"]
 
 Objective = Literal["distillation", "cross-entropy"]
 
@@ -94,6 +95,24 @@ class Learner(nn.Module):
         q = (flat / self.temperature).log_softmax(-1)
         loss: Tensor = (p.exp() * (p - q)).sum(-1).mean() * self.temperature**2
         return loss
+
+
+class Student:
+    """The student as evaluations call it: through the learner, for which FSDP2 gathers embedding and head."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self.parameters, self.eval, self.train = learner.parameters, learner.eval, learner.train
+
+    @property
+    def training(self) -> bool:
+        """Mode of its modules."""
+        return self._learner.training
+
+    def __call__(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+        """`.logits` [batch, context, vocab_size]; a collective."""
+        assert not use_cache
+        return SimpleNamespace(logits=self._learner.logits(input_ids))
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

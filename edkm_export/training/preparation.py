@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from edkm_export.calibration import input_energy
 from edkm_export.recipe import Recipe, Rule, uniform_recipe
 from edkm_export.reference.conv1d import held_weight
 from edkm_export.training.palettized.clusters import ClusterMethod
-from edkm_export.training.palettized.surgery import Importance, insert_clusters, trainable_shapes
+from edkm_export.training.palettized.surgery import Importance, clusters_of, insert_clusters, trainable_shapes
 from edkm_export.training.scaling import fold_scales
 from edkm_export.training.sensitivity import (
     Sensitivity,
@@ -24,22 +23,9 @@ from edkm_export.training.sensitivity import (
 )
 from edkm_export.training.train_config import TrainConfig
 
-__all__ = ["Prepared", "base_recipe", "inner_plan", "insert", "prepare"]
+__all__ = ["base_recipe", "decoder_bits", "insert", "prepare"]
 
 Announce = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A model with palettized layers.
-
-    Attributes:
-        recipe: what was used, with the bits that were chosen layer by layer.
-        average_bits: over the layers of the decoder, LUTs included.
-    """
-
-    recipe: Recipe
-    average_bits: float
 
 
 def base_recipe(config: TrainConfig) -> Recipe:
@@ -47,7 +33,7 @@ def base_recipe(config: TrainConfig) -> Recipe:
     return uniform_recipe(config.bits, config.group_size, config.lut_dtype)
 
 
-def inner_plan(model: Any, plan: dict[str, Rule]) -> dict[str, Rule]:
+def _inner_plan(model: Any, plan: dict[str, Rule]) -> dict[str, Rule]:
     """The part of a plan that is neither embedding nor output head."""
     outer = (model.get_input_embeddings(), model.get_output_embeddings())
     return {name: rule for name, rule in plan.items() if model.get_submodule(name) not in outer}
@@ -63,7 +49,7 @@ def _importance(model: Any, windows: Tensor, config: TrainConfig) -> dict[str, I
 
 def prepare(
     model: Any, recipe: Recipe, config: TrainConfig, windows: Tensor, *, source: str, announce: Announce
-) -> Prepared:
+) -> Recipe:
     """Palettize a float model for training.
 
     Args:
@@ -74,11 +60,14 @@ def prepare(
         source: name of the model, for messages.
         announce: called with the name of each stage before it starts.
 
+    Returns:
+        The recipe that was used, with the bits that were chosen layer by layer.
+
     Raises:
         RecipeError, PaletteError, InputError: the recipe or the target does not fit the model.
     """
     shapes = trainable_shapes(model)
-    plan = inner_plan(model, recipe.plan(shapes, source))
+    plan = _inner_plan(model, recipe.plan(shapes, source))
     windows = windows.to(next(model.parameters()).device)
     announce("measuring which weights matter")
     importance = _importance(model, windows, config)
@@ -98,12 +87,14 @@ def prepare(
         seeds = found.seeds
     announce("clustering")
     insert(model, recipe, config, importance=importance, seeds=seeds, source=source)
-    return Prepared(recipe, decoder_bits(model, recipe, shapes, source))
+    return recipe
 
 
-def decoder_bits(model: Any, recipe: Recipe, shapes: dict[str, tuple[int, ...]], source: str) -> float:
-    """Average bits over the decoder's layers, before or after they are replaced."""
-    return average_bits(shapes, inner_plan(model, recipe.plan(shapes, source)))
+def decoder_bits(model: Any) -> float:
+    """Average bits over the decoder's layers of a palettized model, LUTs included."""
+    clusters = clusters_of(model)
+    plan = _inner_plan(model, {name: each.rule for name, each in clusters.items()})
+    return average_bits({name: tuple(clusters[name].weight.shape) for name in plan}, plan)
 
 
 def insert(

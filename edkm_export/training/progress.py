@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from edkm_export.training.train_config import TrainConfig
+
 __all__ = ["Progress"]
+
+_UNLIMITED = 10_000_000  # steps of a run that only time ends
 
 
 @dataclass
@@ -32,6 +36,17 @@ class Progress:
     elapsed: float = 0.0
     _since: float | None = field(default=None, repr=False)
     _counted: float = field(default=0.0, repr=False)
+
+    @classmethod
+    def limited(cls, config: TrainConfig, tokens: int) -> Progress:
+        """Nothing done yet of what the settings ask for, or of one pass over `tokens` if they ask for nothing."""
+        limits = [] if config.steps is None else [config.steps]
+        if config.tokens is not None:
+            limits.append(max(1, config.tokens // config.step_tokens))
+        if not limits and config.minutes is None:
+            limits.append(max(1, tokens // config.step_tokens))
+        seconds = None if config.minutes is None else config.minutes * 60
+        return cls(steps=min(limits, default=_UNLIMITED), seconds=seconds)
 
     @property
     def share(self) -> float:

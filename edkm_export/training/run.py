@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from edkm_export import checkpoint
+from edkm_export.errors import InputError
 from edkm_export.recipe import Recipe
 from edkm_export.reference.hard_model import load_hard_model
 from edkm_export.reference.source import Source, load_model, load_tokenizer, tokenizer_files
@@ -18,31 +19,24 @@ from edkm_export.text import read_text, token_windows
 from edkm_export.training import run_checkpoints
 from edkm_export.training.callbacks import Clock, Evaluate, Log, Refit
 from edkm_export.training.curve import draw
-from edkm_export.training.distributed.processes import Processes
-from edkm_export.training.distributed.sharding import Student
-from edkm_export.training.evaluation import Evaluation
-from edkm_export.training.learner import Learner
+from edkm_export.training.data import read_tokens
+from edkm_export.training.distributed.processes import ALONE, Processes
+from edkm_export.training.evaluation import Evaluation, Evaluations
+from edkm_export.training.learner import Learner, Student
 from edkm_export.training.optimizer import freeze
-from edkm_export.training.palettized.surgery import clusters_of, to_checkpoint, trainable_shapes
-from edkm_export.training.preparation import base_recipe, decoder_bits, insert
+from edkm_export.training.palettized.surgery import clusters_of, to_checkpoint
+from edkm_export.training.preparation import base_recipe, decoder_bits, insert, prepare
 from edkm_export.training.progress import Progress
 from edkm_export.training.run_folder import RunFolder, identify
-from edkm_export.training.stages import (
-    Run,
-    check_tokens,
-    prepare_student,
-    read_tokens,
-    self_generated,
-    share_student,
-)
+from edkm_export.training.run_weights import load_weights
+from edkm_export.training.self_generated import first_token, generate
+from edkm_export.training.tokens import Tokens
 from edkm_export.training.train_config import TrainConfig
 from edkm_export.training.trainer import PaletteTrainer
 from edkm_export.training.trainer_arguments import training_arguments
-from edkm_export.training.windows import PackedWindows, Tokens
+from edkm_export.training.windows import PackedWindows
 
-__all__ = ["Outcome", "train"]
-
-_UNLIMITED = 10_000_000  # steps of a run that only time ends
+__all__ = ["Outcome", "Run"]
 
 
 @dataclass(frozen=True)
@@ -64,224 +58,267 @@ class Outcome:
     evaluations: dict[str, dict[str, Evaluation]]
 
 
-def train(
-    source: Source,
-    data: Sequence[Path],
-    folder: Path,
-    config: TrainConfig,
-    *,
-    recipe: Recipe | None = None,
-    eval_texts: Sequence[Path] = (),
-    device: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    provenance: Mapping[str, Any] | None = None,
-    announce: Callable[[str], None] = lambda _name: None,
-    advance: Callable[[float], None] | None = None,
-) -> Outcome:
-    """Train a palettized model, and write `folder`/model.pt.
-
-    Under torchrun or accelerate launch the processes train it together, each with its share of the weights.
+class Run:
+    """One training run; `complete` takes it through its stages `prepare`, `train` and `finish`.
 
     Args:
         source: the float model.
-        data: text and JSONL files.
+        data: text and JSONL files, and `.tokens` files that `Tokens.save` wrote.
         folder: of the run: metadata.json, log.jsonl, curve.png, checkpoints, model.pt.
         config: settings; without steps, tokens and minutes it trains for one pass over the data.
         recipe: instead of the uniform one of the settings.
         eval_texts: evaluation texts.
-        device: "cuda" or "cpu"; None: cuda if there is one.
-        resume: go on from the last checkpoint of `folder`.
-        overwrite: replace an existing `folder`.
         provenance: is stored in model.pt.
         announce: called with the name of each stage before it starts.
         advance: called with the share of the training that each step adds.
-
-    Raises:
-        InputError, RecipeError, PaletteError: what was given cannot be used, or not by so many processes.
-        OutputExistsError: `folder` exists, and neither `resume` nor `overwrite` is set.
-        TrainingError: it stopped; the message names the last good checkpoint.
     """
-    with Processes.join(device) as processes:
-        processes.share(config.batch_size)
-        place = RunFolder(folder)
-        where = processes.first(lambda: place.open(resume=resume, overwrite=overwrite))
-        return _train(
-            source, data, place, where, config, recipe, eval_texts, processes, provenance, announce, advance
-        )
 
+    processes: Processes = ALONE
+    tokenizer: Any
+    evaluations: Evaluations
+    student: Any  # the float model, and then what becomes of it
 
-def _train(
-    source: Source,
-    data: Sequence[Path],
-    place: RunFolder,
-    where: Path | None,
-    config: TrainConfig,
-    recipe: Recipe | None,
-    eval_texts: Sequence[Path],
-    processes: Processes,
-    provenance: Mapping[str, Any] | None,
-    announce: Callable[[str], None],
-    advance: Callable[[float], None] | None,
-) -> Outcome:
-    announce("reading the data")
-    tokenizer = load_tokenizer(source)
-    tokens = read_tokens(data, tokenizer, config)
-    texts = {
-        path.name: token_windows(
-            read_text(path), tokenizer, tokens=config.eval_tokens, context=config.context, source=str(path)
+    def __init__(
+        self,
+        source: Source,
+        data: Sequence[Path],
+        folder: Path,
+        config: TrainConfig,
+        *,
+        recipe: Recipe | None = None,
+        eval_texts: Sequence[Path] = (),
+        provenance: Mapping[str, Any] | None = None,
+        announce: Callable[[str], None] = lambda _name: None,
+        advance: Callable[[float], None] | None = None,
+    ) -> None:
+        self.source = source
+        self.data = data
+        self.folder = RunFolder(folder)
+        self.config = config
+        self.recipe = recipe or base_recipe(config)
+        self.eval_texts, self.provenance = eval_texts, dict(provenance or {})
+        self.announce, self.advance = announce, advance
+
+    def complete(
+        self, *, device: str | None = None, resume: bool = False, overwrite: bool = False
+    ) -> Outcome:
+        """Train, and write model.pt.
+
+        Under torchrun or accelerate launch the processes do it together, each with its share of the weights.
+
+        Args:
+            device: "cuda" or "cpu"; None: cuda if there is one.
+            resume: go on from the last checkpoint of the folder.
+            overwrite: replace an existing folder.
+
+        Raises:
+            InputError, RecipeError, PaletteError: what was given cannot be used, or not by so many processes.
+            OutputExistsError: the folder exists, and neither `resume` nor `overwrite` is set.
+            TrainingError: it stopped; the message names the last good checkpoint.
+        """
+        with Processes.join(device) as self.processes:
+            self.processes.share(self.config.batch_size)
+            last = self.processes.first(lambda: self.folder.open(resume=resume, overwrite=overwrite))
+            tokens = self.prepare(last)
+            trainer = self.train(tokens, last)
+            return self.finish(trainer)
+
+    def prepare(self, last: Path | None) -> Tokens:
+        """Read data and model, and palettize the model.
+
+        Args:
+            last: checkpoint of the run to go on from; None: start anew.
+
+        Returns:
+            What to train on.
+        """
+        self.announce("reading the data")
+        self.tokenizer = load_tokenizer(self.source)
+        tokens = read_tokens(
+            self.data, self.tokenizer, answers_only=self.config.answers_only, chat=self.config.chat
         )
-        for path in eval_texts
-    }
-    announce("loading the model")
-    student = load_model(source, torch.float32).to(processes.device)
-    check_tokens(tokens, student, source)
-    run = Run(place, config, processes, announce, texts)
-    if config.objective == "distillation" or texts:
-        run.original = copy.deepcopy(student)
-    identity = processes.first(lambda: identify(source, data, tokens))
-    metadata = place.read(identity, config) if where is not None else None
-    if metadata is None:
-        processes.first(place.start)
-    if config.self_generated:
-        made = processes.first(lambda: self_generated(run, student, tokens, tokenizer))
-        tokens = Tokens.join([tokens, made])
-    progress = _limits(config, tokens)
-    shapes = trainable_shapes(student)
-    if metadata is None:
-        chosen = recipe or base_recipe(config)
-        used = processes.first(lambda: prepare_student(run, student, chosen, tokens, identity, source))
-    else:
-        used = Recipe.model_validate(metadata["recipe"])
-        run.results = {
-            text: {stage: Evaluation(**found) for stage, found in stages.items()}
-            for text, stages in metadata["evaluations"].items()
+        self.evaluations = Evaluations(
+            self._eval_windows(), self.folder.log if self.processes.is_first else None, self.announce
+        )
+        self.announce("loading the model")
+        self.student = load_model(self.source, torch.float32).to(self.processes.device)
+        self._check_vocabulary(tokens)
+        if self.config.objective == "distillation" or self.eval_texts:
+            self.evaluations.original = copy.deepcopy(self.student)
+        written, self.recipe, found = self.processes.first(lambda: self._begin(tokens, last))
+        self.evaluations.restore(found)
+        if last is not None or not self.processes.is_first:
+            insert(self.student, self.recipe, self.config, seeded=False, source=self.source.reference)
+        if self.processes.are_many:
+            self._share(last)
+        return tokens if written is None else Tokens.join([tokens, written])
+
+    def _eval_windows(self) -> dict[str, torch.Tensor]:
+        tokens, context = self.config.eval_tokens, self.config.context
+        return {
+            path.name: token_windows(
+                read_text(path), self.tokenizer, tokens=tokens, context=context, source=str(path)
+            )
+            for path in self.eval_texts
         }
-        assert where is not None
-        step = int(run_checkpoints.read_state(where)["step"])
-        processes.first(lambda: place.cut_log(step))
-    if metadata is not None or not processes.is_first:
-        insert(student, used, config, seeded=False, source=source.reference)
-    average = decoder_bits(student, used, shapes, source.reference)
-    if processes.are_many:
-        share_student(run, student, where)
-    trainer = _trainer(run, student, tokens, progress, advance)
-    announce("training")
-    trainer.run(where)
-    return _finish(run, trainer, student, used, average, tokenizer, source, provenance)
 
+    def _check_vocabulary(self, tokens: Tokens) -> None:
+        """Refuse tokens that the model has no embedding for."""
+        largest, rows = int(tokens.ids.max()), self.student.get_input_embeddings().weight.shape[0]
+        if largest >= rows:
+            raise InputError(
+                f"{self.source.reference}: its tokenizer gives token {largest}, beyond the model's vocabulary "
+                f"of {rows}."
+            )
 
-def _trainer(
-    run: Run, student: Any, tokens: Tokens, progress: Progress, advance: Callable[[float], None] | None
-) -> PaletteTrainer:
-    config = run.config
-    freeze(student, config)
-    if config.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    distilling = config.objective == "distillation"
-    learner = Learner(
-        student,
-        run.original if distilling else None,
-        objective=config.objective,
-        temperature=config.temperature,
-    )
-    clusters = list(clusters_of(student).values())
-    step_samples = config.batch_size * config.accumulate
-    samples = PackedWindows(
-        tokens, context=config.context, samples=progress.steps * step_samples, seed=config.seed
-    )
-    processes = run.processes
-    log = Log(
-        run.folder.log,
-        clusters,
-        progress,
-        distilling=distilling,
-        step_tokens=step_samples * config.context,
-        processes=processes,
-    )
-    evaluated = Student(learner) if processes.are_many else student
-    callbacks = [
-        Clock(progress, advance, processes),
-        Refit(clusters, config.refit_every),
-        log,
-        Evaluate(
-            config.eval_every if run.texts else 0,
-            lambda step: run.evaluate(evaluated, "training", step),
-            progress,
-        ),
-    ]
-    arguments = training_arguments(
-        config,
-        run.folder.checkpoints,
-        steps=progress.steps,
-        device=processes.device,
-        board=_has_board(),
-        processes=processes,
-    )
-    return PaletteTrainer(
-        learner, samples, config, arguments, progress, callbacks, processes=processes, original=run.original
-    )
+    def _begin(self, data: Tokens, last: Path | None) -> tuple[Tokens | None, Recipe, dict[str, Any]]:
+        """What the first process does alone.
 
+        Returns:
+            Tokens that are added to the data, the recipe that the student is palettized by, evaluations so far.
+        """
+        identity = identify(self.source, self.data, data)
+        started = None
+        if last is None:
+            self.folder.start()
+        else:
+            started = self.folder.read(identity, self.config)
+            self.folder.cut_log(int(run_checkpoints.read_state(last)["step"]))
+        written = self._write_text(data) if self.config.self_generated else None
+        if started is not None:
+            return written, Recipe.model_validate(started["recipe"]), started["evaluations"]
+        recipe = self._palettize(data if written is None else Tokens.join([data, written]))
+        found = self.evaluations.stored()
+        self.folder.write(identity, self.config, recipe, found)
+        return written, recipe, found
 
-def _finish(
-    run: Run,
-    trainer: PaletteTrainer,
-    student: Any,
-    recipe: Recipe,
-    average: float,
-    tokenizer: Any,
-    source: Source,
-    provenance: Mapping[str, Any] | None,
-) -> Outcome:
-    run.announce("writing model.pt")
-    progress, config = trainer.progress, run.config
-    tokens = progress.step * config.batch_size * config.accumulate * config.context
-    how = {
-        "seed": config.seed,
-        "base_model": source.provenance(),
-        "training": {
-            **config.model_dump(mode="json"),
-            "trained_steps": progress.step,
-            "trained_tokens": tokens,
-        },
-    }
-    finished = to_checkpoint(
-        student,
-        recipe,
-        tokenizer=tokenizer_files(tokenizer, student),
-        provenance={**how, **(provenance or {})},
-        **({} if trainer.sharding is None else {"whole": trainer.sharding.whole_parameter}),
-    )
-    path = run.folder.model
-    try:
-        run.processes.first(lambda: checkpoint.save(finished, path, overwrite=True))
-    except OSError as error:
-        raise trainer.failure(f"{path} could not be written ({error})") from error
-    if run.texts:
-        # What is on disk is evaluated, by the code that every export is checked against.
-        run.evaluate(
-            load_hard_model(checkpoint.load(path)).to(run.processes.device), "trained", progress.step
+    def _write_text(self, data: Tokens) -> Tokens:
+        """Text of the original; written once, and read again when a run goes on."""
+        path = self.folder.generated
+        if path.is_file():
+            return Tokens.load(path)
+        self.announce("letting the original write")
+        made = generate(
+            self.student,
+            data,
+            tokens=self.config.self_generated,
+            context=self.config.context,
+            start=first_token(self.tokenizer),
+            seed=self.config.seed,
         )
-    try:
-        if run.processes.is_first and run.folder.log.is_file():
-            draw(run.folder.log, run.folder.curve)
-    except ImportError:
-        run.announce("no curve.png, since matplotlib is missing: pip install 'edkm-export[train]'")
-    return Outcome(path, progress.step, tokens, progress.elapsed, average, run.results)
+        made.save(path)
+        return made
 
+    def _palettize(self, tokens: Tokens) -> Recipe:
+        """Palettize the student, with an evaluation before and after; the recipe that came of it."""
+        config, evaluations = self.config, self.evaluations
+        evaluations.measure(evaluations.original, "original", 0)
+        windows = tokens.sample(config.calibration_tokens, config.context)
+        recipe = prepare(
+            self.student, self.recipe, config, windows, source=self.source.reference, announce=self.announce
+        )
+        evaluations.measure(self.student, "one-shot", 0)
+        return recipe
 
-def _limits(config: TrainConfig, tokens: Tokens) -> Progress:
-    step_tokens = config.batch_size * config.accumulate * config.context
-    limits = [] if config.steps is None else [config.steps]
-    if config.tokens is not None:
-        limits.append(max(1, config.tokens // step_tokens))
-    if not limits and config.minutes is None:
-        limits.append(max(1, len(tokens) // step_tokens))
-    seconds = None if config.minutes is None else config.minutes * 60
-    return Progress(steps=min(limits, default=_UNLIMITED), seconds=seconds)
+    def _share(self, last: Path | None) -> None:
+        """Give all processes the student that the first one prepared, or that of a checkpoint."""
+        if last is not None:
+            freeze(self.student, self.config)  # checkpoints leave out what is not trained
+            load_weights(self.student, last)
+            return
+        held = {id(each): each for each in self.student.state_dict().values()}
+        self.processes.copy_from_first(list(held.values()))
+        for clusters in clusters_of(self.student).values():
+            clusters.restored()
 
+    def train(self, tokens: Tokens, last: Path | None) -> PaletteTrainer:
+        """Train the student, from the start or from a checkpoint of the run; the trainer, when it is done."""
+        config, student, original = self.config, self.student, self.evaluations.original
+        freeze(student, config)
+        if config.gradient_checkpointing:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        distilling = config.objective == "distillation"
+        learner = Learner(
+            student,
+            original if distilling else None,
+            objective=config.objective,
+            temperature=config.temperature,
+        )
+        progress = Progress.limited(config, len(tokens))
+        samples = PackedWindows(
+            tokens,
+            context=config.context,
+            samples=progress.steps * config.step_windows,
+            seed=config.seed,
+        )
+        arguments = training_arguments(
+            config,
+            self.folder.checkpoints,
+            steps=progress.steps,
+            device=self.processes.device,
+            processes=self.processes,
+        )
+        trainer = PaletteTrainer(
+            learner, samples, config, arguments, progress, processes=self.processes, original=original
+        )
+        clusters = trainer.clusters.clusters
+        evaluated = Student(learner) if self.processes.are_many else student
+        for callback in (
+            Clock(progress, self.advance, self.processes),
+            Refit(clusters, config.refit_every),
+            Log(
+                self.folder.log,
+                clusters,
+                progress,
+                distilling=distilling,
+                step_tokens=config.step_tokens,
+                processes=self.processes,
+            ),
+            Evaluate(
+                config.eval_every if self.eval_texts else 0,
+                lambda step: self.evaluations.measure(evaluated, "training", step),
+                progress,
+            ),
+        ):
+            trainer.add_callback(callback)
+        self.announce("training")
+        trainer.run(last)
+        return trainer
 
-def _has_board() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("tensorboard") is not None
+    def finish(self, trainer: PaletteTrainer) -> Outcome:
+        """Write model.pt, evaluate what is on disk, and draw the curve."""
+        self.announce("writing model.pt")
+        progress, config = trainer.progress, self.config
+        tokens = progress.step * config.step_tokens
+        how = {
+            "seed": config.seed,
+            "base_model": self.source.provenance(),
+            "training": {
+                **config.model_dump(mode="json"),
+                "trained_steps": progress.step,
+                "trained_tokens": tokens,
+            },
+        }
+        finished = to_checkpoint(
+            self.student,
+            self.recipe,
+            tokenizer=tokenizer_files(self.tokenizer, self.student),
+            provenance={**how, **self.provenance},
+            **({} if trainer.sharding is None else {"whole": trainer.sharding.whole_parameter}),
+        )
+        path = self.folder.model
+        try:
+            self.processes.first(lambda: checkpoint.save(finished, path, overwrite=True))
+        except OSError as error:
+            raise trainer.failure(f"{path} could not be written ({error})") from error
+        if self.eval_texts:
+            # What is on disk is evaluated, by the code that every export is checked against.
+            hard = load_hard_model(checkpoint.load(path)).to(self.processes.device)
+            self.evaluations.measure(hard, "trained", progress.step)
+        try:
+            if self.processes.is_first and self.folder.log.is_file():
+                draw(self.folder.log, self.folder.curve)
+        except ImportError:
+            self.announce("no curve.png, since matplotlib is missing: pip install 'edkm-export[train]'")
+        bits = decoder_bits(self.student)
+        return Outcome(path, progress.step, tokens, progress.elapsed, bits, self.evaluations.found)

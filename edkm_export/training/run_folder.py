@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,18 @@ from edkm_export.errors import InputError
 from edkm_export.recipe import Recipe
 from edkm_export.reference.source import Source
 from edkm_export.training import run_checkpoints
-from edkm_export.training.evaluation import Evaluation
+from edkm_export.training.tokens import Tokens
 from edkm_export.training.train_config import TrainConfig
-from edkm_export.training.windows import Tokens
 
 __all__ = ["RunFolder", "identify"]
-
-# Settings that may change when a run goes on.
-_FREE = {"eval_every", "log_every", "save_every", "eval_tokens", "gradient_checkpointing", "minutes"}
 
 
 def identify(source: Source, data: Sequence[Path], tokens: Tokens) -> dict[str, Any]:
     """What has to be the same for a run to go on."""
-    sha = hashlib.sha256(tokens.ids.numpy().tobytes())
-    if tokens.counts is not None:
-        sha.update(tokens.counts.numpy().tobytes())
     return {
         "model": source.provenance(),
         "data": [path.name for path in data],
-        "tokens_sha256": sha.hexdigest(),
+        "tokens_sha256": tokens.sha256(),
     }
 
 
@@ -99,13 +91,9 @@ class RunFolder:
         identity: dict[str, Any],
         config: TrainConfig,
         recipe: Recipe,
-        results: Mapping[str, Mapping[str, Evaluation]],
+        evaluations: Mapping[str, Any],
     ) -> None:
-        """Record what the run is, before its first step."""
-        evaluations = {
-            text: {stage: asdict(found) for stage, found in stages.items()}
-            for text, stages in results.items()
-        }
+        """Record what the run is, before its first step; `evaluations` as JSON holds them."""
         self._write(
             {
                 "identity": identity,
@@ -129,18 +117,24 @@ class RunFolder:
         path, anew = self.path / MARKER, "start anew with --overwrite"
         try:
             contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            stored, settings = contents["identity"], contents["config"]
+            stored, settings, generator = contents["identity"], contents["config"], contents["generator"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: is not the metadata of a run; {anew}.") from error
         for key, what in (("model", "model"), ("data", "data files"), ("tokens_sha256", "training data")):
             if stored.get(key) != identity[key]:
                 raise InputError(f"{self.path}: was started with another {what}; give the same, or {anew}.")
-        for key, value in config.model_dump(mode="json").items():
-            if key not in _FREE and settings.get(key) != value:
-                found = settings.get(key)
-                raise InputError(
-                    f"{self.path}: was started with {key} {found!r}, not {value!r}; give the same, or {anew}."
-                )
+        try:
+            started = TrainConfig.parse(settings)
+        except InputError as error:
+            raise InputError(
+                f"{path}: was written by {generator} with settings that {GENERATOR} {__version__} does not take "
+                f"({error}); go on with that version, or {anew}."
+            ) from error
+        for name in config.conflicts(started):
+            found, given = getattr(started, name), getattr(config, name)
+            raise InputError(
+                f"{self.path}: was started with {name} {found!r}, not {given!r}; give the same, or {anew}."
+            )
         return contents
 
     def cut_log(self, step: int) -> None:

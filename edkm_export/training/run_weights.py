@@ -1,7 +1,8 @@
-"""Weights of a training checkpoint: master weights, LUTs and codes. Frozen masters come from the original again."""
+"""Weights of a training checkpoint: master weights, LUTs and indices. Frozen masters come from the original again."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from edkm_export.errors import TrainingError
 from edkm_export.training import run_checkpoints
 from edkm_export.training.palettized.surgery import clusters_of
 
-__all__ = ["load_weights", "read_state_dict", "save_weights"]
+__all__ = ["load_weights", "read_state_dict", "read_weights", "save_weights"]
 
 
 def save_weights(model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
@@ -35,13 +36,29 @@ def read_state_dict(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
+def read_weights(folder: Path) -> Any:
+    """Tensors that `save_weights` wrote, by name; those of older versions under today's names."""
+    state = read_state_dict(folder / run_checkpoints.WEIGHTS)
+    if not isinstance(state, Mapping):
+        return state
+    return {_today(name): tensor for name, tensor in state.items()}
+
+
+def _today(name: Any) -> Any:
+    """Checkpoints of earlier runs call indices codes."""
+    old = ".clusters.codes"
+    return (
+        f"{name.removesuffix(old)}.clusters.indices" if isinstance(name, str) and name.endswith(old) else name
+    )
+
+
 def load_weights(model: Any, folder: Path) -> None:
     """Load what `save_weights` wrote.
 
     Raises:
         TrainingError: it belongs to another model or recipe.
     """
-    state = read_state_dict(folder / run_checkpoints.WEIGHTS)
+    state = read_weights(folder)
     try:
         missing, unknown = model.load_state_dict(state, strict=False)
     except RuntimeError as error:

@@ -116,12 +116,12 @@ def _best_scale(
             rule, found = plan[layer], importance[layer]
             weight = model.get_submodule(layer).weight.data
             rows = rule.group_size or weight.shape[0]
-            step = max(1, weight.shape[0] // rows // _GROUPS)
-            picked = torch.arange(weight.shape[0], device=weight.device).view(-1, rows)[::step].reshape(-1)
+            stride = max(1, weight.shape[0] // rows // _GROUPS)
+            picked = torch.arange(weight.shape[0], device=weight.device).view(-1, rows)[::stride].reshape(-1)
             outputs = None if found.outputs is None else found.outputs[picked]
             scaled = Importance(found.inputs / scale.square(), outputs)
             _, squared = seed_centroids(weight[picked] * scale, rule, scaled)
-            error += float(squared.sum()) * step
+            error += float(squared.sum()) * stride
         if error < best[0] * (1 if best[1] is None else 0.999):
             best = (error, scale if exponent else None)
     return best[1]

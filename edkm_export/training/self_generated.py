@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from edkm_export.atomic import atomic_file
 from edkm_export.errors import InputError
 from edkm_export.reference.caching import new_cache, run_cached
-from edkm_export.training.windows import Tokens
+from edkm_export.training.tokens import Tokens
 
-__all__ = ["generate", "load_tokens", "save_tokens"]
+__all__ = ["first_token", "generate"]
 
 _PROMPT = 8  # tokens
+
+
+def first_token(tokenizer: Any) -> int:
+    """The token that a text starts with.
+
+    Raises:
+        InputError: the tokenizer has none.
+    """
+    found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if found is None:
+        raise InputError("--self-generated: the tokenizer has neither a beginning- nor an end-of-text token.")
+    return int(found)
 
 
 @torch.no_grad()
@@ -49,7 +59,7 @@ def generate(
         start: the token that the other rows start with.
         rows: rows that are sampled together; None: as many as the device is good for.
         seed: of the sampling.
-        advance: called with the tokens of each step.
+        advance: called with the number of tokens whenever one was added to each row.
 
     Returns:
         The rows behind each other.
@@ -111,26 +121,3 @@ def _in_dtype(model: Any, dtype: torch.dtype) -> Any:
     finally:
         for parameter, data in kept.items():
             parameter.data = data
-
-
-def save_tokens(tokens: Tokens, path: Path) -> None:
-    """Write tokens, whole or not at all."""
-    with atomic_file(path, overwrite=True) as temporary:
-        torch.save({"ids": tokens.ids}, temporary)
-
-
-def load_tokens(path: Path) -> Tokens:
-    """Read what `save_tokens` wrote.
-
-    Raises:
-        InputError: it is something else.
-    """
-    try:
-        contents = torch.load(path, weights_only=True)
-        ids = contents["ids"]
-        assert ids.dtype == torch.int32 and ids.dim() == 1 and len(ids) and int(ids.min()) >= 0
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file.") from error
-    except Exception as error:
-        raise InputError(f"{path}: is not a file of tokens that edkm-export wrote.") from error
-    return Tokens(ids)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edkm_export.errors import InputError
+from edkm_export.lut_dtypes import LUT_DTYPES
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.reference.conv1d import is_conv1d
@@ -153,7 +154,7 @@ def allocate_bits(
 ) -> dict[str, int]:
     """Choose bits for each layer: the least estimated loss that fits.
 
-    Greedy on gain per bit, over all larger sizes of each layer: within one layer's step of the optimum. No
+    Greedy on gain per bit, over all larger sizes of each layer: within one choice of a single layer of the optimum. No
     size can gain more than the whole loss of the present one, so that most losses are never asked for.
 
     Args:
@@ -223,5 +224,4 @@ def storage_bits(shape: Sequence[int], rule: Rule) -> int:
     An entry of an int4 LUT is stored in 8 bits, too.
     """
     groups = shape[0] // (rule.group_size or shape[0])
-    lut = 16 << rule.bits if rule.lut_dtype == "float16" else (8 << rule.bits) + 16
-    return math.prod(shape) * rule.bits + groups * lut
+    return math.prod(shape) * rule.bits + groups * LUT_DTYPES[rule.lut_dtype].lut_bits(rule.bits)

@@ -19,7 +19,7 @@ from edkm_export.reference.soft_model import SoftWeights
 from edkm_export.training import run_checkpoints
 from edkm_export.training.palettized.clusters import Backward, ClusterMethod, Clusters
 from edkm_export.training.run_folder import RunFolder
-from edkm_export.training.run_weights import read_state_dict
+from edkm_export.training.run_weights import read_weights
 from edkm_export.training.train_config import TrainConfig
 
 __all__ = ["read_soft_weights"]
@@ -105,7 +105,7 @@ class _State:
             "weight": tuple(shipped.shape),
             "lut": (groups, k),
             "unit": (groups, 1),
-            "codes": (groups, shipped.numel // groups),
+            "indices": (groups, shipped.numel // groups),
             "temperature": (groups,),
         }
         held: dict[str, Tensor] = {}
@@ -119,7 +119,7 @@ class _State:
             raise self._misfit(name)
         centroids = held["lut"] * held["unit"]
         clusters = Clusters(held["weight"], centroids, rule, self.method, in_bfloat16=self.config.bf16)
-        for part in ("lut", "unit", "codes"):
+        for part in ("lut", "unit", "indices"):
             getattr(clusters, part).data.copy_(held[part])
         if self.config.backward != "straight-through":
             clusters.temperature.copy_(held["temperature"])
@@ -158,7 +158,7 @@ def _read_state(run: Path, config: TrainConfig, recipe: Recipe, step: int, check
         raise InputError(f"{run}: {why}; without its last state there is no soft model.")
     try:
         found = int(run_checkpoints.read_state(path)["step"])
-        tensors = read_state_dict(path / run_checkpoints.WEIGHTS)
+        tensors = read_weights(path)
     except Exception as error:  # what damaged files raise has no common base
         raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}).") from error
     if found != step:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
@@ -12,11 +14,26 @@ from edkm_export.errors import InputError
 from edkm_export.lut_grid import LutDtype, check_bits
 from edkm_export.training.palettized.clusters import Backward
 
-__all__ = ["PRESETS", "TrainConfig", "load_config_file"]
+__all__ = ["PRESETS", "OnResume", "TrainConfig", "load_config_file"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class OnResume:
+    """What a run that goes on may do with a setting."""
+
+    may_change: bool
+
+
+Kept = Annotated[_T, OnResume(may_change=False)]
+Free = Annotated[_T, OnResume(may_change=True)]
 
 
 class TrainConfig(pydantic.BaseModel):
     """Settings of a run. Learning rates are shares of a tensor's root mean square, the same for every model.
+
+    `Kept` ones decide the result, and a run that goes on has to have them as it was started; `Free` ones may change.
 
     Attributes:
         bits: bits of an index in the decoder's linear layers. Embedding and output head take 8.
@@ -57,45 +74,45 @@ class TrainConfig(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    bits: Literal[1, 2, 3, 4, 6, 8] = 4
-    group_size: int = pydantic.Field(default=16, ge=0)
-    lut_dtype: LutDtype = "float16"
-    target_bits: float | None = pydantic.Field(default=None, gt=0, le=8.5)
-    backward: Backward = "straight-through"
-    alpha: float = pydantic.Field(default=1.0, gt=0)
-    iterations: int = pydantic.Field(default=1, ge=1, le=50)
-    objective: Literal["distillation", "cross-entropy"] = "distillation"
-    temperature: float = pydantic.Field(default=1.0, gt=0)
-    importance: Literal["fisher", "energy", "none"] = "fisher"
-    fold_scales: bool = False
-    train_embedding: bool = False
-    train_norms: bool = True
-    refit_every: int = pydantic.Field(default=0, ge=0)
-    steps: int | None = pydantic.Field(default=None, ge=1)
-    tokens: int | None = pydantic.Field(default=None, ge=1)
-    minutes: float | None = pydantic.Field(default=None, gt=0)
-    context: int = pydantic.Field(default=512, ge=2)
-    batch_size: int = pydantic.Field(default=4, ge=1)
-    accumulate: int = pydantic.Field(default=1, ge=1)
-    weight_rate: float = pydantic.Field(default=1e-3, ge=0)
-    lut_rate: float = pydantic.Field(default=3e-3, ge=0)
-    norm_rate: float = pydantic.Field(default=2e-3, ge=0)
-    warmup: float = pydantic.Field(default=0.03, ge=0, lt=1)
-    decay: Literal["linear", "cosine", "none"] = "linear"
-    final_rate: float = pydantic.Field(default=0.02, ge=0, le=1)
-    clip: float = pydantic.Field(default=1.0, ge=0)
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    record_steps: bool = True
-    self_generated: int = pydantic.Field(default=0, ge=0)
-    seed: int = pydantic.Field(default=0, ge=0, lt=2**31)
-    answers_only: bool = False
-    chat: bool = False
-    calibration_tokens: int = pydantic.Field(default=4096, ge=2)
-    eval_tokens: int = pydantic.Field(default=4096, ge=2)
-    eval_every: int = pydantic.Field(default=0, ge=0)
-    log_every: int = pydantic.Field(default=10, ge=1)
-    save_every: int = pydantic.Field(default=200, ge=0)
+    bits: Kept[Literal[1, 2, 3, 4, 6, 8]] = 4
+    group_size: Kept[int] = pydantic.Field(default=16, ge=0)
+    lut_dtype: Kept[LutDtype] = "float16"
+    target_bits: Kept[float | None] = pydantic.Field(default=None, gt=0, le=8.5)
+    backward: Kept[Backward] = "straight-through"
+    alpha: Kept[float] = pydantic.Field(default=1.0, gt=0)
+    iterations: Kept[int] = pydantic.Field(default=1, ge=1, le=50)
+    objective: Kept[Literal["distillation", "cross-entropy"]] = "distillation"
+    temperature: Kept[float] = pydantic.Field(default=1.0, gt=0)
+    importance: Kept[Literal["fisher", "energy", "none"]] = "fisher"
+    fold_scales: Kept[bool] = False
+    train_embedding: Kept[bool] = False
+    train_norms: Kept[bool] = True
+    refit_every: Kept[int] = pydantic.Field(default=0, ge=0)
+    steps: Kept[int | None] = pydantic.Field(default=None, ge=1)
+    tokens: Kept[int | None] = pydantic.Field(default=None, ge=1)
+    minutes: Free[float | None] = pydantic.Field(default=None, gt=0)
+    context: Kept[int] = pydantic.Field(default=512, ge=2)
+    batch_size: Kept[int] = pydantic.Field(default=4, ge=1)
+    accumulate: Kept[int] = pydantic.Field(default=1, ge=1)
+    weight_rate: Kept[float] = pydantic.Field(default=1e-3, ge=0)
+    lut_rate: Kept[float] = pydantic.Field(default=3e-3, ge=0)
+    norm_rate: Kept[float] = pydantic.Field(default=2e-3, ge=0)
+    warmup: Kept[float] = pydantic.Field(default=0.03, ge=0, lt=1)
+    decay: Kept[Literal["linear", "cosine", "none"]] = "linear"
+    final_rate: Kept[float] = pydantic.Field(default=0.02, ge=0, le=1)
+    clip: Kept[float] = pydantic.Field(default=1.0, ge=0)
+    bf16: Kept[bool] = False
+    gradient_checkpointing: Free[bool] = False
+    record_steps: Kept[bool] = True
+    self_generated: Kept[int] = pydantic.Field(default=0, ge=0)
+    seed: Kept[int] = pydantic.Field(default=0, ge=0, lt=2**31)
+    answers_only: Kept[bool] = False
+    chat: Kept[bool] = False
+    calibration_tokens: Kept[int] = pydantic.Field(default=4096, ge=2)
+    eval_tokens: Free[int] = pydantic.Field(default=4096, ge=2)
+    eval_every: Free[int] = pydantic.Field(default=0, ge=0)
+    log_every: Free[int] = pydantic.Field(default=10, ge=1)
+    save_every: Free[int] = pydantic.Field(default=200, ge=0)
 
     @pydantic.field_validator("lut_dtype")
     @classmethod
@@ -103,14 +120,33 @@ class TrainConfig(pydantic.BaseModel):
         check_bits(lut_dtype, info.data.get("bits", 0))  # bits that are wrong have their own message
         return lut_dtype
 
+    @property
+    def step_windows(self) -> int:
+        """Windows of an optimizer step."""
+        return self.batch_size * self.accumulate
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimizer step."""
+        return self.step_windows * self.context
+
     def updated(self, changes: dict[str, Any]) -> TrainConfig:
         """These settings with some changed.
 
         Raises:
             InputError: naming the setting that is unknown or wrong.
         """
+        return self.parse({**self.model_dump(), **changes})
+
+    @classmethod
+    def parse(cls, settings: Any) -> TrainConfig:
+        """Settings by name; those that are missing have their defaults.
+
+        Raises:
+            InputError: naming the setting that is unknown or wrong.
+        """
         try:
-            return TrainConfig.model_validate({**self.model_dump(), **changes})
+            return cls.model_validate(settings)
         except pydantic.ValidationError as error:
             lines = [
                 f"{'.'.join(map(str, detail['loc'])) or 'settings'}: {detail['msg'].removeprefix('Value error, ')} "
@@ -118,6 +154,18 @@ class TrainConfig(pydantic.BaseModel):
                 for detail in error.errors()
             ]
             raise InputError("; ".join(lines)[:600] + ".") from error
+
+    @classmethod
+    def may_change(cls, name: str) -> bool:
+        """Whether a run may go on with another value of a setting."""
+        (mark,) = (each for each in cls.model_fields[name].metadata if isinstance(each, OnResume))
+        return mark.may_change
+
+    def conflicts(self, started: TrainConfig) -> Iterator[str]:
+        """Settings that keep a run which was started otherwise from going on with these."""
+        for name in type(self).model_fields:
+            if not self.may_change(name) and getattr(self, name) != getattr(started, name):
+                yield name
 
 
 PRESETS: dict[str, TrainConfig] = {

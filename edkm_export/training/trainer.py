@@ -20,7 +20,7 @@ from edkm_export.training.graphs import GraphedStep, can_record
 from edkm_export.training.learner import Learner
 from edkm_export.training.optimizer import build_optimizer, rate_at
 from edkm_export.training.palettized.batch import ClusterBatch
-from edkm_export.training.palettized.surgery import clusters_of
+from edkm_export.training.palettized.surgery import attach, clusters_of
 from edkm_export.training.progress import Progress
 from edkm_export.training.run_weights import load_weights, read_state_dict, save_weights
 from edkm_export.training.train_config import TrainConfig
@@ -38,7 +38,7 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class PaletteTrainer(Trainer):  # type: ignore[misc]
-    """Trains a `Learner`; see `run.train` for the whole."""
+    """Trains a `Learner`; see `run.Run` for the whole."""
 
     optimizer: Any
     lr_scheduler: Any
@@ -50,7 +50,7 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         config: TrainConfig,
         arguments: TrainingArguments,
         progress: Progress,
-        callbacks: list[Any],
+        *,
         processes: Processes = ALONE,
         original: Any | None = None,
     ) -> None:
@@ -68,7 +68,6 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             args=arguments,
             train_dataset=data,
             data_collator=collate,
-            callbacks=callbacks,
             optimizers=(optimizer, None),
         )
         self.remove_callback(PrinterCallback)
@@ -82,9 +81,10 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided by the micro-batches
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Adam with our groups."""
+        """Adam with our groups, attached to the clusters."""
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.learner.model, self.config)
+            attach(self.learner, self.optimizer)
         return self.optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -97,7 +97,7 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             )
 
     def _move_model_to_device(self, model: Any, device: Any) -> None:
-        if self.sharding is None:  # shares are where they have to be, and codes would lose their padding
+        if self.sharding is None:  # shares are where they have to be, and indices would lose their padding
             super()._move_model_to_device(model, device)
 
     def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -186,7 +186,7 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Weights, LUTs and codes, whole; frozen master weights come from the original again."""
+        """Weights, LUTs and indices, whole; frozen master weights come from the original again."""
         self.clusters.refresh()
         if self.sharding is not None:
             state_dict = self.sharding.whole_state()
@@ -238,7 +238,7 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         self.lr_scheduler.load_state_dict(read_state_dict(Path(checkpoint) / run_checkpoints.SCHEDULER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights, LUTs and codes, unless that was done before the model was sharded."""
+        """Load weights, LUTs and indices, unless that was done before the model was sharded."""
         if self.sharding is None:
             load_weights(self.learner.model, Path(resume_from_checkpoint))
 

@@ -1,45 +1,15 @@
-"""Training data as windows of tokens: documents end to end, cut at a different place in each pass."""
+"""Windows of training tokens: documents end to end, cut at a different place in each pass."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from edkm_export.errors import InputError
+from edkm_export.training.tokens import Tokens
 
-__all__ = ["PackedWindows", "Tokens"]
-
-
-class Tokens:
-    """All documents in one row.
-
-    Attributes:
-        ids: int32 [tokens].
-        counts: bool [tokens], whether predicting this token is part of the loss; None: all of them.
-    """
-
-    def __init__(self, ids: Tensor, counts: Tensor | None = None) -> None:
-        assert ids.dim() == 1 and (counts is None or counts.shape == ids.shape)
-        self.ids, self.counts = ids.to(torch.int32), counts
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @classmethod
-    def join(cls, parts: Sequence[Tokens]) -> Tokens:
-        """Put several behind each other."""
-        counts = None
-        if any(part.counts is not None for part in parts):
-            counts = torch.cat(
-                [
-                    torch.ones(len(part), dtype=torch.bool) if part.counts is None else part.counts
-                    for part in parts
-                ]
-            )
-        return cls(torch.cat([part.ids for part in parts]), counts)
+__all__ = ["PackedWindows"]
 
 
 class PackedWindows(Dataset[dict[str, Tensor]]):

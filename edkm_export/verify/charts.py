@@ -215,9 +215,9 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
         return [low]
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
-    first = math.ceil(low / step)
-    return [round(place * step, 12) for place in range(first, math.floor(high / step) + 1)]
+    spacing = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
+    first = math.ceil(low / spacing)
+    return [round(place * spacing, 12) for place in range(first, math.floor(high / spacing) + 1)]
 
 
 def _decade(exponent: float) -> str:

@@ -127,13 +127,13 @@ def compare(
         text_name: for messages.
         tokens: tokens of it to use.
         original: the float model; the first row of the result when it is given.
-        advance: called with the name of each step before it starts.
+        advance: called with the name of each model before it runs.
 
     Raises:
         InputError: the text is too short, the original cannot be used, or the tokenizers differ.
         PackageError: an artifact fails.
     """
-    entries, step = list(contestants), advance or (lambda _name: None)
+    entries, begin = list(contestants), advance or (lambda _name: None)
     limits = [entry.context for entry in entries if entry.context is not None]
     context = min(512, *limits) if limits else 512
     windows: Tensor | None = None
@@ -149,12 +149,12 @@ def compare(
     rows: list[Compared] = []
     reference: list[Tensor] | None = None
     if original is not None:
-        step("the original")
+        begin("the original")
         execute = transformers_model(load_model(original, torch.float32))
         reference = [execute(window) for window in windows]
         rows.append(Compared("original", "float model", None, None, _perplexity(reference, windows), None))
     for entry in entries:
-        step(entry.name)
+        begin(entry.name)
         execute = entry.load()
         logits = [execute(window) for window in windows]
         distance = None if reference is None else divergence(zip(reference, logits, strict=True))

@@ -99,7 +99,7 @@ def _summary(report: Report) -> str:
         return f"Failed: {', '.join(failed)}."
     asked = [rung for rung in report.rungs if rung.verdict is not Verdict.REPORTED]
     run = sum(rung.verdict is Verdict.PASS for rung in asked)
-    return f"{run} of {len(asked)} steps with a threshold were run, and all of them passed."
+    return f"{run} of {len(asked)} rungs with a threshold were run, and all of them passed."
 
 
 def _tiles(report: Report) -> list[dict[str, str]]:

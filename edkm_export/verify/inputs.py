@@ -55,7 +55,7 @@ class VerificationInputs:
         prompts: prompts of the user's own, beside the fixed ones.
         continuation: tokens to continue each prompt by.
         localize: find the first op that leaves the tolerance when an execution fails.
-        soft: weights of the soft model that training left behind; None: its rung is not run.
+        soft: weights of the trained soft model; None: its rung is not run.
         soft_missing: why there are none.
         soft_required: as `original_required`.
     """

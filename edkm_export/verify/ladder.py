@@ -41,12 +41,12 @@ from edkm_export.verify.torch_runs import (
 )
 from edkm_export.verify.weight_report import describe_tensors, measure_sizes, plot_weights
 
-__all__ = ["count_steps", "verify_artifact"]
+__all__ = ["count_stages", "verify_artifact"]
 
 Advance = Callable[[str], None]
 
 
-def count_steps(artifact: Artifact, evaluation: VerificationInputs) -> int:
+def count_stages(artifact: Artifact, evaluation: VerificationInputs) -> int:
     """How often `verify_artifact` calls `advance`."""
     executed = sum(execution.execute is not None for execution in artifact.executions)
     return 6 + executed + (evaluation.soft is not None) + evaluation.localize
@@ -67,7 +67,7 @@ def verify_artifact(
         artifact: what was read from disk.
         evaluation: text, original, prompts and threshold.
         predicted_size_bytes: what the weights should take on disk; None: not known, and not compared.
-        advance: called with the name of each step before it starts.
+        advance: called with the name of each stage before it starts.
 
     Returns:
         The report. An artifact that is damaged fails its rung; it does not raise.
@@ -75,22 +75,22 @@ def verify_artifact(
     Raises:
         InputError, CheckpointError: the checkpoint, text or original cannot be used.
     """
-    step = advance or (lambda _name: None)
+    begin = advance or (lambda _name: None)
     tokenizer = load_hard_tokenizer(checkpoint)
     windows = evaluation_windows(checkpoint, evaluation, tokenizer, artifact.context)
     prompts = prompt_tokens(checkpoint, evaluation, tokenizer, artifact.context)
 
-    step("running the original")
+    begin("running the original")
     original, missing = measure_original(checkpoint, evaluation, windows)
-    step("decoding the weights")
+    begin("decoding the weights")
     weights = {} if original is None else original.weights
     tensors = describe_tensors(checkpoint, weights, {} if original is None else original.output_snr_db)
     plots = plot_weights(checkpoint, weights, tensors)
     weights.clear()
     if evaluation.soft is not None:
-        step("running the trained soft model")
+        begin("running the trained soft model")
     soft, no_soft = measure_soft(checkpoint, evaluation, windows)
-    step("running hard PyTorch")
+    begin("running hard PyTorch")
     model = load_hard_model(checkpoint)
     with hidden_states(model) as hidden:
         hard = [transformers_model(model)(windows[0])]
@@ -120,7 +120,7 @@ def verify_artifact(
     original = before = soft = None
     run.clear()
 
-    step("comparing the bytes on disk")
+    begin("comparing the bytes on disk")
     bytes_rung, exact = compare_bytes(checkpoint, artifact)
     tensors = [tensor.model_copy(update={"bit_exact": exact.get(tensor.name)}) for tensor in tensors]
     sizes = measure_sizes(checkpoint, artifact, predicted_size_bytes)
@@ -128,20 +128,20 @@ def verify_artifact(
 
     for execution in artifact.executions:
         if execution.execute is not None:
-            step(f"running: {execution.words}")
+            begin(f"running: {execution.words}")
         rung, found = _execute(execution, hard, windows)
         rungs.append(rung)
         if found is not None:
             perplexities[f"executed artifact ({execution.id.removeprefix('execution-')})"] = found
     del hard
 
-    step("decoding token by token")
+    begin("decoding token by token")
     rungs.append(_decode(artifact, windows))
-    step("continuing prompts")
+    begin("continuing prompts")
     rungs += _continue(artifact, model, tokenizer, prompts, evaluation.continuation)
     faults = []
     if evaluation.localize:
-        step("looking for the first value that is off")
+        begin("looking for the first value that is off")
         faults = find_faults(model, artifact, rungs, windows[0])
     return Report(
         artifact=artifact.path.name,

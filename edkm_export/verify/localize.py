@@ -103,7 +103,7 @@ def find_faults(model: Any, artifact: Artifact, rungs: Sequence[Rung], tokens: T
     if not suspects:
         return []
     new = min(_POSITIONS, len(tokens))
-    # What is wrong only behind a cache is looked for behind half of the text, then before its last token.
+    # A fault that needs a cache to show is looked for with half of the text cached, then with all but its last token.
     places = [0, new // 2, new - 1] if _has_cache(artifact) else [0]
     for cached in places:
         fault = _fault(model, artifact, suspects[0], tokens, cached)
@@ -201,7 +201,7 @@ class _Search:
         )
 
     def _candidates(self, number: int, tolerance: float) -> list[str]:
-        """Operations among which the fault of a site lies: behind what is right before it, up to its own."""
+        """Operations that may have caused the fault of a site: after the last right one before it, up to its own."""
         right = [m.closest() for m in self._matches[:number] if m.error <= tolerance]
         start = max((place for place in right if place is not None), default=-1) + 1
         later = [m.closest(start) for m in self._matches[number + 1 :] if m.error <= tolerance]
@@ -210,7 +210,7 @@ class _Search:
         return self._operations[start : stop if own is None else own + 1][::-1]
 
     def _stretch(self, tolerance: float) -> tuple[int, int]:
-        """Sites from behind the last stem that is right to the first that is wrong; last -1: none is wrong."""
+        """Sites after the last right stem up to the first wrong one; last -1: none is wrong."""
         first = 0
         for number, site in enumerate(self._sites):
             if site.stem:
@@ -233,7 +233,7 @@ def _error(found: Tensor, expected: Tensor) -> float | None:
     """Relative error of the closest layout; None when none fits.
 
     Args:
-        found: of the artifact, any rank; it may hold more positions, before or behind.
+        found: of the artifact, any rank; it may hold more positions, before or after.
         expected: float32 [positions, channels] or [heads, positions, channels].
     """
     positions = _positions(expected)

@@ -50,7 +50,7 @@ class Item:
 
     Attributes:
         contexts: what stands before each choice.
-        continuations: the choices; a space is put in front of each.
+        continuations: the choices; each is preceded by a space.
         gold: index of the right one.
     """
 
@@ -153,7 +153,7 @@ def grade(
 def encode_pair(tokenizer: Any, before: str, continuation: str) -> tuple[list[int], list[int]]:
     """Tokens of a context and of its continuation, cut where the tokens of the context alone end.
 
-    Spaces at the end of the context belong to the continuation: a tokenizer puts them in front of words. An empty
+    Spaces at the end of the context belong to the continuation: a tokenizer attaches them to the next word. An empty
     context becomes the token that starts a text.
     """
     stripped = before.rstrip()
@@ -203,7 +203,7 @@ def log_likelihoods(
 
 
 def batched(model: Any) -> ExecuteBatch:
-    """Run a model of transformers on several texts at once, padded behind, where causal models do not look."""
+    """Run a model of transformers on several texts at once, padded on the right, where causal models do not look."""
 
     @torch.no_grad()
     def execute(texts: Sequence[Tensor]) -> list[Tensor]:

@@ -35,7 +35,7 @@ class Verdict(str, Enum):
 
 
 class Rung(Record):
-    """One step of the ladder: `candidate` is compared with `reference`.
+    """One rung of the ladder: `candidate` is compared with `reference`.
 
     Attributes:
         id: stable name for programs.
@@ -45,7 +45,7 @@ class Rung(Record):
         threshold: what had to hold, in words.
         why: the reason for that threshold.
         detail: what was found, or why it was not run.
-        measures: the numbers behind it.
+        measures: what was measured, by name.
     """
 
     id: str
@@ -67,7 +67,7 @@ class TensorReport(Record):
         n_bits: bits of an index.
         groups: LUTs along output and input axis.
         dim: values of a LUT entry.
-        lut_dtype: "float16" or "int8".
+        lut_dtype: "float16", "int8" or "int4".
         used_centroids: entries that are selected, all LUTs together.
         centroids: entries there are.
         bits_per_weight: storage, LUTs included.

@@ -5,6 +5,7 @@ Every later rung compares with the original as it was read, so what reading it l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from edkm_export.artifact.metrics import Divergence, divergence
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import EdkmExportError
+from edkm_export.reference import llamacpp
 from edkm_export.reference.account import Account
 from edkm_export.reference.source import Source, account
 from edkm_export.verify.report import Rung, Verdict
@@ -20,18 +22,17 @@ from edkm_export.verify.report import Rung, Verdict
 __all__ = ["SourceRuntime", "compare_with_runtime", "source_rung", "source_runtime_rung"]
 
 _TOP1 = 0.99
-_INSTALL = "npm install --ignore-scripts node-llama-cpp"
 _MOST_NAMED = 3
 
 
 class SourceRuntime(Protocol):
     """A runtime of GGUF files that shares nothing with us, such as llama.cpp."""
 
-    def available(self) -> bool:
-        """Whether it is installed."""
+    def available(self) -> object:
+        """Something true where it is installed."""
 
-    def log_probabilities(self, gguf_path: Path, tokens: Tensor) -> Tensor:
-        """Of the next token at each position: float32 [positions, vocab_size] for tokens int64 [positions]."""
+    def log_probabilities(self, path: Path, tokens: Sequence[int]) -> Tensor:
+        """Of the next token at each position: float32 [positions, vocab_size]."""
 
 
 def source_rung(checkpoint: Checkpoint, original: Source | None, missing: str) -> Rung:
@@ -63,9 +64,6 @@ def source_rung(checkpoint: Checkpoint, original: Source | None, missing: str) -
         digests = {**original.provenance()["sha256"]}
     except (EdkmExportError, OSError) as error:
         return Rung(**names, verdict=Verdict.NOT_RUN, detail=str(error))
-    if not found.tensors and not found.not_understood:
-        detail = f"{found.kind}: transformers reads it, and does not say what it leaves out"
-        return Rung(**names, verdict=Verdict.NOT_RUN, detail=detail)
     return Rung(
         **names,
         verdict=Verdict.FAIL if found.not_understood else Verdict.PASS,
@@ -106,7 +104,7 @@ def compare_with_runtime(
     if runtime is None or original is None or logits is None or not runtime.available():
         return None
     try:
-        expected = runtime.log_probabilities(original.weight_files()[0], windows[0])
+        expected = runtime.log_probabilities(original.weight_files()[0], windows[0].tolist())
     except EdkmExportError as error:
         return str(error)
     if expected.shape != logits[0].shape:
@@ -124,7 +122,7 @@ def source_runtime_rung(found: Divergence | str | None) -> Rung:
         "why": "llama.cpp reads the file on its own; with quantized types it rounds activations to 8 bits",
     }
     if found is None:
-        detail = f"llama.cpp is not installed, or the original was not run; to install it: {_INSTALL}"
+        detail = f"llama.cpp is not installed, or the original was not run; to install it: {llamacpp.INSTALL}"
         return Rung(**names, verdict=Verdict.NOT_RUN, detail=detail)
     if isinstance(found, str):
         return Rung(**names, verdict=Verdict.FAIL, detail=found)

@@ -96,7 +96,7 @@ def measure_original(
 def measure_soft(
     checkpoint: Checkpoint, evaluation: VerificationInputs, windows: Tensor
 ) -> tuple[list[Tensor] | None, str]:
-    """Run the soft model that training left behind.
+    """Run the trained soft model.
 
     Returns:
         Logits float32 [positions, vocab_size] of each window; None and the reason when there is no such model.

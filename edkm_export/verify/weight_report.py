@@ -41,7 +41,7 @@ def describe_tensors(
                 n_bits=tensor.n_bits,
                 groups=tensor.groups,
                 dim=tensor.dim,
-                lut_dtype="float16" if tensor.lut_scale is None else "int8",
+                lut_dtype=tensor.lut_dtype,
                 used_centroids=int((counts > 0).sum()),
                 centroids=groups_out * groups_in << tensor.n_bits,
                 bits_per_weight=tensor.bits_per_weight,

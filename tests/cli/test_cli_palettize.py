@@ -18,7 +18,7 @@ from edkm_export import checkpoint
 from tests.helpers.odd_models import build, build_tokenizer
 from tests.helpers.snapshots import snapshot
 
-pytestmark = pytest.mark.usefixtures("work")  # outputs have default names
+pytestmark = pytest.mark.usefixtures("work")  # what a command writes by default goes there
 
 
 @pytest.fixture
@@ -64,6 +64,7 @@ def test_int4_luts(edkm, small_folder, options):
     made = checkpoint.load(Path("model.pt"))
     for name, tensor in made.palettized.items():
         assert tensor.lut.dtype == torch.int8
+        assert tensor.lut_dtype == ("int4" if tensor.n_bits == 3 else "int8")
         if tensor.n_bits == 3:
             assert int(tensor.lut.min()) >= -8 and int(tensor.lut.max()) <= 7
         else:

@@ -79,6 +79,7 @@ def _scaled(palette: PalettizedTensor, small: bool) -> PalettizedTensor:
         lut,
         palette.indices,
         None if scale is None else scale.half(),
+        "int4" if small and palette.n_bits <= 3 else palette.lut_dtype,
     )
 
 

@@ -11,8 +11,8 @@ import torch
 
 from edkm_export.errors import InputError
 from edkm_export.training.data import read_documents, tokenize
-from edkm_export.training.self_generated import load_tokens, save_tokens
-from edkm_export.training.windows import PackedWindows, Tokens
+from edkm_export.training.tokens import Tokens
+from edkm_export.training.windows import PackedWindows
 from tests.helpers.odd_models import build_tokenizer
 
 TEMPLATE = (
@@ -154,9 +154,9 @@ def test_too_little_data_is_refused() -> None:
 
 
 def test_token_files(tmp_path: Path) -> None:
-    save_tokens(Tokens(torch.tensor([1, 2, 3])), tmp_path / "a.tokens")
-    assert load_tokens(tmp_path / "a.tokens").ids.tolist() == [1, 2, 3]
+    Tokens(torch.tensor([1, 2, 3])).save(tmp_path / "a.tokens")
+    assert Tokens.load(tmp_path / "a.tokens").ids.tolist() == [1, 2, 3]
     (tmp_path / "b.tokens").write_bytes(b"hello")
     for name, message in (("b", "is not a file of tokens"), ("c", "no such file")):
         with pytest.raises(InputError, match=message):
-            load_tokens(tmp_path / f"{name}.tokens")
+            Tokens.load(tmp_path / f"{name}.tokens")

@@ -17,8 +17,8 @@ from edkm_export.training.learner import Learner
 from edkm_export.training.optimizer import build_optimizer, freeze
 from edkm_export.training.palettized.batch import ClusterBatch
 from edkm_export.training.palettized.clusters import ClusterMethod
-from edkm_export.training.palettized.surgery import clusters_of, insert_clusters
-from edkm_export.training.run import train as train_run
+from edkm_export.training.palettized.surgery import attach, clusters_of, insert_clusters
+from edkm_export.training.run import Run
 from edkm_export.training.train_config import TrainConfig
 from tests.helpers.paths import FIXTURES
 
@@ -51,6 +51,7 @@ def learner(device: str, distill: bool) -> Learner:
 def train(steps: int, accumulate: int, *, together: bool, distill: bool) -> tuple[list[float], dict]:
     found = learner("cuda", distill)
     optimizer = build_optimizer(found.model, CONFIG)
+    attach(found, optimizer)
     batch = ClusterBatch(list(clusters_of(found.model).values()))
     graph = None
     if together:
@@ -136,10 +137,10 @@ def test_the_trainer_runs_recorded_steps_like_others(
         bits=2, steps=4, batch_size=2, accumulate=accumulate, context=32, calibration_tokens=128, log_every=1
     )
     source, data = Source.parse(str(FIXTURES / "tiny-llama")), [FIXTURES / "calibration.txt"]
-    train_run(source, data, tmp_path / "plain", config, device="cpu")
+    Run(source, data, tmp_path / "plain", config).complete(device="cpu")
     monkeypatch.setattr(trainer, "can_record", lambda learner: True)
     monkeypatch.setattr(trainer, "GraphedStep", Replayed)
-    train_run(source, data, tmp_path / "replayed", config, device="cpu")
+    Run(source, data, tmp_path / "replayed", config).complete(device="cpu")
     assert Replayed.calls >= 4 * accumulate
     plain, replayed = (load(tmp_path / name / "model.pt") for name in ("plain", "replayed"))
     assert all(replayed.palettized[name].same_bits(each) for name, each in plain.palettized.items())

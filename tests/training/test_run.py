@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from edkm_export.cli.train import command
 from edkm_export.errors import InputError, OutputExistsError, TrainingError
 from edkm_export.reference.source import Source
 from edkm_export.training import run_checkpoints
-from edkm_export.training.run import Outcome, train
+from edkm_export.training.run import Outcome, Run
 from edkm_export.training.train_config import PRESETS, TrainConfig
 from edkm_export.training.trainer import PaletteTrainer
 from tests.helpers.paths import FIXTURES, ROOT
@@ -37,8 +40,11 @@ TINY = TrainConfig(
 )
 
 
-def run(folder: Path, config: TrainConfig = TINY, **arguments: Any) -> Outcome:
-    return train(Source.parse(str(MODEL)), [DATA], folder, config, device="cpu", **arguments)
+def run(
+    folder: Path, config: TrainConfig = TINY, data: Path = DATA, eval_texts: Sequence[Path] = (), **how: bool
+) -> Outcome:
+    made = Run(Source.parse(str(MODEL)), [data], folder, config, eval_texts=eval_texts)
+    return made.complete(device="cpu", **how)
 
 
 def same_bits(first: Path, second: Path) -> bool:
@@ -116,11 +122,8 @@ run(Path({folder!r}))
 """
 
 
-def test_kill_and_resume_gives_the_same_bits(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run(tmp_path / "whole")
+def test_kill_and_resume_gives_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    with one_thread():
         script = KILLED.format(root=str(ROOT), folder=str(tmp_path / "cut"))
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=tmp_path)
         assert process.stdout is not None and process.stdout.readline() == b"now\n"
@@ -135,10 +138,8 @@ def test_kill_and_resume_gives_the_same_bits(tmp_path: Path) -> None:
         )
         (tmp_path / "cut" / "log.jsonl").open("a").write('{"step": 6, "lo')
         outcome = run(tmp_path / "cut", resume=True)
-    finally:
-        torch.set_num_threads(threads)
     assert outcome.steps == 6
-    assert same_bits(tmp_path / "whole" / "model.pt", tmp_path / "cut" / "model.pt")
+    assert same_bits(whole / "model.pt", tmp_path / "cut" / "model.pt")
     records = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
 
@@ -148,9 +149,103 @@ def test_resume_starts_anew_when_nothing_was_saved_and_refuses_other_settings(tm
     with pytest.raises(InputError, match=r"was started with weight_rate 0\.001, not 0\.002; give the same"):
         run(tmp_path / "run", TINY.updated({"weight_rate": 2e-3}), resume=True)
     with pytest.raises(InputError, match="was started with another data files"):
-        train(Source.parse(str(MODEL)), [HELDOUT], tmp_path / "run", TINY, device="cpu", resume=True)
+        run(tmp_path / "run", data=HELDOUT, resume=True)
     with pytest.raises(OutputExistsError, match="already exists"):
         run(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one thread, to be read only: sums are added in the same order in those that go on with it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with one_thread():
+        run(folder)
+    return folder
+
+
+@pytest.fixture
+def cut(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it that ended at step 4."""
+    folder = Path(shutil.copytree(whole, tmp_path / "cut"))
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    (folder / "model.pt").unlink()
+    return folder
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def edit_settings(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    contents = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    change(contents["config"])
+    (folder / "metadata.json").write_text(json.dumps(contents), encoding="utf-8")
+
+
+def test_a_run_of_an_older_version_goes_on_to_the_same_bits(whole: Path, cut: Path) -> None:
+    """It stored fewer settings, and called indices codes."""
+    edit_settings(cut, lambda settings: (settings.pop("record_steps"), settings.pop("chat")))
+    path = cut / "checkpoints" / "checkpoint-4" / run_checkpoints.WEIGHTS
+    state = torch.load(path, weights_only=True)
+    old = {
+        f"{name.removesuffix('indices')}codes" if name.endswith(".clusters.indices") else name: value
+        for name, value in state.items()
+    }
+    assert old.keys() != state.keys()
+    torch.save(old, path)
+    with one_thread():
+        run(cut, resume=True)
+    assert same_bits(whole / "model.pt", cut / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda settings: settings.pop("lut_rate"), None),  # TINY has the default
+        (
+            lambda settings: settings.pop("bits"),
+            r"was started with bits 4, not 2; give the same, or start anew with --overwrite",
+        ),
+        (
+            lambda settings: settings.update(momentum=0.5),
+            r"metadata.json: was written by edkm-export .* with settings that edkm-export .* does not take "
+            r"\(momentum: Extra inputs are not permitted.*\); go on with that version, or start anew",
+        ),
+        (
+            lambda settings: settings.update(bits=5),
+            r"does not take \(bits: Input should be 1, 2, 3, 4, 6 or 8",
+        ),
+    ],
+    ids=["default", "other default", "unknown", "wrong"],
+)
+def test_settings_of_another_version(
+    change: Callable[[dict[str, Any]], Any], message: str | None, cut: Path
+) -> None:
+    edit_settings(cut, change)
+    if message is None:
+        assert run(cut, resume=True).steps == 6
+        return
+    before = {path: path.stat().st_mtime_ns for path in sorted(cut.rglob("*"))}
+    with pytest.raises(InputError, match=message):
+        run(cut, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in sorted(cut.rglob("*"))} == before
+
+
+def test_each_setting_says_whether_a_run_may_go_on_with_another() -> None:
+    free = {
+        name for name in TrainConfig.model_fields if TrainConfig.may_change(name)
+    }  # raises without a mark
+    assert free == {
+        "minutes", "gradient_checkpointing", "eval_tokens", "eval_every", "log_every", "save_every",
+    }  # fmt: skip
+    other = TINY.updated({"log_every": 3, "seed": 7, "save_every": 0, "clip": 0.5})
+    assert list(other.conflicts(TINY)) == ["clip", "seed"]
 
 
 @pytest.mark.parametrize("mode", [{"resume": True}, {"overwrite": True}])

@@ -18,7 +18,7 @@ from edkm_export.reference.soft_model import load_soft_model
 from edkm_export.reference.source import Source, load_model
 from edkm_export.training import run_checkpoints
 from edkm_export.training.preparation import insert
-from edkm_export.training.run import train
+from edkm_export.training.run import Run
 from edkm_export.training.run_weights import load_weights
 from edkm_export.training.soft_weights import read_soft_weights
 from edkm_export.training.train_config import TrainConfig
@@ -42,7 +42,8 @@ TOKENS = torch.arange(5, 69)[None]
 
 
 def run(folder: Path, changes: dict[str, Any] | None = None, **arguments: Any) -> None:
-    train(Source.parse(str(MODEL)), [DATA], folder, TINY.updated(changes or {}), device="cpu", **arguments)
+    made = Run(Source.parse(str(MODEL)), [DATA], folder, TINY.updated(changes or {}))
+    made.complete(device="cpu", **arguments)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -115,6 +116,23 @@ def test_soft_weights_of_an_int4_grid(changes, tmp_path):
     bits = {tensor.n_bits for name, tensor in made.palettized.items() if "embed" not in name}
     assert (4 in bits) == bool(changes) and 3 in bits
     assert len(dict(read_soft_weights(tmp_path / "run", made).weights())) >= 20
+
+
+def test_state_of_an_older_version(spoilt):
+    """Indices were called codes."""
+    made = load(spoilt / "model.pt")
+    expected = dict(read_soft_weights(spoilt, made).weights())
+    module = WEIGHT.removesuffix("weight") + "clusters."
+
+    def rename(state: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in state if name.endswith(".clusters.indices")]:
+            state[name.removesuffix("indices") + "codes"] = state.pop(name)
+        assert module + "codes" in state
+
+    edit_state(spoilt, rename)
+    found = dict(read_soft_weights(spoilt, made).weights())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_a_checkpoint_without_its_recipe_is_refused(plain):

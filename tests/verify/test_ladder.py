@@ -16,7 +16,7 @@ from edkm_export.cli.artifacts import predicted_size_bytes as predict
 from edkm_export.errors import CheckpointError, InputError
 from edkm_export.reference.source import Source
 from edkm_export.verify.inputs import VerificationInputs
-from edkm_export.verify.ladder import count_steps, verify_artifact
+from edkm_export.verify.ladder import count_stages, verify_artifact
 from edkm_export.verify.report import Report, Rung, Verdict
 from edkm_export.verify.write import markdown
 from tests.helpers.odd_models import build, save
@@ -262,7 +262,7 @@ def test_every_step_is_announced(tiny_export, tiny_llama):
     for localize in (False, True):
         names: list[str] = []
         climb(tiny_export, original=Source.parse(str(tiny_llama)), localize=localize, advance=names.append)
-        expected = count_steps(
+        expected = count_stages(
             open_artifact(tiny_export.package), VerificationInputs("", "", localize=localize)
         )
         assert len(names) == expected == len(set(names))

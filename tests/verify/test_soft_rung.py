@@ -16,7 +16,7 @@ from edkm_export.reference.source import Source, load_model
 from edkm_export.verify.html import report_page
 from edkm_export.verify.inputs import VerificationInputs
 from edkm_export.verify.junit import junit
-from edkm_export.verify.ladder import count_steps, verify_artifact
+from edkm_export.verify.ladder import count_stages, verify_artifact
 from edkm_export.verify.report import Report, Rung, Verdict
 from edkm_export.verify.write import markdown
 from tests.helpers.exports import palettized_folder
@@ -38,8 +38,15 @@ def climb(tiny_export, tiny_llama, held_out) -> Any:
             held_out, "words", tokens=128, **{"original": Source.parse(str(tiny_llama)), **options}
         )
         names: list[str] = []
-        report = verify_artifact(made, open_artifact(tiny_export.package), evaluation, advance=names.append)
-        assert len(names) == count_steps(open_artifact(tiny_export.package), evaluation)
+        artifact = open_artifact(tiny_export.package)
+        report = verify_artifact(
+            made,
+            artifact,
+            evaluation,
+            predicted_size_bytes=tiny_export.weights_size_bytes,
+            advance=names.append,
+        )
+        assert len(names) == count_stages(artifact, evaluation)
         return report
 
     return run

@@ -131,9 +131,13 @@ class CoreMLArtifact:
         return Execution("execution-apple", "Apple runtime", threshold.because(why), execute, missing)
 
 
-def open_artifact(path: Path) -> Artifact:
-    """Open an .mlpackage, or the chunks that it belongs to; what cannot be opened becomes a DamagedArtifact."""
+def open_artifact(path: str | Path) -> Artifact:
+    """Open a model for the verifier; one that cannot be opened becomes a DamagedArtifact.
+
+    Args:
+        path: of a package, of one of its chunks, or of the folder that `edkm-export coreml` made.
+    """
     try:
         return CoreMLArtifact(*open_chunks(path))
     except PackageError as error:
-        return DamagedArtifact(path, KIND, str(error))
+        return DamagedArtifact(Path(path), KIND, str(error))

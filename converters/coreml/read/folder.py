@@ -11,12 +11,13 @@ from edkm_export.errors import PackageError
 __all__ = ["find_package"]
 
 
-def find_package(path: Path) -> Path:
-    """The .mlpackage that a user means: the package itself, or the first one inside a bundle.
+def find_package(path: str | Path) -> Path:
+    """The .mlpackage that a user means: itself, or the first one in the folder that `edkm-export coreml` made.
 
     Raises:
         PackageError: there is none, or it is not clear which.
     """
+    path = Path(path)
     if not path.exists():
         raise PackageError(f"{path}: no such package.")
     if path.suffix == ".mlpackage" or (path / "Manifest.json").is_file():

@@ -13,7 +13,7 @@ from converters.coreml.read.constants import Constants, ConstantValue
 from converters.coreml.read.ops import FAULTS, Call, StateCell, explained
 from converters.coreml.read.precision import Precision
 from converters.coreml.read.program import Function, Operation
-from converters.coreml.read.schedule import plan_steps
+from converters.coreml.read.schedule import schedule
 from converters.coreml.read.values import TensorType, Value
 from edkm_export.errors import PackageError
 
@@ -31,10 +31,10 @@ class _Constant:
 
 @dataclass(frozen=True)
 class _Bound:
-    """A step at one precision.
+    """An operation at one precision.
 
     Attributes:
-        call: what its op may need to know.
+        call: what its op may need beyond its arguments.
         constant: converted arguments that do not change from run to run.
         variable: the other arguments; a binding is the name of a value, or a constant.
     """
@@ -54,14 +54,14 @@ class Interpreter:
 
     Raises:
         UnsupportedOpError: an op that is not known.
-        PackageError: an op uses a value that nobody makes.
+        PackageError: an op uses a value that no operation makes.
     """
 
     def __init__(self, function: Function, constants: Constants, where: str) -> None:
         self._function = function
         self._constants = constants
         self._where = f"{where}: function {function.name}"
-        self._steps = plan_steps(function, where)
+        self._schedule = schedule(function, where)
         self._held: dict[tuple[int, Precision], _Bound] = {}
 
     @torch.no_grad()
@@ -92,20 +92,20 @@ class Interpreter:
         values.update({name: StateCell(name, states) for name in self._function.states})
         if observer is not None:
             self._show_constants(precision, observer)
-        for index, step in enumerate(self._steps):
-            made = self._run_step(index, values, precision)
+        for index, scheduled in enumerate(self._schedule):
+            made = self._run_one(index, values, precision)
             values.update(made)
             if observer is not None:
-                observer(step.operation, made)
-            for name in step.frees:
+                observer(scheduled.operation, made)
+            for name in scheduled.frees:
                 values.pop(name, None)
         return {name: self._output(name, values, precision) for name in self._function.outputs}
 
-    def _run_step(
+    def _run_one(
         self, index: int, values: Mapping[str, Tensor | StateCell], precision: Precision
     ) -> dict[str, Tensor]:
-        step = self._steps[index]
-        operation, definition = step.operation, step.definition
+        scheduled = self._schedule[index]
+        operation, definition = scheduled.operation, scheduled.definition
         made: dict[str, Tensor] = {}
         try:
             bound = self._bound(index, precision)
@@ -132,19 +132,21 @@ class Interpreter:
         return made
 
     def _bound(self, index: int, precision: Precision) -> _Bound:
-        """Bind the constant arguments of a step; once for each precision, since a token takes thousands of steps."""
+        """Bind the constant arguments of an operation, once for each precision: a token takes thousands of them."""
         if (index, precision) not in self._held:
-            step = self._steps[index]
+            scheduled = self._schedule[index]
             constant: dict[str, Any] = {}
             variable: list[tuple[str, tuple[str | _Constant, ...]]] = []
-            for key, bindings in step.operation.arguments.items():
-                values = tuple(self._constant(step.operation, binding, precision) for binding in bindings)
+            for key, bindings in scheduled.operation.arguments.items():
+                values = tuple(
+                    self._constant(scheduled.operation, binding, precision) for binding in bindings
+                )
                 if any(isinstance(value, str) for value in values):
                     variable.append((key, values))
                 else:
                     held = [value.value for value in values if isinstance(value, _Constant)]
-                    constant[key] = step.definition.convert(key, held)
-            call = Call(step.operation, self._function.opset, precision, step.in_place)
+                    constant[key] = scheduled.definition.convert(key, held)
+            call = Call(scheduled.operation, self._function.opset, precision, scheduled.in_place)
             self._held[index, precision] = _Bound(call, constant, tuple(variable))
         return self._held[index, precision]
 

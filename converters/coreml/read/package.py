@@ -10,6 +10,7 @@ from torch import Tensor
 
 from converters.coreml.read.arguments import check_inputs, check_states, make_states
 from converters.coreml.read.constants import Constants
+from converters.coreml.read.folder import find_package
 from converters.coreml.read.interpreter import Interpreter, Observer
 from converters.coreml.read.layout import PackageLayout
 from converters.coreml.read.precision import Precision
@@ -158,13 +159,13 @@ def load_package(path: str | Path) -> Package:
     """Read an .mlpackage that holds an ML program.
 
     Args:
-        path: the package folder.
+        path: of the package, or of the folder that `edkm-export coreml` made; of several chunks the first is read.
 
     Raises:
         PackageError: it is damaged, hostile or holds something else.
         BackendMissingError: coremltools is not installed.
     """
-    return Package(PackageLayout.open(path))
+    return Package(PackageLayout.open(find_package(path)))
 
 
 def _blobs(function: Function) -> list[BlobReference]:

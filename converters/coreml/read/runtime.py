@@ -88,7 +88,7 @@ class _LateState:
 
 
 def predicting(paths: Sequence[Path], description: Description) -> Execute:
-    """Run packages in Core ML, as `verify.artifact.Execute` wants it."""
+    """Run packages in Core ML, as an `Execute` of the artifact."""
     session: list[CoreMLSession] = []
 
     def execute(tokens: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from converters.coreml.read.ops import OpDefinition, definition_of, located
 from converters.coreml.read.program import Function, Operation
 from edkm_export.errors import PackageError
 
-__all__ = ["Step", "plan_steps"]
+__all__ = ["Scheduled", "schedule"]
 
 
 @dataclass(frozen=True)
-class Step:
+class Scheduled:
     """One operation to run.
 
     Attributes:
@@ -35,7 +35,7 @@ class Step:
     in_place: bool
 
 
-def plan_steps(function: Function, where: str) -> tuple[Step, ...]:
+def schedule(function: Function, where: str) -> tuple[Scheduled, ...]:
     """Order of work for one function; constants are left out.
 
     Args:
@@ -43,7 +43,7 @@ def plan_steps(function: Function, where: str) -> tuple[Step, ...]:
         where: the package, for messages.
 
     Raises:
-        UnsupportedOpError: an op that the interpreter does not know.
+        UnsupportedOpError: an op that the interpreter does not support.
         PackageError: an op uses a value before it is made.
     """
     operations = [op for op in function.operations if not op.is_constant]
@@ -58,12 +58,12 @@ def plan_steps(function: Function, where: str) -> tuple[Step, ...]:
                     raise PackageError(f"uses {name!r}, which no operation before it makes.")
         known |= {output.name for output in operation.outputs}
     lifetimes = _Lifetimes(function, operations, definitions)
-    steps = []
+    order = []
     for index, (operation, definition) in enumerate(zip(operations, definitions, strict=True)):
         touched = {*_used(operation), *(output.name for output in operation.outputs)}
         frees = tuple(sorted(name for name in touched if lifetimes.last_use[name] == index))
-        steps.append(Step(operation, definition, frees, lifetimes.may_update(index)))
-    return tuple(steps)
+        order.append(Scheduled(operation, definition, frees, lifetimes.may_update(index)))
+    return tuple(order)
 
 
 def _used(operation: Operation) -> list[str]:

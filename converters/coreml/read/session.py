@@ -13,8 +13,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from converters.coreml.format import HIDDEN_IN, HIDDEN_OUT
+from converters.coreml.format import (
+    DECODE,
+    HIDDEN_IN,
+    HIDDEN_OUT,
+    LOGITS,
+    MASK,
+    POSITION,
+    PREFILL,
+    TEXT,
+    TOKENS,
+)
 from converters.coreml.read.description import Description
+from converters.coreml.read.folder import find_package
 from converters.coreml.read.package import Package, load_package
 from converters.coreml.read.program import Function
 from edkm_export.context_window import require_room
@@ -25,12 +36,16 @@ __all__ = ["CoreMLSession", "Runnable", "open_chunks"]
 _FORBIDDEN = -65504.0  # what swift-transformers writes into its mask
 
 
-def open_chunks(path: Path) -> tuple[list[Package], Description]:
-    """All packages of a model, from the path of one of them, and what they say about themselves.
+def open_chunks(path: str | Path) -> tuple[list[Package], Description]:
+    """All packages of a model and their description.
+
+    Args:
+        path: of one of the packages, or of the folder that `edkm-export coreml` made.
 
     Raises:
-        PackageError: a package is damaged or missing, or has no interface that we know.
+        PackageError: a package is damaged or missing, or has an unknown interface.
     """
+    path = find_package(path)
     package = load_package(path)
     description = Description.of(package.metadata, path) or _guess(package)
     if len(description.packages) < 2:
@@ -43,17 +58,17 @@ def open_chunks(path: Path) -> tuple[list[Package], Description]:
 
 
 def _guess(package: Package) -> Description:
-    """Packages without our metadata can be run when they have whole-sequence logits."""
+    """Describe a package without our metadata, which can be run if it takes whole texts."""
     function = package.functions[package.default_function]
-    shape = function.inputs["input_ids"].type.fixed_shape if "input_ids" in function.inputs else None
-    if set(function.inputs) != {"input_ids"} or "logits" not in function.outputs or function.states:
+    shape = function.inputs[TEXT].type.fixed_shape if TEXT in function.inputs else None
+    if set(function.inputs) != {TEXT} or LOGITS not in function.outputs or function.states:
         raise PackageError(
             f"{package.path}: function '{function.name}' takes {', '.join(function.inputs) or 'nothing'}, expected "
-            "`input_ids` and an output `logits`, or a package that edkm-export made."
+            f"`{TEXT}` and an output `{LOGITS}`, or a package that edkm-export made."
         )
     if shape is None or len(shape) != 2:
         raise PackageError(
-            f"{package.path}: `input_ids` is {function.inputs['input_ids'].type}, expected a fixed length."
+            f"{package.path}: `{TEXT}` is {function.inputs[TEXT].type}, expected a fixed length."
         )
     return Description("logits", shape[1], 0, (package.path.name,))
 
@@ -104,15 +119,19 @@ class CoreMLSession:
         self._where = str(packages[0].path)
         kind = _CALLERS[description.interface]
         self._caller = kind(packages, description, precision)
-        logits = packages[-1].functions[packages[-1].default_function].outputs.get("logits")
+        logits = packages[-1].functions[packages[-1].default_function].outputs.get(LOGITS)
         if logits is None or not logits.shape or logits.shape[-1] is None:
             raise PackageError(f"{packages[-1].path}: has no output `logits` of a fixed vocabulary.")
         self._vocab_size = logits.shape[-1]
         self.reset()
 
     @classmethod
-    def open(cls, path: Path, precision: str = "float32") -> CoreMLSession:
-        """The model that a package is, or is a chunk of.
+    def open(cls, path: str | Path, precision: str = "float32") -> CoreMLSession:
+        """Open a model for generation.
+
+        Args:
+            path: of a package, of one of its chunks, or of the folder that `edkm-export coreml` made.
+            precision: of the arithmetic: "float32", "rounded" or "float16".
 
         Raises:
             PackageError: see `open_chunks`.
@@ -144,7 +163,7 @@ class _Caller(Protocol):
     def reset(self) -> None: ...
 
     def call(self, tokens: Tensor, used: int) -> Tensor:
-        """Tokens int64 [new] behind `used` others -> logits float32 [new, vocab_size]."""
+        """Tokens int64 [new] after `used` others -> logits float32 [new, vocab_size]."""
 
 
 class _WholeSequence:
@@ -161,7 +180,7 @@ class _WholeSequence:
         self._text = torch.cat((self._text, tokens))
         padded = torch.nn.functional.pad(self._text, (0, self._length - len(self._text)))
         outputs = self._package.run(
-            {"input_ids": padded[None].int()}, function=None, state=None, precision=self._precision
+            {TEXT: padded[None].int()}, function=None, state=None, precision=self._precision
         )
         return _logits(outputs, self._package)[used : used + len(tokens)]
 
@@ -178,47 +197,47 @@ class _Stateful:
 
     def call(self, tokens: Tensor, used: int) -> Tensor:
         inputs = {
-            "inputIds": tokens[None].int(),
-            "fullAttentionMask": _mask(len(tokens), used, used + len(tokens)),
+            TOKENS: tokens[None].int(),
+            MASK: _mask(len(tokens), used, used + len(tokens)),
         }
         outputs = self._package.run(inputs, function=None, state=self._state, precision=self._precision)
         return _logits(outputs, self._package)
 
 
 class _NeuralEngine:
-    """Prompts in pieces of the prefill's length, padded behind; what does not fill half of one is decoded."""
+    """Prompts in pieces of the prefill length, padded on the right; up to a quarter of one is decoded instead."""
 
     def __init__(self, packages: Sequence[Runnable], description: Description, precision: str) -> None:
         self._packages, self._precision = packages, precision
         self._prefill, self._context = description.prefill, description.context
         for package in packages:
-            if missing := {"prefill", "decode"} - package.functions.keys():
+            if missing := {PREFILL, DECODE} - package.functions.keys():
                 raise PackageError(f"{package.path}: has no function {min(missing)!r}; export it again.")
 
     def reset(self) -> None:
-        self._states = [package.new_state("decode") for package in self._packages]
+        self._states = [package.new_state(DECODE) for package in self._packages]
 
     def call(self, tokens: Tensor, used: int) -> Tensor:
         pieces, done = [], 0
         while done < len(tokens):
-            # Padding is written behind the text, where nothing sees it before it is overwritten.
+            # Padding is written after the text, where it is overwritten before any token attends to it.
             fits = used + done + self._prefill <= self._context
             long = fits and len(tokens) - done > self._prefill // 4
             piece = tokens[done : done + (self._prefill if long else 1)]
-            pieces.append(self._run(piece, used + done, "prefill" if long else "decode"))
+            pieces.append(self._run(piece, used + done, PREFILL if long else DECODE))
             done += len(piece)
         return torch.cat(pieces)
 
     def _run(self, tokens: Tensor, position: int, function: str) -> Tensor:
-        new = self._prefill if function == "prefill" else 1
+        new = self._prefill if function == PREFILL else 1
         values = torch.nn.functional.pad(tokens, (0, new - len(tokens)))[None].int()
         common = {
-            "position": torch.tensor([position], dtype=torch.int32),
-            "fullAttentionMask": _mask(new, position, self._context),
+            POSITION: torch.tensor([position], dtype=torch.int32),
+            MASK: _mask(new, position, self._context),
         }
         outputs: dict[str, Tensor] = {}
         for package, state in zip(self._packages, self._states, strict=True):
-            first = {"inputIds": values} if not outputs else {HIDDEN_IN: outputs[HIDDEN_OUT]}
+            first = {TOKENS: values} if not outputs else {HIDDEN_IN: outputs[HIDDEN_OUT]}
             outputs = package.run(
                 {**first, **common}, function=function, state=state, precision=self._precision
             )
@@ -235,12 +254,12 @@ _CALLERS: dict[str, type[_WholeSequence] | type[_Stateful] | type[_NeuralEngine]
 
 
 def _mask(new: int, used: int, total: int) -> Tensor:
-    """Additive causal mask of `new` tokens behind `used` others, float32 [1, 1, new, total]."""
+    """Additive causal mask of `new` tokens after `used` others, float32 [1, 1, new, total]."""
     return torch.full((1, 1, new, total), _FORBIDDEN).triu(used + 1)
 
 
 def _logits(outputs: dict[str, Tensor], package: Runnable) -> Tensor:
-    logits = outputs.get("logits")
+    logits = outputs.get(LOGITS)
     if logits is None or logits.dim() != 3:
         raise PackageError(f"{package.path}: has no output `logits` of rank 3; export it again.")
     return logits[0].float()

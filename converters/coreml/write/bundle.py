@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from converters.coreml.format import HIDDEN_IN, HIDDEN_OUT
+from converters.coreml.format import DECODE, HIDDEN_IN, HIDDEN_OUT, LOGITS, PREFILL, TEXT, TOKENS
 from converters.coreml.write.export_plan import ExportPlan
 from converters.coreml.write.packages import export_packages
 from edkm_export._version import __version__
@@ -62,7 +62,7 @@ def _write_settings(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _metadata(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, Any]:
-    """What an app, or a person, needs to know to run the packages."""
+    """What it takes to run the packages: files, interface, sizes."""
     sizes = zip(plan.package_names(name), plan.chunks, plan.package_sizes_bytes, strict=True)
     known: dict[str, Any] = {
         "generator": f"{GENERATOR} {__version__}",
@@ -74,8 +74,8 @@ def _metadata(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, 
             {
                 "file": file,
                 "layers": [layers.first, layers.end],
-                "input": "inputIds" if layers.embeds else HIDDEN_IN,
-                "output": "logits" if layers.gives_logits else HIDDEN_OUT,
+                "input": TOKENS if layers.embeds else HIDDEN_IN,
+                "output": LOGITS if layers.gives_logits else HIDDEN_OUT,
                 "predicted_weights_size_bytes": size,
             }
             for file, layers, size in sizes
@@ -85,7 +85,7 @@ def _metadata(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, 
         "recipe": checkpoint.recipe,
     }
     if plan.interface == "logits":
-        known["packages"][0]["input"] = "input_ids"
+        known["packages"][0]["input"] = TEXT
     if plan.interface == "neural-engine":
-        known["functions"] = {"prefill": plan.prefill, "decode": 1}
+        known["functions"] = {PREFILL: plan.prefill, DECODE: 1}
     return known

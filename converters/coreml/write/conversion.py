@@ -50,7 +50,7 @@ def convert(
         target: one of `targets.TARGETS`.
         metadata: further user metadata of the package.
         stand_ins: palettized weights hold `standins.stand_in` instead of their values.
-        prefix: what `module` puts in front of the names in `palettized` ("decoder.").
+        prefix: of the names in `palettized` in `module` ("decoder.").
         source: where the palettes are from, for messages.
 
     Returns:

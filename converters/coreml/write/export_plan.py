@@ -214,4 +214,7 @@ def _chunk_size(
     decoder = chunk_decoder(checkpoint, layers, split)
     tables = PositionTables(decoder.config, checkpoint.config, context, slice(layers.first, layers.end))
     chunk = Chunk(decoder, tables, layers, prefill)
-    return predict_size(chunk, split_palettes(checkpoint.palettized, split))
+    # learned positions are looked up by the first chunk alone, and only sliding windows need them later
+    positioned = decoder.config.names.positions is None or layers.embeds or chunk.window is not None
+    unused = () if positioned else ("offsets",)
+    return predict_size(chunk, split_palettes(checkpoint.palettized, split), unused=unused, merged=True)

@@ -98,7 +98,7 @@ def _int8_luts(checkpoint: Checkpoint, plan: ExportPlan, config: DecoderConfig) 
             "lut-scale",
             "error",
             subject,
-            "an int8 LUT takes a scale; a scale behind a lookup crashes on the Neural Engine, and how the product is "
+            "an int8 LUT takes a scale; a scale op after a lookup crashes on the Neural Engine, and how the product is "
             "rounded is not specified.",
             "coremltools pull request 2688",
             "palettize with lut_dtype float16",

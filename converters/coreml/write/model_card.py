@@ -10,7 +10,7 @@ from converters.coreml.write.metadata import model_name
 from edkm_export._version import __version__
 from edkm_export.checkpoint import Checkpoint
 
-__all__ = ["mac_steps", "model_card"]
+__all__ = ["mac_commands", "model_card"]
 
 
 def model_card(
@@ -41,7 +41,7 @@ def model_card(
         f"## Quality\n\n{quality}",
         f"## Packages\n\n{_packages(plan, name)}",
         f"## Use\n\n{_use(plan, name)}",
-        f"## On a Mac\n\nNone of this was run where the package was made.\n\n{_code('sh', mac_steps(plan, name))}",
+        f"## On a Mac\n\nNone of this was run where the package was made.\n\n{_code('sh', mac_commands(plan, name))}",
     ]
     if findings:
         lines = [
@@ -53,7 +53,7 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def mac_steps(plan: ExportPlan, name: str) -> list[str]:
+def mac_commands(plan: ExportPlan, name: str) -> list[str]:
     """Shell commands that need a Mac with Xcode."""
     files = plan.package_names(name)
     return [f"xcrun coremlcompiler compile {file} compiled" for file in files] + [
@@ -101,12 +101,12 @@ def _use(plan: ExportPlan, name: str) -> str:
             f"Two functions with static shapes: `prefill` takes {plan.prefill} tokens, `decode` one. Inputs: "
             "`inputIds` int32 [1, n], `position` int32 [1] of the first token, `fullAttentionMask` float16 [1, 1, n, "
             f"{plan.context}], 0 where a token may look and -65504 elsewhere. A prompt's last piece is padded "
-            "behind: what the padding writes is overwritten before anything sees it."
+            "on the right; what the padding writes to the cache is overwritten before any token attends to it."
         )
         return f"{words}\n\n{_code('swift', _NEURAL_ENGINE.format(name=name).strip().splitlines())}"
     return (
         f"`input_ids` int32 [1, {plan.context}] gives `logits` float16 [1, {plan.context}, vocabulary]; a shorter text "
-        "is padded behind. There is no cache."
+        "is padded on the right. There is no cache."
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.coreml.backend import load_coremltools
-from converters.coreml.format import HIDDEN_IN
+from converters.coreml.format import HIDDEN_IN, MASK, POSITION, TOKENS
 from converters.coreml.write.state_cache import StateCache, add_states, state_shape
 from edkm_export.decoder.config import FULL, SLIDING
 from edkm_export.decoder.context import MASKED, Context, sliding_mask
@@ -117,12 +117,12 @@ def input_types(chunk: Chunk) -> list[Any]:
     import numpy as np
 
     if chunk.layers.embeds:
-        first = ct.TensorType("inputIds", (1, chunk.new), dtype=np.int32)
+        first = ct.TensorType(TOKENS, (1, chunk.new), dtype=np.int32)
     else:
         shape = (1, chunk.new, chunk.decoder.config.hidden_size)
         first = ct.TensorType(HIDDEN_IN, shape, dtype=np.float16)
     return [
         first,
-        ct.TensorType("position", (1,), dtype=np.int32),
-        ct.TensorType("fullAttentionMask", (1, 1, chunk.new, chunk.tables.length), dtype=np.float16),
+        ct.TensorType(POSITION, (1,), dtype=np.int32),
+        ct.TensorType(MASK, (1, 1, chunk.new, chunk.tables.length), dtype=np.float16),
     ]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from converters.coreml.backend import load_coremltools
-from converters.coreml.format import HIDDEN_OUT
+from converters.coreml.format import DECODE, HIDDEN_OUT, LOGITS, PREFILL, TEXT
 from converters.coreml.write import neural_engine, stateful
 from converters.coreml.write.conversion import convert, save_package
 from converters.coreml.write.export_plan import ExportPlan, chunk_decoder
@@ -66,8 +66,8 @@ def _export_logits(checkpoint: Checkpoint, plan: ExportPlan, metadata: dict[str,
         module,
         (torch.zeros(1, plan.context, dtype=torch.int32),),
         checkpoint.palettized,
-        inputs=[ct.TensorType("input_ids", (1, plan.context), dtype=np.int32)],
-        outputs=[ct.TensorType("logits", dtype=np.float16)],
+        inputs=[ct.TensorType(TEXT, (1, plan.context), dtype=np.int32)],
+        outputs=[ct.TensorType(LOGITS, dtype=np.float16)],
         target=plan.target,
         **_options(checkpoint, metadata),
     )
@@ -83,7 +83,7 @@ def _export_stateful(checkpoint: Checkpoint, plan: ExportPlan, metadata: dict[st
         stateful.example_inputs(),
         checkpoint.palettized,
         inputs=stateful.input_types(plan.context),
-        outputs=[ct.TensorType("logits", dtype=np.float16)],
+        outputs=[ct.TensorType(LOGITS, dtype=np.float16)],
         states=state_types(module.shape),
         target=plan.target,
         **_options(checkpoint, metadata),
@@ -101,14 +101,14 @@ def _export_chunk(
     palettes = {name: palette for name, palette in palettes.items() if name in held}
     held_layers = slice(layers.first, layers.end)
     tables = PositionTables(decoder.config, checkpoint.config, plan.context, held_layers)
-    lengths = {"prefill": plan.prefill, "decode": 1}
+    lengths = {PREFILL: plan.prefill, DECODE: 1}
     with tempfile.TemporaryDirectory(prefix=".functions.", dir=path.parent) as work:
         packages = {function: Path(work) / f"{function}.mlpackage" for function in lengths}
         for function, new in lengths.items():
             chunk = Chunk(decoder, tables, layers, new).eval()
             _export_function(chunk, checkpoint, plan, palettes, metadata, packages[function])
             _free()
-        merge_functions(packages, "decode", path)
+        merge_functions(packages, DECODE, path)
     _free()
 
 
@@ -127,7 +127,7 @@ def _export_function(
         neural_engine.example_inputs(chunk),
         palettes,
         inputs=neural_engine.input_types(chunk),
-        outputs=[ct.TensorType("logits" if chunk.layers.gives_logits else HIDDEN_OUT, dtype=np.float16)],
+        outputs=[ct.TensorType(LOGITS if chunk.layers.gives_logits else HIDDEN_OUT, dtype=np.float16)],
         states=state_types(chunk.shape),
         target=plan.target,
         **_options(checkpoint, metadata),

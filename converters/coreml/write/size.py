@@ -2,18 +2,22 @@
 
 The file starts with a header of 64 bytes; each constant of at least ten elements takes a record of 64 bytes and its
 data, aligned to 64 (see `blob`). The constants are the parameters and buffers of what is traced, and the biases of
-zeros that coremltools gives to linear layers without one.
+zeros that coremltools gives to linear layers without one. coremltools leaves out a product with ones and a sum with
+zeros, so that norms that were never trained have no constants.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Collection, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from converters.coreml.format import KEY_CACHE, VALUE_CACHE
 from converters.coreml.write.vocabulary import SplitHead
+from edkm_export.decoder.norms import LayerNorm, RMSNorm
 from edkm_export.palette import PalettizedTensor
 
 __all__ = ["predict_size"]
@@ -27,15 +31,20 @@ def predict_size(
     palettized: Mapping[str, PalettizedTensor],
     prefix: str = "decoder.",
     unused: Collection[str] = (),
+    *,
+    merged: bool = False,
 ) -> int:
     """Bytes of weight.bin.
 
     Args:
         module: what will be traced.
         palettized: {parameter name: palette}.
-        prefix: what `module` puts in front of the names in `palettized`.
+        prefix: of the names in `palettized` in `module`.
         unused: buffers that the forward pass does not read.
+        merged: functions are merged afterwards, which stores equal constants once.
     """
+    left_out = {id(parameter) for layer in module.modules() for parameter in _without_effect(layer)}
+    stored: set[tuple[int, str]] = set()  # dense constants that are counted, when functions are merged
     blobs: list[tuple[int, int]] = []  # elements, bytes
     tables: set[int] = set()  # LUTs that are counted; parts of a vocabulary share theirs
     for path, parameter in module.named_parameters():
@@ -48,8 +57,11 @@ def predict_size(
                 blobs.append((tensor.lut.numel(), tensor.lut.numel() * tensor.lut.element_size()))
             if tensor.lut_scale is not None:
                 blobs.append((tensor.lut_scale.numel(), tensor.lut_scale.numel() * 2))
-        else:
-            blobs.append((parameter.numel(), parameter.numel() * 2))
+        elif id(parameter) not in left_out:
+            key = _content(parameter)
+            if not (merged and key in stored):
+                blobs.append((parameter.numel(), parameter.numel() * 2))
+            stored.add(key)
     for path, buffer in module.named_buffers():
         if path not in (KEY_CACHE, VALUE_CACHE, *unused):
             width = 2 if buffer.is_floating_point() else 4
@@ -60,8 +72,24 @@ def predict_size(
             zeros.add(layer.out_features)
         elif isinstance(layer, SplitHead):
             zeros |= {end - start for _, start, end in layer.spans}
-    blobs += [(size, size * 2) for size in zeros]
+    blobs += [(size, size * 2) for size in zeros if not (merged and _content(torch.zeros(size)) in stored)]
     aligned = (
         math.ceil(size / _ALIGNMENT) * _ALIGNMENT for count, size in blobs if count >= _SMALLEST_STORED
     )
     return _ALIGNMENT + sum(size + _ALIGNMENT for size in aligned)
+
+
+def _without_effect(layer: nn.Module) -> list[Tensor]:
+    """Parameters of a norm that multiply by one or add zero; of other modules, none is left out."""
+    found: list[Tensor] = []
+    if isinstance(layer, LayerNorm) or (isinstance(layer, RMSNorm) and not layer.offset):
+        found += [layer.weight] if bool((layer.weight == 1).all()) else []
+    if isinstance(layer, LayerNorm):
+        found += [layer.bias] if bool((layer.bias == 0).all()) else []
+    return found
+
+
+def _content(parameter: Tensor) -> tuple[int, str]:
+    """Tells constants of different content apart: elements, and a digest of their float16 bits."""
+    bits = parameter.detach().half().contiguous().view(-1).view(torch.uint8).numpy()
+    return parameter.numel(), hashlib.sha256(bits.data).hexdigest()

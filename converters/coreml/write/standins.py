@@ -18,7 +18,7 @@ from edkm_export.decoder.decoder import Decoder
 
 __all__ = ["decoder_of_stand_ins", "stand_in"]
 
-_PERIOD = 509  # a prime, so that no group or kernel size repeats with it; each step is exact in float16
+_PERIOD = 509  # a prime, so that no group or kernel size repeats with it; each value is exact in float16
 
 
 def stand_in(shape: Sequence[int]) -> Tensor:

@@ -17,7 +17,7 @@ __all__ = ["StateCache", "add_states", "state_shape", "state_types"]
 def state_shape(
     config: DecoderConfig, layers: int, context: int, width: int | None = None
 ) -> tuple[int, ...]:
-    """[layers, kv_heads, context, width]; a width above `head_dim` leaves the channels behind unused."""
+    """[layers, kv_heads, context, width]; a width above `head_dim` leaves the last channels unused."""
     return (layers, config.num_kv_heads, context, config.head_dim if width is None else width)
 
 
@@ -45,7 +45,7 @@ class StateCache:
         module: holds the buffers of `add_states`.
         first_layer: number of the model's layer that is the first in the states.
         begin: position of the first new token; a number or a traced integer tensor.
-        end: one behind the last new token.
+        end: position after the last new token.
         visible: positions to return, from 0; None: the whole context.
     """
 

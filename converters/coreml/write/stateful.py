@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.coreml.backend import load_coremltools
+from converters.coreml.format import MASK, TOKENS
 from converters.coreml.write.state_cache import StateCache, add_states, state_shape
 from edkm_export.decoder.config import FULL, SLIDING
 from edkm_export.decoder.context import MASKED, Context, sliding_mask
@@ -65,7 +66,7 @@ class Stateful(nn.Module):
 
 
 def example_inputs() -> tuple[Tensor, Tensor]:
-    """Inputs to trace with: two new tokens behind three."""
+    """Inputs to trace with: two new tokens after three."""
     return torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 1, 2, 5)
 
 
@@ -77,6 +78,6 @@ def input_types(context: int) -> list[Any]:
     new = ct.RangeDim(1, context, default=1)
     total = ct.RangeDim(1, context, default=1)
     return [
-        ct.TensorType("inputIds", (1, new), dtype=np.int32),
-        ct.TensorType("fullAttentionMask", (1, 1, new, total), dtype=np.float16),
+        ct.TensorType(TOKENS, (1, new), dtype=np.int32),
+        ct.TensorType(MASK, (1, 1, new, total), dtype=np.float16),
     ]

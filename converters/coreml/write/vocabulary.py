@@ -70,13 +70,13 @@ def plan_split(name: str, rows: int, palette: PalettizedTensor | None) -> RowSpl
         return None
     groups = 1 if palette is None else palette.groups[0]
     dim = 1 if palette is None else palette.dim
-    step = dim if groups == 1 else rows // groups
-    if step > LARGEST_DIMENSION:
+    unit = dim if groups == 1 else rows // groups
+    if unit > LARGEST_DIMENSION:
         return None
     count = math.ceil(rows / LARGEST_DIMENSION)
-    size = math.ceil(rows / count / step) * step
+    size = math.ceil(rows / count / unit) * unit
     if size > LARGEST_DIMENSION:  # rounding up to whole groups went too far
-        size = LARGEST_DIMENSION // step * step
+        size = LARGEST_DIMENSION // unit * unit
     return RowSplit(name, (*range(0, rows, size), rows), groups)
 
 
@@ -145,5 +145,9 @@ def _cut(tensor: PalettizedTensor, split: RowSplit) -> list[PalettizedTensor]:
         scale = None if tensor.lut_scale is None else tensor.lut_scale[rows]
         part = indices[start // dim : end // dim]
         shape = (end - start, *tensor.shape[1:])
-        cut.append(PalettizedTensor.from_indices(name, tensor.lut[rows], part, shape=shape, lut_scale=scale))
+        cut.append(
+            PalettizedTensor.from_indices(
+                name, tensor.lut[rows], part, shape=shape, lut_scale=scale, lut_dtype=tensor.lut_dtype
+            )
+        )
     return cut

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from converters.onnx.format import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
 from converters.onnx.read.executors import Executor, ReferenceRuntime
 from converters.onnx.read.interface import batch_feeds, check_interface, past_of
 from converters.onnx.read.lut_graph import LutGraph, load_graph
@@ -87,7 +88,7 @@ class OnnxArtifact:
         return self.graph.profile == "fast"
 
     def _executions(self) -> list[Execution]:
-        exact = EXECUTION["float32" if self.graph.outputs["logits"].dtype == np.float32 else "rounded"]
+        exact = EXECUTION["float32" if self.graph.outputs[LOGITS].dtype == np.float32 else "rounded"]
         optimized = Execution(
             "execution-onnxruntime",
             "onnxruntime, full optimization",
@@ -124,7 +125,7 @@ class OnnxArtifact:
 
     def _run(self, executor: Executor, tokens: Tensor) -> Tensor:
         """Logits of one text without a past."""
-        logits = executor.run(batch_feeds(self.graph.graph, [tokens], len(tokens)))["logits"]
+        logits = executor.run(batch_feeds(self.graph.graph, [tokens], len(tokens)))[LOGITS]
         return torch.from_numpy(logits[0]).float()
 
     def _padded(self, tokens: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class OnnxArtifact:
         feeds = batch_feeds(graph, [tokens, other], length)
         first = runtime.run(_columns(feeds, 0, half))
         second = runtime.run({**_columns(feeds, half, length), **past_of(first)})
-        logits = np.concatenate([first["logits"][0], second["logits"][0]])
+        logits = np.concatenate([first[LOGITS][0], second[LOGITS][0]])
         return torch.from_numpy(logits[length - len(tokens) :]).float()
 
     def _reference(self, exact: ExecutionThreshold) -> Execution:
@@ -152,19 +153,19 @@ class OnnxArtifact:
         return self._run(ReferenceRuntime(self.graph.graph), tokens)
 
 
-def open_artifact(path: Path) -> Artifact:
-    """Open an ONNX folder for the verifier; one that cannot be opened becomes a DamagedArtifact."""
+def open_artifact(path: str | Path) -> Artifact:
+    """Open an ONNX folder, or the .onnx file in it, for the verifier; a broken one becomes a DamagedArtifact."""
     try:
         return OnnxArtifact(load_graph(path))
     except PackageError as error:
-        return DamagedArtifact(path, KIND, str(error))
+        return DamagedArtifact(Path(path), KIND, str(error))
 
 
 def _columns(feeds: Mapping[str, NDArray[Any]], start: int, stop: int) -> dict[str, NDArray[Any]]:
     """The inputs for positions from `start` to `stop`, and the cache as it is."""
     found = dict(feeds)
-    for name in ("input_ids", "position_ids"):
+    for name in (INPUT_IDS, POSITION_IDS):
         if name in found:
             found[name] = found[name][:, start:stop]
-    found["attention_mask"] = found["attention_mask"][:, :stop]
+    found[ATTENTION_MASK] = found[ATTENTION_MASK][:, :stop]
     return found

@@ -31,7 +31,7 @@ def contrib_operators() -> list[Any]:
         def _run(
             self,
             x: Array,
-            steps: Array,
+            entries: Array,
             scales: Array,
             *operands: Array | None,
             K: int = 0,  # the names of the operator's attributes
@@ -43,8 +43,8 @@ def contrib_operators() -> list[Any]:
             if bits not in (4, 8) or any(operand is not None and operand.size for operand in operands):
                 raise NotImplementedError(f"MatMulNBits with {bits} bits or more than three operands")
             if bits == 4:  # the low bits first
-                steps = np.stack([steps & 15, steps >> 4], axis=-1)
-            centred = steps.reshape(N, -1, block_size).astype(np.float32) - (1 << (bits - 1))
+                entries = np.stack([entries & 15, entries >> 4], axis=-1)
+            centred = entries.reshape(N, -1, block_size).astype(np.float32) - (1 << (bits - 1))
             weight = (centred * scales.reshape(N, -1, 1).astype(np.float32)).reshape(N, -1)[:, :K]
             return ((x.astype(np.float32) @ weight.T).astype(x.dtype),)
 

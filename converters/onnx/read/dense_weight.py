@@ -42,24 +42,24 @@ class DenseWeight:
             return False
         return self._same_rows(found, self._values, start)
 
-    def same_steps(self, steps: Array, scales: Array, block: int, start: int) -> bool:
+    def same_entries(self, entries: Array, scales: Array, block: int, start: int) -> bool:
         """Compare entries of an int8 LUT and their scales bit for bit.
 
         Args:
-            steps: uint8 [count, in], entry plus 128.
+            entries: uint8 [count, in], entry plus 128.
             scales: float16 or float32 [count, blocks].
             block: columns that share a scale.
             start: row of the weight that the first one should be.
         """
-        if self._scale is None or steps.dtype != np.uint8:
+        if self._scale is None or entries.dtype != np.uint8:
             return False
         product = self._lut.astype(np.float32) * self._scale[:, :, None, None]
         if not np.array_equal(product, self._values):  # what multiplies them does not round to float16
             return False
         table = (self._lut.astype(np.int16) + 128).astype(np.uint8)
-        if not self._same_rows(steps, table, start):
+        if not self._same_rows(entries, table, start):
             return False
-        rows_out = np.arange(start, start + len(steps)) // (self.rows // len(self._scale))
+        rows_out = np.arange(start, start + len(entries)) // (self.rows // len(self._scale))
         first, last = (
             self._column_groups(np.arange(scales.shape[1]) * block),
             self._column_groups(np.minimum((np.arange(scales.shape[1]) + 1) * block, self.columns) - 1),

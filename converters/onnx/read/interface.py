@@ -12,7 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from converters.onnx.format import CACHE_PREFIX, PRESENT_PREFIX
+from converters.onnx.format import (
+    ATTENTION_MASK,
+    CACHE_PREFIX,
+    INPUT_IDS,
+    LOGITS,
+    POSITION_IDS,
+    PRESENT_PREFIX,
+)
 from converters.onnx.read.graph import Graph
 from edkm_export.errors import PackageError
 
@@ -36,9 +43,9 @@ def check_interface(graph: Graph) -> int:
     past = sorted(graph.inputs.keys() - integers)
     present = sorted(name.replace(CACHE_PREFIX, PRESENT_PREFIX, 1) for name in past)
     if (
-        "input_ids" not in integers
-        or integers - {"input_ids", "attention_mask", "position_ids"}
-        or sorted(graph.outputs) != sorted(["logits", *present])
+        INPUT_IDS not in integers
+        or integers - {INPUT_IDS, ATTENTION_MASK, POSITION_IDS}
+        or sorted(graph.outputs) != sorted([LOGITS, *present])
     ):
         raise PackageError(
             f"{graph.path}: takes {_some(graph.inputs)} and gives {_some(graph.outputs)}; expected a decoder with "
@@ -60,7 +67,7 @@ def check_interface(graph: Graph) -> int:
             raise PackageError(
                 f"{graph.path}: {name} is {graph.inputs[name]}, expected a float [batch, kv_heads, past, head_dim]."
             )
-    logits = graph.outputs["logits"]
+    logits = graph.outputs[LOGITS]
     vocab_size = logits.shape[-1] if len(logits.shape) == 3 else None
     if logits.dtype.kind != "f" or not isinstance(vocab_size, int) or vocab_size < 1:
         raise PackageError(
@@ -92,9 +99,9 @@ def batch_feeds(graph: Graph, texts: Sequence[Tensor], length: int) -> dict[str,
         ids[row, length - len(text) :] = text.numpy()
         mask[row, length - len(text) :] = 1
     feeds = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clip(0),
+        INPUT_IDS: ids,
+        ATTENTION_MASK: mask,
+        POSITION_IDS: (mask.cumsum(1) - 1).clip(0),
         **empty_cache(graph, batch=len(texts)),
     }
     return {name: value for name, value in feeds.items() if name in graph.inputs}
@@ -105,7 +112,7 @@ def past_of(results: Mapping[str, T]) -> dict[str, T]:
     return {
         name.replace(PRESENT_PREFIX, CACHE_PREFIX, 1): value
         for name, value in results.items()
-        if name != "logits"
+        if name != LOGITS
     }
 
 

@@ -1,6 +1,6 @@
 """Do weights sit in the layers that their names say?
 
-The cache shows where a layer is: everything that `present.3.key` is computed from lies in front of it. So a weight of
+The cache shows where a layer is: everything that `present.3.key` is computed from comes before it. So a weight of
 layer 3 must not reach the cache of an earlier layer, and must reach that of the next.
 """
 
@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
+from converters.onnx.format import present_name
 from converters.onnx.read.graph import Graph, Node
 from edkm_export.errors import PackageError
 
@@ -56,7 +57,7 @@ class Layers:
                 )
 
     def _after(self, layer: int) -> float:
-        return layer + 1 if f"present.{layer + 1}.key" in self._graph.outputs else math.inf
+        return layer + 1 if present_name(layer + 1, "key") in self._graph.outputs else math.inf
 
     @cached_property
     def _reach(self) -> dict[str, dict[str, float]]:

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.onnx.format import INPUT_IDS, POSITION_IDS
 from converters.onnx.read.dense_weight import DenseWeight
 from converters.onnx.read.evaluate import Evaluator
 from converters.onnx.read.graph import Graph, Node
 
 __all__ = ["Lookup"]
 
-_INPUTS = ("input_ids", "position_ids")
+_INPUTS = (INPUT_IDS, POSITION_IDS)
 _TOKENS = 4096  # looked up at a time
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from converters.onnx.format import PARTS
+from converters.onnx.format import CODES, PARTS, part_name
 from converters.onnx.read.description import Description, read_description
 from converters.onnx.read.executors import OnnxRuntime, Optimization
 from converters.onnx.read.folder import OnnxFolder
@@ -21,6 +21,8 @@ from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
 
 __all__ = ["LutGraph", "load_graph"]
+
+_CODES = part_name("", CODES)  # ends the names of initializers that hold codes
 
 
 class LutGraph:
@@ -82,7 +84,7 @@ class LutGraph:
 
     @cached_property
     def _palettized(self) -> dict[str, PalettizedTensor]:
-        stored = {name.removesuffix(".codes") for name in self.graph.tensors if name.endswith(".codes")}
+        stored = {name.removesuffix(_CODES) for name in self.graph.tensors if name.endswith(_CODES)}
         if different := sorted(stored ^ self.description.palettized.keys()):
             state = "in the graph, but not in its metadata" if different[0] in stored else "not in the graph"
             raise PackageError(f"{self.graph.path}: {different[0]}: its codes are {state}; export it again.")
@@ -106,7 +108,7 @@ class LutGraph:
         Raises:
             PackageError: a parameter that the metadata name is missing, has another shape, or nothing uses it.
         """
-        parts = {f"{name}.{part}" for name in self.description.palettized for part in PARTS}
+        parts = {part_name(name, part) for name in self.description.palettized for part in PARTS}
         for name, shape in self.description.dense.items():
             tensor = self.graph.tensors.get(name)
             if tensor is None or tensor.shape != shape:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from converters.onnx.backend import load_onnx, load_onnxruntime
+from converters.onnx.format import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
 from converters.onnx.read.graph import Graph
 from converters.onnx.read.interface import batch_feeds, past_of
 from edkm_export.errors import PackageError
@@ -56,12 +57,12 @@ def trace_graph(
         feeds = batch_feeds(graph, [tokens], len(tokens))
         if cached:
             first = dict(feeds)
-            for key in feeds.keys() & {"input_ids", "position_ids", "attention_mask"}:
+            for key in feeds.keys() & {INPUT_IDS, POSITION_IDS, ATTENTION_MASK}:
                 first[key] = feeds[key][:, :cached]
             outputs = list(graph.outputs)
             past = past_of(dict(zip(outputs, session.run(outputs, first), strict=True)))
             feeds.update(past)
-            for key in feeds.keys() & {"input_ids", "position_ids"}:
+            for key in feeds.keys() & {INPUT_IDS, POSITION_IDS}:
                 feeds[key] = feeds[key][:, cached:]
         values = session.run(list(shown), feeds)
     except Exception as error:  # the exceptions of onnxruntime have no common base

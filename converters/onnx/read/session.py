@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from converters.onnx.backend import load_onnxruntime
+from converters.onnx.format import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
 from converters.onnx.read.executors import OnnxRuntime, Optimization
 from converters.onnx.read.interface import check_interface, empty_cache, past_of
 from converters.onnx.read.lut_graph import LutGraph, load_graph
@@ -43,12 +44,12 @@ class OnnxSession:
 
     @classmethod
     def open(
-        cls, path: Path, *, optimization: Optimization = "all", threads: int | None = None
+        cls, path: str | Path, *, optimization: Optimization = "all", threads: int | None = None
     ) -> OnnxSession:
         """Read, check and load the graph of a folder.
 
         Args:
-            path: the folder.
+            path: of the folder, or of the .onnx file in it.
             optimization: of the graph at load, "all" or "disabled".
             threads: of one operation; None: as many as there are cores.
         """
@@ -73,13 +74,13 @@ class OnnxSession:
         require_room(tokens, self._used, self.context, self._vocab_size, str(self._graph.path))
         total = self._used + len(tokens)
         feeds = {
-            "input_ids": tokens[None].numpy(),
-            "attention_mask": np.ones((1, total), np.int64),
-            "position_ids": np.arange(self._used, total, dtype=np.int64)[None],
+            INPUT_IDS: tokens[None].numpy(),
+            ATTENTION_MASK: np.ones((1, total), np.int64),
+            POSITION_IDS: np.arange(self._used, total, dtype=np.int64)[None],
         }
         values = {name: self._value(value) for name, value in feeds.items() if name in self._graph.inputs}
         results = self._runtime.run_values({**values, **self._cache})
-        logits = torch.from_numpy(results["logits"].numpy())[0].float()
+        logits = torch.from_numpy(results[LOGITS].numpy())[0].float()
         self._cache = past_of(results)
         self._used = total
         return logits

@@ -14,7 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from converters.onnx.format import INDICES_IN_SYMBOL, PARTS, TWO_PLANES
+from converters.onnx.format import (
+    CODES,
+    CODES_HIGH,
+    INDICES_IN_SYMBOL,
+    LUT,
+    LUT_SCALE,
+    PARTS,
+    TWO_PLANES,
+    part_name,
+)
 from edkm_export.errors import PackageError, PaletteError
 from edkm_export.palette import PalettizedTensor
 
@@ -39,7 +48,7 @@ def read_palette(
         PackageError: parts are missing, or do not fit together.
     """
     where = f"{where}: {name}"
-    parts = {part: tensors.get(f"{name}.{part}") for part in PARTS}
+    parts = {part: tensors.get(part_name(name, part)) for part in PARTS}
     lut, scale = _lut(parts, where)
     rows, columns = shape[0] // lut.shape[3], math.prod(shape[1:])
     groups_in = lut.shape[1]
@@ -62,7 +71,7 @@ def read_palette(
 
 def _lut(parts: Mapping[str, Array | None], where: str) -> tuple[Array, Array | None]:
     """LUT float16 or int8 [G_out, G_in, entries, dim], and the scale of an int8 one."""
-    lut, scale = parts["lut"], parts["lut_scale"]
+    lut, scale = parts[LUT], parts[LUT_SCALE]
     if lut is None or lut.ndim != 4 or not lut.size:
         raise PackageError(
             f"{where}: has {'no LUT' if lut is None else f'a LUT of shape {list(lut.shape)}'}."
@@ -84,12 +93,12 @@ def _indices(
     multiple = {3: 8, 6: 4}.get(n_bits, in_symbol)
     symbols = -(-columns // multiple) * multiple // in_symbol
     if n_bits in TWO_PLANES:
-        low = _plane(parts, "codes", (rows, groups_in, symbols // 2), where)
-        high = _plane(parts, "codes_high", (rows, groups_in, symbols // 4), where)
+        low = _plane(parts, CODES, (rows, groups_in, symbols // 2), where)
+        high = _plane(parts, CODES_HIGH, (rows, groups_in, symbols // 4), where)
         values = _spread(low, 4) | _spread(high, 2) << np.uint8(4)
     else:
-        values = _plane(parts, "codes", (rows, groups_in, symbols), where)
-        if parts["codes_high"] is not None:
+        values = _plane(parts, CODES, (rows, groups_in, symbols), where)
+        if parts[CODES_HIGH] is not None:
             raise PackageError(f"{where}: has high codes, which {n_bits} bits do not need.")
     indices = _spread(values, n_bits, in_symbol)
     if indices[:, :, columns:].any():
@@ -113,6 +122,6 @@ def _spread(values: NDArray[np.uint8], n_bits: int, count: int | None = None) ->
     """Cut each value into fields of `n_bits`, least significant first: [..., n] -> [..., n * count]."""
     if n_bits == 8:
         return values
-    steps = np.arange(0, n_bits * (count or 8 // n_bits), n_bits, dtype=np.uint8)
-    fields = values[..., None] >> steps & np.uint8((1 << n_bits) - 1)
+    shifts = np.arange(0, n_bits * (count or 8 // n_bits), n_bits, dtype=np.uint8)
+    fields = values[..., None] >> shifts & np.uint8((1 << n_bits) - 1)
     return fields.reshape(*values.shape[:-1], -1)

@@ -232,16 +232,16 @@ class Wiring:
         if min(rows, columns, size) <= 0:
             return 0, False
         blocks = -(-columns // size)
-        steps, scales = self._evaluator.value(meeting.value), self._evaluator.value(meeting.scales)
+        entries, scales = self._evaluator.value(meeting.value), self._evaluator.value(meeting.scales)
         if (
             bits not in (4, 8)
             or any(node.inputs[3:5])
-            or steps.dtype != np.uint8
-            or steps.shape != (rows, blocks, size * bits // 8)
+            or entries.dtype != np.uint8
+            or entries.shape != (rows, blocks, size * bits // 8)
             or scales.size != rows * blocks
         ):
             return 0, False
         if bits == 4:  # as entries plus 128
-            steps = np.stack([steps & 15, steps >> 4], axis=-1) + np.uint8(120)
-        steps = steps.reshape(rows, blocks * size)[:, :columns]
-        return rows, dense.same_steps(steps, scales.reshape(rows, blocks), size, start)
+            entries = np.stack([entries & 15, entries >> 4], axis=-1) + np.uint8(120)
+        entries = entries.reshape(rows, blocks * size)[:, :columns]
+        return rows, dense.same_entries(entries, scales.reshape(rows, blocks), size, start)

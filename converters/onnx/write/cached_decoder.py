@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from converters.onnx.format import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
 from converters.onnx.write.builder import GraphBuilder
 from converters.onnx.write.fused_attention import ATTENTION_OPSET, GrowingCache, replace_attention
 from converters.onnx.write.fused_norms import replace_norm
@@ -54,12 +55,12 @@ def build_graph(
         rotation = replace_rotation(module, tracer, tables) if weights.contrib or attends else None
         if attends:
             replace_attention(module, tracer, rotation)
-    input_ids = Value(tracer, "input_ids", (BATCH, NEW), torch.int64)
-    position_ids = Value(tracer, "position_ids", (BATCH, NEW), torch.int64)
+    input_ids = Value(tracer, INPUT_IDS, (BATCH, NEW), torch.int64)
+    position_ids = Value(tracer, POSITION_IDS, (BATCH, NEW), torch.int64)
     cache = GrowingCache(tracer, (BATCH, config.num_kv_heads, PAST, config.head_dim))
     masks = _masks(tracer, decoder, cache.past("key", 0))
     logits = decoder(input_ids, Context(position_ids, tables(position_ids), masks), cache)  # type: ignore[arg-type]
-    outputs = {"logits": logits.name, **cache.present}
+    outputs = {LOGITS: logits.name, **cache.present}
     graph.rename({value: name for name, value in outputs.items()})
     graph.prune(list(outputs))
 
@@ -72,14 +73,14 @@ def _masks(tracer: Tracer, decoder: Decoder, past: Value) -> dict[str, Value]:
         length = graph.node("Shape", name, start=axis, end=axis + 1)
         return graph.node("Squeeze", length, graph.integers(0))  # type: ignore[no-any-return]
 
-    total = size("attention_mask", 1)
+    total = size(ATTENTION_MASK, 1)
     zero, one = tracer.constant(0, torch.int64), tracer.constant(1, torch.int64)
     # Places in the cache, not position_ids: these repeat in padding.
     keys = Value(tracer, graph.node("Range", zero, total, one), (TOTAL,), torch.int64)
     queries = Value(tracer, graph.node("Range", size(past.name, 2), total, one), (NEW,), torch.int64)
     keys, queries = keys.unsqueeze(0), queries.unsqueeze(0)
     causal: Any = causal_mask(queries, keys)  # type: ignore[arg-type]
-    given = Value(tracer, "attention_mask", (BATCH, TOTAL), torch.int64)
+    given = Value(tracer, ATTENTION_MASK, (BATCH, TOTAL), torch.int64)
     padding = (1 - given)[:, None, None, :].float() * MASKED
     masks = {FULL: causal.minimum(padding)}
     window = decoder.config.sliding_window

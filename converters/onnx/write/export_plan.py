@@ -9,7 +9,17 @@ from typing import Any
 import torch
 
 from converters.onnx.backend import load_onnx
-from converters.onnx.format import DATA_FILE, FORMAT, METADATA_PREFIX
+from converters.onnx.format import (
+    ATTENTION_MASK,
+    DATA_FILE,
+    FORMAT,
+    INPUT_IDS,
+    LOGITS,
+    METADATA_PREFIX,
+    POSITION_IDS,
+    past_name,
+    present_name,
+)
 from converters.onnx.write.builder import CONTRIB, GraphBuilder, Weight
 from converters.onnx.write.cached_decoder import BATCH, NEW, PAST, TOTAL, build_graph
 from converters.onnx.write.fused_attention import ATTENTION_OPSET
@@ -158,21 +168,21 @@ def _model(
     onnx = load_onnx()
     helper, types = onnx.helper, onnx.TensorProto
     real = types.FLOAT16 if dtype == "float16" else types.FLOAT
-    cache = [f"{layer}.{what}" for layer in range(config.num_layers) for what in ("key", "value")]
+    cache = [(layer, what) for layer in range(config.num_layers) for what in ("key", "value")]
 
     def describe(name: str, kind: int, *shape: str | int) -> Any:
         return helper.make_tensor_value_info(name, kind, list(shape))
 
     heads, width = config.num_kv_heads, config.head_dim
     inputs = [
-        describe("input_ids", types.INT64, BATCH, NEW),
-        describe("attention_mask", types.INT64, BATCH, TOTAL),
-        describe("position_ids", types.INT64, BATCH, NEW),
-        *(describe(f"past_key_values.{name}", real, BATCH, heads, PAST, width) for name in cache),
+        describe(INPUT_IDS, types.INT64, BATCH, NEW),
+        describe(ATTENTION_MASK, types.INT64, BATCH, TOTAL),
+        describe(POSITION_IDS, types.INT64, BATCH, NEW),
+        *(describe(past_name(*each), real, BATCH, heads, PAST, width) for each in cache),
     ]
     outputs = [
-        describe("logits", real, BATCH, NEW, config.vocab_size),
-        *(describe(f"present.{name}", real, BATCH, heads, TOTAL, width) for name in cache),
+        describe(LOGITS, real, BATCH, NEW, config.vocab_size),
+        *(describe(present_name(*each), real, BATCH, heads, TOTAL, width) for each in cache),
     ]
     tensors = [*graph.inline, *(_external(weight, offset) for offset, weight in placed)]
     opsets = [helper.make_opsetid("", graph.opset)]

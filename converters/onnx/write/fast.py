@@ -16,6 +16,7 @@ from converters.onnx.write.forms import LARGEST_FOLDED, Forms
 from converters.onnx.write.weight_nodes import Rows, WeightNodes, has_exact_products
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import ConversionError
+from edkm_export.lut_dtypes import LUT_DTYPES
 from edkm_export.palette import PalettizedTensor
 
 __all__ = ["FastForms", "StandardFastForms"]
@@ -75,14 +76,14 @@ class _Int8Forms(Forms):
 class FastForms(_Int8Forms):
     """Multiplied by MatMulNBits; activations are rounded to int8 in blocks.
 
-    A weight whose entries are all in -8..7 is held in 4 bits, any other in 8. Weights that multiply the same input
-    lie one under the other in one product.
+    A weight whose entries are all within the range of int4 is held in 4 bits, any other in 8. Weights that multiply the
+    same input are stacked in one product.
     """
 
     contrib = True
 
     def linears(self, x: str, names: Sequence[str]) -> list[str]:
-        """Multiply x [batch, new, in] with several weights, in one product if they are held alike.
+        """Multiply x [batch, new, in] with several weights, in one product if they have the same layout.
 
         A product costs some 15 microseconds whatever its size.
         """
@@ -115,7 +116,7 @@ class FastForms(_Int8Forms):
         """Entries uint8 [out, blocks, bytes of a block] and scales float32 [out, blocks] of some rows."""
         graph, blocks = self.graph, _blocks_of(tensor)
         out = rows.count * tensor.dim
-        entries = nodes.nibbles(rows) if blocks.bits == 4 else nodes.steps(rows)
+        entries = nodes.nibbles(rows) if blocks.bits == 4 else nodes.entries(rows)
         if blocks.padding_bytes:
             padding = graph.constant(np.full((1, 1), blocks.zero, np.uint8))
             padding = graph.node("Expand", padding, graph.integers(out, blocks.padding_bytes))
@@ -150,7 +151,7 @@ class StandardFastForms(_Int8Forms):
             scales = graph.node("Cast", scales, to=self.onnx_type)
         weight = graph.node(
             "DequantizeLinear",
-            graph.node("Transpose", nodes.steps(rows), perm=[1, 0]),
+            graph.node("Transpose", nodes.entries(rows), perm=[1, 0]),
             scales,
             zero,
             axis=0,
@@ -170,7 +171,9 @@ def check_int8_grid(checkpoint: Checkpoint) -> None:
         "Palettize or train with --lut-dtype int8, or int4 for up to 3 bits (in a recipe: `lut_dtype: int8`), "
         "or use --runtime exact or low-memory."
     )
-    floats = [name for name, tensor in checkpoint.palettized.items() if tensor.lut_scale is None]
+    floats = [
+        name for name, tensor in checkpoint.palettized.items() if not LUT_DTYPES[tensor.lut_dtype].scaled
+    ]
     if floats:
         count = f"{len(floats)} weights have float16 LUTs, {floats[0]} among them"
         raise ConversionError(
@@ -187,8 +190,8 @@ def check_int8_grid(checkpoint: Checkpoint) -> None:
 
 
 def _blocks_of(tensor: PalettizedTensor) -> _Blocks:
-    low, high = (int(end) for end in tensor.lut.aminmax())
-    small = low >= -8 and high <= 7 and WeightNodes.can_pack(tensor)
+    # By the entries, not by `lut_dtype`: a checkpoint of format version 1 calls an int4 LUT int8.
+    small = LUT_DTYPES["int4"].holds(tensor.lut) and WeightNodes.can_pack(tensor)
     return _Blocks(tensor.matrix_shape[1], _block_size(tensor), 4 if small else 8)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from converters.onnx.backend import load_onnx
+from converters.onnx.format import INPUT_IDS
 from converters.onnx.write.builder import GraphBuilder
 from converters.onnx.write.weight_nodes import Barrier, StackNodes, WeightNodes
 from edkm_export.checkpoint import Checkpoint
@@ -124,7 +125,7 @@ class ExactForms(Forms):
 class LowMemoryForms(ExactForms):
     """Weights are decoded when they are used, three million at a time, and never kept.
 
-    Small weights of a layer that are held alike are decoded together: onnxruntime takes some 4 KB for each node.
+    Small weights of a layer of the same layout are decoded together: onnxruntime takes some 4 KB for each node.
     """
 
     def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -147,7 +148,7 @@ class LowMemoryForms(ExactForms):
 
     def _after(self, activation: str) -> Barrier:
         """A barrier that falls when an activation [batch, ...] is there."""
-        return Barrier(self._zero(activation), self._zero("input_ids"))
+        return Barrier(self._zero(activation), self._zero(INPUT_IDS))
 
     def _zero(self, activation: str) -> str:
         batch = self.graph.node("Shape", activation, start=0, end=1)
@@ -155,13 +156,13 @@ class LowMemoryForms(ExactForms):
 
 
 def _stacks(checkpoint: Checkpoint) -> list[list[PalettizedTensor]]:
-    """Weights of a layer that are held alike, as many as may be decoded at a time; two or more."""
-    alike: dict[Any, list[PalettizedTensor]] = {}
+    """Weights of a layer with the same layout, as many as may be decoded at a time; two or more."""
+    same: dict[Any, list[PalettizedTensor]] = {}
     for name, tensor in checkpoint.palettized.items():
         if layer := re.match(r".*?\.\d+\.", name):
-            alike.setdefault((layer[0], StackNodes.layout(tensor)), []).append(tensor)
+            same.setdefault((layer[0], StackNodes.layout(tensor)), []).append(tensor)
     stacks: list[list[PalettizedTensor]] = []
-    for tensors in alike.values():
+    for tensors in same.values():
         room = 0
         for tensor in tensors:
             if room < tensor.numel:

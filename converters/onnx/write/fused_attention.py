@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from converters.onnx.format import past_name, present_name
 from converters.onnx.write.fused_rotary import Rotation
 from converters.onnx.write.tracing import Tracer, Value
 from edkm_export.decoder.attention import Attention
@@ -34,14 +35,14 @@ class GrowingCache:
 
     def past(self, what: str, layer: int) -> Value:
         """An input of the graph; `what` is "key" or "value"."""
-        return Value(self._tracer, f"past_key_values.{layer}.{what}", self._shape, self._tracer.dtype)
+        return Value(self._tracer, past_name(layer, what), self._shape, self._tracer.dtype)
 
     def update(self, layer: int, keys: Value, values: Value) -> tuple[Value, Value]:
         """Append the new ones [batch, kv_heads, new, head_dim]."""
         grown = []
         for what, new in (("key", keys), ("value", values)):
             both: Value = torch.cat((self.past(what, layer), new), dim=2)  # type: ignore[arg-type, assignment]
-            self.present[f"present.{layer}.{what}"] = both.name
+            self.present[present_name(layer, what)] = both.name
             grown.append(both)
         return grown[0], grown[1]
 
@@ -90,7 +91,7 @@ class _FusedAttention:
             queries, keys = self._rotation.turn(queries, self._turned_scale), self._rotation.turn(keys)
         layer = module.layer
         mixed = graph.unique("Attention")
-        cache.present |= {f"present.{layer}.{what}": f"{mixed}.{what}" for what in ("key", "value")}
+        cache.present |= {present_name(layer, what): f"{mixed}.{what}" for what in ("key", "value")}
         graph.append(
             "Attention",
             (

@@ -1,4 +1,4 @@
-"""Norms of a decoder as nodes. The decoder's own know only float16's limits; these are computed in float32."""
+"""Norms of a decoder as nodes. The decoder's own are written for float16; these compute in float32."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class _RMSNorm(_Norm):
 
 
 class _SkipRMSNorm(_RMSNorm):
-    """The same, in one operator of onnxruntime with the residual sum in front of it."""
+    """The same, in one operator of onnxruntime with the residual sum before it."""
 
     def __call__(self, x: Value) -> Value:
         if x.terms is None:

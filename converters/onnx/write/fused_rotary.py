@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from converters.onnx.format import POSITION_IDS
 from converters.onnx.write.builder import CONTRIB
 from converters.onnx.write.tracing import Tracer, Value, half_table
 from edkm_export.decoder.attention import Attention
@@ -77,7 +78,7 @@ class Rotation:
         if scale != 1:
             factor = graph.constant(scale, self._halves[0].dtype)
             tables = [graph.node("Mul", table, factor) for table in tables]
-        inputs = ("position_ids", *tables) if own else (*tables, "position_ids")
+        inputs = (POSITION_IDS, *tables) if own else (*tables, POSITION_IDS)
         domain = CONTRIB if own else ""
         return self._tracer.emit(
             "RotaryEmbedding", x.name, *inputs, shape=x.shape, dtype=x.dtype, domain=domain, **part

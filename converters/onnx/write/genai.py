@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from converters.onnx.format import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, past_name, present_name
 from converters.onnx.write.export_plan import OnnxPlan
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.end_tokens import as_setting, read_object, stored_end_tokens
@@ -60,16 +61,16 @@ def genai_config(checkpoint: Checkpoint, plan: OnnxPlan, model: str) -> dict[str
         "num_key_value_heads": config.num_kv_heads,
         "num_hidden_layers": config.num_layers,
         "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "position_ids": "position_ids",
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
+            "input_ids": INPUT_IDS,
+            "attention_mask": ATTENTION_MASK,
+            "position_ids": POSITION_IDS,
+            "past_key_names": past_name("%d", "key"),
+            "past_value_names": past_name("%d", "value"),
         },
         "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
+            "logits": LOGITS,
+            "present_key_names": present_name("%d", "key"),
+            "present_value_names": present_name("%d", "value"),
         },
     }
     return {

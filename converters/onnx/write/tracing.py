@@ -260,7 +260,9 @@ class Value:
         first, *others = key
         if first is Ellipsis:
             (chosen,) = others
-            assert isinstance(chosen, slice) and chosen.step is None, "only a range of the last axis is known"
+            assert isinstance(chosen, slice) and chosen.step is None, (
+                "only a range of the last axis is supported"
+            )
             return self._last_axis(*chosen.indices(_number(self.shape[-1]))[:2])
         result = self
         for axis, each in enumerate(key):

@@ -2,7 +2,7 @@
 
 Codes become symbols by gathering from small constant tables, symbols become values by gathering from the LUT, spread
 so that one index fetches all values of a symbol. Nothing shifts bits and nothing is wider than it must be: a runtime
-that folds constants holds every step of every weight at once.
+that folds constants holds every intermediate value of every weight at once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from converters.onnx.backend import load_onnx
+from converters.onnx.format import CODES, CODES_HIGH, LUT, LUT_SCALE, part_name
 from converters.onnx.write.builder import GraphBuilder
 from converters.onnx.write.codes import Layout, code_planes, high_table, low_table
 from edkm_export.palette import PalettizedTensor
@@ -39,7 +40,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Barrier:
-    """Zeros that a runtime does not know before it runs: names of values, int64 [1].
+    """Zeros whose value a runtime cannot infer before it runs: names of values, int64 [1].
 
     Attributes:
         codes: added to where a slice of codes starts. A runtime is free to compute at once what it can, the weights of
@@ -74,11 +75,11 @@ class WeightNodes:
         span = self.rows if fits else self.group_rows  # no range goes beyond it
         unit = self.group_rows if fits else 1
         pieces = -(-span // (max(largest // (unit * self._row_weights), 1) * unit))
-        step = -(-span // (pieces * unit)) * unit
+        count = -(-span // (pieces * unit)) * unit
         return [
-            Rows(start, min(start + step, first + span))
+            Rows(start, min(start + count, first + span))
             for first in range(0, self.rows, span)
-            for start in range(first, first + span, step)
+            for start in range(first, first + span, count)
         ]
 
     def values(self, rows: Rows, dtype: int) -> str:
@@ -93,7 +94,7 @@ class WeightNodes:
         """
         return self._decode(rows, self._lut_values(self._group_range(rows), dtype))
 
-    def steps(self, rows: Rows) -> str:
+    def entries(self, rows: Rows) -> str:
         """Decode rows to entries of an int8 LUT plus 128, uint8 [rows.count * dim, columns]."""
         assert self._tensor.lut_scale is not None
         return self._decode(rows, self._slice(self._lut(), self._group_range(rows), self.groups_out))
@@ -227,11 +228,11 @@ class WeightNodes:
         graph, types = self._graph, _types()
         values = self._lut()
         if self._tensor.lut_scale is not None:
-            steps = graph.node("Cast", values, to=types.FLOAT)
-            steps = graph.node("Sub", steps, graph.constant(_OFFSET, np.float32))
+            entries = graph.node("Cast", values, to=types.FLOAT)
+            entries = graph.node("Sub", entries, graph.constant(_OFFSET, np.float32))
             scale = graph.node("Cast", self._scale(), to=types.FLOAT)
             scale = graph.node("Unsqueeze", scale, graph.integers(2, 3))
-            values, held = graph.node("Mul", steps, scale), types.FLOAT
+            values, held = graph.node("Mul", entries, scale), types.FLOAT
             if not has_exact_products(self._tensor):
                 values, held = graph.node("Cast", values, to=types.FLOAT16), types.FLOAT16
         else:
@@ -281,14 +282,14 @@ class WeightNodes:
         def declare(place: int, part: str) -> str:
             shape = (self.rows, self.groups_in, sizes[place])
             return self._graph.weight(
-                f"{tensor.name}.{part}", np.uint8, shape, lambda: code_planes(tensor)[place]
+                part_name(tensor.name, part), np.uint8, shape, lambda: code_planes(tensor)[place]
             )
 
-        return [declare(place, part) for place, part in enumerate(("codes", "codes_high")[: len(sizes)])]
+        return [declare(place, part) for place, part in enumerate((CODES, CODES_HIGH)[: len(sizes)])]
 
     def _lut(self) -> str:
         """LUTs as stored, [groups_out, groups_in, entries, dim]."""
-        name, lut = f"{self._tensor.name}.lut", self._tensor.lut
+        name, lut = part_name(self._tensor.name, LUT), self._tensor.lut
         shape = tuple(lut.shape)
         if self._tensor.lut_scale is None:
             return self._graph.weight(name, np.float16, shape, lut.numpy)
@@ -298,12 +299,12 @@ class WeightNodes:
         """Scales as stored, float16 [groups_out, groups_in]."""
         scale = self._tensor.lut_scale
         assert scale is not None
-        name = f"{self._tensor.name}.lut_scale"
+        name = part_name(self._tensor.name, LUT_SCALE)
         return self._graph.weight(name, np.float16, tuple(scale.shape), scale.numpy)
 
 
 class StackNodes(WeightNodes):
-    """The nodes of several weights that are held alike, one under the other: as many as one weight takes.
+    """The nodes of several weights with the same layout, stacked: as many nodes as one weight takes.
 
     Args:
         graph: receives them.
@@ -332,7 +333,7 @@ class StackNodes(WeightNodes):
         return dict(zip((nodes._tensor.name for nodes in self._each), parts, strict=True))
 
     def _planes(self, rows: Rows) -> list[str]:
-        """All codes; those of the first weight are behind the barrier, and so what they are joined to."""
+        """All codes; those of the first weight depend on the barrier, and so does what they are concatenated with."""
         first, *others = self._each
         planes = zip(first._planes(Rows(0, first.rows)), *(nodes._codes() for nodes in others), strict=True)
         return [self._graph.node("Concat", *parts, axis=0) for parts in planes]

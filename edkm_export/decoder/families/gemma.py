@@ -23,7 +23,7 @@ _RESIDUAL_SCALE = 2.0**-6
 
 
 class Gemma2Settings(RotarySettings):
-    """Norms in front of and behind attention and MLP, soft caps, scaled embeddings, every other layer slides."""
+    """Pre- and post-norms around attention and MLP, soft caps, scaled embeddings, every other layer slides."""
 
     head_dim: pydantic.PositiveInt = 256
     max_position_embeddings: pydantic.PositiveInt = 8192

@@ -48,7 +48,7 @@ class RotarySettings(Settings):
     sliding_window: pydantic.PositiveInt | None = None
 
     def layer_kinds(self) -> list[str]:
-        """FULL or SLIDING for each layer; here all alike."""
+        """FULL or SLIDING for each layer; here the same for all."""
         return [FULL if self.sliding_window is None else SLIDING] * self.num_hidden_layers
 
     def decoder_config(self) -> DecoderConfig:

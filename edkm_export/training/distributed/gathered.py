@@ -1,4 +1,4 @@
-"""What FSDP2 moves for a palettized weight: its codes, one byte a weight, instead of its master weight.
+"""What FSDP2 moves for a palettized weight: its indices, one byte a weight, instead of its master weight.
 
 The forward pass of palettized training needs no master weight, so that it can stay in shares. FSDP2 lets a
 parameter say what is gathered for it (`fsdp_pre_all_gather`, `fsdp_post_all_gather`; torch.distributed.fsdp,
@@ -54,7 +54,7 @@ class Master(Tensor):
     def fsdp_pre_all_gather(
         self, mesh: Any, outer_size: torch.Size, outer_stride: Any, module: Any, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], Any]:
-        """What this process contributes: rows of codes, padded to the same number in each process."""
+        """What this process contributes: rows of indices, padded to the same number in each process."""
         return (module.contribution(),), outer_size
 
     def fsdp_post_all_gather(
@@ -69,23 +69,23 @@ class Master(Tensor):
         rows = all_gather_outputs[0][: metadata[0]]
         if out is None:
             return Gathered(rows, metadata, param_dtype), all_gather_outputs
-        out.codes = rows
+        out.rows = rows
         return None
 
 
 class Gathered(Tensor):
-    """Stands for a whole master weight in autograd: its shape, dtype and gradient, but codes for its values.
+    """Stands for a whole master weight in autograd: its shape, dtype and gradient, but indices for its values.
 
     Attributes:
-        codes: uint8 [out, in, ...] of all processes; with "dkm" the soft weight itself.
+        rows: what was gathered: indices uint8 [out, in, ...] of all processes; with "dkm" the soft weight itself.
     """
 
-    codes: Tensor
+    rows: Tensor
 
     @staticmethod
-    def __new__(cls, codes: Tensor, shape: torch.Size, dtype: torch.dtype) -> Gathered:  # noqa: D102
-        made: Gathered = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
-        made.codes = codes
+    def __new__(cls, rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Gathered:  # noqa: D102
+        made: Gathered = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=rows.device)
+        made.rows = rows
         return made
 
     def __repr__(self, **_kwargs: Any) -> str:  # type: ignore[override]
@@ -94,5 +94,5 @@ class Gathered(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in _STAYS_GATHERED:
-            return cls(args[0].codes, args[0].shape, args[0].dtype)
-        raise NotImplementedError(f"{func}: master weights are not gathered, only their codes are.")
+            return cls(args[0].rows, args[0].shape, args[0].dtype)
+        raise NotImplementedError(f"{func}: master weights are not gathered, only their indices are.")

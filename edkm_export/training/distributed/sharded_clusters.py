@@ -39,47 +39,57 @@ class _SplitPoints(Points):
 
 
 class ShardedClusters(Clusters):
-    """`Clusters` after sharding.
+    """`Clusters` in shares.
 
-    In shares: master weight, its gradient, its optimizer state, and codes. In every process: the LUTs, which are
-    small. Codes are gathered for a product (see `gathered`); gradients of LUTs, and those through soft k-means,
+    In shares: master weight, its gradient, its optimizer state, and indices. In every process: the LUTs, which are
+    small. Indices are gathered for a product (see `gathered`); gradients of LUTs, and those through soft k-means,
     are computed once an optimizer step, from the reduced gradient of the rows that the process holds: both are
     linear in it.
 
     Attributes:
-        codes: uint8 [pieces, m], a view of the rows that are gathered.
+        indices: uint8 [pieces, m], a view of the rows that are gathered.
         rows: which rows these are.
     """
 
-    rows: Rows
-    _padded: Tensor  # codes [share, in, ...]
+    _padded: Tensor  # indices [share, in, ...]
     _soft: Tensor | None  # "dkm": soft weight of these rows, [share, in, ...]
 
-    @classmethod
     @torch.no_grad()
-    def shard(cls, clusters: Clusters, name: str, processes: Processes) -> ShardedClusters:
-        """Keep this process's rows of codes, and prepare the weight for FSDP2 to cut.
+    def __init__(self, clusters: Clusters, name: str, processes: Processes) -> None:
+        """Keep this process's rows of indices, and prepare the weight for FSDP2 to cut.
+
+        Args:
+            clusters: the same in each process; the LUT stays theirs.
+            name: of the module, for messages.
+            processes: more than one.
 
         Raises:
             InputError: there are fewer rows than processes.
         """
+        nn.Module.__init__(self)
         weight = clusters.weight
-        clusters.__class__ = cls
-        assert isinstance(clusters, ShardedClusters)
-        rows = Rows(name, weight.shape[0], clusters.groups, processes, weight.device)
-        clusters.rows = rows
-        codes = clusters.codes.view(weight.shape)[rows.start : rows.stop]
-        clusters._padded = codes.new_zeros(rows.share, *weight.shape[1:])
-        clusters._padded[: len(codes)] = codes
-        clusters.codes = rows.view(clusters._padded[: len(codes)])
-        clusters.weight = nn.Parameter(Master(weight.detach()), requires_grad=weight.requires_grad)
-        clusters._soft = None
-        if clusters.method.backward == "dkm":
-            dtype = torch.bfloat16 if clusters.grid.in_bfloat16 else weight.dtype
-            clusters._soft = torch.zeros_like(clusters._padded, dtype=dtype)
-            clusters._soften(weight.detach()[rows.start : rows.stop])
-        clusters.seen()
-        return clusters
+        self.rows = Rows(name, weight.shape[0], clusters.groups, processes, weight.device)
+        own = slice(self.rows.start, self.rows.stop)
+        indices = clusters.indices.view(weight.shape)[own]
+        self._padded = indices.new_zeros(self.rows.share, *weight.shape[1:])
+        self._padded[: len(indices)] = indices
+        self._hold(
+            clusters.rule,
+            clusters.method,
+            clusters.grid,
+            weight=nn.Parameter(Master(weight.detach()), requires_grad=weight.requires_grad),
+            lut=clusters.lut,
+            unit=clusters.unit,
+            indices=self.rows.view(self._padded[: len(indices)]),
+            temperature=clusters.temperature,
+        )
+        self.train(clusters.training)
+        self._soft = None
+        self._round()
+        if self.method.backward == "dkm":
+            dtype = torch.bfloat16 if self.grid.in_bfloat16 else weight.dtype
+            self._soft = torch.zeros_like(self._padded, dtype=dtype)
+            self._soften(weight.detach()[own])
 
     @property
     def is_soft(self) -> bool:
@@ -96,29 +106,29 @@ class ShardedClusters(Clusters):
         return self.rows.view(plain(value))
 
     def contribution(self) -> Tensor:
-        """What is gathered: codes, or, as other methods have to be the same in each pass, soft or hard weights."""
+        """What is gathered: indices, or, as other methods have to be the same in each pass, soft or hard weights."""
         if self._soft is None:
-            assert self.codes.data_ptr() == self._padded.data_ptr()
+            assert self.indices.data_ptr() == self._padded.data_ptr()
             return self._padded
         if self.training:
             return self._soft
         hard = torch.zeros_like(self._soft)
         table = self.rows.of_pieces(self.table(hard.dtype))
-        hard[: self.rows.stop - self.rows.start] = look_up(table, self.codes).view(-1, *hard.shape[1:])
+        hard[: self.rows.stop - self.rows.start] = look_up(table, self.indices).view(-1, *hard.shape[1:])
         return hard
 
-    def product_codes(self, weight: Tensor) -> Tensor:
-        """The codes that were gathered."""
-        codes: Tensor = weight.codes  # type: ignore[attr-defined]
-        return codes
+    def product_indices(self, weight: Tensor) -> Tensor:
+        """The indices that were gathered."""
+        assert isinstance(weight, Gathered)
+        return weight.rows
 
-    def decode(self, table: Tensor, codes: Tensor) -> Tensor:
+    def decode(self, table: Tensor, indices: Tensor) -> Tensor:
         """The gathered weight in the dtype of the table."""
-        if codes.is_floating_point():
-            return codes.to(table.dtype)
-        if codes.device.type == "cpu":
-            codes = codes.clone()  # a NumPy view would forbid FSDP2 to free what it gathered
-        return look_up(table, codes.view(self.groups, -1))
+        if indices.is_floating_point():
+            return indices.to(table.dtype)
+        if indices.device.type == "cpu":
+            indices = indices.clone()  # a NumPy view would forbid FSDP2 to free what it gathered
+        return look_up(table, indices.view(self.groups, -1))
 
     def fresh(self) -> None:
         """Refresh if the parameters may have changed; in a forward pass it would be too late."""
@@ -126,14 +136,17 @@ class ShardedClusters(Clusters):
             assert not isinstance(self.weight, Gathered)
             self.refresh()
 
+    def note_gradient(self) -> None:
+        """Nothing: `Sharding` attaches the optimizer."""
+
     def _state(self) -> tuple[int, int, int]:
         return (0, *super()._state()[1:])  # the parameter is another one while it is gathered
 
     @torch.no_grad()
     def assign(self) -> None:
-        """Give each weight of these rows the code of its nearest LUT value."""
+        """Give each weight of these rows the index of its nearest LUT value."""
         table = self.rows.of_pieces(self.table(self.unit.dtype))
-        assign(self.own(self.weight.detach()), table, self.codes, self.moved)
+        assign(self.own(self.weight.detach()), table, self.indices, self.moved)
         if self._soft is not None:
             self._soften(plain(self.weight.detach()))
 
@@ -162,7 +175,7 @@ class ShardedClusters(Clusters):
 
     def lut_sums(self, grad: Tensor) -> Tensor:
         """The part of this process of the sums of `lut_gradient`, [groups, k]; grad [pieces, m]."""
-        return self.rows.of_groups(segment_sums(grad, self.codes, self.k).to(self.unit.dtype))
+        return self.rows.of_groups(segment_sums(grad, self.indices, self.k).to(self.unit.dtype))
 
     @torch.no_grad()
     def soften_gradient(self, grad: Tensor) -> None:
@@ -191,24 +204,24 @@ class ShardedClusters(Clusters):
     def refit(self) -> None:
         """Move each centroid to the mean of its weights; one without weights stays where it is."""
         weight = self.own(self.weight.detach())
-        counts = self.rows.total(segment_sums(torch.ones_like(weight), self.codes, self.k))
-        means = self.rows.total(segment_sums(weight, self.codes, self.k)) / counts.clamp_min(1)
+        counts = self.rows.total(segment_sums(torch.ones_like(weight), self.indices, self.k))
+        means = self.rows.total(segment_sums(weight, self.indices, self.k)) / counts.clamp_min(1)
         self.lut.copy_(torch.where(counts > 0, means, self.centroids()) / self.unit)
         self.refresh()
 
     def use_counts(self) -> Tensor:
-        """How often each code of each group is used, int32 [groups, k]."""
-        return self.rows.total(use_counts(self.codes, self.k))
+        """How often each index of each group is used, int32 [groups, k]."""
+        return self.rows.total(use_counts(self.indices, self.k))
 
-    def all_codes(self) -> Tensor:
-        """Codes of all rows, in every process: uint8 [groups, m]."""
+    def all_indices(self) -> Tensor:
+        """Indices of all rows, in every process: uint8 [groups, m]."""
         return self.rows.gather(self._padded, self.weight.shape[0]).view(self.groups, -1)
 
     @torch.no_grad()
     def export(self, name: str) -> PalettizedTensor:
         """What the hard forward pass uses, as it ships; in every process."""
-        held, self.codes = self.codes, self.all_codes()
+        held, self.indices = self.indices, self.all_indices()
         try:
             return super().export(name)
         finally:
-            self.codes = held
+            self.indices = held

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from edkm_export.training.distributed.processes import Processes
 from edkm_export.training.distributed.sharded_clusters import ShardedClusters, plain
-from edkm_export.training.learner import Learner
-from edkm_export.training.palettized.surgery import clusters_of
+from edkm_export.training.palettized.surgery import attach, clusters_of, replace_clusters
 
-__all__ = ["Sharding", "Student"]
+__all__ = ["Sharding"]
 
 
 def _layers(model: Any) -> Iterator[nn.Module]:
@@ -28,34 +26,17 @@ def _layers(model: Any) -> Iterator[nn.Module]:
             yield module
 
 
-class Student:
-    """The student as evaluations call it: through the learner, for which FSDP2 gathers embedding and head."""
-
-    def __init__(self, learner: Learner) -> None:
-        self._learner = learner
-        self.parameters, self.eval, self.train = learner.parameters, learner.eval, learner.train
-
-    @property
-    def training(self) -> bool:
-        """Mode of its modules."""
-        return self._learner.training
-
-    def __call__(self, input_ids: Tensor, use_cache: bool = False) -> Any:
-        """`.logits` [batch, context, vocab_size]; a collective."""
-        assert not use_cache
-        return SimpleNamespace(logits=self._learner.logits(input_ids))
-
-
 class Sharding:
     """Cuts a learner and its optimizer into shares, in place, and handles what FSDP2 does not.
 
-    FSDP2 gathers a layer before its use and frees it afterwards; of a palettized weight it gathers the codes only
+    FSDP2 gathers a layer before its use and frees it afterwards; of a palettized weight it gathers the indices only
     (`gathered`). The frozen original's layers are cut too; its embedding, head and norms stay whole.
 
     Args:
-        learner: on this process's device, the same in each process.
+        learner: the module that is trained, on this process's device and the same in each process; its `model` is
+            palettized.
         original: the frozen float model, None if it is not needed.
-        optimizer: of the learner's parameters, before its first step.
+        optimizer: of the learner's parameters, before its first step; it is attached to the clusters.
         processes: more than one.
 
     Raises:
@@ -63,7 +44,7 @@ class Sharding:
     """
 
     def __init__(
-        self, learner: Learner, original: Any | None, optimizer: torch.optim.Optimizer, processes: Processes
+        self, learner: Any, original: Any | None, optimizer: torch.optim.Optimizer, processes: Processes
     ) -> None:
         self.learner, self.optimizer, self.processes = learner, optimizer, processes
         self.mesh = init_device_mesh(processes.device.partition(":")[0], (processes.count,))
@@ -71,10 +52,12 @@ class Sharding:
         in_groups = [
             [named[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups
         ]
-        self.clusters = [
-            ShardedClusters.shard(clusters, name, processes)
+        sharded = {
+            clusters: ShardedClusters(clusters, name, processes)
             for name, clusters in clusters_of(learner.model).items()
-        ]
+        }
+        replace_clusters(learner.model, sharded)
+        self.clusters = list(sharded.values())
         whole: set[nn.Parameter] = {clusters.lut for clusters in self.clusters}
         for layer in _layers(learner.model):
             fully_shard(layer, mesh=self.mesh, ignored_params=whole)
@@ -86,6 +69,7 @@ class Sharding:
         parameters = dict(learner.named_parameters())
         for group, names in zip(optimizer.param_groups, in_groups, strict=True):
             group["params"] = [parameters[name] for name in names]
+        attach(learner.model, optimizer)
 
     def _shard_frozen(self, model: Any) -> None:
         """Cut the layers' matrices of a model that is not trained. Called as it always was, it gathers by itself."""
@@ -147,13 +131,13 @@ class Sharding:
     @torch.no_grad()
     def whole_state(self) -> dict[str, Any]:
         """The student's state dict as if it were not cut, tensor by tensor; for the first process, empty elsewhere."""
-        codes = {id(each.codes): each for each in self.clusters}
+        indices = {id(each.indices): each for each in self.clusters}
         done: dict[int, Any] = {}
         held = self.learner.model.state_dict(keep_vars=True)
         for value in held.values():  # tied ones have several names
             if id(value) not in done:
-                sharded = codes.get(id(value))
-                done[id(value)] = self._whole(value.detach() if sharded is None else sharded.all_codes())
+                sharded = indices.get(id(value))
+                done[id(value)] = self._whole(value.detach() if sharded is None else sharded.all_indices())
         return {name: done[id(value)] for name, value in held.items()} if self.processes.is_first else {}
 
     def whole_parameter(self, parameter: nn.Parameter) -> Tensor:

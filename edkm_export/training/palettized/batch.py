@@ -191,7 +191,7 @@ class ClusterBatch:
 
     def _on_device(self) -> bool:
         return bool(self._joined) and all(
-            type(each) is Clusters and has_kernels(each.codes) and each.unit.dtype == torch.float32
+            type(each) is Clusters and has_kernels(each.indices) and each.unit.dtype == torch.float32
             for each in self._joined
         )
 
@@ -202,7 +202,7 @@ class ClusterBatch:
 
     def _all_jobs(self) -> list[tuple[list[Clusters], Any]]:
         """Weights of equal k and dtype, and their kernels; made anew when a weight was moved."""
-        addresses = [(each.weight.data_ptr(), each.codes.data_ptr()) for each in self._joined]
+        addresses = [(each.weight.data_ptr(), each.indices.data_ptr()) for each in self._joined]
         if self._jobs is None or addresses != self._addresses:
             from edkm_export.training.palettized.triton_batch import Jobs
 
@@ -216,7 +216,7 @@ class ClusterBatch:
                     some,
                     Jobs(
                         [each.weight.detach() for each in some],
-                        [each.codes for each in some],
+                        [each.indices for each in some],
                         [each.moved for each in some],
                         [offsets[each] for each in some],
                         k,

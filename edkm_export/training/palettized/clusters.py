@@ -1,4 +1,4 @@
-"""Clusters: a master weight, its LUTs and its codes, kept together while they train."""
+"""Clusters: a master weight, its LUTs and its indices, kept together while they train."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from edkm_export.clustering import soft_cluster
 from edkm_export.palette import PalettizedTensor
 from edkm_export.recipe import Rule
+from edkm_export.training.palettized.fingerprint import fingerprint
 from edkm_export.training.palettized.grid import Grid, Rounded
 from edkm_export.training.palettized.tables import assign, look_up, segment_sums, use_counts
 
@@ -21,16 +21,6 @@ __all__ = ["Backward", "ClusterMethod", "Clusters"]
 Backward = Literal["straight-through", "soft", "dkm"]
 
 _MOST_SOFT = 16  # entries
-
-_steps = 0  # of any optimizer; fused ones write parameters without touching their version counters
-
-
-def _count_step(*_: object) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
 
 
 @dataclass(frozen=True)
@@ -61,9 +51,13 @@ class ClusterMethod:
 class Clusters(nn.Module):
     """One weight on its way to a `PalettizedTensor`.
 
-    Codes and LUT values are brought up to date once an optimizer step: `refresh` does it when it is called, and
-    `fresh`, which each forward pass calls, when an optimizer has stepped or a parameter was written to since.
-    Micro-batches and the recomputation of gradient checkpointing see the same ones.
+    Indices and LUT values are brought up to date once an optimizer step: `refresh` does it when it is called, and
+    `fresh`, which each forward pass calls, when the parameters have changed since. Micro-batches and the recomputation
+    of gradient checkpointing see the same ones.
+
+    An optimizer that was attached (`surgery.attach`) says when it has stepped. Of others, version counters tell; fused
+    ones do not move these, so that parameters with a gradient are compared by a fingerprint in each forward pass: right
+    as well, but it reads them all.
 
     Attributes:
         weight: master weight, float parameter [out, in] (a convolution's: [out, in, height, width]).
@@ -71,9 +65,9 @@ class Clusters(nn.Module):
             weights of every scale. Frozen with "dkm".
         unit: root mean square of each group's first centroids, [groups, 1].
         factor: of the gradients of `lut`, see `lut_gradient`; [groups, 1].
-        codes: uint8 [groups, m].
+        indices: uint8 [groups, m].
         temperature: of soft clustering, [groups].
-        moved: int32 [1], codes that changed since it was last set to zero.
+        moved: int32 [1], indices that changed since it was last set to zero.
         deferred: leave the gradient of `lut` to `ClusterBatch.gradients`. With "straight-through" only.
     """
 
@@ -81,7 +75,7 @@ class Clusters(nn.Module):
     lut: nn.Parameter
     unit: Tensor
     factor: Tensor
-    codes: Tensor
+    indices: Tensor
     temperature: Tensor
     moved: Tensor
 
@@ -100,28 +94,50 @@ class Clusters(nn.Module):
         start = centroids.detach().to(device=weight.device, dtype=wide)
         unit = start.square().mean(1, keepdim=True).sqrt()
         unit = torch.where(unit > 0, unit, 1.0)
-        self.rule, self.method = rule, method.suited(k)
-        self.grid = Grid(rule.lut_dtype, in_bfloat16)
-        self.weight = nn.Parameter(weight.detach())
-        self.lut = nn.Parameter(start / unit, requires_grad=self.method.backward != "dkm")
-        self.register_buffer("unit", unit)
-        self.register_buffer("factor", self._lut_factor(), persistent=False)
-        self.register_buffer(
-            "codes", torch.zeros(groups, weight.numel() // groups, dtype=torch.uint8, device=weight.device)
+        method = method.suited(k)
+        self._hold(
+            rule,
+            method,
+            Grid(rule.lut_dtype, in_bfloat16),
+            weight=nn.Parameter(weight.detach()),
+            lut=nn.Parameter(start / unit, requires_grad=method.backward != "dkm"),
+            unit=unit,
+            indices=torch.zeros(groups, weight.numel() // groups, dtype=torch.uint8, device=weight.device),
+            temperature=torch.ones(groups, dtype=wide, device=weight.device),
         )
-        self.register_buffer("temperature", torch.ones(groups, dtype=wide, device=weight.device))
-        self.register_buffer(
-            "moved", torch.zeros(1, dtype=torch.int32, device=weight.device), persistent=False
-        )
-        self.deferred = False
-        self._seen: tuple[int, int, int] | None = None
-        self._tables: dict[torch.dtype, Tensor] = {}
-        self._last: Tensor | None = None
-        self._rounded: Rounded | None = None
         self.refresh()
         self.moved.zero_()
         if self.method.backward != "straight-through":
             self._set_temperature()
+
+    def _hold(
+        self,
+        rule: Rule,
+        method: ClusterMethod,
+        grid: Grid,
+        *,
+        weight: nn.Parameter,
+        lut: nn.Parameter,
+        unit: Tensor,
+        indices: Tensor,
+        temperature: Tensor,
+    ) -> None:
+        """Take these as the parts; nothing is computed from them yet but what follows from shapes."""
+        self.rule, self.method, self.grid = rule, method, grid
+        self.weight, self.lut = weight, lut
+        self.register_buffer("unit", unit)
+        self.register_buffer("factor", self._lut_factor(), persistent=False)
+        self.register_buffer("indices", indices)
+        self.register_buffer("temperature", temperature)
+        self.register_buffer("moved", torch.zeros(1, dtype=torch.int32, device=unit.device), persistent=False)
+        self.deferred = False
+        self._steps = 0  # of optimizers that are attached
+        self._attached: set[int] = set()  # ids of their parameters; those of a copy are others
+        self._seen: tuple[int, int, int] | None = None
+        self._mark: int | None = None  # fingerprint of parameters that may be stepped without a word
+        self._tables: dict[torch.dtype, Tensor] = {}
+        self._last: Tensor | None = None
+        self._rounded: Rounded | None = None
 
     @property
     def k(self) -> int:
@@ -143,17 +159,17 @@ class Clusters(nn.Module):
         """Whether gradients get their final form once a step instead of in each backward pass."""
         return self.deferred
 
-    def product_codes(self, weight: Tensor) -> Tensor:
-        """Codes for a product with the whole weight; `weight` is the parameter as autograd sees it."""
-        return self.codes
+    def product_indices(self, weight: Tensor) -> Tensor:
+        """Indices for a product with the whole weight; `weight` is the parameter as autograd sees it."""
+        return self.indices
 
-    def decode(self, table: Tensor, codes: Tensor) -> Tensor:
-        """The whole weight from a table of its LUT values and `product_codes`, in the table's dtype."""
-        return look_up(table, codes)
+    def decode(self, table: Tensor, indices: Tensor) -> Tensor:
+        """The whole weight from a table of its LUT values and `product_indices`, in the table's dtype."""
+        return look_up(table, indices)
 
     def use_counts(self) -> Tensor:
-        """How often each code of each group is used, int32 [groups, k]."""
-        return use_counts(self.codes, self.k)
+        """How often each index of each group is used, int32 [groups, k]."""
+        return use_counts(self.indices, self.k)
 
     def grouped(self, values: Tensor) -> Tensor:
         """View of the weight's shape as [groups, m]."""
@@ -165,13 +181,13 @@ class Clusters(nn.Module):
 
     @torch.no_grad()
     def _set_temperature(self) -> None:
-        values = look_up(self.rounded().values.to(self.unit.dtype), self.codes)
+        values = look_up(self.rounded().values.to(self.unit.dtype), self.indices)
         error = (self.grouped(self.weight.detach()) - values).square_().mean(1)
         self.temperature.copy_((self.method.alpha * error).clamp_min(torch.finfo(error.dtype).tiny * 2**20))
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring LUT values and codes up to date with the parameters.
+        """Bring LUT values and indices up to date with the parameters.
 
         Raises:
             PaletteError: on the CPU, a weight or centroid is not finite.
@@ -188,12 +204,12 @@ class Clusters(nn.Module):
 
     @torch.no_grad()
     def assign(self) -> None:
-        """Give each weight the code of its nearest LUT value."""
-        assign(self.grouped(self.weight.detach()), self.table(self.unit.dtype), self.codes, self.moved)
+        """Give each weight the index of its nearest LUT value."""
+        assign(self.grouped(self.weight.detach()), self.table(self.unit.dtype), self.indices, self.moved)
 
     @torch.no_grad()
     def restored(self) -> None:
-        """Take parameters and codes that were just loaded as they are: they belong together."""
+        """Take parameters and indices that were just loaded as they are: they belong together."""
         self._last = None
         self.factor.copy_(self._lut_factor())
         self._round()
@@ -206,7 +222,7 @@ class Clusters(nn.Module):
         rounded = self.grid.round(self.centroids())
         self._rounded = rounded
         self._tables = {
-            dtype: each for dtype, each in self._tables.items() if each.device == self.codes.device
+            dtype: each for dtype, each in self._tables.items() if each.device == self.indices.device
         }
         for table in self._tables.values():
             table.copy_(rounded.values)  # in place, for a recorded CUDA graph reads them there
@@ -216,18 +232,47 @@ class Clusters(nn.Module):
         """Hold LUT values in these tensors, which a `ClusterBatch` writes; `tables` are the same in other dtypes."""
         self._rounded, self._tables = rounded, tables
 
+    def attach(self, parameters: set[int]) -> bool:
+        """Rely on `stepped` for the parameters of these ids; whether any of them is one of ours."""
+        ours = parameters & {id(self.weight), id(self.lut)}
+        self._attached |= ours
+        return bool(ours)
+
+    def stepped(self) -> None:
+        """Take note that an optimizer that was attached has stepped."""
+        self._steps += 1
+
+    def note_gradient(self) -> None:
+        """Take note, before an optimizer can, that a gradient is on its way to the parameters."""
+        if self._mark is None and (silent := self._silent()):
+            self._mark = fingerprint(silent)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether an attached optimizer tells of each step."""
+        return not self._silent()
+
+    def _silent(self) -> list[nn.Parameter]:
+        """Trained parameters of which no attached optimizer tells."""
+        return [
+            each for each in (self.weight, self.lut) if each.requires_grad and id(each) not in self._attached
+        ]
+
     def seen(self) -> None:
-        """Take note that LUT values and codes are those of the parameters as they are."""
-        self._seen = self._state()
+        """Take note that LUT values and indices are those of the parameters as they are."""
+        self._seen, self._mark = self._state(), None
+        if any(each.grad is not None for each in self._silent()):  # it may be used for another step
+            self.note_gradient()
 
     @property
     def is_stale(self) -> bool:
         """Whether the parameters may have changed since the last refresh."""
-        return self._seen != self._state()
+        if self._seen != self._state():
+            return True
+        return self._mark is not None and self._mark != fingerprint(self._silent())
 
     def _state(self) -> tuple[int, int, int]:
-        trained = self.weight.requires_grad or self.lut.requires_grad
-        return (self.weight._version, self.lut._version, _steps if trained else 0)
+        return (self.weight._version, self.lut._version, self._steps)
 
     def fresh(self) -> None:
         """Refresh if the parameters may have changed since the last time."""
@@ -244,8 +289,8 @@ class Clusters(nn.Module):
         """Move each centroid to the mean of its weights; one without weights stays where it is."""
         self.fresh()
         weight = self.grouped(self.weight.detach())
-        counts = segment_sums(torch.ones_like(weight), self.codes, self.k)
-        means = segment_sums(weight, self.codes, self.k) / counts.clamp_min(1)
+        counts = segment_sums(torch.ones_like(weight), self.indices, self.k)
+        means = segment_sums(weight, self.indices, self.k) / counts.clamp_min(1)
         self.lut.copy_(torch.where(counts > 0, means, self.centroids()) / self.unit)
         self.refresh()
 
@@ -256,8 +301,8 @@ class Clusters(nn.Module):
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """LUT values in the dtype of a product, [groups, k]."""
-        if dtype not in self._tables or self._tables[dtype].device != self.codes.device:
-            self._tables[dtype] = self.rounded().values.to(device=self.codes.device, dtype=dtype)
+        if dtype not in self._tables or self._tables[dtype].device != self.indices.device:
+            self._tables[dtype] = self.rounded().values.to(device=self.indices.device, dtype=dtype)
         return self._tables[dtype]
 
     def soft_weight(self, weight: Tensor, centroids: Tensor) -> Tensor:
@@ -269,13 +314,13 @@ class Clusters(nn.Module):
             self._last = last.detach()
         return soft
 
-    def lut_gradient(self, grad: Tensor, codes: Tensor) -> Tensor:
+    def lut_gradient(self, grad: Tensor, indices: Tensor) -> Tensor:
         """Gradient of `lut` from that of the palettized weight, both [groups, .].
 
         Divided by the square root of the number of weights an entry has: as large as the gradient of a single
         weight when these are independent, so that clipping by the common norm treats the two alike.
         """
-        return segment_sums(grad, codes, self.k).to(self.unit.dtype).mul_(self.factor)
+        return segment_sums(grad, indices, self.k).to(self.unit.dtype).mul_(self.factor)
 
     @torch.no_grad()
     def export(self, name: str) -> PalettizedTensor:
@@ -285,7 +330,8 @@ class Clusters(nn.Module):
         return PalettizedTensor.from_indices(
             name,
             rounded.lut[:, None, :, None],
-            self.codes.cpu().view(self.weight.shape[0], -1),
+            self.indices.cpu().view(self.weight.shape[0], -1),
             shape=tuple(self.weight.shape),
             lut_scale=None if rounded.scale is None else rounded.scale[:, None],
+            lut_dtype=self.grid.lut_dtype,
         )

@@ -1,6 +1,6 @@
 """Products with a palettized weight that is gathered again in the backward pass instead of being saved.
 
-Saved are the input, the codes (one byte a weight, shared by all calls of a step), the table, and references to
+Saved are the input, the indices (one byte a weight, shared by all calls of a step), the table, and references to
 the master weight and the LUT. Autograd would save the weight itself: 2 bytes a weight, 13 GB at 7B parameters.
 """
 
@@ -23,8 +23,8 @@ def _save(
     ctx: Any, clusters: Clusters, weight: Tensor, lut: Tensor, dtype: torch.dtype, *inputs: Tensor
 ) -> None:
     ctx.clusters, ctx.soft, ctx.dtype = clusters, clusters.is_soft, dtype
-    codes = clusters.product_codes(weight)
-    ctx.save_for_backward(codes, clusters.table(dtype), weight, lut, *inputs)
+    indices = clusters.product_indices(weight)
+    ctx.save_for_backward(indices, clusters.table(dtype), weight, lut, *inputs)
 
 
 def _dense(ctx: Any, saved: tuple[Tensor, ...]) -> Tensor:
@@ -32,24 +32,25 @@ def _dense(ctx: Any, saved: tuple[Tensor, ...]) -> Tensor:
 
     `saved` is `ctx.saved_tensors`, which gradient checkpointing allows to be read once only.
     """
-    codes, table, weight, lut = saved[:4]
+    indices, table, weight, lut = saved[:4]
     clusters: Clusters = ctx.clusters
     if ctx.soft:
         soft = clusters.soft_weight(weight.detach(), lut.detach() * clusters.unit)
         return soft.to(ctx.dtype).view(weight.shape)
-    return clusters.decode(table, codes).view(weight.shape)
+    return clusters.decode(table, indices).view(weight.shape)
 
 
 def _pull_back(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of master weight and LUT from that of the palettized weight, in the weight's shape."""
-    codes, _, weight, lut = saved[:4]
+    indices, _, weight, lut = saved[:4]
     clusters: Clusters = ctx.clusters
     need_weight, need_lut = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    clusters.note_gradient()
     if clusters.defers_gradients:
         return (grad.to(weight.dtype) if need_weight else None), None
     grad_lut = None
     if need_lut and not ctx.soft:
-        grad_lut = clusters.lut_gradient(clusters.grouped(grad.contiguous()), codes)
+        grad_lut = clusters.lut_gradient(clusters.grouped(grad.contiguous()), indices)
     if clusters.method.backward == "straight-through" or (clusters.method.backward == "dkm" and not ctx.soft):
         return (grad.to(weight.dtype) if need_weight else None), grad_lut
     with torch.enable_grad():
@@ -80,7 +81,7 @@ def _forward_weight(clusters: Clusters, weight: Tensor, lut: Tensor, dtype: torc
     if clusters.is_soft:
         soft = clusters.soft_weight(weight.detach(), lut.detach() * clusters.unit)
         return soft.to(dtype).view(weight.shape)
-    return clusters.decode(clusters.table(dtype), clusters.product_codes(weight)).view(weight.shape)
+    return clusters.decode(clusters.table(dtype), clusters.product_indices(weight)).view(weight.shape)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -126,10 +127,10 @@ class EmbeddingFunction(torch.autograd.Function):
     ) -> Tensor:
         _save(ctx, clusters, weight, lut, dtype, ids)
         ctx.padding = padding
-        codes = clusters.product_codes(weight)
-        if clusters.is_soft or codes.is_floating_point():
+        indices = clusters.product_indices(weight)
+        if clusters.is_soft or indices.is_floating_point():
             return F.embedding(ids, _forward_weight(clusters, weight, lut, dtype))
-        rows, table = _rows(codes, clusters.table(dtype), weight.shape, ids)
+        rows, table = _rows(indices, clusters.table(dtype), weight.shape, ids)
         return look_up(table, rows).view(*ids.shape, weight.shape[1])
 
     @staticmethod
@@ -143,10 +144,10 @@ class EmbeddingFunction(torch.autograd.Function):
         return (*_pull_back(ctx, saved, dense), None, None, None, None)
 
 
-def _rows(codes: Tensor, table: Tensor, shape: torch.Size, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of the rows that are asked for, and the table of each: as [1, n * width] or [n, width]."""
+def _rows(indices: Tensor, table: Tensor, shape: torch.Size, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the rows that are asked for, and the table of each: as [1, n * width] or [n, width]."""
     flat = ids.reshape(-1)
-    rows = codes.view(shape).index_select(0, flat)
+    rows = indices.view(shape).index_select(0, flat)
     if len(table) == 1:
         return rows.view(1, -1), table
     return rows, table.index_select(0, torch.div(flat, shape[0] // len(table), rounding_mode="floor"))

@@ -125,7 +125,7 @@ def _padding(like: nn.Conv2d) -> tuple[tuple[Any, ...], list[int]]:
     if like.padding == "valid":
         return (0, 0), [0, 0, 0, 0]
     if like.padding == "same":
-        total = [step * (size - 1) for step, size in zip(like.dilation, like.kernel_size, strict=True)]
+        total = [apart * (size - 1) for apart, size in zip(like.dilation, like.kernel_size, strict=True)]
         rows, columns = total
         return (0, 0), [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2]
     assert not isinstance(like.padding, str)

@@ -27,8 +27,10 @@ from edkm_export.training.palettized.modules import (
 
 __all__ = [
     "Importance",
+    "attach",
     "clusters_of",
     "insert_clusters",
+    "replace_clusters",
     "seed_centroids",
     "to_checkpoint",
     "trainable_shapes",
@@ -126,7 +128,7 @@ def insert_clusters(
         method: how gradients pass the clustering.
         importance: {module name: importance of its weights}.
         seeds: centroids that are known already, {(module name, bits): float [groups, k]}.
-        seeded: False leaves LUTs and codes to be loaded from a checkpoint of the run.
+        seeded: False leaves LUTs and indices to be loaded from a checkpoint of the run.
         in_bfloat16: products will run in bfloat16, see `Grid`.
         source: name of the model, for messages.
         advance: called with a module's name and its number of weights when it is done.
@@ -199,6 +201,30 @@ def clusters_of(model: nn.Module) -> dict[str, Clusters]:
             seen.add(id(module.clusters))
             found[name] = module.clusters
     return found
+
+
+def replace_clusters(model: nn.Module, made: Mapping[Clusters, Clusters]) -> None:
+    """Put other clusters in the place of some, in each module that shares them."""
+    for module in model.modules():
+        if isinstance(module, PalettizedModule) and module.clusters in made:
+            module.clusters = made[module.clusters]
+
+
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Cluster anew after each step of an optimizer, in the next forward pass.
+
+    Args:
+        model: with palettized modules.
+        optimizer: of its parameters, or of some of them. Each optimizer is attached once.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = [clusters for clusters in clusters_of(model).values() if clusters.attach(held)]
+
+    def stepped(*_: object) -> None:
+        for clusters in trained:
+            clusters.stepped()
+
+    optimizer.register_step_post_hook(stepped)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""Tables and codes: look up, sum by code, assign. The three operations that training adds to a step.
+"""Tables and indices: look up, sum by index, assign. The three operations that training adds to a step.
 
-`codes` are uint8 [groups, m], one byte a weight and never widened as a whole; `table` holds what each code of
+`indices` are uint8 [groups, m], one byte a weight and never widened as a whole; `table` holds what each index of
 each group stands for, [groups, k]. On CUDA they run in Triton where it is installed, on the CPU in numba, and
 in plain torch, block by block, everywhere else.
 """
@@ -19,7 +19,7 @@ from edkm_export.clustering.native import Array, kernel, spread
 
 __all__ = ["assign", "has_kernels", "look_up", "segment_sums", "use_counts"]
 
-_BLOCK = 1 << 20  # weights whose codes are widened at a time
+_BLOCK = 1 << 20  # weights whose indices are widened at a time
 _HOST_BLOCK = 1 << 18  # weights that one CPU task handles
 
 
@@ -32,13 +32,13 @@ def _triton() -> ModuleType | None:
     return triton_tables
 
 
-def _kernels(codes: Tensor) -> ModuleType | None:
-    return _triton() if codes.device.type == "cuda" else None
+def _kernels(indices: Tensor) -> ModuleType | None:
+    return _triton() if indices.device.type == "cuda" else None
 
 
-def has_kernels(codes: Tensor) -> bool:
-    """Whether tables of these codes are handled by Triton's kernels."""
-    return _kernels(codes) is not None
+def has_kernels(indices: Tensor) -> bool:
+    """Whether tables of these indices are handled by Triton's kernels."""
+    return _kernels(indices) is not None
 
 
 def _blocks(groups: int, m: int) -> Iterator[tuple[slice, slice]]:
@@ -49,61 +49,61 @@ def _blocks(groups: int, m: int) -> Iterator[tuple[slice, slice]]:
             yield slice(row, row + rows), slice(column, column + columns)
 
 
-def look_up(table: Tensor, codes: Tensor) -> Tensor:
-    """What each code stands for.
+def look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """What each index stands for.
 
     Args:
         table: any dtype [groups, k], contiguous.
-        codes: uint8 [groups, m], contiguous.
+        indices: uint8 [groups, m], contiguous.
 
     Returns:
         [groups, m] in the table's dtype.
     """
-    groups, m = codes.shape
-    assert table.shape[0] == groups and codes.is_contiguous() and table.is_contiguous()
-    if (kernels := _kernels(codes)) is not None:
-        found: Tensor = kernels.look_up(table, codes)
+    groups, m = indices.shape
+    assert table.shape[0] == groups and indices.is_contiguous() and table.is_contiguous()
+    if (kernels := _kernels(indices)) is not None:
+        found: Tensor = kernels.look_up(table, indices)
         return found
-    out = torch.empty(groups, m, dtype=table.dtype, device=codes.device)
-    if codes.device.type == "cpu":
+    out = torch.empty(groups, m, dtype=table.dtype, device=indices.device)
+    if indices.device.type == "cpu":
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[
             table.element_size()
         ]  # numba knows no bfloat16
-        source, names, target = table.detach().view(bits).numpy(), codes.numpy(), out.view(bits).numpy()
+        source, names, target = table.detach().view(bits).numpy(), indices.numpy(), out.view(bits).numpy()
         _by_groups(lambda some: _look_up_host(source[some], names[some], target[some]), groups, m)
         return out
     for rows, columns in _blocks(groups, m):
-        out[rows, columns] = table[rows].gather(1, codes[rows, columns].long())
+        out[rows, columns] = table[rows].gather(1, indices[rows, columns].long())
     return out
 
 
 @kernel
-def _look_up_host(table: Array, codes: Array, out: Array) -> None:
-    for group in range(codes.shape[0]):
-        for i in range(codes.shape[1]):
-            out[group, i] = table[group, codes[group, i]]
+def _look_up_host(table: Array, indices: Array, out: Array) -> None:
+    for group in range(indices.shape[0]):
+        for i in range(indices.shape[1]):
+            out[group, i] = table[group, indices[group, i]]
 
 
-def segment_sums(values: Tensor, codes: Tensor, k: int) -> Tensor:
-    """Sum the values that share a code.
+def segment_sums(values: Tensor, indices: Tensor, k: int) -> Tensor:
+    """Sum the values that share an index.
 
     Args:
         values: float [groups, m], contiguous.
-        codes: uint8 [groups, m], contiguous, below `k`.
+        indices: uint8 [groups, m], contiguous, below `k`.
         k: entries of a table.
 
     Returns:
         [groups, k], float64 for float64 values, otherwise float32.
     """
-    groups, m = codes.shape
-    assert values.shape == codes.shape and values.is_contiguous() and codes.is_contiguous()
-    if (kernels := _kernels(codes)) is not None and values.dtype != torch.float64:
-        found: Tensor = kernels.segment_sums(values, codes, k)
+    groups, m = indices.shape
+    assert values.shape == indices.shape and values.is_contiguous() and indices.is_contiguous()
+    if (kernels := _kernels(indices)) is not None and values.dtype != torch.float64:
+        found: Tensor = kernels.segment_sums(values, indices, k)
         return found
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
-    out = torch.zeros(groups, k, dtype=wide, device=codes.device)
-    if codes.device.type == "cpu":
-        names, target = codes.numpy(), out.numpy()
+    out = torch.zeros(groups, k, dtype=wide, device=indices.device)
+    if indices.device.type == "cpu":
+        names, target = indices.numpy(), out.numpy()
 
         def add(some: slice) -> None:
             _segment_sums_host(values[some].detach().to(wide).numpy(), names[some], target[some])
@@ -111,48 +111,48 @@ def segment_sums(values: Tensor, codes: Tensor, k: int) -> Tensor:
         _by_groups(add, groups, m)
         return out
     for rows, columns in _blocks(groups, m):
-        out[rows].scatter_add_(1, codes[rows, columns].long(), values[rows, columns].to(wide))
+        out[rows].scatter_add_(1, indices[rows, columns].long(), values[rows, columns].to(wide))
     return out
 
 
 @kernel
-def _segment_sums_host(values: Array, codes: Array, out: Array) -> None:
+def _segment_sums_host(values: Array, indices: Array, out: Array) -> None:
     """Add up in float64, as a row may hold millions of values."""
     sums = out[0].astype("float64")
-    for group in range(codes.shape[0]):
+    for group in range(indices.shape[0]):
         sums[:] = 0.0
-        for i in range(codes.shape[1]):
-            sums[codes[group, i]] += values[group, i]
+        for i in range(indices.shape[1]):
+            sums[indices[group, i]] += values[group, i]
         out[group] = sums
 
 
-def assign(weight: Tensor, centroids: Tensor, codes: Tensor, moved: Tensor) -> None:
-    """Give each weight the code of its nearest centroid, in place.
+def assign(weight: Tensor, centroids: Tensor, indices: Tensor, moved: Tensor) -> None:
+    """Give each weight the index of its nearest centroid, in place.
 
     Args:
         weight: float [groups, m], contiguous.
         centroids: float32 or float64 [groups, k], in any order.
-        codes: uint8 [groups, m], contiguous; overwritten.
-        moved: int32 [1]; the number of codes that changed is added, on the device, without waiting for it.
+        indices: uint8 [groups, m], contiguous; overwritten.
+        moved: int32 [1]; the number of indices that changed is added, on the device, without waiting for it.
 
     Raises:
         PaletteError: on the CPU, a weight or centroid is not finite.
     """
-    if (kernels := _kernels(codes)) is not None and weight.dtype != torch.float64:
-        kernels.assign(weight, centroids.float(), codes, moved)
+    if (kernels := _kernels(indices)) is not None and weight.dtype != torch.float64:
+        kernels.assign(weight, centroids.float(), indices, moved)
         return
     found = hard_assign(weight, centroids)
-    moved += (found != codes).sum().to(moved.dtype)
-    codes.copy_(found)
+    moved += (found != indices).sum().to(moved.dtype)
+    indices.copy_(found)
 
 
-def use_counts(codes: Tensor, k: int) -> Tensor:
-    """How often each code of each group is used, int32 [groups, k]."""
-    groups = codes.shape[0]
-    counts = torch.zeros(groups, k, dtype=torch.int32, device=codes.device)
-    one = torch.ones((), dtype=torch.int32, device=codes.device)
-    for rows, columns in _blocks(*codes.shape):
-        block = codes[rows, columns]
+def use_counts(indices: Tensor, k: int) -> Tensor:
+    """How often each index of each group is used, int32 [groups, k]."""
+    groups = indices.shape[0]
+    counts = torch.zeros(groups, k, dtype=torch.int32, device=indices.device)
+    one = torch.ones((), dtype=torch.int32, device=indices.device)
+    for rows, columns in _blocks(*indices.shape):
+        block = indices[rows, columns]
         counts[rows].scatter_add_(1, block.long(), one.expand(block.shape))
     return counts
 

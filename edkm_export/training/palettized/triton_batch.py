@@ -27,37 +27,37 @@ _WARPS = 8
 
 @triton.jit
 def _assign(
-    weights, codes, moved, owners, starts, sizes, rows, table, like, k: tl.constexpr, block: tl.constexpr
+    weights, indices, moved, owners, starts, sizes, rows, table, like, k: tl.constexpr, block: tl.constexpr
 ):
     job = tl.program_id(0)
     owner, start, size = tl.load(owners + job), tl.load(starts + job), tl.load(sizes + job)
     weight = tl.load(weights + owner).to(tl.pointer_type(like.dtype.element_ty)) + start
-    code = tl.load(codes + owner).to(tl.pointer_type(tl.uint8)) + start
+    index_row = tl.load(indices + owner).to(tl.pointer_type(tl.uint8)) + start
     row = table + tl.load(rows + job)
     changed = 0
     for first in range(0, size, block):
         at = first + tl.arange(0, block)
         value = tl.load(weight + at, mask=at < size, other=0.0).to(tl.float32)
         best = nearest(value, row, k, block)
-        before = tl.load(code + at, mask=at < size, other=0).to(tl.int32)
+        before = tl.load(index_row + at, mask=at < size, other=0).to(tl.int32)
         changed += tl.sum(((before != best) & (at < size)).to(tl.int32), axis=0)
-        tl.store(code + at, best.to(tl.uint8), mask=at < size)
+        tl.store(index_row + at, best.to(tl.uint8), mask=at < size)
     tl.atomic_add(tl.load(moved + owner).to(tl.pointer_type(tl.int32)), changed)
 
 
 @triton.jit
-def _sums(gradients, codes, owners, starts, sizes, partial, like, K: tl.constexpr, block: tl.constexpr):
+def _sums(gradients, indices, owners, starts, sizes, partial, like, K: tl.constexpr, block: tl.constexpr):
     job = tl.program_id(0)
     owner, start, size = tl.load(owners + job), tl.load(starts + job), tl.load(sizes + job)
     gradient = tl.load(gradients + owner).to(tl.pointer_type(like.dtype.element_ty)) + start
-    codes_of = tl.load(codes + owner).to(tl.pointer_type(tl.uint8)) + start
+    index_row = tl.load(indices + owner).to(tl.pointer_type(tl.uint8)) + start
     j = tl.arange(0, K)
     sums = tl.zeros([K, block], tl.float32)
     for first in range(0, size, block):
         at = first + tl.arange(0, block)
         value = tl.load(gradient + at, mask=at < size, other=0.0).to(tl.float32)
-        code = tl.load(codes_of + at, mask=at < size, other=0).to(tl.int32)
-        sums += tl.where(code[None, :] == j[:, None], value[None, :], 0.0)
+        index = tl.load(index_row + at, mask=at < size, other=0).to(tl.int32)
+        sums += tl.where(index[None, :] == j[:, None], value[None, :], 0.0)
     tl.store(partial + job.to(tl.int64) * K + j, tl.sum(sums, 1))
 
 
@@ -78,7 +78,7 @@ class Jobs:
 
     Args:
         weights: contiguous, each seen as its groups [groups, m].
-        codes: uint8 [groups, m] of each, contiguous; they stay where they are.
+        indices: uint8 [groups, m] of each, contiguous; they stay where they are.
         moved: int32 [1] of each.
         offsets: where the table of each begins in the flat tables.
         k: entries of a table.
@@ -87,7 +87,7 @@ class Jobs:
     def __init__(
         self,
         weights: Sequence[Tensor],
-        codes: Sequence[Tensor],
+        indices: Sequence[Tensor],
         moved: Sequence[Tensor],
         offsets: Sequence[int],
         k: int,
@@ -96,8 +96,8 @@ class Jobs:
         self.device = weights[0].device
         jobs: list[list[Tensor]] = [[], [], [], []]
         groups: list[list[Tensor]] = [[], [], []]
-        for own, (code, offset) in enumerate(zip(codes, offsets, strict=True)):
-            count, m = code.shape
+        for own, (index, offset) in enumerate(zip(indices, offsets, strict=True)):
+            count, m = index.shape
             begin = torch.arange(0, m, _SPAN)
             row = offset + torch.arange(count) * k
             jobs[0].append(torch.full((count * len(begin),), own))
@@ -110,7 +110,7 @@ class Jobs:
             groups[2].append(row)
         self.owners, self.starts, self.sizes, self.rows = (self._put(torch.cat(each)) for each in jobs)
         self.firsts, self.counts, self.group_rows = (self._put(torch.cat(each)) for each in groups)
-        self._codes, self._moved = self._addresses(codes), self._addresses(moved)
+        self._indices, self._moved = self._addresses(indices), self._addresses(moved)
         self._weights = self._addresses(weights)
         self._places: list[int] = []
         self._gradients = self._weights
@@ -124,14 +124,14 @@ class Jobs:
         return self._put(torch.tensor([each.data_ptr() for each in tensors]))
 
     def assign(self, table: Tensor) -> None:
-        """Give each weight the code of its nearest entry of the flat float32 table, and count what moved."""
+        """Give each weight the index of its nearest entry of the flat float32 table, and count what moved."""
         _assign[(len(self.owners),)](
-            self._weights, self._codes, self._moved, self.owners, self.starts, self.sizes, self.rows, table,
+            self._weights, self._indices, self._moved, self.owners, self.starts, self.sizes, self.rows, table,
             self.weights[0], k=self.k, block=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
 
     def sums(self, gradients: Sequence[Tensor], factors: Tensor, out: Tensor) -> None:
-        """Sum gradients of the weights by code, times float32 `factors` [groups of all], into the flat `out`.
+        """Sum gradients of the weights by index, times float32 `factors` [groups of all], into the flat `out`.
 
         Stretches are added in a fixed order, so that the result is reproducible.
         """
@@ -139,7 +139,7 @@ class Jobs:
         if places != self._places:  # sending them makes the host wait; recorded steps leave them in one place
             self._places, self._gradients = places, self._addresses(gradients)
         _sums[(len(self.owners),)](
-            self._gradients, self._codes, self.owners, self.starts, self.sizes, self._partial,
+            self._gradients, self._indices, self.owners, self.starts, self.sizes, self._partial,
             gradients[0], K=self.width, block=max(16, _TILE // self.width), num_warps=_WARPS,
         )  # fmt: skip
         _add_up[(len(self.firsts),)](

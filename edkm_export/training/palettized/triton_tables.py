@@ -1,6 +1,6 @@
-"""Triton kernels for tables and codes. Imported only where CUDA and Triton are.
+"""Triton kernels for tables and indices. Imported only where CUDA and Triton are.
 
-Each program works on one block of one group. Codes are read as the bytes they are: nothing of the size of the
+Each program works on one block of one group. Indices are read as the bytes they are: nothing of the size of the
 weight is ever held in a wider type.
 """
 # Triton's language is untyped.
@@ -19,12 +19,12 @@ _BLOCK = 4096
 
 
 @triton.jit
-def _look_up(codes, table, out, m, blocks, k: tl.constexpr, block: tl.constexpr) -> None:
+def _look_up(indices, table, out, m, blocks, k: tl.constexpr, block: tl.constexpr) -> None:
     group = tl.program_id(0) // blocks
     inside = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     at = group.to(tl.int64) * m + inside
-    code = tl.load(codes + at, mask=inside < m, other=0).to(tl.int32)
-    tl.store(out + at, tl.load(table + group * k + code), mask=inside < m)
+    index = tl.load(indices + at, mask=inside < m, other=0).to(tl.int32)
+    tl.store(out + at, tl.load(table + group * k + index), mask=inside < m)
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def nearest(value, row, k: tl.constexpr, block: tl.constexpr):
 def _assign(
     weight,
     centroids,
-    codes,
+    indices,
     moved,
     m,
     blocks,
@@ -56,46 +56,46 @@ def _assign(
     at = group.to(tl.int64) * m + inside
     value = tl.load(weight + at, mask=inside < m, other=0.0).to(tl.float32)
     best = nearest(value, centroids + group * k, k, block)
-    before = tl.load(codes + at, mask=inside < m, other=0).to(tl.int32)
+    before = tl.load(indices + at, mask=inside < m, other=0).to(tl.int32)
     changed = tl.sum(((before != best) & (inside < m)).to(tl.int32), axis=0)
-    tl.store(codes + at, best.to(tl.uint8), mask=inside < m)
+    tl.store(indices + at, best.to(tl.uint8), mask=inside < m)
     tl.atomic_add(moved, changed)
 
 
 @triton.jit
-def _sums(values, codes, partial, m, blocks, k: tl.constexpr, block: tl.constexpr) -> None:
+def _sums(values, indices, partial, m, blocks, k: tl.constexpr, block: tl.constexpr) -> None:
     group = tl.program_id(0) // blocks
     inside = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     at = group.to(tl.int64) * m + inside
     value = tl.load(values + at, mask=inside < m, other=0.0).to(tl.float32)
-    code = tl.load(codes + at, mask=inside < m, other=0).to(tl.int32)
+    index = tl.load(indices + at, mask=inside < m, other=0).to(tl.int32)
     row = partial + tl.program_id(0).to(tl.int64) * k
     for j in range(k):
-        tl.store(row + j, tl.sum(tl.where(code == j, value, 0.0), axis=0))
+        tl.store(row + j, tl.sum(tl.where(index == j, value, 0.0), axis=0))
 
 
-def look_up(table: Tensor, codes: Tensor) -> Tensor:
+def look_up(table: Tensor, indices: Tensor) -> Tensor:
     """See `tables.look_up`."""
-    groups, m = codes.shape
-    out = torch.empty(groups, m, dtype=table.dtype, device=codes.device)
+    groups, m = indices.shape
+    out = torch.empty(groups, m, dtype=table.dtype, device=indices.device)
     blocks = triton.cdiv(m, _BLOCK)
-    _look_up[(groups * blocks,)](codes, table, out, m, blocks, k=table.shape[1], block=_BLOCK)
+    _look_up[(groups * blocks,)](indices, table, out, m, blocks, k=table.shape[1], block=_BLOCK)
     return out
 
 
-def assign(weight: Tensor, centroids: Tensor, codes: Tensor, moved: Tensor) -> None:
+def assign(weight: Tensor, centroids: Tensor, indices: Tensor, moved: Tensor) -> None:
     """See `tables.assign`; `moved` is int32 here."""
-    groups, m = codes.shape
+    groups, m = indices.shape
     blocks = triton.cdiv(m, _BLOCK)
     _assign[(groups * blocks,)](
-        weight, centroids, codes, moved, m, blocks, k=centroids.shape[1], block=_BLOCK
+        weight, centroids, indices, moved, m, blocks, k=centroids.shape[1], block=_BLOCK
     )
 
 
-def segment_sums(values: Tensor, codes: Tensor, k: int) -> Tensor:
+def segment_sums(values: Tensor, indices: Tensor, k: int) -> Tensor:
     """See `tables.segment_sums`. Blocks are added in a fixed order, so that the result is reproducible."""
-    groups, m = codes.shape
+    groups, m = indices.shape
     blocks = triton.cdiv(m, _BLOCK)
-    partial = torch.empty(groups, blocks, k, dtype=torch.float32, device=codes.device)
-    _sums[(groups * blocks,)](values, codes, partial, m, blocks, k=k, block=_BLOCK)
+    partial = torch.empty(groups, blocks, k, dtype=torch.float32, device=indices.device)
+    _sums[(groups * blocks,)](values, indices, partial, m, blocks, k=k, block=_BLOCK)
     return partial.sum(1)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from converters.coreml import convert, load_package, save_package
 from converters.coreml.read.artifact import CoreMLArtifact, open_artifact
@@ -23,6 +24,9 @@ from edkm_export.errors import ConversionError, InputError, PackageError
 from edkm_export.palettization import palettize_model
 from edkm_export.recipe import uniform_recipe
 from edkm_export.reference.hard_model import load_hard_model
+from edkm_export.verify.bytes import compare_bytes
+from edkm_export.verify.report import Verdict
+from edkm_export.verify.rungs import size_rung
 from tests.helpers import odd_families
 from tests.helpers.odd_models import build
 
@@ -123,10 +127,72 @@ def test_executions_are_close_to_hard_pytorch(either):
         assert divergence(expected, execution.execute(tokens)) <= limit
 
 
+def sizes(made: Made) -> list[int]:
+    return [load_package(package).weights_size_bytes for package in made.packages]
+
+
+def exact(found: list[int], predicted: tuple[int, ...]) -> bool:
+    """Equal for each file; the last blob of one is not padded to 64 bytes."""
+    return all(0 <= want - size < 64 for size, want in zip(found, predicted, strict=True))
+
+
 def test_size_is_predicted(either):
     """The prediction counts one function: two that did not share their weights would be at twice of it."""
-    actual = either.artifact.weights_size_bytes()
-    assert actual == pytest.approx(either.plan.weights_size_bytes, rel=0.01)
+    assert exact(sizes(either), either.plan.package_sizes_bytes)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "swift-transformers": {},
+    "logits": {"interface": "logits"},
+    "neural-engine": {"interface": "neural-engine", "chunks": 2},
+}
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def fresh(request, tmp_path_factory) -> Made:
+    """A GPT-2 that nobody trained: ones and zeros in its norms and biases, which the converter leaves out or merges."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+    return made(palettized(model), tmp_path_factory.mktemp("fresh"), **OPTIONS[request.param])
+
+
+def test_size_without_what_the_converter_leaves_out(fresh):
+    assert exact(sizes(fresh), fresh.plan.package_sizes_bytes)
+    rung, _ = compare_bytes(fresh.checkpoint, fresh.artifact)
+    assert rung.verdict is Verdict.PASS
+    assert "(10 of ones or zeros left out by the converter)" in rung.detail  # five layer norms
+    size = size_rung(
+        fresh.artifact.weights_size_bytes(), predicted_size_bytes(fresh.checkpoint, fresh.artifact)
+    )
+    assert size.verdict is Verdict.PASS
+
+
+def test_a_weight_that_is_missing_fails(fresh):
+    """The same package against a checkpoint whose norms have weights: there they must be, and are not."""
+    dense = {
+        name: torch.full_like(tensor, 0.5) if ".ln_" in name else tensor
+        for name, tensor in fresh.checkpoint.dense.items()
+    }
+    other = dataclasses.replace(fresh.checkpoint, dense=dense)
+    rung, _ = compare_bytes(other, fresh.artifact)
+    assert rung.verdict is Verdict.FAIL and rung.measures["faults"][0].endswith("is missing")
+    assert len(rung.measures["faults"]) == 10
+    size = size_rung(fresh.artifact.weights_size_bytes(), predicted_size_bytes(other, fresh.artifact))
+    assert size.verdict is Verdict.FAIL
+
+
+def test_paths_may_be_text_or_the_folder(either):
+    """Of a model in one package and of one in two."""
+    first, folder = either.packages[0], either.packages[0].parent
+    if len(either.packages) > 1:  # as the command leaves it: metadata.json names the first
+        (folder / "metadata.json").write_text(json.dumps({"package": first.name}))
+    for path in (folder, str(folder), str(first)):
+        assert load_package(path).path == first.resolve()
+        assert CoreMLSession.open(path).context == either.plan.context
+        artifact = open_artifact(path)
+        assert isinstance(artifact, CoreMLArtifact) and artifact.path == first.resolve()
+        assert artifact.palettized().keys() == either.checkpoint.palettized.keys()
 
 
 def test_prediction_needs_no_plan(stateful):
@@ -182,7 +248,7 @@ def test_missing_chunk(chunked, tmp_path):
     import shutil
 
     shutil.copytree(chunked.packages[0], tmp_path / chunked.packages[0].name)
-    with pytest.raises(PackageError, match=r"model-2-of-2.mlpackage: does not exist"):
+    with pytest.raises(PackageError, match=r"model-2-of-2.mlpackage: no such package"):
         open_chunks(tmp_path / chunked.packages[0].name)
 
 

@@ -1,7 +1,7 @@
-"""Two gloo processes against one process: losses, tables, codes, checkpoints, memory, faults.
+"""Two gloo processes against one process: losses, tables, indices, checkpoints, memory, faults.
 
 Sums are added in another order by two processes, so losses may differ in the last digits of float32: measured
-3e-7, allowed 1e-5. No code and no float16 LUT entry differed; one code in 10,000 may, where a weight lies at the
+3e-7, allowed 1e-5. No index and no float16 LUT entry differed; one index in 10,000 may, where a weight lies at the
 very border of two centroids.
 """
 
@@ -24,7 +24,7 @@ from edkm_export.errors import InputError
 from edkm_export.reference.source import Source
 from edkm_export.training import run_checkpoints
 from edkm_export.training.distributed.sharded_clusters import ShardedClusters, plain
-from edkm_export.training.run import train
+from edkm_export.training.run import Run
 from edkm_export.training.train_config import TrainConfig
 from edkm_export.training.trainer import PaletteTrainer
 from tests.helpers.paths import FIXTURES
@@ -57,7 +57,8 @@ def run(
 ) -> None:
     texts = [HELDOUT] if "eval_every" in changes else []
     config = BASE.updated(changes)
-    train(Source.parse(str(MODEL)), [data], folder, config, device=device, eval_texts=texts, **arguments)
+    made = Run(Source.parse(str(MODEL)), [data], folder, config, eval_texts=texts)
+    made.complete(device=device, **arguments)
 
 
 def held_bytes(trainer: PaletteTrainer) -> dict[str, int]:
@@ -206,7 +207,7 @@ def test_soft_kmeans_over_rows_of_several_processes(runs: Path) -> None:
     assert_same_run(runs / "paper-one", runs / "paper")
 
 
-def test_each_process_holds_half_and_gathers_codes_only(runs: Path) -> None:
+def test_each_process_holds_half_and_gathers_indices_only(runs: Path) -> None:
     weights = load(runs / "plain" / "model.pt")
     trained = sum(
         each.shape[0] * each.shape[1] for name, each in weights.palettized.items() if "embed" not in name

@@ -79,9 +79,4 @@ def test_one_process_trains_on_one_device(monkeypatch, tmp_path):
         return made
 
     monkeypatch.setattr(trainer_arguments, "TrainingArguments", with_two_devices)
-    assert (
-        trainer_arguments.training_arguments(
-            TrainConfig(), tmp_path, steps=1, device="cpu", board=False
-        ).n_gpu
-        == 1
-    )
+    assert trainer_arguments.training_arguments(TrainConfig(), tmp_path, steps=1, device="cpu").n_gpu == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from edkm_export.training.palettized.modules import (
     PalettizedEmbedding,
     PalettizedLinear,
 )
-from edkm_export.training.palettized.surgery import seed_centroids
+from edkm_export.training.palettized.surgery import attach, seed_centroids
 
 EXACT: dict[str, float] = {
     "rtol": 1e-10,
@@ -42,12 +43,12 @@ def dense_from_lut(clusters: Clusters, lut: Tensor) -> Tensor:
     real = lut * clusters.unit
     rounded = real + (clusters.rounded().values.double() - real).detach()
     group = torch.arange(clusters.groups)[:, None]
-    return rounded[group, clusters.codes.long()].view(clusters.weight.shape)
+    return rounded[group, clusters.indices.long()].view(clusters.weight.shape)
 
 
 def lut_share(clusters: Clusters) -> float:
     """The documented factor on LUT gradients."""
-    return (clusters.codes.shape[1] / clusters.k) ** -0.5
+    return (clusters.indices.shape[1] / clusters.k) ** -0.5
 
 
 def check_straight_through(clusters: Clusters, run: Any, run_dense: Any, inputs: list[Tensor]) -> None:
@@ -169,36 +170,103 @@ def test_backward_saves_no_float_tensor_of_the_weights_size() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         module(x)
     large = [each for each in kept if each.numel() >= clusters.weight.numel()]
-    allowed = {clusters.weight.data_ptr(), clusters.codes.data_ptr()}
+    allowed = {clusters.weight.data_ptr(), clusters.indices.data_ptr()}
     assert {each.data_ptr() for each in large} == allowed  # references, not copies
     assert sum(each.numel() for each in kept if each.data_ptr() not in allowed) <= x.numel() + 4 * 8 * 2
 
 
-def test_codes_change_once_a_step_under_accumulation_and_checkpointing(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("backward", ["straight-through", "dkm"])
+def test_indices_change_once_a_step_under_accumulation_and_checkpointing(
+    backward: Any, attached: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clusters = make_clusters((16, 8), Rule(bits=2, group_size=4))
-    module = PalettizedLinear(clusters, None)
+    clusters = make_clusters((16, 8), Rule(bits=2, group_size=4), ClusterMethod(backward))
+    module = PalettizedLinear(clusters, None).train()
     calls = []
     refresh = Clusters.refresh
     monkeypatch.setattr(Clusters, "refresh", lambda self: (calls.append(1), refresh(self)))
-    for fused in (False, True):
-        calls.clear()
-        optimizer = torch.optim.AdamW(clusters.parameters(), lr=0.05, fused=fused)
-        for _ in range(3):
-            for _ in range(4):
-                x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
-                y = checkpoint(module, x, use_reentrant=False)
-                y.square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        assert len(calls) == 2  # before the second and third step; nothing changed before the first
-        clusters.fresh()
-        assert len(calls) == 3
+    optimizer = torch.optim.AdamW(clusters.parameters(), lr=0.05, fused=fused)
+    if attached:
+        attach(module, optimizer)
+    for _ in range(3):
+        for _ in range(4):
+            x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+            y = checkpoint(module, x, use_reentrant=False)
+            y.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(calls) == 2  # before the second and third step; nothing changed before the first
+    clusters.fresh()
+    assert len(calls) == 3
     assert int(clusters.moved) > 0
 
 
-def test_codes_that_change_between_forward_and_backward_are_an_error() -> None:
+# How an optimizer writes, and whether version counters tell (torch 2.13: all but fused ones do).
+OPTIMIZERS: dict[str, Any] = {
+    "plain": lambda parameters: torch.optim.AdamW(parameters, lr=0.05, foreach=False),
+    "foreach": lambda parameters: torch.optim.AdamW(parameters, lr=0.05, foreach=True),
+    "fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.05, fused=True),
+    "fused SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, fused=True),
+    "fused, one value": lambda parameters: OneValue(parameters, {}),
+}
+
+
+class OneValue(torch.optim.Optimizer):
+    """Moves one weight only, by one unit in its last place, and hides it from the version counter."""
+
+    def step(self, closure: Any = None) -> None:
+        value = self.param_groups[0]["params"][0].data.view(-1)
+        value[7] = torch.nextafter(value[7], torch.tensor(9.0, dtype=value.dtype))
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_no_step_goes_unseen(kind: str, attached: bool) -> None:
+    """After each, with or without gradients set to None in between, the product is that of the weights as they are."""
+    clusters = make_clusters((16, 8), Rule(bits=2, group_size=4))
+    module = PalettizedLinear(clusters, None)
+    optimizer = OPTIMIZERS[kind]([clusters.weight, clusters.lut])
+    if attached:
+        attach(module, optimizer)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    module(x).square().mean().backward()
+    for clear in (True, False, False):  # the last step goes by the gradient of the one before
+        if clear:
+            optimizer.step()
+            optimizer.zero_grad()
+            assert clusters.is_stale
+            module(x).square().mean().backward()
+        optimizer.step()
+        assert clusters.is_stale
+        found = module(x)
+        assert not clusters.is_stale
+        again = Clusters(clusters.weight, clusters.centroids(), clusters.rule, clusters.method)
+        torch.testing.assert_close(found, x @ again.export("w").decode().double().t(), **EXACT)
+
+
+def test_a_step_of_other_parameters_is_none_of_ours() -> None:
+    clusters = make_clusters((16, 8), Rule(bits=2, group_size=4))
+    module = PalettizedLinear(clusters, nn.Parameter(torch.zeros(16, dtype=torch.float64)))
+    optimizer = torch.optim.SGD([module.bias], lr=0.1)
+    attach(module, optimizer)
+    module(torch.randn(5, 8, dtype=torch.float64)).square().mean().backward()
+    optimizer.step()
+    assert not clusters.is_stale and not clusters.is_attached
+
+
+def test_a_copy_does_not_rely_on_the_optimizer_of_its_original() -> None:
+    module = PalettizedLinear(make_clusters((16, 8), Rule(bits=2, group_size=4)), None)
+    attach(module, torch.optim.AdamW(module.parameters()))
+    twin = copy.deepcopy(module)
+    assert module.clusters.is_attached and not twin.clusters.is_attached
+    optimizer = torch.optim.AdamW(twin.parameters(), fused=True)
+    twin(torch.randn(5, 8, dtype=torch.float64)).square().mean().backward()
+    optimizer.step()
+    assert twin.clusters.is_stale and not module.clusters.is_stale
+
+
+def test_indices_that_change_between_forward_and_backward_are_an_error() -> None:
     clusters = make_clusters((16, 8), Rule(bits=2, group_size=4))
     y = PalettizedLinear(clusters, None)(torch.randn(5, 8, dtype=torch.float64, requires_grad=True))
     with torch.no_grad():
@@ -213,7 +281,7 @@ def test_refit_moves_centroids_to_the_mean_of_their_weights() -> None:
     with torch.no_grad():
         clusters.lut.add_(0.2)
     clusters.fresh()
-    before = clusters.codes.clone()
+    before = clusters.indices.clone()
     clusters.refit()
     weight = clusters.weight.detach().view(-1)
     means = [float(weight[before.view(-1) == j].mean()) for j in range(4)]

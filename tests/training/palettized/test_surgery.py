@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +18,14 @@ from edkm_export.reference.hard_model import load_hard_model
 from edkm_export.training.palettized.clusters import ClusterMethod
 from edkm_export.training.palettized.surgery import (
     Importance,
+    attach,
     clusters_of,
     insert_clusters,
     to_checkpoint,
     trainable_shapes,
 )
 from tests.helpers.odd_models import build, inject_outliers
+from tests.helpers.paths import ROOT
 
 
 def train_a_little(model: Any, steps: int = 3) -> None:
@@ -123,3 +127,24 @@ def test_what_cannot_be_trained_is_named() -> None:
     circular = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")})
     with pytest.raises(InputError, match="padding mode 'circular'"):
         insert_clusters(circular, Recipe(rules=(Rule(bits=2, group_size=0),)), method=ClusterMethod())
+
+
+def test_the_loop_of_the_documentation_trains() -> None:
+    """docs/training.md, on a plain model: no transformers, a fused optimizer."""
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16))
+    x = torch.randn(64, 8)
+    names: dict[str, Any] = {
+        "model": model, "batches": [(x, model(x).detach())] * 30, "torch": torch,
+        "insert_clusters": insert_clusters, "uniform_recipe": uniform_recipe, "ClusterMethod": ClusterMethod,
+        "attach": attach,
+    }  # fmt: skip
+    losses: list[float] = []
+    names["F"] = SimpleNamespace(
+        mse_loss=lambda a, b: losses.append(float((found := nn.functional.mse_loss(a, b)).detach())) or found
+    )
+    exec(example, names)
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(clusters.is_attached for clusters in clusters_of(model).values())

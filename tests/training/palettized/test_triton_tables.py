@@ -17,18 +17,18 @@ def test_kernels(groups: int, m: int, k: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(groups, m, generator=generator)
     centroids = torch.randn(groups, k, generator=generator)
-    codes = torch.randint(0, k, (groups, m), dtype=torch.uint8, generator=generator)
+    indices = torch.randint(0, k, (groups, m), dtype=torch.uint8, generator=generator)
     moved = torch.zeros(1, dtype=torch.int32)
-    on_gpu = [each.cuda() for each in (weight, centroids, codes, moved)]
-    tables.assign(weight, centroids, codes, moved)
+    on_gpu = [each.cuda() for each in (weight, centroids, indices, moved)]
+    tables.assign(weight, centroids, indices, moved)
     tables.assign(*on_gpu)
-    nearest = (weight - tables.look_up(centroids, codes)).abs()
+    nearest = (weight - tables.look_up(centroids, indices)).abs()
     found = (weight - tables.look_up(centroids, on_gpu[2].cpu())).abs()
     assert torch.equal(found, nearest)  # ties may be told apart by the last digit of a border
-    assert abs(int(on_gpu[3]) - int(moved)) <= int((on_gpu[2].cpu() != codes).sum())
+    assert abs(int(on_gpu[3]) - int(moved)) <= int((on_gpu[2].cpu() != indices).sum())
     table, values = centroids.to(dtype), weight.to(dtype)
-    assert torch.equal(tables.look_up(table.cuda(), codes.cuda()).cpu(), tables.look_up(table, codes))
-    sums = tables.segment_sums(values.cuda(), codes.cuda(), k).cpu()
+    assert torch.equal(tables.look_up(table.cuda(), indices.cuda()).cpu(), tables.look_up(table, indices))
+    sums = tables.segment_sums(values.cuda(), indices.cuda(), k).cpu()
     # float32 sums of up to 13,000 values of unit size, in another order
-    torch.testing.assert_close(sums, tables.segment_sums(values, codes, k), rtol=1e-4, atol=1e-2)
-    assert torch.equal(tables.use_counts(codes.cuda(), k).cpu(), tables.use_counts(codes, k))
+    torch.testing.assert_close(sums, tables.segment_sums(values, indices, k), rtol=1e-4, atol=1e-2)
+    assert torch.equal(tables.use_counts(indices.cuda(), k).cpu(), tables.use_counts(indices, k))

@@ -1,4 +1,4 @@
-"""The operations of MIL that the interpreter knows, a file a family.
+"""The operations of MIL that the interpreter supports, one file per family.
 
 Semantics are those of the op documentation of coremltools (`converters/mil/mil/ops/defs`). `registry` tells
 how to add one.

@@ -47,7 +47,7 @@ class StateCell:
 
 @dataclass(frozen=True)
 class Call:
-    """What an op may need to know beyond its arguments.
+    """What an op may need beyond its arguments.
 
     Attributes:
         op: the operation.

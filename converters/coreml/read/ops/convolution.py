@@ -27,7 +27,7 @@ def _padding(
 ) -> list[int]:
     """(before, after) of each spatial axis, in MIL's order.
 
-    `same` makes ceil(size / stride) outputs and puts an odd element behind, `same_lower` before.
+    `same` makes ceil(size / stride) outputs and pads an odd element at the end, `same_lower` before.
     """
     kind = pad_type.lower()
     if kind == "valid":

@@ -156,7 +156,7 @@ def definition_of(operation: Operation) -> OpDefinition:
     """
     definition = _OPS.get(operation.type)
     if definition is None or operation.has_blocks:
-        raise UnsupportedForm("the interpreter does not know this type of op")
+        raise UnsupportedForm("the interpreter does not support this type of op")
     return definition
 
 

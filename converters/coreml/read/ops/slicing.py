@@ -112,6 +112,6 @@ def slice_by_size(x: Tensor, begin: list[int], size: list[int]) -> Tensor:
 
 @op("sliding_windows", moves=True)
 def sliding_windows(x: Tensor, axis: int, size: int, stride: int = 1) -> Tensor:
-    """All windows of `size` along `axis`; the positions in a window form the axis behind it."""
+    """All windows of `size` along `axis`; the positions in a window form the next axis."""
     axis %= x.dim()
     return x.unfold(axis, size, stride).movedim(-1, axis + 1)

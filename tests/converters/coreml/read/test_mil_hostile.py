@@ -120,7 +120,7 @@ def test_manifest_decides_which_model_is_read(package: Path) -> None:
 
 
 def test_not_a_folder(tmp_path: Path) -> None:
-    refuse(tmp_path / "none.mlpackage", "none.mlpackage", "does not exist")
+    refuse(tmp_path / "none.mlpackage", "none.mlpackage", "no such package")
     (tmp_path / "file.mlpackage").write_bytes(b"")
     refuse(tmp_path / "file.mlpackage", "is a file")
 
@@ -272,7 +272,7 @@ def test_unknown_op(package: Path) -> None:
 
     edit(package, change)
     with pytest.raises(
-        UnsupportedOpError, match=r"quantum_softmax 'y' \(line \d+\): the interpreter does not know"
+        UnsupportedOpError, match=r"quantum_softmax 'y' \(line \d+\): the interpreter does not support"
     ):
         use(package)
     assert load_package(package).op_counts()["quantum_softmax"] == 1

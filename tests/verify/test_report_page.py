@@ -1,0 +1,136 @@
+"""docs/report.md says what is checked: its tables name every rung, with the numbers of thresholds.py."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from edkm_export.artifact import thresholds as t
+from edkm_export.artifact.metrics import Divergence, Perplexity
+from edkm_export.artifact.protocol import DamagedArtifact
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.verify.bytes import compare_bytes
+from edkm_export.verify.report import Rung
+from edkm_export.verify.rungs import (
+    continuation_rung,
+    decode_rung,
+    execution_rung,
+    palettization_rung,
+    size_rung,
+    soft_rungs,
+)
+from tests.helpers.paths import ROOT
+
+PAGE = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+DAMAGED = DamagedArtifact(ROOT, "none", "damaged")
+
+
+def rows() -> dict[str, str]:
+    """{id of a rung: its threshold}, of both tables."""
+    found = {}
+    for line in PAGE.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if (
+            line.startswith("| `")
+            and len(cells) in (3, 4)
+            and cells[0] != "`id`"
+            and re.fullmatch("`[a-z0-9.-]+`", cells[0])
+        ):
+            found[cells[0].strip("`")] = cells[-1]
+    return found
+
+
+ROWS = rows()
+
+
+def numbers(text: str) -> list[float]:
+    """Every number of a text, percentages as shares; those in names (`top-1`, `float32`) are not numbers."""
+    text = re.sub(r"`[^`]*`|top-1|(?:float|int)\d+", "", text)
+    found = re.findall(r"(\d+(?:\.\d+)?(?:e-?\d+)?)(%?)", text)
+    return [float(digits) / (100 if percent else 1) for digits, percent in found]
+
+
+def measured() -> tuple[Divergence, dict[str, Perplexity]]:
+    distance = Divergence(
+        tokens=1, kl_mean=0, kl_median=0, kl_p999=0, kl_max=0, top1_agreement=1, near_ties=0
+    )
+    one = Perplexity(value=1, standard_error=0, tokens=1)
+    return distance, dict.fromkeys(("original", "trained soft model", "hard PyTorch"), one)
+
+
+def rungs() -> dict[str, Rung]:
+    """Every rung but the executions, as the ladder makes them."""
+    distance, perplexities = measured()
+    made = [
+        *soft_rungs("", "", distance, distance, perplexities),
+        palettization_rung(t.MAX_PERPLEXITY_RATIO, "", distance, perplexities),
+        compare_bytes(Checkpoint(config={}, palettized={}, dense={}), DAMAGED)[0],
+        size_rung(1, 1),
+        decode_rung(None, "no cache"),
+        continuation_rung(None, "no cache"),
+        continuation_rung(None, "no cache", rounded=True),
+    ]
+    return {rung.id: rung for rung in made}
+
+
+def execution_ids() -> set[str]:
+    """Ids that the converters give to executions."""
+    known = {f"execution-{name}" for name in t.EXECUTION}
+    for path in (ROOT / "converters").rglob("read/artifact.py"):
+        known |= set(re.findall(r'"(execution-[a-z-]+)"', path.read_text(encoding="utf-8")))
+    return known
+
+
+def test_every_rung_has_a_row():
+    executions = {name for name in ROWS if name.startswith("execution-") and name != "execution-..."}
+    assert executions == execution_ids() and len(executions) >= 6
+    assert ROWS.keys() - executions - {"execution-..."} == rungs().keys()
+
+
+EXPECTED: dict[str, list[float]] = {
+    "soft": [],
+    "hardening": [],
+    "palettization": [t.MAX_PERPLEXITY_RATIO],
+    "bytes": [],
+    "size": [t.SIZE_TOLERANCE],
+    "prefill-decode": [t.DECODE_KL, t.DECODE_MEDIANS],
+    "continuation": [t.NEAR_TIE_NATS],
+    "continuation-rounded": [t.ROUNDED_TIE_NATS],
+    "execution-...": [],
+    "execution-float32": [t.EXECUTION["float32"].top1, t.EXECUTION["float32"].median_kl],
+    "execution-rounded": [t.EXECUTION["rounded"].top1, t.EXECUTION["rounded"].median_kl],
+    "execution-apple": [],
+    "execution-onnxruntime": [t.INT8_ACTIVATIONS.top1, t.INT8_ACTIVATIONS.median_kl],
+    "execution-onnxruntime-plain": [],
+    "execution-onnxruntime-padded": [],
+    "execution-reference": [],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_numbers_are_those_of_the_thresholds(name):
+    assert numbers(ROWS[name]) == pytest.approx(EXPECTED[name], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["palettization", "size"])
+def test_reports_give_the_same_numbers(name):
+    assert numbers(rungs()[name].threshold) == pytest.approx(EXPECTED[name])
+
+
+def test_tolerances_of_localization():
+    found = re.search(r"without a match within (\S+) \((\S+) in float16\)", " ".join(PAGE.split()))
+    assert found is not None
+    expected = [t.LOCAL_TOLERANCE["float32"], t.LOCAL_TOLERANCE["rounded"]]
+    assert numbers(" ".join(found.groups())) == pytest.approx(expected)
+
+
+def test_near_ties_of_the_text():
+    found: Any = re.search(r"the same probability within (\S+)\.", " ".join(PAGE.split()))
+    assert numbers(found[1]) == pytest.approx([t.NEAR_TIE_NATS])
+
+
+def test_an_execution_that_is_not_run_shows_its_threshold():
+    rung = execution_rung(DAMAGED.executions[0], "")
+    assert numbers(rung.threshold) == pytest.approx(EXPECTED["execution-float32"])
