@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 VOCABULARY = 272
-"""The three special tokens, 256 bytes, and some more."""
+"""The three special tokens, 256 bytes, the space, and some more."""
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,

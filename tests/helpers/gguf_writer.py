@@ -220,9 +220,9 @@ def _tensors(model: Any, arch: str) -> dict[str, np.ndarray]:
 
 
 def _byte_vocabulary(size: int) -> dict[str, Any]:
-    """A SentencePiece vocabulary of single bytes."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    types = [2, 3, 3] + [6] * 256
+    """A SentencePiece vocabulary of single bytes, and of the space."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    types = [2, 3, 3] + [6] * 256 + [1]
     for number in range(len(tokens), size):
         tokens.append(f"[PAD{number}]")
         types.append(5)

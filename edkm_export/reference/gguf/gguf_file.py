@@ -138,6 +138,7 @@ class GgufFile:
             SourceError: a type of tensor that is not known.
             BackendMissingError: gguf is not installed.
         """
+        quantization()  # refused before the work, not in the middle of it
         paths = part_paths(path)
         first, tensors = _read_part(paths[0])
         if first.get("split.count", 1) != len(paths):

@@ -39,7 +39,8 @@ def test_kind(name, tmp_path):
     """llama.cpp takes GELU from a table of float16 numbers: 3e-6, and 1e-4 in 46 layers; other kinds are at 1e-6."""
     kind = KINDS[name]
     worst, same = compare(kind.write(kind.model(), tmp_path), text(TEXT))
-    assert worst < kind.tolerance and same == 1
+    assert worst < kind.tolerance
+    assert same == 1 or (kind.tolerance > 1e-4 and same > 0.97)  # a near tie may go the other way there
 
 
 @pytest.mark.parametrize("name", OTHER)
