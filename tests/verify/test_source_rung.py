@@ -18,7 +18,6 @@ from edkm_export.verify.source_rung import compare_with_runtime, source_rung, so
 
 WINDOWS = torch.arange(12).view(2, 6)
 LOGITS = [torch.randn(6, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-GGUF = Source("model.gguf", "/folder", "model.gguf")
 
 
 def checkpoint(**provenance: object) -> Checkpoint:
@@ -41,8 +40,10 @@ class Runtime:
         return self.answer
 
 
-def rung_of(runtime: Runtime | None):
-    return source_runtime_rung(compare_with_runtime(runtime, GGUF, LOGITS, WINDOWS))
+def rung_of(runtime: Runtime | None, folder: Path):
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    source = Source.parse(str(folder / "model.gguf"))
+    return source_runtime_rung(compare_with_runtime(runtime, source, LOGITS, WINDOWS))
 
 
 def test_source_that_is_understood(tiny_llama):
@@ -73,11 +74,11 @@ def test_source_that_is_not_here():
     assert rung.detail.endswith("4 tensors and 3 settings were used and none was left over")
 
 
-def test_runtime_that_agrees():
+def test_runtime_that_agrees(tmp_path):
     runtime = Runtime(LOGITS[0].log_softmax(-1))
-    rung = rung_of(runtime)
+    rung = rung_of(runtime, tmp_path)
     assert rung.verdict is Verdict.PASS and rung.measures["kl_mean"] < 1e-9
-    assert runtime.asked == [(Path("/folder/model.gguf"), list(range(6)))]
+    assert runtime.asked == [(tmp_path / "model.gguf", list(range(6)))]
 
 
 @pytest.mark.parametrize(
@@ -89,20 +90,20 @@ def test_runtime_that_agrees():
     ],
     ids=["another model", "another vocabulary", "refused"],
 )
-def test_runtime_that_does_not(answer, words):
-    rung = rung_of(Runtime(answer))
+def test_runtime_that_does_not(answer, words, tmp_path):
+    rung = rung_of(Runtime(answer), tmp_path)
     assert rung.verdict is Verdict.FAIL and words in rung.detail
 
 
 @pytest.mark.parametrize(
     "runtime", [None, Runtime(LOGITS[0], available=False)], ids=["none", "not installed"]
 )
-def test_runtime_that_is_not_there(runtime):
-    rung = rung_of(runtime)
+def test_runtime_that_is_not_there(runtime, tmp_path):
+    rung = rung_of(runtime, tmp_path)
     assert rung.verdict is Verdict.NOT_RUN and "npm install" in rung.detail
 
 
-def test_older_reports_are_read(tiny_llama):
+def test_older_reports_are_read():
     """Version 3 had no such rungs, and nothing else was different."""
     report = {
         "schema_version": 3, "artifact": "model", "kind": "ONNX folder", "verdict": "PASS", "not_run": [],
