@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from edkm_export.artifact.metrics import Divergence, divergence
+from edkm_export.artifact.thresholds import SOURCE_RUNTIME_TOP1
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import EdkmExportError
 from edkm_export.reference import llamacpp
@@ -21,7 +22,6 @@ from edkm_export.verify.report import Rung, Verdict
 
 __all__ = ["SourceRuntime", "compare_with_runtime", "source_rung", "source_runtime_rung"]
 
-_TOP1 = 0.99
 _MOST_NAMED = 3
 
 
@@ -118,7 +118,7 @@ def source_runtime_rung(found: Divergence | str | None) -> Rung:
         "id": "source-llama.cpp",
         "reference": "llama.cpp",
         "candidate": "original float model, as it was read",
-        "threshold": f"top-1 agreement at least {_TOP1:.0%}, near ties aside",
+        "threshold": f"top-1 agreement at least {SOURCE_RUNTIME_TOP1:.0%}, near ties aside",
         "why": "llama.cpp reads the file on its own; with quantized types it rounds activations to 8 bits",
     }
     if found is None:
@@ -128,7 +128,7 @@ def source_runtime_rung(found: Divergence | str | None) -> Rung:
         return Rung(**names, verdict=Verdict.FAIL, detail=found)
     return Rung(
         **names,
-        verdict=Verdict.PASS if found.settled_agreement >= _TOP1 else Verdict.FAIL,
+        verdict=Verdict.PASS if found.settled_agreement >= SOURCE_RUNTIME_TOP1 else Verdict.FAIL,
         detail=f"top-1 agreement {found.top1_agreement:.2%}, KL median {found.kl_median:.2g}, mean {found.kl_mean:.2g} "
         f"over {found.tokens:,} tokens",
         measures=found.model_dump(),

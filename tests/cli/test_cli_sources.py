@@ -169,7 +169,9 @@ def test_original_is_found_with_its_adapter(edkm, folder, adapter):
     assert report.provenance["base_model"]["adapter"]["reference"] == "adapter"  # no folder above it
     with (adapter / "adapter_model.safetensors").open("ab") as file:
         file.write(b"x")
-    assert "has changed since it was palettized" in edkm("verify", "model.pt", "out", "--tokens", 64).out
+    edkm("verify", "model.pt", "out", "--tokens", 64, "--report", "report")
+    first = Report.model_validate_json(Path("report/report.json").read_text(encoding="utf-8")).rungs[0]
+    assert first.verdict is Verdict.NOT_RUN and "has changed since it was palettized" in first.detail
 
 
 def test_adapter_that_was_not_asked_for(edkm, folder, adapter):
