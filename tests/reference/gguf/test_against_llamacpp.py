@@ -1,6 +1,6 @@
 """llama.cpp reads the same files: what it expects after each token is what our model expects.
 
-It shares no line with the reader nor with the writer of these files. Installed as docs/sources.md says.
+It shares no line with the reader nor with the writer of these files. `llamacpp.INSTALL` says how to install it.
 """
 
 from __future__ import annotations
