@@ -23,7 +23,13 @@ from edkm_export.errors import CheckpointError, PaletteError
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.palette import PalettizedTensor, all_finite, check_grouping
 from edkm_export.reference.conv1d import as_linear, conv1d_weights
-from edkm_export.reference.source import Source, load_config, load_tokenizer, tokenizer_files
+from edkm_export.reference.source import (
+    Source,
+    load_config,
+    load_tokenizer,
+    read_generation_settings,
+    tokenizer_files,
+)
 from edkm_export.versions import library_versions
 
 __all__ = ["Imported", "as_checkpoint", "import_state", "read_state"]
@@ -284,9 +290,13 @@ def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[s
     import accelerate
     import transformers
 
-    config = load_config(model)
+    config = load_config(model, weights=False)
     with accelerate.init_empty_weights():
         skeleton = transformers.AutoModelForCausalLM.from_config(config)
+    if (generation := read_generation_settings(model)) is not None:
+        skeleton.generation_config = transformers.GenerationConfig.from_dict(generation)
+    files = tokenizer_files(load_tokenizer(model), skeleton)
+    config.eos_token_id = skeleton.config.eos_token_id
     tied = _tied(imported, config)
     turned = conv1d_weights(skeleton)
     if wrong := turned & imported.palettized.keys():
@@ -299,7 +309,7 @@ def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[s
         palettized=imported.palettized,
         dense=as_linear(skeleton, imported.dense),
         tied=tied,
-        tokenizer=tokenizer_files(load_tokenizer(model), skeleton),
+        tokenizer=files,
         recipe={"name": "imported", "file": file.name},
         provenance={
             "versions": library_versions(),

@@ -18,7 +18,7 @@ from edkm_export.palette import PalettizedTensor, all_finite
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.reference.conv1d import as_linear, held_weight, is_conv1d
 
-__all__ = ["PalettizedModel", "palettizable_shapes", "palettize_model", "palettize_weight"]
+__all__ = ["PalettizedModel", "compact", "palettizable_shapes", "palettize_model", "palettize_weight"]
 
 _BLOCK_WEIGHTS = 1 << 22  # weights clustered at a time; bounds the float32 copies
 
@@ -92,11 +92,19 @@ def palettize_model(
         if advance is not None:
             advance(module_name, palettized[name].numel)
     left = {name: parameter.data for name, parameter in model.named_parameters() if name not in palettized}
-    dense = {name: tensor.clone() for name, tensor in as_linear(model, left).items()}
+    dense = {name: compact(tensor) for name, tensor in as_linear(model, left).items()}
     for name, tensor in dense.items():
         if not all_finite(tensor):
             raise InputError(f"{source}: {name} holds NaN or infinity; the model is broken.")
     return PalettizedModel(palettized, dense, aliases)
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """A copy in 16 bits where that changes no value, else in float32."""
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return tensor.to(dtype, copy=True)
+    return tensor.to(torch.float32, copy=True)
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:

@@ -1,10 +1,9 @@
-"""From what a user types to tokens, and the tokens at which an answer ends."""
+"""From what a user types to tokens."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from edkm_export.errors import InputError
 
-__all__ = ["encode_prompt", "read_settings", "read_tokenizer", "stop_tokens"]
+__all__ = ["encode_prompt", "read_settings", "read_tokenizer"]
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -35,21 +34,6 @@ def read_tokenizer(folder: Path) -> Any:
         )
     except Exception as error:  # what a damaged tokenizer raises has no common base
         raise InputError(f"{folder}: its tokenizer cannot be read: {_first_line(error)}") from error
-
-
-def stop_tokens(tokenizer: Any, *settings: Mapping[str, Any]) -> frozenset[int]:
-    """Tokens that end a text.
-
-    Chat models often name the end of a turn in one place and the end of a text in another, so all are taken.
-
-    Args:
-        tokenizer: its `eos_token_id`.
-        settings: contents of generation_config.json and config.json, where there are any.
-    """
-    found: set[int] = set()
-    for value in (tokenizer.eos_token_id, *(each.get("eos_token_id") for each in settings)):
-        found.update(one for one in (value if isinstance(value, list) else [value]) if type(one) is int)
-    return frozenset(found)
 
 
 def read_settings(content: bytes, where: str) -> dict[str, Any]:
@@ -95,7 +79,10 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool, where: str) -> Ten
         except Exception as error:  # a template is a program, with errors of its own
             raise InputError(f"{where}: its chat template fails: {_first_line(error)}") from error
     # The template writes the special tokens itself.
-    tokens = tokenizer(prompt, add_special_tokens=not chat, return_attention_mask=False)["input_ids"]
+    try:
+        tokens = tokenizer(prompt, add_special_tokens=not chat, return_attention_mask=False)["input_ids"]
+    except Exception as error:  # a tokenizer is a program too
+        raise InputError(f"{where}: its tokenizer cannot encode the prompt: {_first_line(error)}") from error
     if not tokens:
         raise InputError("--prompt: gives no tokens; write at least one word.")
     return torch.tensor(tokens, dtype=torch.int64)

@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.text",
         "edkm_export.context_window",
         "edkm_export.detokenize",
+        "edkm_export.end_tokens",
         "edkm_export.prompt",
         "edkm_export.atomic",
         "edkm_export.packing",
@@ -64,7 +65,7 @@ NEVER: dict[tuple[str, str], str] = {
 # palettized modules serve alone ("the paper's method on other layers"): nothing of the training run
 PALETTIZED = "edkm_export.training.palettized"
 # each needs a back end that may not be installed
-OPTIONAL = ("coremltools", "onnx", "onnxruntime", "gguf", "matplotlib", "lm_eval", "triton")
+OPTIONAL = ("coremltools", "onnx", "onnxruntime", "gguf", "matplotlib", "lm_eval", "peft", "triton")
 
 
 def sources() -> dict[str, Path]:

@@ -47,6 +47,10 @@ def command(
     Perplexity on one text, and the distance from the original float model, if it is there.
     """
     from edkm_export.atomic import atomic_file, check_output
+    from edkm_export.reference.source import Source
+
+    named = None if original is None else Source.parse(original)
+
     from edkm_export.checkpoint import load
     from edkm_export.cli.console import err, out, print_wide, stages
     from edkm_export.verify.compare_models import Contestant, compare, comparison_page
@@ -65,10 +69,7 @@ def command(
             found = find_artifact(path)
             folder = found.parent if found.suffix in (".mlpackage", ".onnx") else found
             contestants.append(Contestant.of_artifact(open_artifact(found), _name(path, models), folder))
-    if source is None and original is not None:
-        from edkm_export.reference.source import Source
-
-        source = Source.parse(original)
+    source = named or source
     content, text_name = read_evaluation_text(text)
     with stages(len(contestants) + (source is not None)) as advance:
         rows = compare(contestants, content, text_name, tokens=tokens, original=source, advance=advance)

@@ -104,25 +104,28 @@ def _open(path: Path) -> _Opened:
 
 def _checkpoint(path: Path) -> _Opened:
     from edkm_export.checkpoint import load
-    from edkm_export.prompt import read_settings, stop_tokens
+    from edkm_export.end_tokens import end_tokens
+    from edkm_export.prompt import read_settings
     from edkm_export.reference.hard_model import load_hard_tokenizer
     from edkm_export.reference.torch_session import TorchSession
 
     checkpoint = load(path)
     tokenizer = load_hard_tokenizer(checkpoint)
-    settings, name = [checkpoint.config], "generation_config.json"
+    settings, name = [{"eos_token_id": tokenizer.eos_token_id}, checkpoint.config], "generation_config.json"
     if name in checkpoint.tokenizer:
         settings.append(read_settings(checkpoint.tokenizer[name], f"{path}: {name}"))
-    return _Opened(TorchSession.of(checkpoint), tokenizer, stop_tokens(tokenizer, *settings))
+    return _Opened(TorchSession.of(checkpoint), tokenizer, frozenset(end_tokens(*settings)))
 
 
 def _with_tokenizer(session: Session, folder: Path) -> _Opened:
-    from edkm_export.prompt import read_settings, read_tokenizer, stop_tokens
+    from edkm_export.end_tokens import end_tokens
+    from edkm_export.prompt import read_settings, read_tokenizer
 
     tokenizer = read_tokenizer(folder)
     files = [folder / name for name in ("generation_config.json", "config.json")]
     settings = [read_settings(file.read_bytes(), str(file)) for file in files if file.is_file()]
-    return _Opened(session, tokenizer, stop_tokens(tokenizer, *settings))
+    settings.append({"eos_token_id": tokenizer.eos_token_id})
+    return _Opened(session, tokenizer, frozenset(end_tokens(*settings)))
 
 
 def _figures(made: Generation, context: int) -> str:

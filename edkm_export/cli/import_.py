@@ -32,14 +32,16 @@ def command(file: Path, output: Path, model: str | None, group_size: int, overwr
     coreai-opt has finalized, or of one whose weights take few values each. LUTs are rounded to float16, as every
     export holds them.
     """
+    from edkm_export.reference.source import Source
+
+    source = Source.parse(model or str(file.parent))
+
     from edkm_export import checkpoint
     from edkm_export.atomic import check_output
     from edkm_export.cli.console import err, out
     from edkm_export.importing import as_checkpoint, import_state, read_state
-    from edkm_export.reference.source import Source
 
     check_output(output, overwrite=overwrite)
-    source = Source.parse(model or str(file.parent))
     with err.status(f"reading {file}"):
         imported = import_state(read_state(file), str(file), group_size)
         made = as_checkpoint(imported, source, file, ["edkm-export", *sys.argv[1:]])

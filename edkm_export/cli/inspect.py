@@ -1,10 +1,12 @@
-"""edkm-export inspect: what is inside an exported model or a checkpoint."""
+"""edkm-export inspect: what is inside a source, a checkpoint or an exported model."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +14,20 @@ import click
 
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
     from edkm_export.palette import PalettizedTensor
+    from edkm_export.reference.account import Account
 
 __all__ = ["command"]
 
 
-@click.command("inspect", short_help="Show what is inside an exported model or a checkpoint.")
-@click.argument("path", metavar="OUT|MODEL.PT", type=click.Path(path_type=Path))
+@click.command("inspect", short_help="Show what is inside a source, a checkpoint or an exported model.")
+@click.argument("path", metavar="MODEL|MODEL.PT|OUT", type=click.Path(path_type=Path))
+@click.option("--adapter", help="With a source: folder of a LoRA adapter that would be merged into it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def command(path: Path, as_json: bool) -> None:
-    """Show functions, inputs, states, op counts and every palettized weight.
+def command(path: Path, adapter: str | None, as_json: bool) -> None:
+    """Show what would be used of a source, or functions, inputs, states, op counts and every palettized weight.
 
+    MODEL is a Hugging Face folder, a GGUF file or a LoRA adapter: its account says which tensors and settings are
+    used, which change no logit, and which are not understood, so that the model would be refused (exit status 2).
     OUT is the folder that `edkm-export coreml` or `edkm-export onnx` made, or the model in it. Everything is read
     from the bytes on disk.
     """
@@ -30,6 +36,9 @@ def command(path: Path, as_json: bool) -> None:
 
     if not path.exists():
         raise InputError(f"{path}: no such file or folder.")
+    if adapter is not None or _is_source(path):
+        _show_source(path, adapter, as_json)
+        return
     if is_onnx(path):
         description = _describe_onnx(path)
     else:
@@ -38,6 +47,66 @@ def command(path: Path, as_json: bool) -> None:
         click.echo(json.dumps(description, indent=2))
     else:
         _print(description)
+
+
+def _is_source(path: Path) -> bool:
+    """A model that could be palettized, not one that we made."""
+    from edkm_export.atomic import MARKER
+
+    if path.is_file():
+        return path.suffix.lower() == ".gguf"
+    named = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return named and not (path / MARKER).is_file()
+
+
+def _show_source(path: Path, adapter: str | None, as_json: bool) -> None:
+    from edkm_export.errors import SourceError
+    from edkm_export.reference.adapters import Adapter
+    from edkm_export.reference.source import Source, account
+
+    has_model = path.is_file() or (path / "config.json").is_file()
+    if adapter is None and not has_model:
+        found = Adapter.open(str(path)).account()
+    else:
+        found = account(Source.parse(str(path), adapter))
+    if as_json:
+        click.echo(json.dumps({"path": str(path), **asdict(found)}, indent=2, default=str))
+    else:
+        _print_account(found)
+    if found.not_understood:
+        name, why = next(iter(found.not_understood.items()))
+        raise SourceError(f"{path}: {name}: {why}; it would be refused.")
+
+
+def _print_account(found: Account) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from edkm_export.cli.console import out, print_wide
+
+    out.print(f"{found.source}: {found.kind}", soft_wrap=True, markup=False)
+    out.print(
+        f"{len(found.tensors)} tensors and {len(found.settings)} settings are used, {len(found.without_effect)} are "
+        f"without effect, {len(found.not_understood)} are not understood",
+        soft_wrap=True,
+    )
+    for remark in found.remarks:
+        out.print(f"  {remark}", soft_wrap=True, markup=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("setting or tensor", "what becomes of it", "value or reason"):
+        table.add_column(column, no_wrap=True)
+    for words, rows in (
+        ("not understood", found.not_understood),
+        ("used", found.settings),
+        ("without effect", found.without_effect),
+    ):
+        for name, value in rows.items():
+            shown = value if isinstance(value, str) else json.dumps(value, default=str)
+            table.add_row(escape(name), words, escape(shown))
+    stems = Counter(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in found.tensors)
+    for stem, count in stems.items():  # layers that are alike are one line
+        table.add_row(escape(stem), "used", f"{count} tensor{'s' if count > 1 else ''}")
+    print_wide(table)
 
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:

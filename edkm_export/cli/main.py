@@ -25,7 +25,7 @@ _COMMANDS = {
     "verify": "Check that a package computes what its checkpoint does.",
     "compare": "Put several checkpoints and artifacts side by side.",
     "generate": "Let a checkpoint or an exported model write text.",
-    "inspect": "Show what is inside an exported model or a checkpoint.",
+    "inspect": "Show what is inside a source, a checkpoint or an exported model.",
 }
 
 

@@ -43,6 +43,7 @@ _CONTEXT = 512
     help="Text whose activations weigh the clustering. Recommended: it is worth about a bit.",
 )
 @click.option("--calibration-tokens", type=click.IntRange(min=2), default=1024, show_default=True)
+@click.option("--adapter", help="Folder of a LoRA adapter that is merged into MODEL first; needs peft.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 def command(
     model: str,
@@ -53,31 +54,42 @@ def command(
     recipe: str | None,
     calibration: Path | None,
     calibration_tokens: int,
+    adapter: str | None,
     overwrite: bool,
 ) -> None:
     """Cluster the weights of MODEL into lookup tables and write a checkpoint.
 
-    MODEL is a Hugging Face folder, a hub id or a GGUF file. Linear layers get --bits in groups of --group-size
-    rows, the embedding and the output head 8 bits with one LUT each; a --recipe decides otherwise.
+    MODEL is a Hugging Face folder, a hub id or a GGUF file; `edkm-export inspect MODEL` says what is used of it.
+    Linear layers get --bits in groups of --group-size rows, the embedding and the output head 8 bits with one LUT
+    each; a --recipe decides otherwise.
     """
+    from edkm_export.atomic import check_output
+    from edkm_export.reference import source as sources
+
+    source = sources.Source.parse(model, adapter)
+    check_output(output, overwrite=overwrite)
     plan = _recipe(recipe, bits, group_size, lut_dtype)
 
     from edkm_export import checkpoint
-    from edkm_export.atomic import check_output
     from edkm_export.cli.console import bar, err, megabytes, out
     from edkm_export.decoder.build import decoder_config
     from edkm_export.palettization import palettizable_shapes, palettize_model
-    from edkm_export.reference.source import Source, load_config, load_model, load_tokenizer, tokenizer_files
     from edkm_export.text import read_text, token_windows
     from edkm_export.versions import library_versions
 
-    check_output(output, overwrite=overwrite)
     text = read_text(calibration) if calibration is not None else None
-    source = Source.parse(model)
     with err.status(f"loading {model}"):
-        decoder_config(load_config(source).to_dict(), model)  # refuses a family that could not be exported
-        loaded = load_model(source)
-        tokenizer = load_tokenizer(source)
+        # refuses a family that could not be exported
+        decoder_config(sources.load_config(source).to_dict(), model)
+        account = sources.account(source)
+        account.require_understood()
+        tokenizer = sources.load_tokenizer(source)
+        count = sources.value_count(source)
+        loaded = sources.load_model(source) if count is None else None
+    if count is not None:
+        with bar(f"reading {Path(model).name}", count) as advance:
+            loaded = sources.load_model(source, advance=advance)
+    assert loaded is not None
     rules = plan.plan(palettizable_shapes(loaded), model)
 
     energy = None
@@ -86,6 +98,7 @@ def command(
         "command": ["edkm-export", *sys.argv[1:]],
         "seed": None,
         "base_model": source.provenance(),
+        "source": account.provenance(),
     }
     if text is not None:
         from edkm_export.calibration import input_energy
@@ -102,7 +115,7 @@ def command(
         }
 
     shapes = palettizable_shapes(loaded)
-    files, config = tokenizer_files(tokenizer, loaded), loaded.config.to_dict()
+    files, config = sources.tokenizer_files(tokenizer, loaded), loaded.config.to_dict()
     total = sum(shapes[name][0] * shapes[name][1] for name in rules)
     with bar("palettizing", total) as advance:
         parts = palettize_model(
@@ -126,6 +139,8 @@ def command(
         f"{weights:,} of {finished.numel:,} parameters",
         soft_wrap=True,
     )
+    for remark in account.remarks:
+        out.print(f"{model}: {remark}", soft_wrap=True, markup=False)
     out.print(
         f"{megabytes(finished.size_bytes)}, {finished.bits_per_weight:.2f} bits a weight "
         f"(float16: {megabytes(finished.numel * 2)})"

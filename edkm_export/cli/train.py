@@ -95,6 +95,7 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 @click.option("--eval-every", type=int, help="Steps between evaluations; 0: first and last only.")
 @click.option("--save-every", type=int, help="Steps between checkpoints; 0: none.")
 @click.option("--log-every", type=int, help="Steps between lines of the log.")
+@click.option("--adapter", help="Folder of a LoRA adapter that is merged into MODEL first; needs peft.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]))
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing run.")
@@ -106,6 +107,7 @@ def command(
     config_file: Path | None,
     recipe: str | None,
     eval_text: tuple[Path, ...],
+    adapter: str | None,
     device: str | None,
     resume: bool,
     overwrite: bool,
@@ -126,11 +128,15 @@ def command(
             "--recipe decides bits, groups and LUT dtype; leave --bits, --group-size and --lut-dtype out."
         )
 
+    from edkm_export.reference.source import Source
+
+    source = Source.parse(model, adapter)
+
     import torch
 
     from edkm_export.errors import InputError
     from edkm_export.recipe import load_recipe
-    from edkm_export.reference.source import Source
+    from edkm_export.reference.source import account
     from edkm_export.training.run import Run
     from edkm_export.training.train_config import PRESETS, load_config_file
     from edkm_export.versions import library_versions
@@ -149,12 +155,14 @@ def command(
     elif settings["bits"] is not None and settings["target_bits"] is None:
         changes["target_bits"] = None
     config = PRESETS[preset].updated(changes)
-    source = Source.parse(model)
     rules = None if recipe is None else load_recipe(recipe)
+    accounted = account(source)
+    accounted.require_understood()
     provenance = {
         "versions": library_versions(),
         "command": ["edkm-export", *sys.argv[1:]],
         "data": _digests(data),
+        "source": accounted.provenance(),
     }
     with _shown(output) as (announce, advance):
         run = Run(

@@ -88,6 +88,7 @@ def prepare(
     Raises:
         InputError: the text, the original or the run that was asked for cannot be used.
     """
+    from edkm_export.reference import llamacpp
     from edkm_export.verify.inputs import VerificationInputs
 
     content, name = read_evaluation_text(text)
@@ -100,6 +101,7 @@ def prepare(
         original=source,
         original_missing=missing,
         original_required=original is not None,
+        runtime=llamacpp,
         max_perplexity_ratio=max_perplexity_ratio,
         prompts=prompts,
         localize=localize,
@@ -160,9 +162,9 @@ def find_original(checkpoint: Checkpoint, asked: str | None) -> tuple[Source | N
     if not Path(reference).exists():
         return None, f"{reference} is not here; name it with --original"
     try:
-        source = Source.parse(reference)
-        recorded = base.get("sha256") if isinstance(base, dict) else None
-        if source.provenance()["sha256"] != recorded:
+        adapter = base.get("adapter") if isinstance(base, dict) else None
+        source = Source.parse(reference, adapter.get("reference") if isinstance(adapter, dict) else None)
+        if not _is_unchanged(source, base):
             return (
                 None,
                 f"{reference} has changed since it was palettized; name the right one with --original",
@@ -170,6 +172,13 @@ def find_original(checkpoint: Checkpoint, asked: str | None) -> tuple[Source | N
     except InputError as error:
         return None, str(error)
     return source, ""
+
+
+def _is_unchanged(source: Source, recorded: Any) -> bool:
+    """Whether the weights of a source, and of its adapter, are those that were recorded."""
+    found = source.provenance()
+    added, before = found.get("adapter", {}), recorded.get("adapter") or {}
+    return bool(found["sha256"] == recorded.get("sha256") and added.get("sha256") == before.get("sha256"))
 
 
 def find_soft(checkpoint: Checkpoint, asked: Path | None) -> tuple[SoftWeights | None, str]:

@@ -106,6 +106,10 @@ class _Parameters:
         """True when it is given."""
         return self._values.get(name) is not None
 
+    def switched(self, name: str) -> bool:
+        """True when it is given and not 0, which transformers takes for not given."""
+        return self.has(name) and self._values[name] != 0
+
     @property
     def truncated(self) -> bool:
         """YaRN rounds the borders of its ramp unless told otherwise."""
@@ -141,7 +145,10 @@ def _yarn(frequencies: Tensor, parameters: _Parameters, base: float) -> _Scaled:
         """The channel whose wave makes so many turns over the original context."""
         return half * math.log(original / (turns * 2 * math.pi)) / math.log(base)
 
-    first, last = channel(parameters.number("beta_fast", 32)), channel(parameters.number("beta_slow", 1))
+    first, last = (
+        channel(parameters.number(name, turns) if parameters.switched(name) else turns)
+        for name, turns in (("beta_fast", 32.0), ("beta_slow", 1.0))
+    )
     if parameters.truncated:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * half - 1)
@@ -153,7 +160,7 @@ def _yarn(frequencies: Tensor, parameters: _Parameters, base: float) -> _Scaled:
 
     if parameters.has("attention_factor"):
         return scaled, parameters.number("attention_factor")
-    if parameters.has("mscale") and parameters.has("mscale_all_dim"):
+    if parameters.switched("mscale") and parameters.switched("mscale_all_dim"):
         ratio = attention(parameters.number("mscale")) / attention(parameters.number("mscale_all_dim"))
         return scaled, ratio
     return scaled, attention(1.0)

@@ -20,6 +20,7 @@ from edkm_export.errors import CheckpointError, InputError
 from edkm_export.reference.soft_model import SoftWeights
 from edkm_export.reference.source import Source
 from edkm_export.text import token_windows
+from edkm_export.verify.source_rung import SourceRuntime
 from edkm_export.versions import library_versions
 
 __all__ = [
@@ -49,6 +50,7 @@ class VerificationInputs:
         original: the float model; None: its rung is not run.
         original_missing: why there is none.
         original_required: the user named it: that it cannot be used is an error, not a rung that is not run.
+        runtime: llama.cpp, with which a GGUF file is compared; None: that rung is not run.
         max_perplexity_ratio: threshold of hard PyTorch against the original.
         prompts: prompts of the user's own, beside the fixed ones.
         continuation: tokens to continue each prompt by.
@@ -64,6 +66,7 @@ class VerificationInputs:
     original: Source | None = None
     original_missing: str = "it was not given"
     original_required: bool = False
+    runtime: SourceRuntime | None = None
     max_perplexity_ratio: float = MAX_PERPLEXITY_RATIO
     prompts: tuple[str, ...] = ()
     continuation: int = 24
@@ -124,10 +127,17 @@ def provenance(
     known = dict(checkpoint.provenance)
     base = known.get("base_model")
     if isinstance(base, dict) and isinstance(base.get("reference"), str):
-        path = Path(base["reference"])
-        known["base_model"] = {**base, "reference": path.name if path.is_absolute() else base["reference"]}
+        known["base_model"] = _named(base)
+        if isinstance(base.get("adapter"), dict):
+            known["base_model"]["adapter"] = _named(base["adapter"])
     used = {"text": evaluation.text_name, "tokens": int(windows.numel()), "context": int(windows.shape[1])}
     return {**known, "evaluation": used, "verification": _verification(artifact)}
+
+
+def _named(given: dict[str, Any]) -> dict[str, Any]:
+    """A reference without the folders above it."""
+    path = Path(given["reference"])
+    return {**given, "reference": path.name if path.is_absolute() else given["reference"]}
 
 
 def _verification(artifact: Path) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """The ladder: each rung is compared with the one before, so that training loss and converter bugs never mix.
 
-original float model -> trained soft model -> hard PyTorch -> decoded artifact (bytes on disk) -> executed artifact
--> its cache
+source files -> original float model -> trained soft model -> hard PyTorch -> decoded artifact (bytes on disk)
+-> executed artifact -> its cache
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from edkm_export.verify.rungs import (
     size_rung,
     soft_rungs,
 )
+from edkm_export.verify.source_rung import compare_with_runtime, source_rung, source_runtime_rung
 from edkm_export.verify.torch_runs import (
     hidden_states,
     layer_errors,
@@ -97,7 +98,14 @@ def verify_artifact(
     before = None if original is None else original.logits
     run = {"original": before, "trained soft model": soft, "hard PyTorch": hard}
     perplexities = {name: _perplexity(logits, windows) for name, logits in run.items() if logits is not None}
-    rungs = soft_rungs(
+    rungs = [source_rung(checkpoint, evaluation.original, missing)]
+    if evaluation.original is not None and evaluation.original.gguf_file is not None:
+        rungs.append(
+            source_runtime_rung(
+                compare_with_runtime(evaluation.runtime, evaluation.original, before, windows)
+            )
+        )
+    rungs += soft_rungs(
         no_soft or f"no original to compare with: {missing}",
         "" if evaluation.soft is None else evaluation.soft.how,
         _distance(before, soft),

@@ -22,7 +22,7 @@ __all__ = [
     "overall",
 ]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 class Verdict(str, Enum):

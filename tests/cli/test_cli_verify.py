@@ -99,7 +99,7 @@ def test_quiet_is_one_line(edkm, tiny_export):
     result = edkm("verify", tiny_export.model, tiny_export.bundle, "--tokens", 64, "--quiet")
     assert result.status == 0 and result.err == ""
     assert result.out == (
-        "PASS model.mlpackage: 29 of 29 tensors bit-exact, 6 of 9 rungs passed, 3 not run\n"
+        "PASS model.mlpackage: 29 of 29 tensors bit-exact, 7 of 10 rungs passed, 3 not run\n"
     )
 
 

@@ -53,6 +53,7 @@ def test_palettized_export_passes(verify, tiny_export):
     status, report = verify(tiny_export.model, tiny_export.bundle)
     assert status == 0 and report.verdict is Verdict.PASS
     assert verdicts(report) == {
+        "source": Verdict.PASS,
         "soft": Verdict.NOT_RUN,
         "palettization": Verdict.PASS,
         "bytes": Verdict.PASS,

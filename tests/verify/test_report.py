@@ -91,7 +91,7 @@ def test_overall_verdict(verdicts, expected):
 def test_json_reads_back():
     made = report()
     assert Report.model_validate_json(made.model_dump_json()) == made
-    assert json.loads(made.model_dump_json())["schema_version"] == SCHEMA_VERSION == 3
+    assert json.loads(made.model_dump_json())["schema_version"] == SCHEMA_VERSION == 4
     assert json.loads(made.model_dump_json())["rungs"][0]["verdict"] == "PASS"
 
 

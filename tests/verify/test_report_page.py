@@ -21,6 +21,7 @@ from edkm_export.verify.rungs import (
     size_rung,
     soft_rungs,
 )
+from edkm_export.verify.source_rung import source_rung, source_runtime_rung
 from tests.helpers.paths import ROOT
 
 PAGE = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
@@ -64,6 +65,8 @@ def rungs() -> dict[str, Rung]:
     """Every rung but the executions, as the ladder makes them."""
     distance, perplexities = measured()
     made = [
+        source_rung(Checkpoint(config={}, palettized={}, dense={}), None, ""),
+        source_runtime_rung(None),
         *soft_rungs("", "", distance, distance, perplexities),
         palettization_rung(t.MAX_PERPLEXITY_RATIO, "", distance, perplexities),
         compare_bytes(Checkpoint(config={}, palettized={}, dense={}), DAMAGED)[0],
@@ -90,6 +93,8 @@ def test_every_rung_has_a_row():
 
 
 EXPECTED: dict[str, list[float]] = {
+    "source": [],
+    "source-llama.cpp": [t.SOURCE_RUNTIME_TOP1],
     "soft": [],
     "hardening": [],
     "palettization": [t.MAX_PERPLEXITY_RATIO],

@@ -12,6 +12,7 @@ from converters.coreml.write.packages import export_packages
 from edkm_export._version import __version__
 from edkm_export.atomic import GENERATOR, MARKER
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.end_tokens import as_setting, read_object, stored_end_tokens, with_end_tokens
 from edkm_export.errors import ConversionError
 
 __all__ = ["write_bundle"]
@@ -42,9 +43,22 @@ def write_bundle(checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: s
     packages = export_packages(checkpoint, plan, folder, name)
     for file, content in checkpoint.tokenizer.items():
         (folder / file).write_bytes(content)
-    (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n")
+    _write_settings(checkpoint, folder)
     (folder / MARKER).write_text(json.dumps(_metadata(checkpoint, plan, name), indent=2) + "\n")
     return packages[0]
+
+
+def _write_settings(checkpoint: Checkpoint, folder: Path) -> None:
+    """config.json and generation_config.json, which name the same end tokens."""
+    config = with_end_tokens(checkpoint.config, checkpoint.tokenizer)
+    documents = {"config.json": config}
+    ends = stored_end_tokens(checkpoint.config, checkpoint.tokenizer)
+    path = folder / "generation_config.json"
+    if ends:
+        own = read_object(checkpoint.tokenizer.get(path.name)) or {"_from_model_config": True}
+        documents[path.name] = {**own, "eos_token_id": as_setting(ends)}
+    for name, document in documents.items():
+        (folder / name).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _metadata(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, Any]:

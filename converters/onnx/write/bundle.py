@@ -13,6 +13,7 @@ from converters.onnx.write.graph_file import write_graph
 from edkm_export._version import __version__
 from edkm_export.atomic import GENERATOR, MARKER
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.end_tokens import with_end_tokens
 from edkm_export.errors import ConversionError
 
 __all__ = ["write_bundle"]
@@ -45,7 +46,7 @@ def write_bundle(checkpoint: Checkpoint, plan: OnnxPlan, folder: Path) -> Path:
     for file, content in checkpoint.tokenizer.items():
         (folder / file).write_bytes(content)
     documents = {
-        "config.json": {**checkpoint.config, "transformers.js_config": _transformers_js(plan)},
+        "config.json": {**with_end_tokens(checkpoint.config, checkpoint.tokenizer), **_transformers_js(plan)},
         GENERATION_CONFIG: generation_config(checkpoint),
         "genai_config.json": genai_config(checkpoint, plan, f"{_GRAPH_FOLDER}/{MODEL_FILE}"),
         MARKER: _metadata(checkpoint, plan),
@@ -60,7 +61,7 @@ def _transformers_js(plan: OnnxPlan) -> dict[str, Any]:
     settings: dict[str, Any] = {"dtype": "fp32", "use_external_data_format": True}  # "fp32" names model.onnx
     if plan.dtype == "float16":
         settings["kv_cache_dtype"] = "float16"
-    return settings
+    return {"transformers.js_config": settings}
 
 
 def _metadata(checkpoint: Checkpoint, plan: OnnxPlan) -> dict[str, Any]:

@@ -5,12 +5,12 @@ Fields as in onnxruntime-genai's documentation ("Generate API, config reference"
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from converters.onnx.format import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, past_name, present_name
 from converters.onnx.write.export_plan import OnnxPlan
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.end_tokens import as_setting, read_object, stored_end_tokens
 
 __all__ = ["genai_config", "generation_config"]
 
@@ -21,15 +21,16 @@ _GENAI_TYPES = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The model's own, or one with the special tokens of its configuration."""
-    if (given := checkpoint.tokenizer.get(GENERATION_CONFIG)) is not None:
-        try:
-            found = json.loads(given)
-        except ValueError:
-            found = None
-        if isinstance(found, dict):
-            return found
-    return {"_from_model_config": True, **_special_tokens(checkpoint.config)}
+    """The model's own, or one with the special tokens of its configuration; with every end token of the checkpoint."""
+    found = _own_generation_config(checkpoint)
+    if ends := stored_end_tokens(checkpoint.config, checkpoint.tokenizer):
+        found["eos_token_id"] = as_setting(ends)
+    return found
+
+
+def _own_generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    own = read_object(checkpoint.tokenizer.get(GENERATION_CONFIG))
+    return own or {"_from_model_config": True, **_special_tokens(checkpoint.config)}
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
@@ -48,8 +49,9 @@ def genai_config(checkpoint: Checkpoint, plan: OnnxPlan, model: str) -> dict[str
     config, family = plan.config, checkpoint.config["model_type"]
     generation = generation_config(checkpoint)
     tokens = _special_tokens({**checkpoint.config, **generation})
-    ends = tokens.get("eos_token_id", 0)
-    first_end = ends[0] if isinstance(ends, list) else ends
+    ends = tokens.get("eos_token_id")
+    if "pad_token_id" not in tokens and ends is not None:  # what follows the end is never looked at
+        tokens["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
     decoder = {
         "session_options": session_options(plan.runtime),
         "filename": model,
@@ -76,9 +78,7 @@ def genai_config(checkpoint: Checkpoint, plan: OnnxPlan, model: str) -> dict[str
             "type": family if family in _GENAI_TYPES else "decoder",
             "context_length": plan.context,
             "vocab_size": config.vocab_size,
-            "bos_token_id": tokens.get("bos_token_id", first_end),
-            "eos_token_id": ends,
-            "pad_token_id": tokens.get("pad_token_id", first_end),
+            **tokens,  # none is made up: 0 would be an ordinary word
             "decoder": decoder,
         },
         # the cache grows: present is longer than past

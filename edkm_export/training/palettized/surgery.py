@@ -13,6 +13,7 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.clustering import optimal_centroids
 from edkm_export.errors import InputError
 from edkm_export.palette import PalettizedTensor
+from edkm_export.palettization import compact
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.reference.conv1d import conv1d_weights, held_weight, is_conv1d
 from edkm_export.training.palettized.clusters import ClusterMethod, Clusters
@@ -259,7 +260,7 @@ def to_checkpoint(
         first = stored.setdefault(id(parameter), name)
         if first == name:
             tensor = whole(parameter).cpu()
-            dense[name] = _compact(tensor.t().contiguous() if name in turned else tensor)
+            dense[name] = compact(tensor.t().contiguous() if name in turned else tensor)
         else:
             tied[name] = first
     return Checkpoint(
@@ -271,10 +272,3 @@ def to_checkpoint(
         recipe=recipe.model_dump(mode="json"),
         provenance=dict(provenance or {}),
     )
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    for dtype in (torch.float16, torch.bfloat16):
-        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
-            return tensor.to(dtype)
-    return tensor.float().clone()

@@ -23,6 +23,7 @@ from converters.onnx.read.session import OnnxSession
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.recipe import uniform_recipe
 from edkm_export.reference.hard_model import load_hard_model
+from edkm_export.reference.source import Source, load_model, load_tokenizer, tokenizer_files
 from tests.helpers.exports import palettized_folder
 from tests.helpers.onnx_models import export
 
@@ -70,6 +71,18 @@ const found = await model.generate({
     max_new_tokens: count,
 });
 console.log(JSON.stringify(Array.from(found.data).map(Number).slice(prompt.length)));
+"""
+
+CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}> {{ message.content }}\n{% endfor %}"
+CHAT = r"""
+import { AutoTokenizer, env } from '@huggingface/transformers';
+import path from 'node:path';
+const folder = process.argv[2];
+env.allowRemoteModels = false;
+env.localModelPath = path.dirname(folder);
+const tokenizer = await AutoTokenizer.from_pretrained(path.basename(folder));
+const found = tokenizer.apply_chat_template([{ role: 'user', content: 'Hello' }], { tokenize: false });
+console.log(JSON.stringify(found));
 """
 
 FORMS = [
@@ -161,3 +174,22 @@ def test_transformers_js(exported, tmp_path):
     script = tmp_path / "run.mjs"
     script.write_text(TRANSFORMERS_JS)
     assert run(["node", str(script)], folder) == expected
+
+
+@pytest.mark.transformersjs
+def test_transformers_js_applies_the_chat_template(tiny_llama, tmp_path):
+    source = Source.parse(str(tiny_llama))
+    tokenizer, model = load_tokenizer(source), load_model(source)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, content in tokenizer_files(tokenizer, model).items():
+        if name != "chat_template.jinja":  # what older versions read is enough
+            (folder / name).write_bytes(content)
+    modules = Path(place("EDKM_TRANSFORMERSJS"))
+    (tmp_path / "node_modules").symlink_to((modules / "node_modules").resolve())
+    script = tmp_path / "chat.mjs"
+    script.write_text(CHAT)
+    done = subprocess.run(["node", str(script), str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == "<user> Hello\n"

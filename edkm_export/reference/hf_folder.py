@@ -1,0 +1,264 @@
+"""A Hugging Face folder: its account, and the model of transformers that it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edkm_export.errors import InputError
+from edkm_export.reference.account import Account
+from edkm_export.reference.config_fields import ConfigFields, sort_fields
+from edkm_export.reference.placement import CONSTANTS, Placement
+from edkm_export.reference.quantized_weights import check_quantized, loading_arguments
+from edkm_export.reference.stored_tensors import StoredTensors, read_stored
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["HfFolder"]
+
+_TIED = "tie_word_embeddings"
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class HfFolder:
+    """A folder with config.json, safetensors and a tokenizer.
+
+    Attributes:
+        reference: what the user gave.
+        path: the folder.
+    """
+
+    reference: str
+    path: Path
+
+    def account(self) -> Account:
+        """What becomes of every tensor and every field of config.json.
+
+        Raises:
+            InputError: files are missing, damaged or pickles.
+        """
+        config = self._read_config()
+        fields = sort_fields(config)
+        stored = read_stored(self.path, self.reference)
+        dequantized = check_quantized(config, stored.tensors)
+        refused = {**fields.not_understood, **stored.not_understood, **dequantized.not_understood}
+        without_effect = {**fields.without_effect, **stored.without_effect}
+        remarks = list(dequantized.remarks)
+        used = fields.used
+        names = tuple(stored.tensors)
+        if not fields.not_understood:
+            skeleton = self._skeleton(self._built_config(config, fields, untied=False))
+            placed = Placement.of(skeleton, stored, dequantized.scales)
+            if config.get(_TIED, skeleton.config.tie_word_embeddings):
+                remarks += self._account_for_head(placed, stored)
+            refused |= placed.not_understood | placed.missing()
+            without_effect |= placed.without_effect
+            names = tuple(name for name in names if name not in placed.without_effect)
+        if any(tensor.dtype == "F64" for tensor in stored.tensors.values()):
+            remarks.append("float64 weights were rounded to float32")
+        return Account(
+            source=self.reference,
+            kind=f"Hugging Face folder ({_class_name(config)})",
+            tensors=tuple(name for name in names if name not in refused),
+            settings=used,
+            without_effect=without_effect,
+            not_understood=refused,
+            remarks=tuple(remarks),
+        )
+
+    def config(self, *, weights: bool = True) -> Any:
+        """The `PretrainedConfig` without fields that nothing reads; untied where the head is a weight of its own.
+
+        Args:
+            weights: look at the weights for that; False: the configuration alone is wanted.
+
+        Raises:
+            InputError: config.json is damaged, or transformers refuses a value.
+            SourceError: a field is not understood.
+        """
+        config = self._read_config()
+        fields = sort_fields(config)
+        Account(self.reference, "", not_understood=fields.not_understood).require_understood()
+        return self._built_config(config, fields, untied=weights and self._has_own_head(config, fields))
+
+    def load_model(
+        self, dtype: torch.dtype | None = None, advance: Callable[[int], None] | None = None
+    ) -> Any:
+        """Load the model in eval mode, on the CPU.
+
+        Args:
+            dtype: of the weights; None: bfloat16 or float16 where all are stored so, else float32.
+            advance: is not called; transformers loads a folder in one go.
+
+        Returns:
+            transformers.PreTrainedModel, without a quantizer attached.
+
+        Raises:
+            SourceError: a part of the folder is not understood.
+            InputError: it cannot be loaded.
+        """
+        import transformers
+
+        self.account().require_understood()
+        raw, config = self._read_config(), self.config()
+        if "quantization_config" in raw:
+            config.quantization_config = raw["quantization_config"]
+        stored = read_stored(self.path, self.reference)
+        with self._staged(stored) as folder:
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or _stored_dtype(stored),
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **loading_arguments(raw),
+            )
+        _check_loaded(self.reference, found)
+        model.config._name_or_path = ""  # a temporary folder
+        if "quantization_config" in raw:
+            _forget_quantizer(model)
+        return model.eval().requires_grad_(False)
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer of the folder. Remote code is never run.
+
+        Raises:
+            InputError: there is none.
+        """
+        import transformers
+
+        if not self.has_tokenizer():
+            raise InputError(
+                f"{self.reference}: holds no tokenizer (tokenizer.json); copy it from the model that this one is from."
+            )
+        return transformers.AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+
+    def has_tokenizer(self) -> bool:
+        """Whether there is a file of a tokenizer."""
+        return any((self.path / name).is_file() for name in _TOKENIZERS)
+
+    def generation_settings(self) -> dict[str, Any] | None:
+        """Contents of generation_config.json; None without one.
+
+        Raises:
+            InputError: it is no JSON object.
+        """
+        path = self.path / "generation_config.json"
+        return _read_object(path, self.reference) if path.is_file() else None
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self.path / "config.json"
+        if not path.is_file():
+            raise InputError(
+                f"{self.reference}: holds no config.json, so it is not a Hugging Face model folder."
+            )
+        return _read_object(path, self.reference)
+
+    def _built_config(self, config: Mapping[str, Any], fields: ConfigFields, *, untied: bool) -> Any:
+        import transformers
+
+        kept = {
+            name: value
+            for name, value in config.items()
+            if name not in fields.forgotten and name != "quantization_config"
+        }
+        if untied:
+            kept[_TIED] = False
+        return transformers.AutoConfig.for_model(**kept)
+
+    def _has_own_head(self, config: Mapping[str, Any], fields: ConfigFields) -> bool:
+        """Whether the head that is stored differs from the embedding that it should be tied to."""
+        built = self._built_config(config, fields, untied=False)
+        if not built.tie_word_embeddings:
+            return False
+        stored = read_stored(self.path, self.reference)
+        return Placement.of(self._skeleton(built), stored, set()).heads_differ(stored)
+
+    def _account_for_head(self, placed: Placement, stored: StoredTensors) -> list[str]:
+        if placed.heads_differ(stored):
+            return [
+                f"{placed.head} differs from {placed.embedding}, so it stays a weight of its own, although "
+                f"config.json says {_TIED}"
+            ]
+        if placed.head in placed.places:
+            twin = placed.places[placed.head]
+            placed.without_effect[twin] = f"the same values as {placed.embedding}, to which it is tied"
+        return []
+
+    def _skeleton(self, config: Any) -> Any:
+        """The model without weights, but with its constants."""
+        import accelerate
+        import transformers
+
+        with accelerate.init_empty_weights(include_buffers=False):
+            return transformers.AutoModelForCausalLM.from_config(config)
+
+    @contextlib.contextmanager
+    def _staged(self, stored: StoredTensors) -> Iterator[Path]:
+        """A folder with nothing but the weights: transformers looks for adapters and other files on its own."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for path in (*stored.files, *([stored.index] if stored.index else [])):
+                (folder / path.name).symlink_to(path.resolve())
+            settings = self.generation_settings()
+            if settings is None:  # transformers fails without this file
+                config = self._read_config()
+                settings = {name: config[name] for name in _SPECIAL_TOKENS if config.get(name) is not None}
+            (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+            yield folder
+
+
+def _stored_dtype(stored: StoredTensors) -> torch.dtype:
+    """The narrowest type that holds every stored value."""
+    import torch
+
+    kinds = {tensor.dtype for tensor in stored.tensors.values()}
+    if kinds == {"BF16"}:
+        return torch.bfloat16
+    return torch.float16 if kinds == {"F16"} else torch.float32
+
+
+def _check_loaded(reference: str, found: Mapping[str, Any]) -> None:
+    """Refuse a model of which parts were made up: transformers fills in what is missing with random numbers."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(f"{reference}: parameter {missing[0]} is missing from its weights.")
+    mismatched = sorted(str(each[0]) for each in found["mismatched_keys"])
+    if mismatched:
+        raise InputError(f"{reference}: parameter {mismatched[0]} has another shape than config.json says.")
+    unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith(CONSTANTS))
+    if unexpected:
+        raise InputError(f"{reference}: parameter {unexpected[0]} is not part of the model in config.json.")
+
+
+def _forget_quantizer(model: Any) -> None:
+    """Weights arrive dequantized, but the model still claims to be quantized and refuses to be saved."""
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer = None
+    for name in ("is_quantized", "quantization_method"):
+        model.__dict__.pop(name, None)
+
+
+def _read_object(path: Path, reference: str) -> dict[str, Any]:
+    try:
+        contents = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{reference}: {path.name} cannot be read: it is no JSON.") from error
+    if not isinstance(contents, dict):
+        raise InputError(f"{reference}: {path.name} is no JSON object.")
+    return contents
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else str(config.get("model_type"))
