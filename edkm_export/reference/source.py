@@ -113,6 +113,19 @@ class Source:
         return cls(reference, reference, None, merged)
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether it is a GGUF file that holds quantized weights.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        if self.gguf_file is None:
+            return False
+        from edkm_export.reference.gguf.gguf_file import GgufFile
+
+        return GgufFile.open(self.weight_files()[0]).is_quantized
+
+    @property
     def is_local(self) -> bool:
         """False for a hub id."""
         return Path(self.location).is_dir()

@@ -99,10 +99,12 @@ def verify_artifact(
     run = {"original": before, "trained soft model": soft, "hard PyTorch": hard}
     perplexities = {name: _perplexity(logits, windows) for name, logits in run.items() if logits is not None}
     rungs = [source_rung(checkpoint, evaluation.original, missing)]
-    if evaluation.original is not None and evaluation.original.gguf_file is not None:
+    source = evaluation.original
+    if source is not None and source.gguf_file is not None and source.adapter is None:
         rungs.append(
             source_runtime_rung(
-                compare_with_runtime(evaluation.runtime, evaluation.original, before, windows)
+                compare_with_runtime(evaluation.runtime, source, before, windows),
+                quantized=before is not None and source.is_quantized,
             )
         )
     rungs += soft_rungs(

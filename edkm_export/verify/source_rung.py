@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from edkm_export.artifact.metrics import Divergence, divergence
-from edkm_export.artifact.thresholds import SOURCE_RUNTIME_TOP1
+from edkm_export.artifact.thresholds import SOURCE_RUNTIME
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import EdkmExportError
 from edkm_export.reference import llamacpp
@@ -112,23 +112,30 @@ def compare_with_runtime(
     return divergence([(expected, logits[0])])
 
 
-def source_runtime_rung(found: Divergence | str | None) -> Rung:
-    """The original against llama.cpp; `found` is from `compare_with_runtime`."""
+def source_runtime_rung(found: Divergence | str | None, *, quantized: bool) -> Rung:
+    """The original against llama.cpp.
+
+    Args:
+        found: from `compare_with_runtime`.
+        quantized: whether the file holds quantized weights.
+    """
+    threshold = SOURCE_RUNTIME[quantized]
     names: dict[str, Any] = {
         "id": "source-llama.cpp",
         "reference": "llama.cpp",
         "candidate": "original float model, as it was read",
-        "threshold": f"top-1 agreement at least {SOURCE_RUNTIME_TOP1:.0%}, near ties aside",
-        "why": "llama.cpp reads the file on its own; with quantized types it rounds activations to 8 bits",
+        "threshold": str(threshold),
+        "why": threshold.why,
     }
     if found is None:
         detail = f"llama.cpp is not installed, or the original was not run; to install it: {llamacpp.INSTALL}"
         return Rung(**names, verdict=Verdict.NOT_RUN, detail=detail)
     if isinstance(found, str):
         return Rung(**names, verdict=Verdict.FAIL, detail=found)
+    close = found.settled_agreement >= threshold.top1 and found.kl_median <= threshold.median_kl
     return Rung(
         **names,
-        verdict=Verdict.PASS if found.settled_agreement >= SOURCE_RUNTIME_TOP1 else Verdict.FAIL,
+        verdict=Verdict.PASS if close else Verdict.FAIL,
         detail=f"top-1 agreement {found.top1_agreement:.2%}, KL median {found.kl_median:.2g}, mean {found.kl_mean:.2g} "
         f"over {found.tokens:,} tokens",
         measures=found.model_dump(),

@@ -66,7 +66,7 @@ def rungs() -> dict[str, Rung]:
     distance, perplexities = measured()
     made = [
         source_rung(Checkpoint(config={}, palettized={}, dense={}), None, ""),
-        source_runtime_rung(None),
+        source_runtime_rung(None, quantized=False),
         *soft_rungs("", "", distance, distance, perplexities),
         palettization_rung(t.MAX_PERPLEXITY_RATIO, "", distance, perplexities),
         compare_bytes(Checkpoint(config={}, palettized={}, dense={}), DAMAGED)[0],
@@ -94,7 +94,10 @@ def test_every_rung_has_a_row():
 
 EXPECTED: dict[str, list[float]] = {
     "source": [],
-    "source-llama.cpp": [t.SOURCE_RUNTIME_TOP1],
+    "source-llama.cpp": [
+        *(t.SOURCE_RUNTIME[False].top1, t.SOURCE_RUNTIME[False].median_kl),
+        *(t.SOURCE_RUNTIME[True].top1, t.SOURCE_RUNTIME[True].median_kl),
+    ],
     "soft": [],
     "hardening": [],
     "palettization": [t.MAX_PERPLEXITY_RATIO],

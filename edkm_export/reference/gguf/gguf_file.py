@@ -129,6 +129,11 @@ class GgufFile:
     tensors: dict[str, StoredTensor]
     parts: tuple[Path, ...] = field(default=())
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a tensor is held in blocks of integers; llama.cpp then rounds activations, too."""
+        return any(tensor.kind not in ("F64", "F32", "F16", "BF16") for tensor in self.tensors.values())
+
     @classmethod
     def open(cls, path: Path) -> GgufFile:
         """Read the header of a file, and of the parts beside it when it is split.
