@@ -19,16 +19,12 @@ __all__ = [
     "RATIO_WHY",
     "SIZE_TOLERANCE",
     "SOFT_WHY",
-    "SOURCE_RUNTIME_TOP1",
     "ExecutionThreshold",
     "decode_limit",
 ]
 
 MAX_PERPLEXITY_RATIO = 2.0
 """Worst allowed perplexity of hard PyTorch, as a multiple of the original's."""
-
-SOURCE_RUNTIME_TOP1 = 0.99
-"""Least top-1 agreement, near ties aside, of the original with llama.cpp, which rounds activations to 8 bits."""
 
 RATIO_WHY = "a doubled perplexity is one more bit of surprise a token: it is no longer the same model"
 

@@ -94,7 +94,7 @@ def test_every_rung_has_a_row():
 
 EXPECTED: dict[str, list[float]] = {
     "source": [],
-    "source-llama.cpp": [t.SOURCE_RUNTIME_TOP1],
+    "source-llama.cpp": [t.INT8_ACTIVATIONS.top1, t.INT8_ACTIVATIONS.median_kl],
     "soft": [],
     "hardening": [],
     "palettization": [t.MAX_PERPLEXITY_RATIO],
