@@ -60,9 +60,12 @@ class GgufModel:
         """Values of all tensors together, for a progress bar."""
         return sum(tensor.numel for tensor in self.file.tensors.values())
 
-    @functools.cache  # noqa: B019 one model lives as long as its cache
     def account(self) -> Account:
         """What became of every tensor and every key."""
+        return self._account
+
+    @functools.cached_property
+    def _account(self) -> Account:
         settings = self._settings
         not_understood = dict(settings.not_understood)
         if not not_understood:
@@ -110,7 +113,6 @@ class GgufModel:
                 found[name] = f"this tensor is missing, which is {place.parameter}"
         return found
 
-    @functools.cache  # noqa: B019
     def config(self) -> Any:
         """The `PretrainedConfig`.
 
