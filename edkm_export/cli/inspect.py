@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
 
 __all__ = ["command"]
 
+_WIDEST = 160  # characters of a setting; vocabularies have 260,000 entries
+
 
 @click.command("inspect", short_help="Show what is inside a source, a checkpoint or an exported model.")
 @click.argument("path", metavar="MODEL|MODEL.PT|OUT", type=click.Path(path_type=Path))
@@ -102,7 +104,8 @@ def _print_account(found: Account) -> None:
     ):
         for name, value in rows.items():
             shown = value if isinstance(value, str) else json.dumps(value, default=str)
-            table.add_row(escape(name), words, escape(shown))
+            cut = shown if len(shown) <= _WIDEST else f"{shown[:_WIDEST]}... (--json has it all)"
+            table.add_row(escape(name), words, escape(cut))
     stems = Counter(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in found.tensors)
     for stem, count in stems.items():  # layers that are alike are one line
         table.add_row(escape(stem), "used", f"{count} tensor{'s' if count > 1 else ''}")
