@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import tempfile
@@ -336,13 +335,13 @@ def _check_values(model: Any, source: Source) -> None:
 
 @contextlib.contextmanager
 def _quiet_progress() -> Iterator[None]:
+    """Without the bars of transformers. Standard error stays open: the caller's own bar is drawn there."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader draws a bar that has no switch
-            yield
+        yield
     finally:
         if shown:
             transformers_logging.enable_progress_bar()

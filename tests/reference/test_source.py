@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edkm_export.errors import EdkmExportError, InputError
-from edkm_export.reference.source import Source, load_config, load_model, load_tokenizer, tokenizer_files
+from edkm_export.reference.source import (
+    Source,
+    load_config,
+    load_model,
+    load_tokenizer,
+    tokenizer_files,
+    value_count,
+)
+from tests.helpers.gguf_kinds import KINDS
 from tests.helpers.odd_models import build, save
 
 
@@ -293,3 +302,17 @@ def test_copy_of_a_folder_has_the_same_weights(folder, tmp_path):
 def test_errors_are_input_errors(folder):
     with pytest.raises(InputError):
         Source.parse(str(folder / "gone"))
+
+
+def test_a_folder_is_read_without_a_word(tiny_llama, capfd):
+    load_model(Source.parse(str(tiny_llama)))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_the_caller_draws_while_a_file_is_read_is_seen(tmp_path, capfd):
+    """A progress bar on standard error moves while the weights are read."""
+    kind = KINDS["llama"]
+    source = Source.parse(str(kind.write(kind.model(), tmp_path)))
+    load_model(source, advance=lambda count: print(count, file=sys.stderr))
+    shown = [int(line) for line in capfd.readouterr().err.splitlines()]
+    assert len(shown) > 1 and sum(shown) == value_count(source)
