@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import sys
+import types
+import unittest.mock
 from typing import Any
 
 import numpy as np
+import pytest
 
 from converters.coreml.backend import load_coremltools
 from tests.coremltools_suite.predictor import Predictor
@@ -13,8 +17,8 @@ from tests.coremltools_suite.predictor import Predictor
 __all__ = ["Mismatch", "collect_garbage", "install", "seed"]
 
 collect_garbage = gc.collect
-# Programs with float16 in them are compared at this: weights and expected values are rounded, at 2**-11 each, and the suite
-# itself would take 0.5.
+# Programs with float16 in them are compared at this: weights and expected values are rounded, at 2**-11 each, and the
+# suite itself would take 0.5.
 WIDEST = 5e-3
 
 
@@ -40,8 +44,20 @@ def install() -> None:
     _deps._IS_MACOS = True
     model._MLModelProxy = Predictor
     assert ct.models.model is model
+    sys.modules.setdefault("mock", unittest.mock)
+    if "torchvision" not in sys.modules:
+        sys.modules["torchvision"] = _Absent("torchvision")
     gc.collect = lambda *generations: 0  # the plugin collects at its own pace
     np.testing.assert_allclose = _compare
+
+
+class _Absent(types.ModuleType):
+    """Stands in for a package that many modules of the suite import and few of their tests use."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        pytest.skip(f"needs {self.__name__}, whose wheel on Linux does not go with PyTorch for the CPU")
 
 
 def seed() -> None:
@@ -55,7 +71,9 @@ def seed() -> None:
 _assert_allclose = np.testing.assert_allclose
 
 
-def _compare(actual: Any, desired: Any, rtol: float = 1e-7, atol: float = 0, *args: Any, **options: Any) -> None:
+def _compare(
+    actual: Any, desired: Any, rtol: float = 1e-7, atol: float = 0, *args: Any, **options: Any
+) -> None:
     """numpy's comparison; of predictions, at our tolerance where float16 takes part and never wider."""
     diary = Predictor.diary
     if diary.rounded(actual, desired):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from edkm_export.errors import EdkmExportError, UnsupportedOpError
+from edkm_export.errors import EdkmExportError, InputError, UnsupportedOpError
 from tests.coremltools_suite.host import Mismatch
 from tests.coremltools_suite.predictor import Diary
 
@@ -20,8 +20,9 @@ def outcome_of(report: pytest.TestReport, error: BaseException | None, diary: Di
     """Kind and detail of an outcome.
 
     Kinds: `predicted` (passed with a prediction), `passed` (passed, never predicts), `skipped`, `expected failure`,
-    `refused` (an op that is not supported; the detail names it), `wrong`, `package error` (a typed error of the
-    interpreter), `untyped error`, and `not reached` (failed before any prediction: no fault of the interpreter).
+    `refused` (an op that is not supported; the detail names it), `undefined` (an index out of range, which the
+    interpreter refuses), `wrong`, `package error` (a typed error of the interpreter), `untyped error`, `not reached`
+    (failed before any prediction, which is no fault of the interpreter).
     """
     if hasattr(report, "wasxfail"):
         return "expected failure", report.wasxfail
@@ -34,6 +35,8 @@ def outcome_of(report: pytest.TestReport, error: BaseException | None, diary: Di
     if fault is not None and not isinstance(error, (Mismatch, AssertionError)):
         if isinstance(fault, UnsupportedOpError):
             return "refused", _refused(str(fault))
+        if isinstance(fault, InputError) and "out of range" in str(fault):
+            return "undefined", str(fault)
         kind = "package error" if isinstance(fault, EdkmExportError) else "untyped error"
         return kind, f"{type(fault).__name__}: {fault}"
     if diary.predictions:

@@ -1,12 +1,11 @@
 """The plugin: makes the tests of the installed coremltools predict, samples them, and writes down how each ended.
 
-Options: `--suite-sample N` keeps about one test in N, drawn by `--suite-seed`; `--suite-precision` sets the precision of the
-interpreter; `--suite-results FILE` collects one JSON line a test.
+Options: `--suite-sample N` keeps about one test in N, drawn by `--suite-seed`; `--suite-precision` sets the precision
+of the interpreter; `--suite-results FILE` collects one JSON line a test.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import zlib
@@ -74,7 +73,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     found = dict(report.user_properties).get("coremltools")
     if target is not None and found is not None and report.when != "teardown":
         with target.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"test": report.nodeid, "seconds": round(report.duration, 3), **found}) + "\n")
+            file.write(
+                json.dumps({"test": report.nodeid, "seconds": round(report.duration, 3), **found}) + "\n"
+            )
 
 
 class _Results:

@@ -16,7 +16,7 @@ from torch import Tensor
 from converters.coreml import load_package
 from converters.coreml.read.program import Function, FunctionInput
 from converters.coreml.read.values import TensorType
-from edkm_export.errors import EdkmExportError
+from edkm_export.errors import EdkmExportError, InputError
 
 __all__ = ["Diary", "Predictor"]
 
@@ -73,7 +73,9 @@ class Predictor:
         try:
             self._package = load_package(path)
         except EdkmExportError as error:
-            self._fault = error  # told when it is asked to predict, as a model that only converts needs no interpreter
+            self._fault = (
+                error  # told when it is asked to predict, as a model that only converts needs no interpreter
+            )
 
     @staticmethod
     def maximum_supported_specification_version() -> int:
@@ -98,6 +100,9 @@ class Predictor:
                 precision=self.precision,
             )
             result = {name: _returned(value) for name, value in outputs.items()}
+        except InputError as error:
+            Predictor.diary.fault = error
+            raise RuntimeError(f"Unable to compute the prediction using ML Program: {error}") from error
         except Exception as error:
             Predictor.diary.fault = error
             raise

@@ -1,0 +1,40 @@
+"""Every op on random shapes, axes, dtypes and modes against numpy."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from converters.coreml.read.ops import known_ops
+from tests.helpers import mil_draws_elementwise  # noqa: F401  (importing registers the draws)
+from tests.helpers.mil_draws import DRAWS, expected_arrays, run_drawn
+
+CASES = 50
+
+
+def _generator(op: str) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(op.encode()))
+
+
+@pytest.mark.parametrize("op", sorted(DRAWS))
+def test_drawn(op: str) -> None:
+    rng = _generator(op)
+    for number in range(CASES):
+        drawn = DRAWS[op](rng, op)
+        found = run_drawn(op, drawn)
+        wanted = expected_arrays(drawn)
+        assert len(found) == len(wanted)
+        for actual, expected in zip(found, wanted, strict=True):
+            where = f"case {number}: {drawn}"
+            assert isinstance(actual, torch.Tensor) and tuple(actual.shape) == expected.shape, where
+            if expected.dtype.kind != "f":
+                np.testing.assert_array_equal(actual.numpy(), expected, where)
+                continue
+            finite = np.abs(expected[np.isfinite(expected)])
+            scale = float(finite.max()) if finite.size else 0.0
+            np.testing.assert_allclose(
+                actual.numpy(), expected, rtol=drawn.tolerance, atol=drawn.tolerance * scale, err_msg=where
+            )
