@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from converters.coreml.read.ops import known_ops
-from tests.helpers import mil_draws_elementwise  # noqa: F401  (importing registers the draws)
+from tests.helpers import (  # noqa: F401  (importing registers the draws)
+    mil_draws_elementwise,
+    mil_draws_images,
+    mil_draws_layers,
+    mil_draws_structure,
+)
 from tests.helpers.mil_draws import DRAWS, expected_arrays, run_drawn
 
 CASES = 50
