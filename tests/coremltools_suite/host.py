@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sys
 import types
-import unittest.mock
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,6 @@ def install() -> None:
     _deps._IS_MACOS = True
     model._MLModelProxy = Predictor
     assert ct.models.model is model
-    sys.modules.setdefault("mock", unittest.mock)
     if "torchvision" not in sys.modules:
         sys.modules["torchvision"] = _Absent("torchvision")
     gc.collect = lambda *generations: 0  # the plugin collects at its own pace

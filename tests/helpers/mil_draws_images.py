@@ -90,10 +90,8 @@ def resize(rng: Rng, op: str) -> Drawn:
     wide = x.astype(np.float64)
     for offset in range(1, dims + 1):
         axis, count = x.ndim - offset, given[-offset] or x.shape[-offset]
-        if nearest:
-            wide = _picked(wide, axis, count)
-        else:
-            wide = _resized(wide, axis, grid(mode, x.shape[axis], count))
+        points = grid(mode, x.shape[axis], count)
+        wide = _picked(wide, axis, count) if nearest else _resized(wide, axis, points)
     params = {"shape": np.array(given, np.int32), "resized_dims": np.int32(dims)}
     names = {"interpolation_mode": "NEAREST_NEIGHBOR"} if nearest else {"sampling_mode": mode}
     return Drawn({"x": x}, wide, {**params, **names})

@@ -43,3 +43,29 @@ def test_drawn(op: str) -> None:
             np.testing.assert_allclose(
                 actual.numpy(), expected, rtol=drawn.tolerance, atol=drawn.tolerance * scale, err_msg=where
             )
+
+
+# Drawn in test_mil_lists.py, for they take more than arrays.
+ELSEWHERE = {
+    "classify",
+    "cond",
+    "while_loop",
+    "make_list",
+    "list_gather",
+    "list_length",
+    "list_read",
+    "list_scatter",
+    "list_write",
+    "random_bernoulli",
+    "random_categorical",
+    "random_normal",
+    "random_uniform",
+    "read_state",
+    "write_state",
+    "coreml_update_state",
+}
+
+
+def test_every_op_is_drawn() -> None:
+    compressed = {name for name in known_ops() if name.startswith("constexpr_")}
+    assert set(known_ops()) == DRAWS.keys() | ELSEWHERE | compressed
