@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-# Read by coremltools' tests when they are collected: ML programs only, of every version, in float16 and float32.
+# Read by coremltools' tests when they are collected: ML programs only, of every version. Programs of float32 beside
+# those of float16 come with INCLUDE_MIL_FP32_UNIT_TESTS=1.
 os.environ.setdefault("PYMIL_TEST_TARGETS", "mlprogram")
 os.environ.setdefault("RUN_BACKWARD_COMPATIBILITY", "1")
-os.environ.setdefault("INCLUDE_MIL_FP32_UNIT_TESTS", "1")
 
 from tests.coremltools_suite import host
 from tests.coremltools_suite.outcome import outcome_of

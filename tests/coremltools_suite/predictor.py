@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from converters.coreml import load_package
-from converters.coreml.read.program import Function, FunctionInput
+from converters.coreml.read.images import from_image, to_image
+from converters.coreml.read.program import Function
 from converters.coreml.read.values import TensorType
 from edkm_export.errors import EdkmExportError, InputError
 
@@ -92,14 +93,14 @@ class Predictor:
             if self._fault is not None:
                 raise self._fault
             function = self._package.functions[self._function or self._package.default_function]
-            given = {name: self._given(function.inputs.get(name), value) for name, value in data.items()}
+            given = {name: _given(function, name, value) for name, value in data.items()}
             outputs = self._package.run(
                 given,
                 function=self._function,
                 state=None if state is None else state.tensors,
                 precision=self.precision,
             )
-            result = {name: _returned(value) for name, value in outputs.items()}
+            result = {name: _returned(function, name, value) for name, value in outputs.items()}
         except InputError as error:
             Predictor.diary.fault = error
             raise RuntimeError(f"Unable to compute the prediction using ML Program: {error}") from error
@@ -115,15 +116,18 @@ class Predictor:
         """Predict for each of several inputs."""
         return [self.predict(one, None) for one in data]
 
-    def _given(self, declared: FunctionInput | None, value: Any) -> Any:
-        if not isinstance(value, np.ndarray):
-            return value
-        tensor = torch.from_numpy(np.ascontiguousarray(value))
-        if declared is None:
-            return tensor
-        if declared.type.shape == () and tensor.numel() == 1:
-            tensor = tensor.reshape(())
-        return tensor.to(declared.type.dtype.compute)
+
+def _given(function: Function, name: str, value: Any) -> Any:
+    """An input as a tensor of the declared type, as Core ML converts it."""
+    if name in function.images and not isinstance(value, np.ndarray):
+        return from_image(value, function.images[name], name)
+    if not isinstance(value, np.ndarray) or name not in function.inputs:
+        return value
+    declared = function.inputs[name].type
+    tensor = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+    if declared.shape == () and tensor.numel() == 1:
+        tensor = tensor.reshape(())
+    return tensor.to(declared.dtype.compute)
 
 
 def _types(function: Function) -> Iterator[TensorType]:
@@ -132,7 +136,9 @@ def _types(function: Function) -> Iterator[TensorType]:
             yield output.type
 
 
-def _returned(value: Any) -> Any:
+def _returned(function: Function, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
+    if name in function.images:
+        return to_image(value, function.images[name], name)
     return value.reshape(1).numpy() if value.dim() == 0 else value.numpy()
