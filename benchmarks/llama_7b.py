@@ -34,12 +34,12 @@ from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.llama_stack import LLAMA_7B, SMALL
 from edkm_export.training.distributed.processes import Processes
 from edkm_export.training.distributed.sharding import Sharding
-from edkm_export.training.learner import Learner
+from edkm_export.training.learner import Learner, hold_in_bfloat16
 from edkm_export.training.optimizer import build_optimizer, freeze
 from edkm_export.training.palettized.batch import ClusterBatch
 from edkm_export.training.palettized.surgery import attach, clusters_of, seed_centroids
@@ -111,7 +111,7 @@ class Side:
         with watch.part("clusters"):
             self.batch.gradients()
             if self.sharding is not None:
-                self.sharding.finish_gradients()
+                self.sharding.finish_gradients(self.batch)
                 self.sharding.clip_gradients(limit)
             else:
                 torch.nn.utils.clip_grad_norm_(self.learner.parameters(), limit)
@@ -154,7 +154,8 @@ def shared_seeds(model: Any, config: TrainConfig) -> dict[tuple[str, int], Tenso
     recipe, found, known = base_recipe(config), {}, {}
     shapes = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
     for name, rule in recipe.plan(
-        {name: tuple(module.weight.shape) for name, module in shapes.items() if module.weight.dim() == 2}, "model"
+        {name: tuple(module.weight.shape) for name, module in shapes.items() if module.weight.dim() == 2},
+        "model",
     ).items():
         weight = shapes[name].weight
         kind = (tuple(weight.shape), rule)
@@ -218,6 +219,7 @@ def build(side: str, config: TrainConfig, layers: int, small: bool, processes: P
     freeze(model, config)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lap("palettize")
+    hold_in_bfloat16(teacher)
     learner = Learner(model, teacher, objective="distillation")
     learner.train()
     optimizer = build_optimizer(model, config)
@@ -282,9 +284,7 @@ def run_side(
                 parts.append(found)
         step_ms = statistics.median(times)
         tokens = count * options["context"]
-        work = operations(
-            made.learner.config, tokens, options["context"], distills=side != "cross-entropy"
-        )
+        work = operations(made.learner.config, tokens, options["context"], distills=side != "cross-entropy")
         rows.append(
             {
                 "side": side,
@@ -341,7 +341,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 @click.option("--iterations", default=PRESETS["paper"].iterations, show_default=True)
 @click.option("--steps", default=4, show_default=True, help="That are timed, after two.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Default: cuda if there is one.")
-@click.option("--peak", default=989e12, show_default=True, help="Dense bfloat16 operations a second of a GPU.")
+@click.option(
+    "--peak", default=989e12, show_default=True, help="Dense bfloat16 operations a second of a GPU."
+)
 @click.option("--profile", is_flag=True, help="Print the kernels of one more step.")
 @click.option("--small", is_flag=True, help="A tiny shape, to try the script.")
 @click.option("--rows", type=click.Path(path_type=Path), help="Append each row here as a line of JSON.")

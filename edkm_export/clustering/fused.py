@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from edkm_export.clustering.recurrence import least_mass
 
-__all__ = ["FusedHistogram", "FusedStreaming", "bins_of", "can_fuse"]
+__all__ = ["FusedHistogram", "FusedStreaming", "FusedTrace", "bins_of", "can_fuse"]
 
 _TILE = 2048  # entries of an attention tile over bins: 16 a thread, which 4 warps hold in registers
 _WEIGHT_TILE = 4096  # over weights: 32 a thread, measured 4-15% faster there
@@ -117,6 +118,101 @@ def _room(centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     return iterates, centroids.new_empty(iterations, groups, k)
 
 
+class FusedTrace:
+    """The recurrence of some weights, unrolled once; soft weights and gradients come from it without a second time.
+
+    Args:
+        weight: [groups, m], contiguous; must not change while the trace is used.
+        centroids: c^0, float32 [groups, k].
+        tau: float32 [groups].
+        iterations: T.
+        total: adds the sums of a pass, float32 [groups, 2, K], to those over weights that lie elsewhere; None: there
+            are no others.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        centroids: Tensor,
+        tau: Tensor,
+        iterations: int,
+        total: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.weight, self.tau, self._total = weight, tau, total
+        self.iterates, self.masses = _room(centroids, iterations)
+        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
+            passes = self._passes()
+            before, sums = passes.sums(), passes.sums()
+            for t in range(iterations):
+                before, sums = sums, before
+                passes.launch("iterate", tau, self.iterates, self.masses, before, sums, t)
+                self._join(sums)
+            self._sums = sums
+            _kernels("kernels").conclude[(passes.groups,)](
+                tau, self.iterates, self.masses, sums, iterations, passes.groups, passes.k, passes.parts, _LEAST,
+                K=passes.width, ROWS=passes.rows, num_warps=_WARPS,
+            )  # fmt: skip
+
+    @classmethod
+    def restored(cls, weight: Tensor, tau: Tensor, iterates: Tensor, masses: Tensor) -> FusedTrace:
+        """A trace for `pull_back` only, from what another one kept."""
+        made = cls.__new__(cls)
+        made.weight, made.tau, made._total = weight, tau, None
+        made.iterates, made.masses = iterates, masses
+        return made
+
+    def _passes(self) -> _Passes:
+        return _Passes(self.weight, self.tau, self.iterates.shape[2])
+
+    def _join(self, sums: Tensor) -> None:
+        """Make the sums [groups, parts, 2, K] of a pass those over all weights."""
+        if self._total is not None:
+            whole = self._total(sums.sum(1))
+            sums.zero_()
+            sums[:, 0] = whole
+
+    @property
+    def last(self) -> Tensor:
+        """c^T, float32 [groups, k]."""
+        return self.iterates[-1]
+
+    def soften(self, out: Tensor) -> None:
+        """Write the soft weight A^{T-1} c^T to `out` [groups, m], in its dtype."""
+        with torch.cuda.device_of(self.weight):  # type: ignore[no-untyped-call]
+            self._passes().launch(
+                "soften", self.tau, self.iterates, self.masses, self._sums, out, len(self.masses)
+            )
+
+    def pull_back(self, grad_soft: Tensor, grad_last: Tensor | None, out: Tensor) -> Tensor:
+        """Gradient of the weight, G d + h, to `out`; the gradient of c^0.
+
+        Args:
+            grad_soft: of the soft weight, [groups, m], contiguous; may be `out`.
+            grad_last: of c^T [groups, k]; None: zero.
+            out: [groups, m].
+        """
+        tau, last = self.tau, len(self.masses)
+        gradients = torch.empty_like(self.iterates)
+        gradients[-1] = 0 if grad_last is None else grad_last
+        collected = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+        with torch.cuda.device_of(self.weight):  # type: ignore[no-untyped-call]
+            passes = self._passes()
+            applied = passes.apply_sums(grad_soft, self.iterates, collected)
+            self._join(applied)
+            before, sums = passes.sums(), passes.sums()
+            trace = (self.iterates, self.masses, gradients, applied)
+            for t in range(last - 1, -1, -1):
+                before, sums = sums, before
+                target = out if t == 0 else collected
+                passes.launch("pull_iteration", tau, *trace, before, sums, collected, target, t, last)
+                self._join(sums)
+            _kernels("kernels").close[(passes.groups,)](
+                tau, self.masses, gradients, applied, sums, last, passes.groups, passes.k, passes.parts, _LEAST,
+                K=passes.width, ROWS=passes.rows, num_warps=_WARPS,
+            )  # fmt: skip
+        return gradients[0]
+
+
 class FusedStreaming(torch.autograd.Function):
     """Soft weight and last centroids, by passes over the weights.
 
@@ -130,40 +226,19 @@ class FusedStreaming(torch.autograd.Function):
         ctx: Any, weight: Tensor, centroids: Tensor, tau: Tensor, iterations: int
     ) -> tuple[Tensor, Tensor]:
         weight, tau = weight.contiguous(), tau.contiguous()
-        iterates, masses = _room(centroids, iterations)
+        trace = FusedTrace(weight, centroids, tau, iterations)
         soft = torch.empty_like(weight)
-        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
-            passes = _Passes(weight, tau, centroids.shape[1])
-            before, sums = passes.sums(), passes.sums()
-            for t in range(iterations):
-                before, sums = sums, before
-                passes.launch("iterate", tau, iterates, masses, before, sums, t)
-            passes.launch("soften", tau, iterates, masses, sums, soft, iterations)
-        ctx.save_for_backward(weight, tau, iterates, masses)
-        return soft, iterates[-1].clone()
+        trace.soften(soft)
+        ctx.save_for_backward(weight, tau, trace.iterates, trace.masses)
+        return soft, trace.last.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_soft: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        weight, tau, iterates, masses = ctx.saved_tensors
-        last, grad_soft = len(masses), grad_soft.contiguous()
-        gradients, out = torch.empty_like(iterates), torch.empty_like(weight)
-        gradients[-1] = grad_last
-        collected = out if weight.dtype == torch.float32 else torch.empty_like(weight, dtype=torch.float32)
-        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
-            passes = _Passes(weight, tau, iterates.shape[2])
-            applied = passes.apply_sums(grad_soft, iterates, collected)
-            before, sums = passes.sums(), passes.sums()
-            trace = (iterates, masses, gradients, applied)
-            for t in range(last - 1, -1, -1):
-                before, sums = sums, before
-                target = out if t == 0 else collected
-                passes.launch("pull_iteration", tau, *trace, before, sums, collected, target, t, last)
-            _kernels("kernels").close[(passes.groups,)](
-                tau, masses, gradients, applied, sums, last, passes.groups, passes.k, passes.parts, _LEAST,
-                K=passes.width, ROWS=passes.rows, num_warps=_WARPS,
-            )  # fmt: skip
-        return out, gradients[0], None, None
+        weight, *kept = ctx.saved_tensors
+        out = torch.empty_like(weight)
+        trace = FusedTrace.restored(weight, *kept)
+        return out, trace.pull_back(grad_soft.contiguous(), grad_last, out), None, None
 
 
 class _Bins:

@@ -22,7 +22,7 @@ from edkm_export.training.curve import draw
 from edkm_export.training.data import read_tokens
 from edkm_export.training.distributed.processes import ALONE, Processes
 from edkm_export.training.evaluation import Evaluation, Evaluations
-from edkm_export.training.learner import Learner, Student
+from edkm_export.training.learner import Learner, Student, hold_in_bfloat16
 from edkm_export.training.optimizer import freeze
 from edkm_export.training.palettized.surgery import clusters_of, to_checkpoint
 from edkm_export.training.preparation import base_recipe, decoder_bits, insert, prepare
@@ -238,6 +238,8 @@ class Run:
         if config.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         distilling = config.objective == "distillation"
+        if distilling and config.bf16 and not self.eval_texts:  # evaluations are in float32
+            hold_in_bfloat16(original)
         learner = Learner(
             student,
             original if distilling else None,

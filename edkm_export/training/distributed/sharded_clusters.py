@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edkm_export.clustering import soft_cluster
+from edkm_export.clustering.fused import FusedTrace, can_fuse
 from edkm_export.clustering.recurrence import Points, apply, pull_back, unroll
 from edkm_export.palette import PalettizedTensor
 from edkm_export.training.distributed.gathered import Gathered, Master
@@ -35,7 +36,7 @@ class _SplitPoints(Points):
 
     def total(self, sums: Tensor) -> Tensor:
         assert self.rows is not None
-        return self.rows.of_pieces(self.rows.total(sums))
+        return self.rows.total_of_pieces(sums)
 
 
 class ShardedClusters(Clusters):
@@ -150,10 +151,41 @@ class ShardedClusters(Clusters):
         if self._soft is not None:
             self._soften(plain(self.weight.detach()))
 
+    def own_weight(self) -> Tensor:
+        """The rows of this process, [pieces, m]."""
+        return self.own(self.weight.detach())
+
+    def own_gradient(self) -> Tensor | None:
+        """The gradient of these rows, reduced."""
+        return None if self.weight.grad is None else self.own(self.weight.grad)
+
+    def own_groups(self) -> Tensor:
+        """Group of each piece."""
+        return self.rows.group_of.cpu()
+
+    def assigned(self) -> None:
+        """Compute the soft weight of these rows anew, if there is one."""
+        if self._soft is not None:
+            self._soften(plain(self.weight.detach()))
+
     def _soften(self, weight: Tensor) -> None:
         assert self._soft is not None
-        soft, self._last = self._soft_cluster(self.rows.view(weight))
+        own = self.rows.view(weight)
+        if (trace := self._fused_trace(own)) is not None:
+            trace.soften(self._soft[: len(weight)].view(own.shape))
+            self._trace, self._last = trace, self.rows.of_any_piece(trace.last)
+            return
+        soft, self._last = self._soft_cluster(own)
         self._soft[: len(weight)] = soft.view(weight.shape)
+
+    def _fused_trace(self, weight: Tensor) -> FusedTrace | None:
+        """The recurrence of these rows [pieces, m] with those of other processes; None without kernels for it."""
+        rows, tau = self.rows, self.temperature
+        if weight.dtype != torch.float32 or not can_fuse(weight, self.unit, tau, self.method.iterations):
+            return None
+        start = rows.of_pieces(self.centroids()).contiguous()
+        total = rows.total_of_pieces if rows.are_split else None
+        return FusedTrace(weight, start, rows.of_pieces(tau), self.method.iterations, total)
 
     def _soft_cluster(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Soft weight of these rows and the last centroids [groups, k]; not differentiable."""
@@ -170,8 +202,7 @@ class ShardedClusters(Clusters):
         trace = unroll(points, rows.of_pieces(start)[..., None], self.method.iterations)
         soft = torch.empty_like(points.values)
         apply(points, trace, soft)
-        pieces = rows.total(torch.ones(rows.pieces, 1, dtype=tau.dtype, device=tau.device))
-        return soft[..., 0], rows.total(trace.centroids[-1][..., 0]) / pieces
+        return soft[..., 0], rows.of_any_piece(trace.centroids[-1][..., 0])
 
     def lut_sums(self, grad: Tensor) -> Tensor:
         """The part of this process of the sums of `lut_gradient`, [groups, k]; grad [pieces, m]."""
@@ -182,7 +213,13 @@ class ShardedClusters(Clusters):
         """Turn the gradient of the palettized weight [pieces, m] into that of the master weight, in place."""
         if self.method.backward == "straight-through":
             return
-        weight, rows, tau = self.own(self.weight.detach()), self.rows, self.temperature
+        weight, rows, tau = self.own_weight(), self.rows, self.temperature
+        fused = self._trace or self._fused_trace(
+            weight
+        )  # of "dkm": the weights are still those that were softened
+        if fused is not None:
+            fused.pull_back(grad, None, grad)
+            return
         start = rows.of_pieces(self.centroids())
         if not rows.are_split:
             with torch.enable_grad():
