@@ -68,6 +68,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        """Time what the block does."""
         start = self._now()
         yield
         self.spans.append((name, start, self._now()))

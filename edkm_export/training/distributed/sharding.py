@@ -97,8 +97,7 @@ class Sharding:
             parts = torch.split(flat, [part.numel() for part in sums])
             for each, part in zip(with_luts, parts, strict=True):
                 each.lut.grad = part.view(each.lut.shape).to(each.lut.dtype) * each.factor
-        for each in learned:
-            each.soften_gradient(each.own(each.weight.grad))
+        ShardedClusters.soften_gradients(learned)
 
     @torch.no_grad()
     def clip_gradients(self, limit: float) -> Tensor:

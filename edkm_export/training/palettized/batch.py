@@ -141,8 +141,7 @@ class ClusterBatch:
             if self._on_device():
                 for _, jobs in self._all_jobs():
                     jobs.assign(tables.rows[torch.float32])
-                for each in stale:
-                    each.assigned()
+                type(stale[0]).assigned(stale)
             else:
                 for each in stale:
                     each.assign()

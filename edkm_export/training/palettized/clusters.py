@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from edkm_export.clustering import soft_cluster
-from edkm_export.clustering.fused import FusedTrace, can_fuse
+from edkm_export.clustering.fused import can_fuse
+from edkm_export.clustering.fused_trace import FusedTrace, finish
 from edkm_export.palette import PalettizedTensor
 from edkm_export.recipe import Rule
 from edkm_export.training.palettized.fingerprint import fingerprint
@@ -221,8 +223,9 @@ class Clusters(nn.Module):
         """Group of each row of `indices`, int64 on the CPU."""
         return torch.arange(self.groups)
 
-    def assigned(self) -> None:
-        """Do what is left when the indices of this weight were assigned together with others."""
+    @staticmethod
+    def assigned(clusters: Sequence[Any]) -> None:
+        """Do what is left when the indices of these were assigned together."""
 
     @torch.no_grad()
     def restored(self) -> None:
@@ -343,7 +346,7 @@ class Clusters(nn.Module):
             return None
         if self._trace is not None and not torch.cuda.is_current_stream_capturing():
             return self._trace
-        trace = FusedTrace(weight, self.centroids(), self.temperature, self.method.iterations)
+        trace = finish(FusedTrace.unroll(weight, self.centroids(), self.temperature, self.method.iterations))
         if self.method.backward == "dkm":
             self._last = trace.last
         self._trace = None if torch.cuda.is_current_stream_capturing() else trace
@@ -363,7 +366,7 @@ class Clusters(nn.Module):
         """Gradients of the master weight and of `lut` through the soft weight, from that of the latter [groups, m]."""
         if (trace := self._fused()) is not None:
             out = torch.empty_like(trace.weight)
-            first = trace.pull_back(grad.to(out.dtype).contiguous(), None, out)
+            first = finish(trace.pull_back(grad.to(out.dtype).contiguous(), None, out))
             return out.view(self.weight.shape), first * self.unit
         with torch.enable_grad():
             leaf = self.weight.detach().requires_grad_()
