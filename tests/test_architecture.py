@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.end_tokens",
         "edkm_export.prompt",
         "edkm_export.atomic",
+        "edkm_export.digest",
         "edkm_export.packing",
         "edkm_export.lut_dtypes",
         "edkm_export.lut_grid",

@@ -74,6 +74,7 @@ def command(
     from edkm_export.cli.console import bar, err, megabytes, out
     from edkm_export.decoder.build import decoder_config
     from edkm_export.palettization import palettizable_shapes, palettize_model
+    from edkm_export.reference.tokenizer_files import tokenizer_files
     from edkm_export.text import read_text, token_windows
     from edkm_export.versions import library_versions
 
@@ -115,7 +116,7 @@ def command(
         }
 
     shapes = palettizable_shapes(loaded)
-    files, config = sources.tokenizer_files(tokenizer, loaded), loaded.config.to_dict()
+    files, config = tokenizer_files(tokenizer, loaded), loaded.config.to_dict()
     total = sum(shapes[name][0] * shapes[name][1] for name in rules)
     with bar("palettizing", total) as advance:
         parts = palettize_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shlex
 import sys
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.digest import file_sha256
 from edkm_export.errors import CheckpointError, InputError
 from edkm_export.reference.soft_model import SoftWeights
 from edkm_export.reference.source import Source
@@ -158,16 +158,8 @@ def _digests(artifact: Path) -> dict[str, str]:
     for path in files:
         if path.is_file() and not path.is_symlink() and path.name not in REPORT_FILES:
             name = path.name if path == artifact else path.relative_to(artifact).as_posix()
-            found[name] = _sha256(path)
+            found[name] = file_sha256(path)
     return found
-
-
-def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
 
 
 def _check_vocabulary(checkpoint: Checkpoint, tokens: Tensor) -> None:

@@ -17,9 +17,9 @@ from edkm_export.reference.source import (
     load_config,
     load_model,
     load_tokenizer,
-    tokenizer_files,
     value_count,
 )
+from edkm_export.reference.tokenizer_files import tokenizer_files
 from tests.helpers.gguf_kinds import KINDS
 from tests.helpers.odd_models import build, save
 
