@@ -19,7 +19,7 @@ from edkm_export.reference.account import Account
 from edkm_export.reference.adapters import Adapter
 from edkm_export.reference.gguf.gguf_file import part_paths
 from edkm_export.reference.hf_folder import HfFolder
-from edkm_export.reference.hub import fetch
+from edkm_export.reference.hub import commit_of, fetch, is_hub_id
 from edkm_export.reference.load_errors import explained, without_bars
 from edkm_export.reference.stored_tensors import ADAPTER_CONFIG
 from edkm_export.reference.weight_range import check_weight_range
@@ -100,9 +100,10 @@ class Source:
             return cls(reference, str(path.absolute().parent), path.name, merged)
         if path.is_dir():
             return cls(reference, str(_model_folder(path.absolute(), reference, merged)), None, merged)
-        if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
-            raise InputError(f"{reference}: no such file or folder.")
-        return cls(reference, reference, None, merged)
+        if is_hub_id(reference):
+            return cls(reference, reference, None, merged)
+        named = "" if "/" in reference or path.suffix else "; models of the hub are named OWNER/NAME"
+        raise InputError(f"{reference}: no such file or folder{named}.")
 
     @property
     def is_quantized(self) -> bool:
@@ -121,6 +122,16 @@ class Source:
     def is_local(self) -> bool:
         """False for a hub id."""
         return Path(self.location).is_dir()
+
+    def locate(self) -> Source:
+        """Itself, when the hub, which is asked once, has a hub model.
+
+        Raises:
+            InputError: there is no such model, or the hub cannot be reached and its cache does not hold it.
+        """
+        if not self.is_local:
+            commit_of(self.location)
+        return self
 
     def weight_files(self) -> list[Path]:
         """Files that hold the weights; empty for a hub id."""
@@ -174,10 +185,7 @@ def _model_folder(path: Path, reference: str, adapter: Adapter | None) -> Path:
 
 
 def _explaining(source: Source) -> contextlib.AbstractContextManager[None]:
-    if source.is_local:
-        advice = "check that the folder holds config.json, *.safetensors and the tokenizer of one model"
-    else:
-        advice = "no such local folder; to use a hub model, check the name and the network"
+    advice = "check that the folder holds config.json, *.safetensors and the tokenizer of one model"
     return explained(source.reference, needed="gguf" if source.gguf_file else "all", advice=advice)
 
 
@@ -193,9 +201,10 @@ def _gguf(source: Source) -> GgufModel:
 
 def _folder(source: Source, files: list[str] | None = None) -> HfFolder:
     """The folder of a source; a hub model is fetched."""
-    return HfFolder(
-        source.reference, Path(source.location) if source.is_local else fetch(source.location, files)
-    )
+    if source.is_local:
+        return HfFolder(source.reference, Path(source.location))
+    fetched = fetch(source.location, files)
+    return HfFolder(source.reference, _model_folder(fetched, source.reference, source.adapter))
 
 
 def account(source: Source) -> Account:
@@ -240,7 +249,7 @@ def load_config(source: Source, *, weights: bool = True) -> Any:
         if source.gguf_file:
             return _gguf(source).config()
         if not source.is_local:  # before the weights are fetched
-            return _folder(source, ["config.json"]).config(weights=False)
+            return _folder(source, ["config.json", ADAPTER_CONFIG]).config(weights=False)
         return _folder(source).config(weights=weights)
 
 
