@@ -315,7 +315,7 @@ def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[s
             "versions": library_versions(),
             "command": command,
             "seed": None,
-            "base_model": {"reference": model.reference},
+            "base_model": {"reference": model.place},
         },
         path=file,
     )

@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.atomic",
         "edkm_export.digest",
         "edkm_export.packing",
+        "edkm_export.local_paths",
         "edkm_export.lut_dtypes",
         "edkm_export.lut_grid",
         "edkm_export.palette",

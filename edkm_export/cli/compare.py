@@ -80,7 +80,7 @@ def command(
         print_wide(_table(rows))
     if output is not None:
         with atomic_file(output, overwrite=overwrite) as temporary:
-            temporary.write_text(comparison_page(rows, text_name), encoding="utf-8")
+            temporary.write_text(comparison_page(rows, Path(text_name).name), encoding="utf-8")
         out.print(f"page: {output}", soft_wrap=True)
 
 

@@ -176,19 +176,28 @@ def find_original(checkpoint: Checkpoint, asked: Source | None) -> tuple[Source 
     reference = base.get("reference") if isinstance(base, dict) else None
     if not isinstance(reference, str):
         return None, "the checkpoint does not say what it was made from; name it with --original"
-    if not Path(reference).exists():
-        return None, f"{reference} is not here; name it with --original"
+    found = _seen_from(checkpoint, reference)
+    if found is None:
+        return None, f"{Path(reference).name} is not here; name it with --original"
     try:
         adapter = base.get("adapter") if isinstance(base, dict) else None
-        source = Source.parse(reference, adapter.get("reference") if isinstance(adapter, dict) else None)
+        merged = adapter.get("reference") if isinstance(adapter, dict) else None
+        source = Source.parse(found, merged and (_seen_from(checkpoint, merged) or merged))
         if not _is_unchanged(source, base):
             return (
                 None,
-                f"{reference} has changed since it was palettized; name the right one with --original",
+                f"{Path(reference).name} has changed since it was palettized; name the right one with --original",
             )
     except InputError as error:
         return None, str(error)
     return source, ""
+
+
+def _seen_from(checkpoint: Checkpoint, reference: str) -> str | None:
+    """What a checkpoint names, from its folder or from the working folder; None where nothing is there."""
+    folders = [] if checkpoint.path is None else [checkpoint.path.parent]
+    places = (folder / reference for folder in [*folders, Path()])
+    return next((str(place) for place in places if place.exists()), None)
 
 
 def _is_unchanged(source: Source, recorded: Any) -> bool:

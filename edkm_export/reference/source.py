@@ -123,6 +123,11 @@ class Source:
         """False for a hub id."""
         return Path(self.location).is_dir()
 
+    @property
+    def place(self) -> str:
+        """Absolute path of what the user gave; a hub id as it is."""
+        return str(Path(self.reference).absolute()) if self.is_local else self.reference
+
     def locate(self) -> Source:
         """Itself, when the hub, which is asked once, has a hub model.
 
@@ -145,7 +150,7 @@ class Source:
     def provenance(self) -> dict[str, Any]:
         """The reference and, for a local model, the sha256 of each weight file; those of an adapter likewise."""
         found: dict[str, Any] = {
-            "reference": str(Path(self.reference).absolute()) if self.is_local else self.reference,
+            "reference": self.place,
             "sha256": {path.name: file_sha256(path) for path in self.weight_files()},
         }
         if self.adapter is not None:
