@@ -58,6 +58,7 @@ def _name(text: str) -> str:
     if option := _OPTION.fullmatch(text):
         return option[1] + _name(option[2])
     path = Path(text)
-    if path.is_absolute() and (os.path.exists(text) or (len(path.parts) > 2 and not re.search(r"\s", text))):
+    there = os.path.exists(text)  # noqa: PTH110, Path.exists raises for names that are too long
+    if path.is_absolute() and (there or (len(path.parts) > 2 and not re.search(r"\s", text))):
         return path.name or text
     return _WITHIN.sub(r"\1", text)
