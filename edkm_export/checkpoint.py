@@ -11,7 +11,8 @@ never runs code. Keys:
     tied            {name: name of the parameter that it shares}
     tokenizer       {file name: its bytes, as a uint8 tensor}
     recipe          the recipe, a dict
-    provenance      versions, command, seed, base model, sha256 of the three groups of tensors
+    provenance      versions, command, seed, base model, sha256 of the three groups of tensors; no absolute path:
+                    the base model is named as seen from the folder of the checkpoint
 
 Version 1 had no "lut_dtype". It is then the dtype of the LUT: an int4 grid of version 1 reads as int8.
 """
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from edkm_export.atomic import atomic_file
 from edkm_export.errors import CheckpointError, PaletteError
+from edkm_export.local_paths import nearby, without_folders
 from edkm_export.palette import PalettizedTensor, all_finite
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "Checkpoint", "load", "save"]
@@ -141,12 +143,29 @@ def save(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool = False) -
         "recipe": _plain(checkpoint.recipe),
     }
     digests = {key: _digest(contents[key]) for key in ("palettized", "dense", "tokenizer")}
-    contents["provenance"] = {**_plain(checkpoint.provenance), "sha256": digests}
+    contents["provenance"] = {**_portable(_plain(checkpoint.provenance), path.parent), "sha256": digests}
     with atomic_file(path, overwrite=overwrite) as temporary:
         try:
             torch.save(contents, temporary)
         except RuntimeError as error:  # torch reports a failed write so, without an errno
             raise OSError(f"{path}: writing failed, is the disk full? ({_first_line(error)})") from error
+
+
+def _portable(provenance: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Without local paths. The original is named as seen from the checkpoint, so that it is found from there."""
+    base = provenance.get("base_model")
+    if isinstance(base, dict):
+        base = _seen_from(folder, base)
+        if isinstance(base.get("adapter"), dict):
+            base["adapter"] = _seen_from(folder, base["adapter"])
+        provenance = {**provenance, "base_model": base}
+    found: dict[str, Any] = without_folders(provenance)
+    return found
+
+
+def _seen_from(folder: Path, named: dict[str, Any]) -> dict[str, Any]:
+    reference = named.get("reference")
+    return {**named, "reference": nearby(reference, folder)} if isinstance(reference, str) else dict(named)
 
 
 def load(path: str | Path) -> Checkpoint:

@@ -28,8 +28,8 @@ from edkm_export.reference.source import (
     load_config,
     load_tokenizer,
     read_generation_settings,
-    tokenizer_files,
 )
+from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.versions import library_versions
 
 __all__ = ["Imported", "as_checkpoint", "import_state", "read_state"]
@@ -315,7 +315,7 @@ def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[s
             "versions": library_versions(),
             "command": command,
             "seed": None,
-            "base_model": {"reference": model.reference},
+            "base_model": {"reference": model.place},
         },
         path=file,
     )

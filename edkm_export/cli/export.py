@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
+from edkm_export.cli.parameter_types import CHECKPOINT
 from edkm_export.cli.verification import climb, prepare, verification_options
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
@@ -62,7 +63,7 @@ def export_arguments(function: _F) -> _F:
     function = click.option(
         "-o", "--output", type=click.Path(path_type=Path), help="Folder to make.  [default: MODEL-FORMAT]"
     )(function)
-    return click.argument("checkpoint", metavar="MODEL.PT", type=click.Path(path_type=Path))(function)
+    return click.argument("checkpoint", metavar="MODEL.PT", type=CHECKPOINT)(function)
 
 
 def export_options(function: _F) -> _F:

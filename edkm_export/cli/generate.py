@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from edkm_export.cli.parameter_types import ARTIFACT
+
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.artifact.generation import Generation, Sampling
     from edkm_export.artifact.protocol import Session
@@ -23,7 +25,7 @@ _ENDS = {
 
 
 @click.command("generate", short_help="Let a checkpoint or an exported model write text.")
-@click.argument("path", metavar="OUT|MODEL.PT", type=click.Path(path_type=Path))
+@click.argument("path", metavar="OUT|MODEL.PT", type=ARTIFACT)
 @click.option("--prompt", required=True, help="What to go on from; with --chat, what the user says.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer."
@@ -95,10 +97,7 @@ def _sampling(temperature: float | None, top_p: float | None, seed: int | None) 
 def _open(path: Path) -> _Opened:
     """A session for whatever lies at `path`."""
     from edkm_export.cli.artifacts import is_artifact, open_session
-    from edkm_export.errors import InputError
 
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder.")
     return _with_tokenizer(*open_session(path)) if is_artifact(path) else _checkpoint(path)
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edkm_export.cli.parameter_types import find_source
+
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
     from edkm_export.palette import PalettizedTensor
     from edkm_export.reference.account import Account
@@ -28,19 +30,17 @@ _WIDEST = 160  # characters of a setting; vocabularies have 260,000 entries
 def command(path: Path, adapter: str | None, as_json: bool) -> None:
     """Show what would be used of a source, or functions, inputs, states, op counts and every palettized weight.
 
-    MODEL is a Hugging Face folder, a GGUF file or a LoRA adapter: its account says which tensors and settings are
-    used, which change no logit, and which are not understood, so that the model would be refused (exit status 2).
+    MODEL is a Hugging Face folder, a hub id, a GGUF file or a LoRA adapter: its account says which tensors and
+    settings are used, which change no logit, and which are not understood, so that the model would be refused (exit
+    status 2).
     OUT is the folder that `edkm-export coreml` or `edkm-export onnx` made, or the model in it. Everything is read
     from the bytes on disk.
     """
-    from converters.onnx.read.folder import is_onnx
-    from edkm_export.errors import InputError
-
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder.")
-    if adapter is not None or _is_source(path):
+    if not path.exists() or adapter is not None or _is_source(path):
         _show_source(path, adapter, as_json)
         return
+    from converters.onnx.read.folder import is_onnx
+
     if is_onnx(path):
         description = _describe_onnx(path)
     else:
@@ -61,16 +61,23 @@ def _is_source(path: Path) -> bool:
     return named and not (path / MARKER).is_file()
 
 
+def _is_adapter(path: Path) -> bool:
+    """A folder with nothing else."""
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+
+
 def _show_source(path: Path, adapter: str | None, as_json: bool) -> None:
     from edkm_export.errors import SourceError
-    from edkm_export.reference.adapters import Adapter
-    from edkm_export.reference.source import Source, account
 
-    has_model = path.is_file() or (path / "config.json").is_file()
-    if adapter is None and not has_model:
+    if adapter is None and _is_adapter(path):
+        from edkm_export.reference.adapters import Adapter
+
         found = Adapter.open(str(path)).account()
     else:
-        found = account(Source.parse(str(path), adapter))
+        source = find_source(str(path), adapter)
+        from edkm_export.reference.source import account
+
+        found = account(source)
     if as_json:
         click.echo(json.dumps({"path": str(path), **asdict(found)}, indent=2, default=str))
     else:

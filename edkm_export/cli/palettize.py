@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edkm_export.cli.parameter_types import RECIPE, TEXT, find_source
 from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
 
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
@@ -34,12 +35,13 @@ _CONTEXT = 512
 )
 @click.option(
     "--recipe",
+    type=RECIPE,
     help="YAML file or preset (8bit, 6bit, 4bit, 3bit, 2bit, 4bit-per-tensor, 4bit-int8, 3bit-int8, 3bit-int4, "
     "2bit-int4, dense).",
 )
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
+    type=TEXT,
     help="Text whose activations weigh the clustering. Recommended: it is worth about a bit.",
 )
 @click.option("--calibration-tokens", type=click.IntRange(min=2), default=1024, show_default=True)
@@ -64,9 +66,8 @@ def command(
     each; a --recipe decides otherwise.
     """
     from edkm_export.atomic import check_output
-    from edkm_export.reference import source as sources
 
-    source = sources.Source.parse(model, adapter)
+    source = find_source(model, adapter)
     check_output(output, overwrite=overwrite)
     plan = _recipe(recipe, bits, group_size, lut_dtype)
 
@@ -74,6 +75,8 @@ def command(
     from edkm_export.cli.console import bar, err, megabytes, out
     from edkm_export.decoder.build import decoder_config
     from edkm_export.palettization import palettizable_shapes, palettize_model
+    from edkm_export.reference import source as sources
+    from edkm_export.reference.tokenizer_files import tokenizer_files
     from edkm_export.text import read_text, token_windows
     from edkm_export.versions import library_versions
 
@@ -115,7 +118,7 @@ def command(
         }
 
     shapes = palettizable_shapes(loaded)
-    files, config = sources.tokenizer_files(tokenizer, loaded), loaded.config.to_dict()
+    files, config = tokenizer_files(tokenizer, loaded), loaded.config.to_dict()
     total = sum(shapes[name][0] * shapes[name][1] for name in rules)
     with bar("palettizing", total) as advance:
         parts = palettize_model(

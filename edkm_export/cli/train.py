@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from edkm_export.cli.parameter_types import FILE, RECIPE, TEXT, find_source
 from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
 
 __all__ = ["command"]
@@ -22,7 +23,7 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 @click.command("train", short_help="Fine-tune a model while its weights are clustered (eDKM).")
 @click.argument("model")
 @click.option(
-    "--data", multiple=True, required=True, type=click.Path(path_type=Path),
+    "--data", multiple=True, required=True, type=TEXT,
     help="Text, or JSONL with Alpaca fields or chat messages. May be given several times.",
 )  # fmt: skip
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
@@ -33,10 +34,8 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
     show_default=True,
     help="Where settings start from.",
 )
-@click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="YAML with any of the settings."
-)
-@click.option("--recipe", help="YAML file or preset: bits, groups and LUT dtype by layer.")
+@click.option("--config", "config_file", type=FILE, help="YAML with any of the settings.")
+@click.option("--recipe", type=RECIPE, help="YAML file or preset: bits, groups and LUT dtype by layer.")
 @click.option("--bits", type=int, help="Bits of an index: 1, 2, 3, 4, 6 or 8.")
 @click.option("--target-bits", type=float, help="Average bits a weight; sensitive layers get more.")
 @click.option("--group-size", type=int, help="Output rows that share a LUT; 0: one for the weight.")
@@ -88,9 +87,7 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
     help="On CUDA, run steps as a recorded CUDA graph.  [default: record, where the model allows it]",
 )
 @click.option("--seed", type=int)
-@click.option(
-    "--eval-text", multiple=True, type=click.Path(path_type=Path), help="Text for perplexity and KL."
-)
+@click.option("--eval-text", multiple=True, type=TEXT, help="Text for perplexity and KL.")
 @click.option("--eval-tokens", type=int, help="Tokens of each.")
 @click.option("--eval-every", type=int, help="Steps between evaluations; 0: first and last only.")
 @click.option("--save-every", type=int, help="Steps between checkpoints; 0: none.")
@@ -128,9 +125,7 @@ def command(
             "--recipe decides bits, groups and LUT dtype; leave --bits, --group-size and --lut-dtype out."
         )
 
-    from edkm_export.reference.source import Source
-
-    source = Source.parse(model, adapter)
+    source = find_source(model, adapter)
 
     import torch
 

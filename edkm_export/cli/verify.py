@@ -9,14 +9,15 @@ from typing import Any
 import click
 
 from edkm_export.cli.artifacts import find_artifact
+from edkm_export.cli.parameter_types import CHECKPOINT, PACKAGE
 from edkm_export.cli.verification import climb, prepare, verification_options
 
 __all__ = ["command"]
 
 
 @click.command("verify", short_help="Check that a package computes what its checkpoint does.")
-@click.argument("checkpoint", metavar="MODEL.PT", type=click.Path(path_type=Path))
-@click.argument("package", metavar="PACKAGE", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="MODEL.PT", type=CHECKPOINT)
+@click.argument("package", metavar="PACKAGE", type=PACKAGE)
 @verification_options
 @click.option(
     "--report",

@@ -14,7 +14,8 @@ from edkm_export import checkpoint
 from edkm_export.errors import InputError
 from edkm_export.recipe import Recipe
 from edkm_export.reference.hard_model import load_hard_model
-from edkm_export.reference.source import Source, load_model, load_tokenizer, tokenizer_files
+from edkm_export.reference.source import Source, load_model, load_tokenizer
+from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.text import read_text, token_windows
 from edkm_export.training import run_checkpoints
 from edkm_export.training.callbacks import Clock, Evaluate, Log, Refit

@@ -17,6 +17,7 @@ from edkm_export.artifact.protocol import Artifact
 from edkm_export.artifact.thresholds import NEAR_TIE_NATS, ROUNDED_TIE_NATS, decode_limit
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
+from edkm_export.local_paths import without_folders
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
 from edkm_export.verify.bytes import compare_bytes
 from edkm_export.verify.continuation import compare_continuations, prefill_against_decode
@@ -145,6 +146,8 @@ def verify_artifact(
     if evaluation.localize:
         begin("looking for the first value that is off")
         faults = find_faults(model, artifact, rungs, windows[0])
+    # the report travels with the artifact
+    rungs = [rung.model_copy(update={"detail": without_folders(rung.detail)}) for rung in rungs]
     return Report(
         artifact=artifact.path.name,
         kind=artifact.kind,

@@ -38,7 +38,7 @@ def test_defaults(edkm, small_folder, work):
     bits = {tensor.n_bits for name, tensor in made.palettized.items() if "embed" not in name}
     assert bits == {4} and made.palettized["model.embed_tokens.weight"].n_bits == 8
     assert made.config["model_type"] == "llama" and made.recipe["name"] == "4bitg16"
-    assert made.provenance["command"] == ["edkm-export", "palettize", str(small_folder)]
+    assert made.provenance["command"] == ["edkm-export", "palettize", small_folder.name]
     assert made.provenance["base_model"]["sha256"].keys() == {"model.safetensors"}
     assert made.provenance["versions"].keys() >= {"edkm-export", "python", "torch", "transformers", "numpy"}
     assert "tokenizer.json" in made.tokenizer

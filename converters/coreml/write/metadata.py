@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from converters.coreml.format import METADATA_PREFIX, SPLIT_KEY
 from converters.coreml.write.export_plan import ExportPlan
@@ -11,6 +10,7 @@ from edkm_export._version import __version__
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import decoder_config
 from edkm_export.decoder.config import SLIDING
+from edkm_export.reference.hub import is_hub_id
 
 __all__ = ["describe", "model_name"]
 
@@ -47,7 +47,4 @@ def model_name(checkpoint: Checkpoint) -> str | None:
     """The hub id of the model that was palettized, None when it was a folder or file."""
     base = checkpoint.provenance.get("base_model")
     reference = base.get("reference") if isinstance(base, dict) else None
-    if not isinstance(reference, str) or Path(reference).exists():
-        return None
-    parts = reference.split("/")
-    return reference if len(parts) == 2 and all(parts) and not reference.endswith(".gguf") else None
+    return reference if isinstance(reference, str) and is_hub_id(reference) else None
