@@ -13,7 +13,7 @@ from edkm_export.cli.export import export_arguments, export_options, run_export
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from converters.coreml.write.export_plan import ExportPlan
     from edkm_export.checkpoint import Checkpoint
-    from edkm_export.verify.report import Report
+    from edkm_export.model_card import FormatCard
 
 __all__ = ["command"]
 
@@ -156,19 +156,14 @@ class _CoreMLExporter:
 
         return write_bundle(checkpoint, plan, folder, name)
 
-    def finish(
-        self, checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str, report: Report | None
-    ) -> None:
+    def card(self, checkpoint: Checkpoint, plan: ExportPlan, name: str) -> FormatCard:
+        from converters.coreml.write.card import coreml_card
         from converters.coreml.write.lint import lint
-        from converters.coreml.write.model_card import model_card
-        from edkm_export.verify.write import quality
 
-        found = "NOT VERIFIED: it was exported with --no-verify." if report is None else quality(report)
-        card = model_card(checkpoint, plan, name, lint(checkpoint, plan), found)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        return coreml_card(checkpoint, plan, name, lint(checkpoint, plan))
 
     def next_commands(self, plan: ExportPlan, folder: Path, name: str) -> list[str]:
-        from converters.coreml.write.model_card import mac_commands
+        from converters.coreml.write.card import mac_commands
 
         packages = " and ".join(plan.package_names(name))
         return [

@@ -44,7 +44,7 @@ __all__ = [
 
 _HASH_CHUNK = 1 << 24
 _FLOAT16_LIMIT = 65504.0
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 _NOT_FROM_HUB = ["*/*", "consolidated*", "adapter_model*"]
 
 
