@@ -47,20 +47,21 @@ class CheckpointRecord:
         Args:
             exported: the folder, or the model in it.
         """
-        for folder in (exported, exported.parent, exported.parent.parent):
-            path = folder / MARKER
-            if not path.is_file():
-                continue
-            try:
-                found = json.loads(path.read_bytes())[KEY]
-                record = cls(**found)
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
-                return None
-            return record if record._is_sound() else None
-        return None
+        inside = exported.suffix in (".mlpackage", ".onnx")
+        folders = (exported.absolute().parent, exported.absolute().parent.parent) if inside else (exported,)
+        path = next((folder / MARKER for folder in folders if (folder / MARKER).is_file()), None)
+        if path is None:
+            return None
+        try:
+            record = cls(**json.loads(path.read_bytes())[KEY])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return record if record._is_sound() else None
 
     def _is_sound(self) -> bool:
-        plain = isinstance(self.file, str) and self.file not in ("", "..") and Path(self.file).name == self.file
+        plain = (
+            isinstance(self.file, str) and self.file not in ("", "..") and Path(self.file).name == self.file
+        )
         return plain and isinstance(self.sha256, str) and type(self.size_bytes) is int
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,8 +87,8 @@ class CheckpointRecord:
         actual = file_sha256(path)
         if actual != self.sha256:
             raise InputError(
-                f"{path}: its sha256 is {actual[:_SHORT]}..., but {exported} was exported from the {self.file} of sha256 "
-                f"{self.sha256[:_SHORT]}...; give that one, or export this one anew."
+                f"{path}: its sha256 is {actual[:_SHORT]}..., but {exported} was exported from the {self.file} of "
+                f"sha256 {self.sha256[:_SHORT]}...; give that one, or export this one anew."
             )
 
     def find(self, exported: Path) -> Path:
@@ -105,9 +106,9 @@ class CheckpointRecord:
                 return path
         looked = ", ".join(str(place) for place in places)
         raise InputError(
-            f"{exported}: was exported from {self.file} of sha256 {self.sha256[:_SHORT]}... ({self.size_bytes:,} bytes), "
-            f"and no such file is in {looked}; name it: edkm-export verify PATH/{shlex.quote(self.file)} "
-            f"{shlex.quote(str(exported))}"
+            f"{exported}: was exported from {self.file} of sha256 {self.sha256[:_SHORT]}... "
+            f"({self.size_bytes:,} bytes), and no such file is in {looked}; name it: "
+            f"edkm-export verify PATH/{shlex.quote(self.file)} {shlex.quote(str(exported))}"
         )
 
 

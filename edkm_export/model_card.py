@@ -87,7 +87,9 @@ def base_models(checkpoint: Checkpoint) -> list[str]:
     source = checkpoint.provenance.get("source")
     recorded = source.get("base_models") if isinstance(source, dict) else None
     ids = recorded.get("ids") if isinstance(recorded, dict) else None
-    return [each for each in ids if isinstance(each, str) and is_hub_id(each)] if isinstance(ids, list) else []
+    return (
+        [each for each in ids if isinstance(each, str) and is_hub_id(each)] if isinstance(ids, list) else []
+    )
 
 
 def license_of(checkpoint: Checkpoint) -> License | None:
@@ -208,7 +210,8 @@ def _license_words(licence: License | None, bases: Sequence[str]) -> str:
         )
     name = licence.name or licence.id
     words = f"Licence: {plain(name)}" + (f" ({licence.link})" if licence.link.startswith("https://") else "")
-    return f"{words}, as {plain(licence.said_by)} says. It holds for this model, too." if licence.said_by else f"{words}."
+    said = f", as {plain(licence.said_by)} says" if licence.said_by else ""
+    return f"{words}{said}. It holds for this model, too."
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, str]:

@@ -34,6 +34,18 @@ class _Chunks(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return int(value)
 
 
+class _Target(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A deployment target in any usual spelling."""
+
+    name = "target"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Read it."""
+        from converters.coreml.write.deployment_target import parse_target
+
+        return parse_target(str(value))
+
+
 @click.command("coreml", short_help="Convert a palettized checkpoint to Core ML and verify the result.")
 @export_arguments
 @click.option(
@@ -44,7 +56,12 @@ class _Chunks(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     "decode functions) or logits (whole texts, no cache).",
 )
 @click.option(
-    "--target", default="iOS18", show_default=True, help="Oldest system to run on: iOS16, iOS17 or iOS18."
+    "--target",
+    type=_Target(),
+    metavar="iOS16|iOS17|iOS18",
+    default="iOS18",
+    show_default=True,
+    help="Oldest system to run on; macOS13, macOS14 and macOS15 mean the same.",
 )
 @click.option(
     "--sequence-length",

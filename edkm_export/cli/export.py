@@ -138,7 +138,9 @@ def run_export(
     if report is None:
         size = megabytes(plan.weights_size_bytes)
         out.print(f"{folder}: {size} of weights, NOT VERIFIED (--no-verify)", soft_wrap=True)
-        out.print(f"verify it with: {shlex.join(['edkm-export', 'verify', str(path), str(folder)])}", soft_wrap=True)
+        out.print(
+            f"verify it with: {shlex.join(['edkm-export', 'verify', str(path), str(folder)])}", soft_wrap=True
+        )
         return
     print_report(report)
     for line in exporter.next_commands(plan, folder, path.stem):

@@ -51,8 +51,9 @@ def command(
 ) -> None:
     """Convert MODEL.PT to an ONNX decoder with cache, bit for bit, and verify the files on disk.
 
-    The folder holds the graph, its weights, the tokenizer, a model card and the verification report; onnxruntime-genai, optimum and
-    transformers.js load it as it is. Exit status 1: it was made, but failed verification.
+    The folder holds the graph, its weights, the tokenizer, a model card and the verification report;
+    onnxruntime-genai, optimum and transformers.js load it as it is. Exit status 1: it was made, but failed
+    verification.
     """
     exporter = _OnnxExporter(runtime, dtype, opset, context_length, standard_ops)
     run_export(exporter, checkpoint, output, **common)

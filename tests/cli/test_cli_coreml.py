@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -307,8 +308,15 @@ def test_target_that_cannot_hold_3_bits(edkm, work, small_folder):
 
 def test_unknown_target(edkm, work, model):
     assert refused(edkm, work, model, "--target", "iOS15") == (
-        "target 'iOS15' is unknown; use one of iOS16, iOS17, iOS18."
+        "target 'iOS15' is unknown; use one of iOS16, iOS17, iOS18, or macOS13, macOS14 or macOS15, which hold the "
+        "same."
     )
+
+
+@pytest.mark.parametrize("target", ["ios18", "iOS-18", "IOS 18", "macOS15", "ios_18.2"])
+def test_target_in_any_usual_spelling(edkm, model, target):
+    told = edkm("coreml", model, "--dry-run", "--interface", "logits", "--target", target)
+    assert told.status == 0 and re.search(r"target\W+iOS18\b", told.out)
 
 
 @pytest.mark.parametrize("length", [1, 0, -5, 129])

@@ -79,7 +79,7 @@ def _use(plan: ExportPlan, name: str) -> str:
             "With [swift-transformers](https://github.com/huggingface/swift-transformers); add the package and the "
             "tokenizer files of this folder to the app's resources."
         )
-        return f"{words}\n\n{code('swift', _SWIFT_TRANSFORMERS.format(name=json.dumps(name)[1:-1]).strip().splitlines())}"
+        return f"{words}\n\n{_swift(_SWIFT_TRANSFORMERS, name)}"
     if plan.interface == "neural-engine":
         words = (
             f"Two functions with static shapes: `prefill` takes {plan.prefill} tokens, `decode` one. Inputs: "
@@ -87,11 +87,16 @@ def _use(plan: ExportPlan, name: str) -> str:
             f"{plan.context}], 0 where a token may look and -65504 elsewhere. A prompt's last piece is padded "
             "on the right; what the padding writes to the cache is overwritten before any token attends to it."
         )
-        return f"{words}\n\n{code('swift', _NEURAL_ENGINE.format(name=json.dumps(name)[1:-1]).strip().splitlines())}"
+        return f"{words}\n\n{_swift(_NEURAL_ENGINE, name)}"
     return (
         f"`input_ids` int32 [1, {plan.context}] gives `logits` float16 [1, {plan.context}, vocabulary]; a shorter text "
         "is padded on the right. There is no cache."
     )
+
+
+def _swift(example: str, name: str) -> str:
+    """A block of code with the name as the contents of a string."""
+    return code("swift", example.format(name=json.dumps(name)[1:-1]).strip().splitlines())
 
 
 _SWIFT_TRANSFORMERS = """
