@@ -103,7 +103,8 @@ class CheckpointRecord:
         places = list(dict.fromkeys(_places(exported)))
         for path in _candidates(places, self.file):
             if self.is_of(path):
-                return path
+                here = Path.cwd()
+                return path.relative_to(here) if path.is_relative_to(here) else path
         looked = ", ".join(str(place) for place in places)
         raise InputError(
             f"{exported}: was exported from {self.file} of sha256 {self.sha256[:_SHORT]}... "

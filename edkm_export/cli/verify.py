@@ -37,6 +37,8 @@ def command(
     OUT is the folder that `edkm-export coreml` or `edkm-export onnx` made, or the model in it. It knows its MODEL.PT by
     the sha256: without it, the file is looked for near OUT and in the working folder. Exit status 0: passed, 1: failed.
     """
+    checkpoint, package = checkpoint_and_artifact(paths)  # before torch is imported
+
     from edkm_export.atomic import atomic_file, check_output
     from edkm_export.checkpoint import load
     from edkm_export.cli.cards import refresh_card
@@ -46,7 +48,6 @@ def command(
     from edkm_export.verify.report import Verdict
     from edkm_export.verify.write import write_report
 
-    checkpoint, package = checkpoint_and_artifact(paths)
     found = find_artifact(package)
     if junit_file is not None:
         check_output(junit_file, overwrite=True)
@@ -56,6 +57,8 @@ def command(
         except FileExistsError as error:
             raise InputError(f"{report_folder}: is a file; --report takes a folder.") from error
     err.quiet = quiet
+    if len(paths) == 1:
+        err.print(f"- {package} was exported from {checkpoint}", markup=False, soft_wrap=True)
     with err.status(f"reading {checkpoint}"):
         loaded = load(checkpoint)
     report = climb(loaded, found, prepare(loaded, **verification))
