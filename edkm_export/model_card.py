@@ -39,6 +39,7 @@ FILE = "README.md"
 
 _BEGIN = re.compile(r"<!-- edkm-export verification: (?P<verdict>[A-Z ]+) -->\n")
 _END = "<!-- edkm-export verification: end -->"
+_ADDRESS = re.compile(r"https://[\w.~:/?#@!$&'+,;=%-]+", re.ASCII)
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
@@ -98,7 +99,8 @@ def license_of(checkpoint: Checkpoint) -> License | None:
     found = source.get("license") if isinstance(source, dict) else None
     if not isinstance(found, dict) or not isinstance(found.get("id"), str) or not found["id"]:
         return None
-    name, link, said_by = (str(found.get(key) or "") for key in ("name", "link", "from"))
+    name, link, said_by = (" ".join(str(found.get(key) or "").split()) for key in ("name", "link", "from"))
+    link = link if _ADDRESS.fullmatch(link) else ""
     identifier = found["id"].lower()
     if _IDENTIFIER.fullmatch(identifier):
         return License(identifier, name if identifier == "other" else "", link, said_by)
@@ -209,7 +211,7 @@ def _license_words(licence: License | None, bases: Sequence[str]) -> str:
             f"({where}) and write it as `license:` at the head of this file."
         )
     name = licence.name or licence.id
-    words = f"Licence: {plain(name)}" + (f" ({licence.link})" if licence.link.startswith("https://") else "")
+    words = f"Licence: {plain(name)}" + (f" (<{licence.link}>)" if licence.link else "")
     said = f", as {plain(licence.said_by)} says" if licence.said_by else ""
     return f"{words}{said}. It holds for this model, too."
 
