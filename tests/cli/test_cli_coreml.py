@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from converters.coreml import load_package
 from edkm_export import checkpoint
@@ -66,6 +67,12 @@ def test_whole_job(edkm, tiny_export, held_out, work):
     assert function.inputs["inputIds"].ranges == ((1, 1), (1, 48))
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "Verdict: **PASS**" in card and "LanguageModel.loadCompiled" in card
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "coreml"
+    assert metadata["checkpoint"]["file"] == "tiny.pt" and str(work) not in card
+    told = edkm("push", "tiny-coreml", "some-one/tiny", "--dry-run")
+    assert told.status == 0 and "tiny.mlpackage/Data/com.apple.CoreML/weights/weight.bin" in told.out, (
+        told.err
+    )
     rungs = {rung.id: rung.verdict.value for rung in report.rungs}
     assert rungs["prefill-decode"] == rungs["continuation"] == rungs["continuation-rounded"] == "PASS", rungs
     assert not any(path.name.startswith(".") for path in work.iterdir())
