@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
+from edkm_export.cli.text_file import TextFile
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait f
     from edkm_export.verify.report import Report
 
 __all__ = [
+    "check_length",
     "climb",
     "find_original",
     "find_soft",
@@ -64,7 +66,7 @@ def verification_options(function: _F) -> _F:
         ),
         click.option(
             "--text",
-            type=click.Path(path_type=Path),
+            type=TextFile(enough=True),
             help="Evaluation text; by default a built-in sample.",
         ),
     ):
@@ -89,9 +91,12 @@ def prepare(
         InputError: the text, the original or the run that was asked for cannot be used.
     """
     from edkm_export.reference import llamacpp
+    from edkm_export.reference.hard_model import load_hard_tokenizer
     from edkm_export.verify.inputs import VerificationInputs
 
     content, name = read_evaluation_text(text)
+    if text is not None:
+        check_length(content, load_hard_tokenizer(checkpoint), tokens, name)
     source, missing = find_original(checkpoint, original)
     soft, no_soft = find_soft(checkpoint, run)
     return VerificationInputs(
@@ -146,6 +151,17 @@ def read_evaluation_text(path: Path | None) -> tuple[str, str]:
     if path is None:
         return (files("edkm_export.verify") / "sample.txt").read_text(encoding="utf-8"), "built-in sample"
     return read_text(path), str(path)
+
+
+def check_length(text: str, tokenizer: Any, tokens: int, name: str) -> None:
+    """Refuse a text that is too short, before a model is loaded or converted.
+
+    Raises:
+        InputError: it is; the message names it, with what it has and what is needed.
+    """
+    from edkm_export.text import LEAST_TOKENS, token_windows
+
+    token_windows(text, tokenizer, tokens=tokens, context=tokens, source=name, least=LEAST_TOKENS)
 
 
 def find_original(checkpoint: Checkpoint, asked: str | None) -> tuple[Source | None, str]:
