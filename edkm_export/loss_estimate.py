@@ -6,6 +6,7 @@ in the same model of transformers. A verification measures the same with more to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -70,9 +71,13 @@ class LossEstimate:
         return self.ratio <= TOLERABLE_RATIO
 
     def record(self) -> dict[str, Any]:
-        """As provenance holds it; five digits, since the last ones depend on the number of threads."""
-        found = {**asdict(self), "perplexity_ratio": self.ratio}
-        return {name: value if name == "tokens" else float(f"{value:.5g}") for name, value in found.items()}
+        """As provenance holds it: five digits, the rest depends on the number of threads; None: not finite."""
+        found: dict[str, Any] = {**asdict(self), "perplexity_ratio": self.ratio}
+        tokens = found.pop("tokens")
+        digits = {
+            name: float(f"{value:.5g}") if math.isfinite(value) else None for name, value in found.items()
+        }
+        return {"tokens": tokens, **digits}
 
 
 class Predictions:
