@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.atomic import atomic_file
 from edkm_export.errors import CheckpointError, PaletteError
 from edkm_export.palette import PalettizedTensor, all_finite
@@ -85,7 +86,8 @@ class Checkpoint:
 
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Every parameter decoded, `dtype`, tied ones under each of their names (one tensor)."""
-        state = {name: tensor.decode().to(dtype) for name, tensor in self.palettized.items()}
+        stored = tracked(self.palettized.items(), "decoding", "weights")
+        state = {name: tensor.decode().to(dtype) for name, tensor in stored}
         state.update({name: tensor.to(dtype) for name, tensor in self.dense.items()})
         state.update({name: state[target] for name, target in self.tied.items()})
         return state
@@ -142,7 +144,7 @@ def save(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool = False) -
     }
     digests = {key: _digest(contents[key]) for key in ("palettized", "dense", "tokenizer")}
     contents["provenance"] = {**_plain(checkpoint.provenance), "sha256": digests}
-    with atomic_file(path, overwrite=overwrite) as temporary:
+    with atomic_file(path, overwrite=overwrite, needed_bytes=checkpoint.size_bytes) as temporary:
         try:
             torch.save(contents, temporary)
         except RuntimeError as error:  # torch reports a failed write so, without an errno
@@ -179,9 +181,8 @@ def load(path: str | Path) -> Checkpoint:
             path,
             f"'{key}' is missing or not a dict; write the file again",
         )
-    palettized = {
-        name: _unpack_palettized(path, name, parts, version) for name, parts in contents["palettized"].items()
-    }
+    stored = tracked(contents["palettized"].items(), "validating", "weights")
+    palettized = {name: _unpack_palettized(path, name, parts, version) for name, parts in stored}
     dense = contents["dense"]
     for name, tensor in dense.items():
         _check_dense(path, name, tensor)
@@ -319,7 +320,7 @@ def _check_dense(path: Path, name: Any, tensor: Any) -> None:
 def _digest(group: Mapping[str, Any]) -> str:
     """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
     sha = hashlib.sha256()
-    for name in sorted(group):
+    for name in tracked(sorted(group), "hashing", "tensors"):
         value = group[name]
         parts = value if isinstance(value, dict) else {"": value}
         for key in sorted(parts):

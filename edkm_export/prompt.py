@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from edkm_export.errors import InputError
+from edkm_export.library_logs import silence
 
 __all__ = ["encode_prompt", "read_settings", "read_tokenizer"]
 
@@ -27,7 +27,7 @@ def read_tokenizer(folder: Path) -> Any:
         raise InputError(
             f"{folder}: holds no tokenizer; give the folder that `edkm-export` made, not a file of it."
         )
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    silence("transformers")
     try:
         return transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from edkm_export.activity import activity, tracked
 from edkm_export.artifact.protocol import Session
 from edkm_export.artifact.thresholds import NEAR_TIE_NATS
 from edkm_export.errors import InputError
@@ -181,26 +182,28 @@ def generate(
     generator = torch.Generator().manual_seed(sampling.seed)
     started = time.perf_counter()
     logits = torch.empty(0)
-    for start in range(0, len(prompt), _PREFILL):
+    for start in tracked(range(0, len(prompt), _PREFILL), "reading the prompt", "parts"):
         logits = session.feed(prompt[start : start + _PREFILL])
     prefilled = time.perf_counter()
     choices: list[Choice] = []
     finish: Literal["stop", "length", "context"]
-    while True:
-        choice = _choose(logits[-1], sampling, generator)
-        if choice.token in stop:
-            finish = "stop"
-            break
-        choices.append(choice)
-        if on_token is not None:
-            on_token(choice.token)
-        if len(choices) == max_new_tokens:
-            finish = "length"
-            break
-        if len(prompt) + len(choices) > session.context:
-            finish = "context"
-            break
-        logits = session.feed(torch.tensor([choice.token]))
+    with activity("writing", max_new_tokens, "tokens") as writing:
+        while True:
+            choice = _choose(logits[-1], sampling, generator)
+            if choice.token in stop:
+                finish = "stop"
+                break
+            choices.append(choice)
+            writing.advance()
+            if on_token is not None:
+                on_token(choice.token)
+            if len(choices) == max_new_tokens:
+                finish = "length"
+                break
+            if len(prompt) + len(choices) > session.context:
+                finish = "context"
+                break
+            logits = session.feed(torch.tensor([choice.token]))
     ended = time.perf_counter()
     return Generation(tuple(choices), finish, len(prompt), prefilled - started, ended - prefilled)
 

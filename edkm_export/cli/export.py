@@ -103,7 +103,10 @@ def run_export(
     """
     from edkm_export.atomic import atomic_folder, check_output
     from edkm_export.checkpoint import load
-    from edkm_export.cli.console import err, megabytes, out, print_report
+    from edkm_export.cli.common_options import answering, is_quiet
+    from edkm_export.cli.console import err, megabytes, out, print_report, summary_line
+    from edkm_export.command_line import command_line
+    from edkm_export.disk_space import require_space
     from edkm_export.verify.report import Verdict
     from edkm_export.verify.write import write_report
 
@@ -115,12 +118,15 @@ def run_export(
     with err.status("planning"):
         plan = exporter.plan(checkpoint)
     if dry_run:
-        exporter.show(checkpoint, plan, path.stem)
+        with answering():
+            exporter.show(checkpoint, plan, path.stem)
         return
+    require_space(folder, plan.weights_size_bytes)
     inputs = None if no_verify else prepare(checkpoint, **verification)
     exporter.warn(checkpoint, plan)
     report = None
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
+    needed = plan.weights_size_bytes
+    with atomic_folder(folder, overwrite=overwrite, needed_bytes=needed) as temporary:
         with err.status(f"converting {len(checkpoint.palettized)} palettized weights"):
             artifact = exporter.write(checkpoint, plan, temporary, path.stem)
         if inputs is not None:
@@ -134,9 +140,13 @@ def run_export(
     if report is None:
         size = megabytes(plan.weights_size_bytes)
         out.print(f"{folder}: {size} of weights, NOT VERIFIED (--no-verify)", soft_wrap=True)
-        out.print(f"verify it with: edkm-export verify {path} {folder}", soft_wrap=True)
+        out.print_command("verify it with:", command_line("verify", path, folder))
         return
-    print_report(report)
+    if is_quiet():
+        with answering():
+            out.print(summary_line(report), soft_wrap=True)
+    else:
+        print_report(report)
     for line in exporter.next_commands(plan, folder, path.stem):
         out.print(line, soft_wrap=True)
     if report.verdict is Verdict.FAIL:

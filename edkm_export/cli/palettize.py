@@ -72,6 +72,7 @@ def command(
 
     from edkm_export import checkpoint
     from edkm_export.cli.console import bar, err, megabytes, out
+    from edkm_export.command_line import command_line
     from edkm_export.decoder.build import decoder_config
     from edkm_export.palettization import palettizable_shapes, palettize_model
     from edkm_export.text import read_text, token_windows
@@ -140,7 +141,7 @@ def command(
         soft_wrap=True,
     )
     for remark in account.remarks:
-        out.print(f"{model}: {remark}", soft_wrap=True, markup=False)
+        out.print(f"{model}: {remark}", soft_wrap=True)
     out.print(
         f"{megabytes(finished.size_bytes)}, {finished.bits_per_weight:.2f} bits a weight "
         f"(float16: {megabytes(finished.numel * 2)})"
@@ -151,7 +152,7 @@ def command(
             "that matter: at 4 bits and below this makes the difference between usable and not.",
             soft_wrap=True,
         )
-    out.print(f"next: edkm-export coreml {output}", soft_wrap=True)
+    out.print_command("next:", command_line("coreml", output))
 
 
 def _recipe(

@@ -164,7 +164,7 @@ def command(
         "data": _digests(data),
         "source": accounted.provenance(),
     }
-    with _shown(output) as (announce, advance):
+    with _shown(output) as announce:
         run = Run(
             source,
             data,
@@ -174,7 +174,6 @@ def command(
             eval_texts=eval_text,
             provenance=provenance,
             announce=announce,
-            advance=advance,
         )
         outcome = run.complete(device=chosen, resume=resume, overwrite=overwrite)
     if _is_first():
@@ -198,32 +197,14 @@ def _below(target: float) -> int:
 
 
 @contextlib.contextmanager
-def _shown(output: Path) -> Iterator[tuple[Callable[[str], None], Callable[[float], None]]]:
-    """A bar for what is done meanwhile: give it the name of each stage, and the shares of the training."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+def _shown(output: Path) -> Iterator[Callable[[str], None]]:
+    """Show what is done meanwhile: give it the name of each stage."""
+    from edkm_export.activity import activity
     from edkm_export.cli.console import err
 
-    share = TextColumn("{task.percentage:>3.1f}%")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        share,
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=err, transient=not err.is_terminal, disable=not err.is_terminal or not _is_first()
-    ) as progress:
-        task = progress.add_task("starting", total=1.0)
-
-        def announce(name: str) -> None:
-            progress.update(task, description=name)
-            if not err.is_terminal and _is_first():
-                err.print(f"- {name}", markup=False)
-
+    with activity("starting") as stage:
         try:
-            yield announce, lambda share: progress.advance(task, share)
+            yield stage.rename
         except KeyboardInterrupt:
             err.print(f"stopped; the same command with --resume goes on from the last checkpoint in {output}")
             sys.exit(130)
@@ -233,6 +214,7 @@ def _print(outcome: Any) -> None:
     from rich.table import Table
 
     from edkm_export.cli.console import out, print_wide
+    from edkm_export.command_line import command_line
 
     if outcome.evaluations:
         table = Table("text", "model", "perplexity", "KL to the original", "same top token")
@@ -249,7 +231,7 @@ def _print(outcome: Any) -> None:
         f"{outcome.average_bits:.2f} bits a weight of the decoder, LUTs included",
         soft_wrap=True,
     )
-    out.print(f"next: edkm-export coreml {outcome.path}", soft_wrap=True)
+    out.print_command("next:", command_line("coreml", outcome.path))
 
 
 def _digests(data: tuple[Path, ...]) -> dict[str, str]:

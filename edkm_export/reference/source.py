@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edkm_export.activity import activity
 from edkm_export.end_tokens import as_setting, end_tokens
 from edkm_export.errors import BackendMissingError, EdkmExportError, InputError
 from edkm_export.reference.account import Account
@@ -182,9 +183,10 @@ def _model_folder(path: Path, reference: str, adapter: Adapter | None) -> Path:
 
 def _sha256(path: Path) -> str:
     sha = hashlib.sha256()
-    with path.open("rb") as file:
+    with path.open("rb") as file, activity(f"hashing {path.name}", path.stat().st_size, "bytes") as hashing:
         while chunk := file.read(_HASH_CHUNK):
             sha.update(chunk)
+            hashing.advance(len(chunk))
     return sha.hexdigest()
 
 

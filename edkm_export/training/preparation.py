@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.activity import activity
 from edkm_export.calibration import input_energy
 from edkm_export.recipe import Recipe, Rule, uniform_recipe
 from edkm_export.reference.conv1d import held_weight
@@ -83,7 +84,13 @@ def prepare(
         }
         found = Sensitivity(weights, plan, known)
         budget = int(config.target_bits * sum(weights[name].numel() for name in found.sizes))
-        recipe = mixed_recipe(recipe, allocate_bits(found.sizes, found.loss, budget), plan)
+        with activity("trying sizes", unit="sizes") as tried:
+
+            def loss(name: str, bits: int) -> float:
+                tried.done = len(found.seeds)
+                return found.loss(name, bits)
+
+            recipe = mixed_recipe(recipe, allocate_bits(found.sizes, loss, budget), plan)
         seeds = found.seeds
     announce("clustering")
     insert(model, recipe, config, importance=importance, seeds=seeds, source=source)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.activity import activity
 from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import CheckpointError, InputError
@@ -164,9 +165,10 @@ def _digests(artifact: Path) -> dict[str, str]:
 
 def _sha256(path: Path) -> str:
     sha = hashlib.sha256()
-    with path.open("rb") as file:
+    with path.open("rb") as file, activity(f"hashing {path.name}", path.stat().st_size, "bytes") as hashing:
         while chunk := file.read(1 << 20):
             sha.update(chunk)
+            hashing.advance(len(chunk))
     return sha.hexdigest()
 
 

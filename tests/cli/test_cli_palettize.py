@@ -290,7 +290,7 @@ def failing_save(failure: BaseException) -> Callable[[Any, Any], None]:
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            "no space left on the device; nothing was left behind",
+            "no space left on the device",
         ),
         (
             RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
