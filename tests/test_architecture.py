@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.text",
         "edkm_export.context_window",
         "edkm_export.detokenize",
+        "edkm_export.stop_texts",
         "edkm_export.end_tokens",
         "edkm_export.prompt",
         "edkm_export.atomic",

@@ -180,7 +180,7 @@ def _log_activity(words: str) -> None:
 
 
 def _log_error(error: Exception) -> None:
-    if isinstance(error, EdkmExportError | click.ClickException):
+    if isinstance(error, EdkmExportError | click.ClickException | OSError):
         PRINTED.error("%s", getattr(error, "message", None) or error)
     else:
         PRINTED.error("%s: %s", type(error).__name__, error, exc_info=error)

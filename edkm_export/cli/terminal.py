@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["PRINTED", "Terminal"]
 
 PRINTED = logging.getLogger("edkm_export.printed")
+PRINTED.addHandler(logging.NullHandler())  # without a log file, nothing is printed twice
 """What was printed, for the log file."""
 
 _LOGGED_WIDTH = 1000
