@@ -31,6 +31,7 @@ from torch import Tensor
 
 from edkm_export.activity import tracked
 from edkm_export.atomic import atomic_file
+from edkm_export.command_line import command_line
 from edkm_export.errors import CheckpointError, PaletteError
 from edkm_export.palette import PalettizedTensor, all_finite
 
@@ -166,7 +167,7 @@ def load(path: str | Path) -> Checkpoint:
     _require(
         isinstance(contents, dict) and contents.get("format") == FORMAT,
         path,
-        f"is not an edkm-export checkpoint; {_MAKE_ONE}",
+        f"is not an edkm-export checkpoint; {_make_one()}",
     )
     version = contents.get("format_version")
     _require(
@@ -216,29 +217,28 @@ def load(path: str | Path) -> Checkpoint:
     )
 
 
-_MAKE_ONE = "make one with `edkm-export palettize MODEL -o model.pt`"
+def _make_one(path: str | Path = "model.pt") -> str:
+    return f"make one with `{command_line('palettize', 'MODEL', '-o', path)}`"
 
 
 def _read(path: Path) -> Any:
     if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such file; make one with `edkm-export palettize MODEL -o {path.name}`."
-        )
+        raise CheckpointError(f"{path}: no such file; {_make_one(path)}.")
     if path.is_dir():
         raise CheckpointError(
-            f"{path}: is a folder; to palettize it run `edkm-export palettize {path} -o model.pt`."
+            f"{path}: is a folder; to palettize it run `{command_line('palettize', path, '-o', 'model.pt')}`."
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, since it holds more than plain tensors, and loading it could run code; {_MAKE_ONE}."
+            f"{path}: refused, since it holds more than plain tensors, and loading it could run code; {_make_one()}."
         ) from error
     except PermissionError as error:
         raise CheckpointError(f"{path}: no permission to read it.") from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: is truncated or not an edkm-export checkpoint; {_MAKE_ONE}."
+            f"{path}: is truncated or not an edkm-export checkpoint; {_make_one()}."
         ) from error
 
 

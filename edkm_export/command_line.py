@@ -26,7 +26,9 @@ def _program() -> str:
     """How this process was started, if that was by our command line; else the name that installing it gives."""
     started = Path(sys.argv[0] if sys.argv else "")
     if started.name == "__main__.py" and started.parent.name == "edkm_export":
-        return "python -m edkm_export"
+        python = Path(sys.executable)
+        known = shutil.which(python.name) == str(python)
+        return f"{python.name if known else shlex.quote(str(python))} -m edkm_export"
     if started.name == _PROGRAM and len(started.parts) > 1 and shutil.which(_PROGRAM) is None:
         return shlex.quote(str(started))
     return _PROGRAM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 import logging
@@ -20,12 +21,13 @@ from edkm_export._version import __version__
 from edkm_export.activity import activity, watched_by
 from edkm_export.cli.console import err, out
 from edkm_export.cli.display import Display
+from edkm_export.cli.help_sections import UNITS, arrange
 from edkm_export.cli.terminal import PRINTED, Terminal
 from edkm_export.errors import EdkmExportError, InputError
 
-__all__ = ["answering", "is_quiet", "is_verbose", "with_common_options"]
+__all__ = ["CommonCommand", "answering", "is_quiet", "is_verbose"]
 
-_NAMES = ("quiet", "verbose", "log_file")
+_HELP_WIDTH = 100  # columns; a terminal that is narrower decides
 _asked = {"quiet": False, "verbose": False}
 
 
@@ -49,19 +51,41 @@ def answering() -> Iterator[None]:
         out.quiet = before
 
 
-def with_common_options(command: click.Command, *, answers: bool) -> click.Command:
-    """Add --quiet, --verbose and --log-file to a command, unless that was done.
+class CommonCommand(click.Command):
+    """A command that can also be quiet, be verbose and keep a log; its help is arranged under headings.
+
+    Choices are taken in any case, and figures are shown with their units.
 
     Args:
-        command: of click.
+        command: the command as it is written; it is not changed.
         answers: whether what it prints to standard output is its result, which --quiet leaves.
     """
-    if command.callback is None or any(option.name == "log_file" for option in command.params):
-        return command
-    command.params += [
+
+    def __init__(self, command: click.Command, *, answers: bool) -> None:
+        super().__init__(
+            command.name,
+            callback=_talking(command.callback, command.name or "", answers),
+            params=[*map(_described, command.params), *_options()],
+            help=command.help,
+            epilog=command.epilog,
+            short_help=command.short_help,
+            context_settings={"max_content_width": _HELP_WIDTH},
+        )
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under their headings."""
+        for heading, lines in arrange(self, ctx):
+            with formatter.section(heading):
+                formatter.write_dl(lines)
+
+
+def _options() -> list[click.Parameter]:
+    return [
         click.Option(["-q", "--quiet"], is_flag=True, help="Print results and errors alone."),
         click.Option(
-            ["-v", "--verbose"], is_flag=True, help="Also print logs of libraries, versions and times."
+            ["-v", "--verbose"],
+            is_flag=True,
+            help="Also print logs of libraries, versions, times, and where an error of ours comes from.",
         ),
         click.Option(
             ["--log-file"],
@@ -70,11 +94,23 @@ def with_common_options(command: click.Command, *, answers: bool) -> click.Comma
             help="Add everything to this file, as plain text with times.",
         ),
     ]
-    command.callback = _talking(command.callback, command.name or "", answers)
-    return command
 
 
-def _talking(callback: Callable[..., Any], name: str, answers: bool) -> Callable[..., Any]:
+def _described(parameter: click.Parameter) -> click.Parameter:
+    """The parameter with its unit; a choice is taken in any case."""
+    described = copy.copy(parameter)
+    if isinstance(described.type, click.Choice):
+        described.type = click.Choice(described.type.choices, case_sensitive=False)
+    if isinstance(described, click.Option) and not described.is_flag and described.metavar is None:
+        described.metavar = (
+            None if isinstance(described.type, click.Choice) else UNITS.get(described.name or "")
+        )
+    return described
+
+
+def _talking(callback: Callable[..., Any] | None, name: str, answers: bool) -> Callable[..., Any]:
+    assert callback is not None
+
     @functools.wraps(callback)
     def run(*arguments: Any, quiet: bool, verbose: bool, log_file: Path | None, **options: Any) -> Any:
         if quiet and verbose:

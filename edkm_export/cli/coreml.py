@@ -38,6 +38,7 @@ class _Chunks(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 @export_arguments
 @click.option(
     "--interface",
+    type=click.Choice(["swift-transformers", "neural-engine", "logits"]),
     default="swift-transformers",
     show_default=True,
     help="How an app calls it: swift-transformers (cache, any length), neural-engine (cache, static prefill and "
@@ -167,12 +168,15 @@ class _CoreMLExporter:
         card = model_card(checkpoint, plan, name, lint(checkpoint, plan), found)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
-    def next_commands(self, plan: ExportPlan, folder: Path, name: str) -> list[str]:
+    def next_commands(self, plan: ExportPlan, folder: Path, checkpoint: Path) -> list[str]:
         from converters.coreml.write.model_card import mac_commands
+        from edkm_export.command_line import command_line
 
+        name = checkpoint.stem
         packages = " and ".join(plan.package_names(name))
         return [
             f"{folder}: drag {packages} into Xcode; report.md says what was proved and what was not.",
             "on a Mac, where this was not run:",
-            *(f"    {line}" for line in mac_commands(plan, name)),
+            *(f"    {line}" for line in mac_commands(plan, name, folder, checkpoint)),
+            f"next: {command_line('generate', folder, '--prompt', 'Once upon a time')}",
         ]

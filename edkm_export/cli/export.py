@@ -53,8 +53,8 @@ class Exporter(Protocol[_Plan]):
     ) -> None:
         """Add what tells of the verification; `report` is None when it was not run."""
 
-    def next_commands(self, plan: _Plan, folder: Path, name: str) -> list[str]:
-        """What the user can do with the folder, a line each."""
+    def next_commands(self, plan: _Plan, folder: Path, checkpoint: Path) -> list[str]:
+        """What the user can do with the folder that was made of a model.pt, a line each."""
 
 
 def export_arguments(function: _F) -> _F:
@@ -147,7 +147,7 @@ def run_export(
             out.print(summary_line(report), soft_wrap=True)
     else:
         print_report(report)
-    for line in exporter.next_commands(plan, folder, path.stem):
+    for line in exporter.next_commands(plan, folder, path):
         out.print(line, soft_wrap=True)
     if report.verdict is Verdict.FAIL:
         sys.exit(1)

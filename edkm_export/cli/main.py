@@ -31,7 +31,7 @@ _COMMANDS = {
 }
 
 
-_ANSWERS = frozenset({"compare", "generate", "inspect"})
+_ANSWERS = frozenset({"compare", "doctor", "generate", "inspect"})
 """Commands whose standard output is what the user wants; the others make files, and tell of them."""
 
 
@@ -51,12 +51,12 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        from edkm_export.cli.common_options import with_common_options
+        from edkm_export.cli.common_options import CommonCommand
 
         command: click.Command = importlib.import_module(
             f"edkm_export.cli.{_MODULES.get(cmd_name, cmd_name)}"
         ).command
-        return with_common_options(command, answers=cmd_name in _ANSWERS)
+        return CommonCommand(command, answers=cmd_name in _ANSWERS)
 
     def invoke(self, ctx: click.Context) -> object:
         try:

@@ -109,7 +109,7 @@ class _OnnxExporter:
     ) -> None:
         """Nothing: the report says it all."""
 
-    def next_commands(self, plan: OnnxPlan, folder: Path, name: str) -> list[str]:
+    def next_commands(self, plan: OnnxPlan, folder: Path, checkpoint: Path) -> list[str]:
         return [
             f"{folder}: report.md says what was proved and what was not.",
             f"next: {command_line('generate', folder, '--prompt', 'Once upon a time')}",

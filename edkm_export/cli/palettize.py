@@ -22,10 +22,19 @@ _CONTEXT = 512
 
 @click.command("palettize", short_help="Cluster a model's weights into lookup tables, in one shot.")
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("model.pt"), show_default=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("model.pt"),
+    show_default=True,
+    help="The checkpoint to write.",
+)
 @click.option("--bits", type=int, help="Bits of an index: 1, 2, 3, 4, 6 or 8.  [default: 4]")
 @click.option(
-    "--group-size", type=int, help="Output rows that share a LUT; 0: one for the weight.  [default: 16]"
+    "--group-size",
+    type=int,
+    help="Output rows that share a lookup table (LUT); 0: one for the weight.  [default: 16]",
 )
 @click.option(
     "--lut-dtype",
@@ -42,7 +51,13 @@ _CONTEXT = 512
     type=click.Path(path_type=Path),
     help="Text whose activations weigh the clustering. Recommended: it is worth about a bit.",
 )
-@click.option("--calibration-tokens", type=click.IntRange(min=2), default=1024, show_default=True)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=2),
+    default=1024,
+    show_default=True,
+    help="Tokens of the calibration text to use.",
+)
 @click.option("--adapter", help="Folder of a LoRA adapter that is merged into MODEL first; needs peft.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 def command(

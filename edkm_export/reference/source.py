@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edkm_export.activity import activity
+from edkm_export.command_line import command_line
 from edkm_export.end_tokens import as_setting, end_tokens
 from edkm_export.errors import BackendMissingError, EdkmExportError, InputError
 from edkm_export.reference.account import Account
@@ -97,7 +98,7 @@ class Source:
         if path.is_file():
             if path.suffix.lower() != ".gguf":
                 made = (
-                    " It looks like a finished checkpoint: `edkm-export coreml` takes it."
+                    f" It looks like a finished checkpoint: `{command_line('coreml', path)}` takes it."
                     if path.suffix == ".pt"
                     else ""
                 )
