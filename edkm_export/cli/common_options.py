@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import io
 import logging
 import os
@@ -22,6 +23,7 @@ from edkm_export.activity import activity, watched_by
 from edkm_export.cli.console import err, out
 from edkm_export.cli.display import Display
 from edkm_export.cli.help_sections import UNITS, arrange
+from edkm_export.cli.table_layout import wrapped
 from edkm_export.cli.terminal import PRINTED, Terminal
 from edkm_export.errors import EdkmExportError, InputError
 
@@ -71,6 +73,13 @@ class CommonCommand(click.Command):
             short_help=command.short_help,
             context_settings={"max_content_width": _HELP_WIDTH},
         )
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the description, broken between words but not inside of commands."""
+        for paragraph in inspect.cleandoc(self.help or "").split("\n\n"):
+            formatter.write_paragraph()
+            for line in wrapped(" ".join(paragraph.split()), formatter.width - 2):
+                formatter.write(f"  {line}\n")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options under their headings."""

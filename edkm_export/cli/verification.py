@@ -46,7 +46,8 @@ def verification_options(function: _F) -> _F:
         click.option(
             "--run",
             type=click.Path(path_type=Path),
-            help="Folder of the training run, when MODEL.PT is not in it: its soft model is compared too.",
+            help="Folder of the training run, when MODEL.PT is not in it: the model as training held it, before each "
+            "weight was rounded to its lookup table (soft model), is compared too.",
         ),
         click.option("--original", help="The float model, when it is not where it was palettized from."),
         click.option(
