@@ -5,10 +5,10 @@ import pytest
 
 pytest.importorskip("coremltools")
 
-import coremltools as ct  # noqa: E402
-from coremltools.converters.mil import Builder as mb  # noqa: E402
+import coremltools as ct
+from coremltools.converters.mil import Builder as mb
 
-from tests.helpers.mil_build import save, save_program  # noqa: E402
+from tests.helpers.mil_build import save, save_program
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 
