@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, results: Path) -> None:
         "-p",
         "no:cacheprovider",
     ]
-    command += ["-c", str(ROOT / "tests/coremltools_suite/pytest.ini"), "--rootdir", str(folder)]
+    command += ["-c", str(ROOT / "tests/coremltools_suite/settings.ini"), "--rootdir", str(folder)]
     command += ["-q", "--no-header", "--tb=no", "-r", "", "-n", str(args.workers), "--dist", "load"]
     command += ["--suite-results", str(results), "--suite-precision", args.precision]
     command += ["--suite-sample", str(args.sample), "--suite-seed", str(args.seed)]

@@ -13,7 +13,7 @@ import pytest
 from converters.coreml.backend import load_coremltools
 from tests.coremltools_suite.predictor import Predictor
 
-__all__ = ["Mismatch", "collect_garbage", "install", "seed"]
+__all__ = ["Mismatch", "collect_garbage", "compare", "install", "seed"]
 
 collect_garbage = gc.collect
 # Programs with float16 in them are compared at this: weights and expected values are rounded, at 2**-11 each, and the
@@ -46,7 +46,7 @@ def install() -> None:
     if "torchvision" not in sys.modules:
         sys.modules["torchvision"] = _Absent("torchvision")
     gc.collect = lambda *generations: 0  # the plugin collects at its own pace
-    np.testing.assert_allclose = _compare
+    np.testing.assert_allclose = compare
 
 
 class _Absent(types.ModuleType):
@@ -69,7 +69,7 @@ def seed() -> None:
 _assert_allclose = np.testing.assert_allclose
 
 
-def _compare(
+def compare(
     actual: Any, desired: Any, rtol: float = 1e-7, atol: float = 0, *args: Any, **options: Any
 ) -> None:
     """numpy's comparison; of predictions, at our tolerance where float16 takes part and never wider."""
