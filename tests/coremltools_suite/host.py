@@ -12,6 +12,7 @@ import pytest
 
 from converters.coreml.backend import load_coremltools
 from tests.coremltools_suite.predictor import Predictor
+from tests.coremltools_suite.tensorflow_standin import FUNCTIONS
 
 __all__ = ["Mismatch", "collect_garbage", "compare", "install", "seed"]
 
@@ -44,7 +45,13 @@ def install() -> None:
     model._MLModelProxy = Predictor
     assert ct.models.model is model
     if "torchvision" not in sys.modules:
-        sys.modules["torchvision"] = _Absent("torchvision")
+        sys.modules["torchvision"] = _Absent(
+            "torchvision", "its wheel on Linux does not go with PyTorch for the CPU"
+        )
+    if not _deps._HAS_TF:
+        standin = sys.modules["tensorflow"] = _Absent("tensorflow", "only a stand-in is installed")
+        standin.__dict__.update(FUNCTIONS)
+        _deps._HAS_TF_2 = True
     gc.collect = lambda *generations: 0  # the plugin collects at its own pace
     np.testing.assert_allclose = compare
 
@@ -52,10 +59,14 @@ def install() -> None:
 class _Absent(types.ModuleType):
     """Stands in for a package that many modules of the suite import and few of their tests use."""
 
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(name)
+        self.__dict__["_why"] = why
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        pytest.skip(f"needs {self.__name__}, whose wheel on Linux does not go with PyTorch for the CPU")
+        pytest.skip(f"needs {self.__name__}: {self.__dict__['_why']}")
 
 
 def seed() -> None:
