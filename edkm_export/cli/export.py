@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from edkm_export.cli.verification import climb, prepare, verification_options
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
-    from edkm_export.verify.report import Report
+    from edkm_export.model_card import FormatCard
 
 __all__ = ["Exporter", "export_arguments", "export_options", "run_export"]
 
@@ -49,10 +50,8 @@ class Exporter(Protocol[_Plan]):
     def write(self, checkpoint: Checkpoint, plan: _Plan, folder: Path, name: str) -> Path:
         """Write everything but the report into an empty folder; the artifact in it that is to be verified."""
 
-    def finish(
-        self, checkpoint: Checkpoint, plan: _Plan, folder: Path, name: str, report: Report | None
-    ) -> None:
-        """Add what tells of the verification; `report` is None when it was not run."""
+    def card(self, checkpoint: Checkpoint, plan: _Plan, name: str) -> FormatCard:
+        """What the model card says of the format."""
 
     def next_commands(self, plan: _Plan, folder: Path, name: str) -> list[str]:
         """What the user can do with the folder, a line each."""
@@ -104,7 +103,9 @@ def run_export(
     """
     from edkm_export.atomic import atomic_folder, check_output
     from edkm_export.checkpoint import load
+    from edkm_export.cli.cards import verification_words
     from edkm_export.cli.console import err, megabytes, out, print_report
+    from edkm_export.model_card import FILE, model_card
     from edkm_export.verify.report import Verdict
     from edkm_export.verify.write import write_report
 
@@ -131,11 +132,16 @@ def run_export(
                     update={"artifact": folder.absolute().name}
                 )  # as it will be called
             write_report(report, temporary)
-        exporter.finish(checkpoint, plan, temporary, path.stem, report)
+        card = model_card(
+            checkpoint, path.stem, exporter.card(checkpoint, plan, path.stem), *verification_words(report)
+        )
+        (temporary / FILE).write_text(card, encoding="utf-8")
     if report is None:
         size = megabytes(plan.weights_size_bytes)
         out.print(f"{folder}: {size} of weights, NOT VERIFIED (--no-verify)", soft_wrap=True)
-        out.print(f"verify it with: edkm-export verify {path} {folder}", soft_wrap=True)
+        out.print(
+            f"verify it with: {shlex.join(['edkm-export', 'verify', str(path), str(folder)])}", soft_wrap=True
+        )
         return
     print_report(report)
     for line in exporter.next_commands(plan, folder, path.stem):

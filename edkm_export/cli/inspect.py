@@ -99,6 +99,12 @@ def _print_account(found: Account) -> None:
         f"without effect, {len(found.not_understood)} are not understood",
         soft_wrap=True,
     )
+    if found.origin.license:
+        named = found.origin.license_name or found.origin.license
+        out.print(f"  licence: {named} ({found.origin.license_from})", soft_wrap=True, markup=False)
+    if found.origin.base_models:
+        bases = ", ".join(found.origin.base_models)
+        out.print(f"  model on the hub: {bases} ({found.origin.base_from})", soft_wrap=True, markup=False)
     for remark in found.remarks:
         out.print(f"  {remark}", soft_wrap=True, markup=False)
     table = Table(box=None, pad_edge=False)

@@ -23,9 +23,11 @@ _COMMANDS = {
     "coreml": "Convert a palettized checkpoint to Core ML and verify the result.",
     "onnx": "Convert a palettized checkpoint to ONNX and verify the result.",
     "verify": "Check that a package computes what its checkpoint does.",
+    "push": "Upload an exported model, with its card and report, to a hub.",
     "compare": "Put several checkpoints and artifacts side by side.",
     "generate": "Let a checkpoint or an exported model write text.",
     "inspect": "Show what is inside a source, a checkpoint or an exported model.",
+    "doctor": "Show what this machine can do, and what a model would take on it.",
 }
 
 

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from pathlib import Path
 
 from edkm_export.errors import InputError
 from edkm_export.reference.load_errors import first_line
 
-__all__ = ["commit_of", "fetch", "is_hub_id"]
+__all__ = ["commit_of", "fetch"]
 
-_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 _LEFT_OUT = ["*/*", "consolidated*", "adapter_model*"]
 _PATIENCE_S = 10.0
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILE = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether it has the form OWNER/NAME of a model on the hub, and not that of a file."""
-    return _ID.fullmatch(name) is not None and not name.lower().endswith(_FILE)
 
 
 @functools.cache

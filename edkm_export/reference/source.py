@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edkm_export.digest import file_sha256
 from edkm_export.errors import InputError
+from edkm_export.hub_id import is_hub_id
 from edkm_export.reference.account import Account
 from edkm_export.reference.adapters import Adapter
 from edkm_export.reference.gguf.gguf_file import part_paths
 from edkm_export.reference.hf_folder import HfFolder
-from edkm_export.reference.hub import commit_of, fetch, is_hub_id
+from edkm_export.reference.hub import commit_of, fetch
 from edkm_export.reference.load_errors import explained, without_bars
 from edkm_export.reference.stored_tensors import ADAPTER_CONFIG
 from edkm_export.reference.weight_range import check_weight_range

@@ -17,8 +17,8 @@ from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.digest import file_sha256
 from edkm_export.errors import CheckpointError, InputError
+from edkm_export.hub_id import is_hub_id
 from edkm_export.local_paths import without_folders
-from edkm_export.reference.hub import is_hub_id
 from edkm_export.reference.soft_model import SoftWeights
 from edkm_export.reference.source import Source
 from edkm_export.text import token_windows

@@ -75,7 +75,7 @@ def test_help_of_a_command(edkm, command):
         ),
         (["coreml"], "Missing argument 'MODEL.PT'"),
         (["coreml", str(FIXTURES / "heldout.txt"), "--tokens", "0"], "0 is not in the range x>=2"),
-        (["verify", str(FIXTURES / "heldout.txt")], "Missing argument 'PACKAGE'"),
+        (["verify"], "Missing argument '[MODEL.PT] OUT'"),
         (["inspect"], "Missing argument"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
