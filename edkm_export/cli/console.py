@@ -12,6 +12,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -21,6 +22,7 @@ from rich.text import Text
 from edkm_export.verify.report import Report, Verdict
 
 __all__ = [
+    "Stages",
     "bar",
     "err",
     "fault_lines",
@@ -60,9 +62,33 @@ def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda amount: progress.advance(task, amount)
 
 
+class Stages:
+    """Called with the name of the next stage.
+
+    Args:
+        progress: the bar.
+        task: its only one.
+    """
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task, self._name = progress, task, ""
+
+    def __call__(self, name: str) -> None:
+        """Announce a stage."""
+        self._name = name
+        self._progress.update(self._task, advance=1, description=name)
+        if not err.is_terminal:
+            err.print(f"- {name}", markup=False)
+
+    def loading(self, share: float) -> None:
+        """Show how much of a model is read within the stage, 0 to 1."""
+        read = f", {share:.0%} of it read" if share < 1 else ""
+        self._progress.update(self._task, description=f"{self._name}{read}")
+
+
 @contextlib.contextmanager
-def stages(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar over named stages; yields the function that announces the next one."""
+def stages(total: int) -> Iterator[Stages]:
+    """A bar over named stages; yields what announces the next one."""
     columns = (
         SpinnerColumn(),
         BarColumn(bar_width=20),
@@ -71,14 +97,7 @@ def stages(total: int) -> Iterator[Callable[[str], None]]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task("starting", total=total, completed=-1)
-
-        def advance(name: str) -> None:
-            progress.update(task, advance=1, description=name)
-            if not err.is_terminal:
-                err.print(f"- {name}", markup=False)
-
-        yield advance
+        yield Stages(progress, progress.add_task("starting", total=total, completed=-1))
 
 
 def print_wide(table: Table) -> None:

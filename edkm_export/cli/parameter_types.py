@@ -20,6 +20,7 @@ __all__ = [
     "PACKAGE",
     "RECIPE",
     "RUN",
+    "VERIFIED",
     "find_named_original",
     "find_source",
     "original_options",
@@ -83,6 +84,20 @@ ARTIFACT = _Existing(InputError, "no such file or folder")
 """A model.pt, or what an export made."""
 PACKAGE = _Existing(PackageError, "no such package")
 """What an export made."""
+
+
+class _Verified(click.Path):
+    """A model.pt or what was made of it, which two words of a command may be."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(value)
+        if not path.exists():
+            (CHECKPOINT if path.suffix == ".pt" else PACKAGE).convert(value, param, ctx)
+        return path
+
+
+VERIFIED = _Verified()
+"""A model.pt or an artifact of it."""
 RUN = _Existing(InputError, "no such folder", file="is a file, expected the folder of a training run")
 """The folder of a training run."""
 

@@ -167,7 +167,7 @@ def command(
         "data": _digests(data),
         "source": accounted.provenance(),
     }
-    with _shown(output, config.save_every, resume=resume) as (announce, tell, advance):
+    with _shown(output, config.save_every, resume=resume) as (announce, tell, advance, loading):
         run = Run(
             source,
             data,
@@ -179,6 +179,7 @@ def command(
             announce=announce,
             tell=tell,
             advance=advance,
+            loading=loading,
         )
         outcome = run.complete(device=chosen, resume=resume, overwrite=overwrite)
     if _is_first():
@@ -210,7 +211,9 @@ def _widest(source: Source, config: TrainConfig) -> TrainConfig:
 @contextlib.contextmanager
 def _shown(
     output: Path, save_every: int, *, resume: bool
-) -> Iterator[tuple[Callable[[str], None], Callable[[str], None], Callable[[float], None]]]:
+) -> Iterator[
+    tuple[Callable[[str], None], Callable[[str], None], Callable[[float], None], Callable[[float], None]]
+]:
     """A bar for what is done meanwhile: give it the name of each stage, lines to keep, and shares of the training."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -245,8 +248,11 @@ def _shown(
             stepped = True
             progress.advance(task, share)
 
+        def loading(share: float) -> None:  # on the same bar, which is empty again when training begins
+            progress.update(task, completed=share % 1.0)
+
         try:
-            yield announce, tell, advance
+            yield announce, tell, advance, loading
         except KeyboardInterrupt:
             tell(_stopped(output, save_every) if stepped else _NO_STEP)
             sys.exit(130)

@@ -9,13 +9,14 @@ from typing import Any
 import click
 
 from edkm_export.cli.artifacts import checkpoint_and_artifact, find_artifact
+from edkm_export.cli.parameter_types import VERIFIED
 from edkm_export.cli.verification import climb, prepare, verification_options
 
 __all__ = ["command"]
 
 
 @click.command("verify", short_help="Check that a package computes what its checkpoint does.")
-@click.argument("paths", metavar="[MODEL.PT] OUT", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="[MODEL.PT] OUT", nargs=-1, required=True, type=VERIFIED)
 @verification_options
 @click.option(
     "--report",

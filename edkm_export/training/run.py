@@ -14,8 +14,9 @@ from edkm_export import checkpoint
 from edkm_export.errors import InputError
 from edkm_export.recipe import Recipe
 from edkm_export.reference.hard_model import load_hard_model
+from edkm_export.reference.load_progress import counting
 from edkm_export.reference.outline import outline
-from edkm_export.reference.source import Source, load_model, load_tokenizer
+from edkm_export.reference.source import Source, load_model, load_tokenizer, value_count
 from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.text import LEAST_TOKENS, read_text, token_windows
 from edkm_export.training import run_checkpoints
@@ -74,6 +75,7 @@ class Run:
         announce: called with the name of each stage before it starts.
         tell: called with a line that the user should be able to read afterwards.
         advance: called with the share of the training that each step adds.
+        loading: called with the share of the model that is read, where it is read weight by weight.
     """
 
     processes: Processes = ALONE
@@ -94,6 +96,7 @@ class Run:
         announce: Callable[[str], None] = lambda _name: None,
         tell: Callable[[str], None] = lambda _line: None,
         advance: Callable[[float], None] | None = None,
+        loading: Callable[[float], None] | None = None,
     ) -> None:
         self.source = source
         self.data = data
@@ -101,7 +104,7 @@ class Run:
         self.config = config
         self.recipe = recipe or base_recipe(config)
         self.eval_texts, self.provenance = eval_texts, dict(provenance or {})
-        self.announce, self.tell, self.advance = announce, tell, advance
+        self.announce, self.tell, self.advance, self.loading = announce, tell, advance, loading
 
     def complete(
         self, *, device: str | None = None, resume: bool = False, overwrite: bool = False
@@ -169,7 +172,8 @@ class Run:
             self._eval_windows(), self.folder.log if self.processes.is_first else None, self.announce
         )
         self.announce("loading the model")
-        self.student = load_model(self.source, torch.float32).to(self.processes.device)
+        reading = counting(value_count(self.source), self.loading)
+        self.student = load_model(self.source, torch.float32, reading).to(self.processes.device)
         self._check_vocabulary(tokens)
         if self.config.objective == "distillation" or self.eval_texts:
             self.evaluations.original = copy.deepcopy(self.student)

@@ -17,7 +17,8 @@ from edkm_export.artifact.protocol import Artifact, DamagedArtifact
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import InputError, PackageError
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
-from edkm_export.reference.source import Source, load_model
+from edkm_export.reference.load_progress import counting
+from edkm_export.reference.source import Source, load_model, value_count
 from edkm_export.text import token_windows
 from edkm_export.verify import charts
 from edkm_export.verify.html import page
@@ -118,6 +119,7 @@ def compare(
     tokens: int = 1024,
     original: Source | None = None,
     advance: Callable[[str], None] | None = None,
+    loading: Callable[[float], None] | None = None,
 ) -> list[Compared]:
     """Run all of them on the same windows of one text.
 
@@ -128,6 +130,7 @@ def compare(
         tokens: tokens of it to use.
         original: the float model; the first row of the result when it is given.
         advance: called with the name of each model before it runs.
+        loading: called with the share of the original that is read, where it is read weight by weight.
 
     Raises:
         InputError: the text is too short, the original cannot be used, or the tokenizers differ.
@@ -150,7 +153,8 @@ def compare(
     reference: list[Tensor] | None = None
     if original is not None:
         begin("the original")
-        execute = transformers_model(load_model(original, torch.float32))
+        reading = counting(value_count(original), loading)
+        execute = transformers_model(load_model(original, torch.float32, reading))
         reference = [execute(window) for window in windows]
         rows.append(Compared("original", "float model", None, None, _perplexity(reference, windows), None))
     for entry in entries:

@@ -60,6 +60,7 @@ def verify_artifact(
     *,
     predicted_size_bytes: int | None = None,
     advance: Advance | None = None,
+    loading: Callable[[float], None] | None = None,
 ) -> Report:
     """Climb the ladder.
 
@@ -69,6 +70,7 @@ def verify_artifact(
         evaluation: text, original, prompts and threshold.
         predicted_size_bytes: what the weights should take on disk; None: not known, and not compared.
         advance: called with the name of each stage before it starts.
+        loading: called with the share of the original that is read, where it is read weight by weight.
 
     Returns:
         The report. An artifact that is damaged fails its rung; it does not raise.
@@ -82,7 +84,7 @@ def verify_artifact(
     prompts = prompt_tokens(checkpoint, evaluation, tokenizer, artifact.context)
 
     begin("running the original")
-    original, missing = measure_original(checkpoint, evaluation, windows)
+    original, missing = measure_original(checkpoint, evaluation, windows, loading)
     begin("decoding the weights")
     weights = {} if original is None else original.weights
     tensors = describe_tensors(checkpoint, weights, {} if original is None else original.output_snr_db)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,9 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import EdkmExportError, InputError
 from edkm_export.palette import PalettizedTensor
 from edkm_export.reference.conv1d import as_linear, is_conv1d
+from edkm_export.reference.load_progress import counting
 from edkm_export.reference.soft_model import load_soft_model
-from edkm_export.reference.source import load_model
+from edkm_export.reference.source import load_model, value_count
 from edkm_export.verify.inputs import VerificationInputs
 from edkm_export.verify.report import LayerError
 
@@ -60,9 +61,12 @@ def transformers_model(model: Any) -> Execute:
 
 
 def measure_original(
-    checkpoint: Checkpoint, evaluation: VerificationInputs, windows: Tensor
+    checkpoint: Checkpoint,
+    evaluation: VerificationInputs,
+    windows: Tensor,
+    loading: Callable[[float], None] | None = None,
 ) -> tuple[Measured | None, str]:
-    """Run the float model.
+    """Run the float model; `loading` is called with the share of it that is read.
 
     Returns:
         What it gave; None and the reason when there is no such model.
@@ -73,7 +77,8 @@ def measure_original(
     if evaluation.original is None:
         return None, evaluation.original_missing
     try:
-        model = load_model(evaluation.original, torch.float32)
+        reading = counting(value_count(evaluation.original), loading)
+        model = load_model(evaluation.original, torch.float32, reading)
         state = as_linear(model, model.state_dict())
         for name, tensor in checkpoint.palettized.items():
             if name not in state or tuple(state[name].shape) != tensor.shape:
