@@ -82,7 +82,6 @@ def command(
             tokens=tokens,
             original=source,
             advance=advance,
-            loading=advance.loading,
         )
     if source is None:
         err.print(f"NOT RUN: distance from the original: {missing}")

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from edkm_export import checkpoint
+from edkm_export.activity import activity
 from edkm_export.errors import InputError
 from edkm_export.recipe import Recipe
 from edkm_export.reference.hard_model import load_hard_model
-from edkm_export.reference.load_progress import counting
 from edkm_export.reference.outline import outline
-from edkm_export.reference.source import Source, load_model, load_tokenizer, value_count
+from edkm_export.reference.source import Source, load_model, load_tokenizer
 from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.text import LEAST_TOKENS, read_text, token_windows
 from edkm_export.training import run_checkpoints
-from edkm_export.training.callbacks import Clock, Evaluate, FirstStep, Log, Refit
+from edkm_export.training.callbacks import Clock, Evaluate, FirstStep, Log, Refit, Show
 from edkm_export.training.curve import draw
 from edkm_export.training.data import read_tokens
 from edkm_export.training.distributed.processes import ALONE, Processes
@@ -75,7 +75,6 @@ class Run:
         announce: called with the name of each stage before it starts.
         tell: called with a line that the user should be able to read afterwards.
         advance: called with the share of the training that each step adds.
-        loading: called with the share of the model that is read, where it is read weight by weight.
     """
 
     processes: Processes = ALONE
@@ -96,7 +95,6 @@ class Run:
         announce: Callable[[str], None] = lambda _name: None,
         tell: Callable[[str], None] = lambda _line: None,
         advance: Callable[[float], None] | None = None,
-        loading: Callable[[float], None] | None = None,
     ) -> None:
         self.source = source
         self.data = data
@@ -104,7 +102,7 @@ class Run:
         self.config = config
         self.recipe = recipe or base_recipe(config)
         self.eval_texts, self.provenance = eval_texts, dict(provenance or {})
-        self.announce, self.tell, self.advance, self.loading = announce, tell, advance, loading
+        self.announce, self.tell, self.advance = announce, tell, advance
 
     def complete(
         self, *, device: str | None = None, resume: bool = False, overwrite: bool = False
@@ -172,8 +170,7 @@ class Run:
             self._eval_windows(), self.folder.log if self.processes.is_first else None, self.announce
         )
         self.announce("loading the model")
-        reading = counting(value_count(self.source), self.loading)
-        self.student = load_model(self.source, torch.float32, reading).to(self.processes.device)
+        self.student = load_model(self.source, torch.float32).to(self.processes.device)
         self._check_vocabulary(tokens)
         if self.config.objective == "distillation" or self.eval_texts:
             self.evaluations.original = copy.deepcopy(self.student)
@@ -337,7 +334,9 @@ class Run:
         ):
             trainer.add_callback(callback)
         self.announce("training")
-        trainer.run(last)
+        with activity("steps", 1.0) as shown:
+            trainer.add_callback(Show(shown, progress, config.step_tokens))
+            trainer.run(last)
         return trainer
 
     def finish(self, trainer: PaletteTrainer) -> Outcome:

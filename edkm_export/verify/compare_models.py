@@ -11,14 +11,14 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.execution import Execute
 from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
 from edkm_export.artifact.protocol import Artifact, DamagedArtifact
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import InputError, PackageError
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
-from edkm_export.reference.load_progress import counting
-from edkm_export.reference.source import Source, load_model, value_count
+from edkm_export.reference.source import Source, load_model
 from edkm_export.text import token_windows
 from edkm_export.verify import charts
 from edkm_export.verify.html import page
@@ -119,7 +119,6 @@ def compare(
     tokens: int = 1024,
     original: Source | None = None,
     advance: Callable[[str], None] | None = None,
-    loading: Callable[[float], None] | None = None,
 ) -> list[Compared]:
     """Run all of them on the same windows of one text.
 
@@ -130,7 +129,6 @@ def compare(
         tokens: tokens of it to use.
         original: the float model; the first row of the result when it is given.
         advance: called with the name of each model before it runs.
-        loading: called with the share of the original that is read, where it is read weight by weight.
 
     Raises:
         InputError: the text is too short, the original cannot be used, or the tokenizers differ.
@@ -153,14 +151,13 @@ def compare(
     reference: list[Tensor] | None = None
     if original is not None:
         begin("the original")
-        reading = counting(value_count(original), loading)
-        execute = transformers_model(load_model(original, torch.float32, reading))
-        reference = [execute(window) for window in windows]
+        execute = transformers_model(load_model(original, torch.float32))
+        reference = [execute(window) for window in tracked(windows, "evaluation text", "windows")]
         rows.append(Compared("original", "float model", None, None, _perplexity(reference, windows), None))
     for entry in entries:
         begin(entry.name)
         execute = entry.load()
-        logits = [execute(window) for window in windows]
+        logits = [execute(window) for window in tracked(windows, "evaluation text", "windows")]
         distance = None if reference is None else divergence(zip(reference, logits, strict=True))
         rows.append(
             Compared(

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.execution import AT_FAULT, Execution
 from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
 from edkm_export.artifact.protocol import Artifact
@@ -60,7 +61,6 @@ def verify_artifact(
     *,
     predicted_size_bytes: int | None = None,
     advance: Advance | None = None,
-    loading: Callable[[float], None] | None = None,
 ) -> Report:
     """Climb the ladder.
 
@@ -70,7 +70,6 @@ def verify_artifact(
         evaluation: text, original, prompts and threshold.
         predicted_size_bytes: what the weights should take on disk; None: not known, and not compared.
         advance: called with the name of each stage before it starts.
-        loading: called with the share of the original that is read, where it is read weight by weight.
 
     Returns:
         The report. An artifact that is damaged fails its rung; it does not raise.
@@ -84,7 +83,7 @@ def verify_artifact(
     prompts = prompt_tokens(checkpoint, evaluation, tokenizer, artifact.context)
 
     begin("running the original")
-    original, missing = measure_original(checkpoint, evaluation, windows, loading)
+    original, missing = measure_original(checkpoint, evaluation, windows)
     begin("decoding the weights")
     weights = {} if original is None else original.weights
     tensors = describe_tensors(checkpoint, weights, {} if original is None else original.output_snr_db)
@@ -97,7 +96,8 @@ def verify_artifact(
     model = load_hard_model(checkpoint)
     with hidden_states(model) as hidden:
         hard = [transformers_model(model)(windows[0])]
-    hard += [transformers_model(model)(window) for window in windows[1:]]
+    rest = tracked(windows[1:], "evaluation text", "windows")
+    hard += [transformers_model(model)(window) for window in rest]
     before = None if original is None else original.logits
     run = {"original": before, "trained soft model": soft, "hard PyTorch": hard}
     perplexities = {name: _perplexity(logits, windows) for name, logits in run.items() if logits is not None}
@@ -192,7 +192,7 @@ def _execute(execution: Execution, hard: list[Tensor], windows: Tensor) -> tuple
     if execution.execute is None:
         return execution_rung(execution, execution.missing), None
     try:
-        logits = [execution.execute(window) for window in windows]
+        logits = [execution.execute(window) for window in tracked(windows, "evaluation text", "windows")]
     except AT_FAULT as error:
         return execution_rung(execution, str(error)), None
     if any(one.shape != reference.shape for one, reference in zip(logits, hard, strict=True)):

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.execution import Execute
 from edkm_export.artifact.metrics import snr_db
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import EdkmExportError, InputError
 from edkm_export.palette import PalettizedTensor
 from edkm_export.reference.conv1d import as_linear, is_conv1d
-from edkm_export.reference.load_progress import counting
 from edkm_export.reference.soft_model import load_soft_model
-from edkm_export.reference.source import load_model, value_count
+from edkm_export.reference.source import load_model
 from edkm_export.verify.inputs import VerificationInputs
 from edkm_export.verify.report import LayerError
 
@@ -61,12 +61,9 @@ def transformers_model(model: Any) -> Execute:
 
 
 def measure_original(
-    checkpoint: Checkpoint,
-    evaluation: VerificationInputs,
-    windows: Tensor,
-    loading: Callable[[float], None] | None = None,
+    checkpoint: Checkpoint, evaluation: VerificationInputs, windows: Tensor
 ) -> tuple[Measured | None, str]:
-    """Run the float model; `loading` is called with the share of it that is read.
+    """Run the float model.
 
     Returns:
         What it gave; None and the reason when there is no such model.
@@ -77,8 +74,7 @@ def measure_original(
     if evaluation.original is None:
         return None, evaluation.original_missing
     try:
-        reading = counting(value_count(evaluation.original), loading)
-        model = load_model(evaluation.original, torch.float32, reading)
+        model = load_model(evaluation.original, torch.float32)
         state = as_linear(model, model.state_dict())
         for name, tensor in checkpoint.palettized.items():
             if name not in state or tuple(state[name].shape) != tensor.shape:
@@ -91,7 +87,7 @@ def measure_original(
             raise
         return None, str(error)
     execute = transformers_model(model)
-    logits = [execute(window) for window in windows[1:]]
+    logits = [execute(window) for window in tracked(windows[1:], "evaluation text", "windows")]
     with _comparing_outputs(model, checkpoint) as snr, hidden_states(model) as hidden:
         logits.insert(0, execute(windows[0]))
     weights = {name: state[name] for name in checkpoint.palettized}
@@ -117,7 +113,7 @@ def measure_soft(
         if evaluation.soft_required:
             raise
         return None, str(error)
-    return [execute(window) for window in windows], ""
+    return [execute(window) for window in tracked(windows, "evaluation text", "windows")], ""
 
 
 def layer_errors(reference: dict[str, Tensor], candidate: dict[str, Tensor]) -> list[LayerError]:

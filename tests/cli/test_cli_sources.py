@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from rich.progress import Progress
 
 from edkm_export import checkpoint
 from edkm_export.reference.hard_model import load_hard_model
 from edkm_export.verify.report import Report, Verdict
 from tests.helpers.folder_kinds import HEAD, edit_config, edit_weights, own_head
-from tests.helpers.gguf_kinds import KINDS
 from tests.helpers.odd_models import build, build_tokenizer, save
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -302,43 +299,3 @@ def test_inspect_still_knows_what_we_made(edkm, folder):
     assert edkm("onnx", "model.pt", "-o", "out", "--no-verify").status == 0
     assert "ONNX folder" in edkm("inspect", "out").out
     assert "checkpoint" in edkm("inspect", "model.pt").out
-
-
-# Progress
-
-
-def test_reading_a_gguf_file_is_shown(edkm, work, monkeypatch):
-    """The bars of `compare` and `train` move while the original is read, up to its end."""
-    from edkm_export.cli import console
-    from edkm_export.training import run as run_module
-
-    kind = KINDS["llama"]
-    path = kind.write(kind.model(), work)
-    assert edkm("palettize", path, "--recipe", "8bit", "-o", "model.pt").status == 0
-
-    shown: list[float] = []
-    monkeypatch.setattr(console.Stages, "loading", lambda _self, share: shown.append(share))
-    result = edkm("compare", "model.pt", "--original", path, "--tokens", 32)
-    assert result.status == 0, result.err
-    assert len(shown) > 10 and shown == sorted(shown) and shown[-1] == 1.0
-
-    class Ended(Exception):
-        """The model is read; the rest is another test's."""
-
-    def ended(self: run_module.Run, _tokens: object) -> None:
-        assert self.loading is not None
-        raise Ended
-
-    monkeypatch.setattr(run_module.Run, "_check_vocabulary", ended)
-    updates: list[float] = []
-    original = Progress.update
-
-    def update(self: Progress, task: Any, **changes: Any) -> None:
-        updates.append(changes.get("completed", 0.0))
-        original(self, task, **changes)
-
-    monkeypatch.setattr(Progress, "update", update)
-    Path("text.txt").write_text("some words to read " * 300)
-    with pytest.raises(Ended):
-        edkm("train", path, "--data", "text.txt", "-o", "run", "--context", 16, "--device", "cpu")
-    assert max(updates) > 0.9 and updates[-1] == 0.0
