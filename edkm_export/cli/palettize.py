@@ -151,13 +151,7 @@ def command(
         if held_out is not None:
             held_out = in_windows(held_out, min(ESTIMATE_CONTEXT, longest))
             check_vocabulary(known, held_out)
-        count = sources.value_count(source)
-    if count is None:
-        with err.status(f"loading {model}"):
-            loaded = sources.load_model(source)
-    else:
-        with bar(f"reading {Path(model).name}", count) as advance:
-            loaded = sources.load_model(source, advance=advance)
+    loaded = sources.load_model(source)
 
     energy = predictions = found = None
     provenance: dict[str, Any] = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edkm_export.activity import Activity, activity
 from edkm_export.command_line import command_line
 from edkm_export.digest import file_sha256
 from edkm_export.errors import InputError
@@ -280,7 +281,8 @@ def load_model(
     """
     import torch
 
-    with _explaining(source), without_bars():
+    with _explaining(source), without_bars(), _counted(source) as counted:
+        advance = advance or counted.advance
         if source.adapter is None:
             model = _reader(source).load_model(dtype, advance)
         else:
@@ -295,6 +297,12 @@ def value_count(source: Source) -> int | None:
     """How many values `load_model` reports to `advance` in all; None for a form that is read in one go."""
     with _explaining(source):
         return _gguf(source).values if source.gguf_file else None
+
+
+def _counted(source: Source) -> contextlib.AbstractContextManager[Activity]:
+    """What is shown while a model is read: how many of its values are, where they are read one by one."""
+    total = value_count(source)
+    return activity(f"reading {Path(source.reference).name}", total, "values" if total else "")
 
 
 def load_tokenizer(source: Source) -> Any:
