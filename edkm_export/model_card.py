@@ -21,7 +21,10 @@ if TYPE_CHECKING:  # importing it takes torch, which `push` does without
     from edkm_export.checkpoint import Checkpoint
 
 __all__ = [
+    "BEYOND",
     "FILE",
+    "NOT_VERIFIED",
+    "PASS",
     "FormatCard",
     "License",
     "base_models",
@@ -30,12 +33,17 @@ __all__ = [
     "code",
     "license_of",
     "model_card",
+    "plain",
     "table",
+    "verdict_of",
     "with_verification",
 ]
 
 FILE = "README.md"
 """Where a hub looks for the card."""
+
+PASS, BEYOND, NOT_VERIFIED = "PASS", "BEYOND", "NOT VERIFIED"
+"""What a card says of a verification: proved, faithful but beyond the limit of the quality, not run."""
 
 _BEGIN = re.compile(r"<!-- edkm-export verification: (?P<verdict>[A-Z ]+) -->\n")
 _END = "<!-- edkm-export verification: end -->"
@@ -145,6 +153,14 @@ def card_verdict(card: str) -> str | None:
     """The verdict that a card tells; None where its verification is not one that we wrote."""
     found = _BEGIN.search(card)
     return None if found is None or _END not in card else found["verdict"]
+
+
+def verdict_of(report: Mapping[str, Any]) -> str:
+    """One word for a report.json of any version: PASS, BEYOND, or what it says instead; empty when it says nothing."""
+    faithful = report.get("faithful_export", report.get("verdict"))
+    if not isinstance(faithful, str):
+        return ""
+    return BEYOND if faithful == PASS and report.get("quality") == BEYOND else faithful
 
 
 def card_license(card: str) -> str | None:

@@ -37,7 +37,7 @@ def command(
     """Upload OUT to REPO, `owner/name` on the Hugging Face hub or the hub of HF_ENDPOINT.
 
     OUT is the folder that `edkm-export coreml` or `edkm-export onnx` made. Its report must say PASS of these very
-    files. All files arrive in one commit. You log in once with `hf auth login`, or set HF_TOKEN.
+    files, by their sha256. All files arrive in one commit. You log in once with `hf auth login`, or set HF_TOKEN.
     """
     from edkm_export._version import __version__
     from edkm_export.cli.hub_client import HubClient

@@ -248,6 +248,28 @@ def test_verdict(edkm, hub, folder, verdict):
     assert hub.requests == []
 
 
+def test_two_verdicts(edkm, hub, folder):
+    """A report tells faithful export and quality apart; the one must be proved, the other not beyond its limit."""
+    path = folder / "report.json"
+    content = json.loads(path.read_text())
+    del content["verdict"]
+    for faithful, quality, told in (
+        ("FAIL", "WITHIN", "the verdict of its report is FAIL"),
+        ("NOT RUN", "REPORTED", "the verdict of its report is NOT RUN"),
+        ("PASS", "BEYOND", "the quality is beyond its limit"),
+    ):
+        path.write_text(json.dumps({**content, "faithful_export": faithful, "quality": quality}))
+        assert told in refused(edkm, hub, folder, REPO)
+    for quality in ("WITHIN", "REPORTED", "NOT RUN"):
+        path.write_text(json.dumps({**content, "faithful_export": "PASS", "quality": quality}))
+        assert edkm("push", folder, REPO).status == 0
+
+
+def test_report_that_names_no_files(edkm, hub, folder):
+    (folder / "report.json").write_text('{"verdict": "PASS"}')
+    assert "does not say which files it is about" in refused(edkm, hub, folder, REPO)
+
+
 @pytest.mark.parametrize("content", [None, "", "[]", "{", '{"verdict": {}}'])
 def test_report_that_is_missing_or_damaged(edkm, hub, folder, content):
     (folder / "report.json").unlink()
