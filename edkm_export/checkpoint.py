@@ -34,6 +34,7 @@ from edkm_export.atomic import atomic_file
 from edkm_export.errors import CheckpointError, PaletteError
 from edkm_export.local_paths import nearby, without_folders
 from edkm_export.palette import PalettizedTensor, all_finite
+from edkm_export.unfinished import unfinished_run
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "Checkpoint", "load", "save"]
 
@@ -238,11 +239,15 @@ _MAKE_ONE = "make one with `edkm-export palettize MODEL -o model.pt`"
 
 
 def _read(path: Path) -> Any:
+    if unfinished := unfinished_run(path):
+        raise CheckpointError(f"{path}: {unfinished}")
     if not path.exists():
         raise CheckpointError(
             f"{path}: no such file; make one with `edkm-export palettize MODEL -o {path.name}`."
         )
     if path.is_dir():
+        if (path / "model.pt").is_file():
+            raise CheckpointError(f"{path}: is a folder; give the file in it, {path / 'model.pt'}.")
         raise CheckpointError(
             f"{path}: is a folder; to palettize it run `edkm-export palettize {path} -o model.pt`."
         )

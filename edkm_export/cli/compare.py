@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from edkm_export.cli.artifacts import find_artifact, open_artifact
-from edkm_export.cli.parameter_types import ARTIFACT, TEXT, find_named_original, original_options
-from edkm_export.cli.verification import find_original, read_evaluation_text
+from edkm_export.cli.parameter_types import ARTIFACT, find_named_original, original_options
+from edkm_export.cli.text_file import TextFile
+from edkm_export.cli.verification import check_length, find_original, read_evaluation_text
 
 __all__ = ["command"]
 
@@ -22,7 +23,7 @@ __all__ = ["command"]
     "-o", "--output", type=click.Path(path_type=Path), help="Write the table as a page, such as compare.html."
 )
 @click.option("--json", "json_output", is_flag=True, help="Print JSON in place of the table.")
-@click.option("--text", type=TEXT, help="Evaluation text; by default a built-in sample.")
+@click.option("--text", type=TextFile(enough=True), help="Evaluation text; by default a built-in sample.")
 @click.option(
     "--tokens",
     type=click.IntRange(min=2),
@@ -56,6 +57,7 @@ def command(
 
     if output is not None:
         check_output(output, overwrite=overwrite)
+    content, text_name = read_evaluation_text(text)
     contestants, source, missing = [], None, "no checkpoint is among them; name it with --original"
     for path in models:
         if path.suffix == ".pt":
@@ -68,8 +70,10 @@ def command(
             found = find_artifact(path)
             folder = found.parent if found.suffix in (".mlpackage", ".onnx") else found
             contestants.append(Contestant.of_artifact(open_artifact(found), _name(path, models), folder))
+    if text is not None:
+        for entry in contestants:
+            check_length(content, entry.tokenizer(), tokens, text_name)
     source = named or source
-    content, text_name = read_evaluation_text(text)
     with stages(len(contestants) + (source is not None)) as advance:
         rows = compare(contestants, content, text_name, tokens=tokens, original=source, advance=advance)
     if source is None:

@@ -20,7 +20,6 @@ __all__ = [
     "PACKAGE",
     "RECIPE",
     "RUN",
-    "TEXT",
     "find_named_original",
     "find_source",
     "original_options",
@@ -72,8 +71,6 @@ class _Recipe(click.types.StringParamType):
 
 RECIPE = _Recipe()
 """A recipe."""
-TEXT = _Existing(InputError, "no such text file", folder="is a folder, expected a text file")
-"""A text."""
 FILE = _Existing(InputError, "no such file", folder="is a folder, expected a file")
 """Any other file that is read."""
 CHECKPOINT = _Existing(

@@ -8,12 +8,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from edkm_export.cli.parameter_types import FILE, RECIPE, TEXT, find_source
+from edkm_export.cli.parameter_types import FILE, RECIPE, find_source
+from edkm_export.cli.text_file import TextFile
 from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
+
+if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
+    from edkm_export.reference.source import Source
+    from edkm_export.training.train_config import TrainConfig
 
 __all__ = ["command"]
 
@@ -23,7 +28,7 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 @click.command("train", short_help="Fine-tune a model while its weights are clustered (eDKM).")
 @click.argument("model")
 @click.option(
-    "--data", multiple=True, required=True, type=TEXT,
+    "--data", multiple=True, required=True, type=TextFile(),
     help="Text, or JSONL with Alpaca fields or chat messages. May be given several times.",
 )  # fmt: skip
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
@@ -87,7 +92,7 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
     help="On CUDA, run steps as a recorded CUDA graph.  [default: record, where the model allows it]",
 )
 @click.option("--seed", type=int)
-@click.option("--eval-text", multiple=True, type=TEXT, help="Text for perplexity and KL.")
+@click.option("--eval-text", multiple=True, type=TextFile(enough=True), help="Text for perplexity and KL.")
 @click.option("--eval-tokens", type=int, help="Tokens of each.")
 @click.option("--eval-every", type=int, help="Steps between evaluations; 0: first and last only.")
 @click.option("--save-every", type=int, help="Steps between checkpoints; 0: none.")
@@ -125,7 +130,10 @@ def command(
             "--recipe decides bits, groups and LUT dtype; leave --bits, --group-size and --lut-dtype out."
         )
 
+    from edkm_export.atomic import check_output
+
     source = find_source(model, adapter)
+    check_output(output, overwrite=overwrite or resume, folder=True)
 
     import torch
 
@@ -145,11 +153,11 @@ def command(
     changes |= {name: value for name, value in settings.items() if value is not None}
     if recipe is not None and "target_bits" not in changes:
         changes["target_bits"] = None
-    if settings["target_bits"] is not None and settings["bits"] is None and recipe is None:
-        changes["bits"] = _below(settings["target_bits"])
-    elif settings["bits"] is not None and settings["target_bits"] is None:
+    if settings["bits"] is not None and settings["target_bits"] is None:
         changes["target_bits"] = None
     config = PRESETS[preset].updated(changes)
+    if settings["target_bits"] is not None and settings["bits"] is None and recipe is None:
+        config = _widest(source, config)
     rules = None if recipe is None else load_recipe(recipe)
     accounted = account(source)
     accounted.require_understood()
@@ -159,7 +167,7 @@ def command(
         "data": _digests(data),
         "source": accounted.provenance(),
     }
-    with _shown(output) as (announce, advance):
+    with _shown(output, config.save_every, resume=resume) as (announce, tell, advance):
         run = Run(
             source,
             data,
@@ -169,6 +177,7 @@ def command(
             eval_texts=eval_text,
             provenance=provenance,
             announce=announce,
+            tell=tell,
             advance=advance,
         )
         outcome = run.complete(device=chosen, resume=resume, overwrite=overwrite)
@@ -181,20 +190,28 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _below(target: float) -> int:
-    """The largest size that fits below a target."""
-    from edkm_export.errors import InputError
-    from edkm_export.packing import SUPPORTED_BITS
+def _widest(source: Source, config: TrainConfig) -> TrainConfig:
+    """The settings with the most bits that fit their target."""
+    from edkm_export.reference.outline import outline
+    from edkm_export.training.preparation import largest_bits
 
-    sizes = [bits for bits in SUPPORTED_BITS if bits < target]
-    if not sizes:
-        raise InputError(f"--target-bits {target:g}: is below 1 bit and its LUTs.")
-    return max(sizes)
+    assert config.target_bits is not None
+    bits = largest_bits(
+        outline(source),
+        config.target_bits,
+        config.group_size,
+        config.lut_dtype,
+        fit_groups=not config.strict_groups,
+        source=source.reference,
+    )
+    return config.model_copy(update={"bits": bits})
 
 
 @contextlib.contextmanager
-def _shown(output: Path) -> Iterator[tuple[Callable[[str], None], Callable[[float], None]]]:
-    """A bar for what is done meanwhile: give it the name of each stage, and the shares of the training."""
+def _shown(
+    output: Path, save_every: int, *, resume: bool
+) -> Iterator[tuple[Callable[[str], None], Callable[[str], None], Callable[[float], None]]]:
+    """A bar for what is done meanwhile: give it the name of each stage, lines to keep, and shares of the training."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from edkm_export.cli.console import err
@@ -217,11 +234,43 @@ def _shown(output: Path) -> Iterator[tuple[Callable[[str], None], Callable[[floa
             if not err.is_terminal and _is_first():
                 err.print(f"- {name}", markup=False)
 
+        def tell(line: str) -> None:
+            if _is_first():
+                progress.console.print(line, markup=False, soft_wrap=True)
+
+        stepped = resume
+
+        def advance(share: float) -> None:
+            nonlocal stepped
+            stepped = True
+            progress.advance(task, share)
+
         try:
-            yield announce, lambda share: progress.advance(task, share)
+            yield announce, tell, advance
         except KeyboardInterrupt:
-            err.print(f"stopped; the same command with --resume goes on from the last checkpoint in {output}")
+            tell(_stopped(output, save_every) if stepped else _NO_STEP)
             sys.exit(130)
+
+
+_NO_STEP = "stopped before the first step; nothing was left behind"
+
+
+def _stopped(output: Path, save_every: int) -> str:
+    """What an interrupted run left, and what can be done with it."""
+    from edkm_export.training import run_checkpoints
+    from edkm_export.training.run_folder import RunFolder
+
+    last = run_checkpoints.last_complete(RunFolder(output).checkpoints)
+    if last is not None:
+        step = run_checkpoints.read_state(last)["step"]
+        return f"stopped; the same command with --resume goes on from step {step} ({last})"
+    if not RunFolder(output).log.exists():
+        return _NO_STEP
+    often = f"one is saved every {save_every} steps" if save_every else "--save-every 0 saves none"
+    return (
+        f"stopped before the first checkpoint ({often}), so that there is nothing to go on from; "
+        f"to start again, add --overwrite"
+    )
 
 
 def _print(outcome: Any) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
-from edkm_export.cli.parameter_types import RUN, TEXT, find_named_original, original_options
+from edkm_export.cli.parameter_types import RUN, find_named_original, original_options
+from edkm_export.cli.text_file import TextFile
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait f
     from edkm_export.verify.report import Report
 
 __all__ = [
+    "check_length",
     "climb",
     "find_original",
     "find_soft",
@@ -81,7 +83,7 @@ def _with_options(function: _F) -> _F:
         ),
         click.option(
             "--text",
-            type=TEXT,
+            type=TextFile(enough=True),
             help="Evaluation text; by default a built-in sample.",
         ),
     ):
@@ -106,9 +108,12 @@ def prepare(
         InputError: the text, the original or the run that was asked for cannot be used.
     """
     from edkm_export.reference import llamacpp
+    from edkm_export.reference.hard_model import load_hard_tokenizer
     from edkm_export.verify.inputs import VerificationInputs
 
     content, name = read_evaluation_text(text)
+    if text is not None:
+        check_length(content, load_hard_tokenizer(checkpoint), tokens, name)
     source, missing = find_original(checkpoint, original)
     soft, no_soft = find_soft(checkpoint, run)
     return VerificationInputs(
@@ -163,6 +168,17 @@ def read_evaluation_text(path: Path | None) -> tuple[str, str]:
     if path is None:
         return (files("edkm_export.verify") / "sample.txt").read_text(encoding="utf-8"), "built-in sample"
     return read_text(path), str(path)
+
+
+def check_length(text: str, tokenizer: Any, tokens: int, name: str) -> None:
+    """Refuse a text that is too short, before a model is loaded or converted.
+
+    Raises:
+        InputError: it is; the message names it, with what it has and what is needed.
+    """
+    from edkm_export.text import LEAST_TOKENS, token_windows
+
+    token_windows(text, tokenizer, tokens=tokens, context=tokens, source=name, least=LEAST_TOKENS)
 
 
 def find_original(checkpoint: Checkpoint, asked: Source | None) -> tuple[Source | None, str]:

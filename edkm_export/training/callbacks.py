@@ -16,7 +16,17 @@ from edkm_export.training.palettized.batch import ClusterBatch
 from edkm_export.training.palettized.clusters import Clusters
 from edkm_export.training.progress import Progress
 
-__all__ = ["Clock", "Evaluate", "Finite", "Log", "Refit", "Refresh", "dead_centroids", "moved_share"]
+__all__ = [
+    "Clock",
+    "Evaluate",
+    "Finite",
+    "FirstStep",
+    "Log",
+    "Refit",
+    "Refresh",
+    "dead_centroids",
+    "moved_share",
+]
 
 
 def moved_share(clusters: list[Clusters], processes: Processes = ALONE) -> float:
@@ -65,6 +75,18 @@ class Clock(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         with self.progress.paused():
             self.progress.elapsed += self.progress.lap()
+
+
+class FirstStep(TrainerCallback):  # type: ignore[misc]
+    """Does something once a step has been made."""
+
+    def __init__(self, task: Callable[[], None]) -> None:
+        self._task: Callable[[], None] | None = task
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        if self._task is not None:
+            self._task()
+            self._task = None
 
 
 class Refresh(TrainerCallback):  # type: ignore[misc]
