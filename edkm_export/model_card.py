@@ -93,18 +93,22 @@ def base_models(checkpoint: Checkpoint) -> list[str]:
     reference = base.get("reference") if isinstance(base, dict) else None
     if isinstance(reference, str) and is_hub_id(reference) and not Path(reference).exists():
         return [reference]
-    source = checkpoint.provenance.get("source")
-    recorded = source.get("base_models") if isinstance(source, dict) else None
+    recorded = _origin(checkpoint).get("base_models")
     ids = recorded.get("ids") if isinstance(recorded, dict) else None
     return (
         [each for each in ids if isinstance(each, str) and is_hub_id(each)] if isinstance(ids, list) else []
     )
 
 
+def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What was recorded of the source: with its account, or alone where its weights were not read."""
+    found = checkpoint.provenance.get("source", checkpoint.provenance.get("origin"))
+    return found if isinstance(found, dict) else {}
+
+
 def license_of(checkpoint: Checkpoint) -> License | None:
     """The licence of what was palettized; None where its source names none."""
-    source = checkpoint.provenance.get("source")
-    found = source.get("license") if isinstance(source, dict) else None
+    found = _origin(checkpoint).get("license")
     if not isinstance(found, dict) or not isinstance(found.get("id"), str) or not found["id"]:
         return None
     name, link, said_by = (" ".join(str(found.get(key) or "").split()) for key in ("name", "link", "from"))
@@ -236,7 +240,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, str]:
     recipe = checkpoint.recipe.get("name") if isinstance(checkpoint.recipe, dict) else None
     palettized = sum(tensor.numel for tensor in checkpoint.palettized.values())
     return {
-        "parameters": f"{checkpoint.numel:,}, {palettized:,} of them palettized",
+        "parameters": f"{checkpoint.numel:,} ({palettized:,} palettized)",
         "recipe": plain(str(recipe)) if recipe else "not recorded",
         "bits a weight": f"{checkpoint.bits_per_weight:.2f}, LUTs and unpalettized weights included",
     }

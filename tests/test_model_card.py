@@ -63,7 +63,7 @@ def test_all_that_is_known():
     }
     assert "from [some-one/Small-1B](https://huggingface.co/some-one/Small-1B)." in text
     assert "Licence: apache-2.0, as its model card says. It holds for this model, too." in text
-    assert f"| parameters | {checkpoint.numel:,}, 108 of them palettized |" in text
+    assert f"| parameters | {checkpoint.numel:,} (108 palettized) |" in text
     assert "| positions | 512 |" in text and "## Use\n\nas you like" in text
     assert card_license(text) == "apache-2.0" and card_verdict(text) == "PASS"
 
