@@ -242,8 +242,24 @@ def _facts(checkpoint: Checkpoint) -> dict[str, str]:
     return {
         "parameters": f"{checkpoint.numel:,} ({palettized:,} palettized)",
         "recipe": plain(str(recipe)) if recipe else "not recorded",
+        "palettized": _how(checkpoint.provenance),
         "bits a weight": f"{checkpoint.bits_per_weight:.2f}, LUTs and unpalettized weights included",
     }
+
+
+def _how(provenance: Mapping[str, Any]) -> str:
+    """With training or without."""
+    training, calibration = provenance.get("training"), provenance.get("calibration")
+    if isinstance(training, dict):
+        steps, tokens = (_whole(training.get(key)) for key in ("trained_steps", "trained_tokens"))
+        return f"while it was fine-tuned for {steps} steps of {tokens} tokens in all"
+    if isinstance(calibration, dict):
+        return f"in one shot, weighted by the activations of {_whole(calibration.get('tokens'))} tokens of a text"
+    return "in one shot, without a calibration text" if "source" in provenance else "not recorded"
+
+
+def _whole(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else "unknown"
 
 
 def _block(verdict: str, verification: str) -> str:

@@ -166,6 +166,39 @@ def test_base_models_are_names_of_a_hub(provenance, expected):
     assert read.get("base_model") == several
 
 
+@pytest.mark.parametrize(
+    ("provenance", "told"),
+    [
+        ({"source": {}}, "in one shot, without a calibration text"),
+        (
+            {"source": {}, "calibration": {"tokens": 1024}},
+            "weighted by the activations of 1,024 tokens of a text",
+        ),
+        (
+            {"training": {"trained_steps": 300, "trained_tokens": 1228800}},
+            "fine-tuned for 300 steps of 1,228,800 tokens in all",
+        ),
+        ({"training": {"trained_steps": "| many |"}}, "fine-tuned for unknown steps of unknown tokens"),
+        ({}, "| palettized | not recorded |"),
+    ],
+)
+def test_how_it_was_made(provenance, told):
+    assert told in card(made(**provenance))
+
+
+def test_no_folder_of_the_maker_is_told():
+    home = "/home/some-one"
+    text = card(
+        made(
+            base_model={"reference": f"{home}/model"},
+            command=["edkm-export", "palettize", f"{home}/model"],
+            calibration={"text": f"{home}/text", "tokens": 3},
+            source={"kind": home, "license": {"id": "mit", "from": "LICENSE"}},
+        )
+    )
+    assert home not in text
+
+
 def test_a_folder_that_looks_like_a_name_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some-one" / "model").mkdir(parents=True)
