@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import decoder_config, empty_decoder
 from edkm_export.errors import CheckpointError, PaletteError
@@ -102,7 +103,7 @@ def import_state(state: Mapping[str, Tensor], source: str, group_size: int = 0) 
     """
     described = _descriptions(state, source)
     found = Imported()
-    for name, value in state.items():
+    for name, value in tracked(state.items(), "looking for palettes", "tensors"):
         if _MARK in name:
             continue
         if not value.is_floating_point():

@@ -50,6 +50,7 @@ class _Target(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 @export_arguments
 @click.option(
     "--interface",
+    type=click.Choice(["swift-transformers", "neural-engine", "logits"]),
     default="swift-transformers",
     show_default=True,
     help="How an app calls it: swift-transformers (cache, any length), neural-engine (cache, static prefill and "
@@ -179,12 +180,15 @@ class _CoreMLExporter:
 
         return coreml_card(checkpoint, plan, name, lint(checkpoint, plan))
 
-    def next_commands(self, plan: ExportPlan, folder: Path, name: str) -> list[str]:
+    def next_commands(self, plan: ExportPlan, folder: Path, checkpoint: Path) -> list[str]:
         from converters.coreml.write.card import mac_commands
+        from edkm_export.command_line import command_line
 
+        name = checkpoint.stem
         packages = " and ".join(plan.package_names(name))
         return [
             f"{folder}: drag {packages} into Xcode; report.md says what was proved and what was not.",
             "on a Mac, where this was not run:",
-            *(f"    {line}" for line in mac_commands(plan, name)),
+            *(f"    {line}" for line in mac_commands(plan, name, folder, checkpoint)),
+            f"next: {command_line('generate', folder, '--prompt', 'Once upon a time')}",
         ]

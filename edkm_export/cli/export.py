@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,8 +52,8 @@ class Exporter(Protocol[_Plan]):
     def card(self, checkpoint: Checkpoint, plan: _Plan, name: str) -> FormatCard:
         """What the model card says of the format."""
 
-    def next_commands(self, plan: _Plan, folder: Path, name: str) -> list[str]:
-        """What the user can do with the folder, a line each."""
+    def next_commands(self, plan: _Plan, folder: Path, checkpoint: Path) -> list[str]:
+        """What the user can do with the folder that was made of a model.pt, a line each."""
 
 
 def export_arguments(function: _F) -> _F:
@@ -104,7 +103,10 @@ def run_export(
     from edkm_export.atomic import atomic_folder, check_output
     from edkm_export.checkpoint import load
     from edkm_export.cli.cards import verification_words
-    from edkm_export.cli.console import err, megabytes, out, print_report
+    from edkm_export.cli.common_options import answering, is_quiet
+    from edkm_export.cli.console import err, megabytes, out, print_report, summary_line
+    from edkm_export.command_line import command_line
+    from edkm_export.disk_space import require_space
     from edkm_export.model_card import FILE, model_card
     from edkm_export.verify.report import Verdict
     from edkm_export.verify.write import write_report
@@ -117,12 +119,15 @@ def run_export(
     with err.status("planning"):
         plan = exporter.plan(checkpoint)
     if dry_run:
-        exporter.show(checkpoint, plan, path.stem)
+        with answering():
+            exporter.show(checkpoint, plan, path.stem)
         return
+    require_space(folder, plan.weights_size_bytes)
     inputs = None if no_verify else prepare(checkpoint, **verification)
     exporter.warn(checkpoint, plan)
     report = None
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
+    needed = plan.weights_size_bytes
+    with atomic_folder(folder, overwrite=overwrite, needed_bytes=needed) as temporary:
         with err.status(f"converting {len(checkpoint.palettized)} palettized weights"):
             artifact = exporter.write(checkpoint, plan, temporary, path.stem)
         if inputs is not None:
@@ -139,12 +144,14 @@ def run_export(
     if report is None:
         size = megabytes(plan.weights_size_bytes)
         out.print(f"{folder}: {size} of weights, NOT VERIFIED (--no-verify)", soft_wrap=True)
-        out.print(
-            f"verify it with: {shlex.join(['edkm-export', 'verify', str(path), str(folder)])}", soft_wrap=True
-        )
+        out.print_command("verify it with:", command_line("verify", path, folder))
         return
-    print_report(report)
-    for line in exporter.next_commands(plan, folder, path.stem):
+    if is_quiet():
+        with answering():
+            out.print(summary_line(report), soft_wrap=True)
+    else:
+        print_report(report)
+    for line in exporter.next_commands(plan, folder, path):
         out.print(line, soft_wrap=True)
     if report.verdict is Verdict.FAIL:
         sys.exit(1)

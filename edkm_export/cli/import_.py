@@ -46,6 +46,7 @@ def command(file: Path, output: Path, model: str | None, group_size: int, overwr
     from edkm_export import checkpoint
     from edkm_export.atomic import check_output
     from edkm_export.cli.console import err, out
+    from edkm_export.command_line import command_line
     from edkm_export.importing import as_checkpoint, import_state, read_state
 
     check_output(output, overwrite=overwrite)
@@ -59,4 +60,4 @@ def command(file: Path, output: Path, model: str | None, group_size: int, overwr
         f"{made.bits_per_weight:.2f} bits a weight",
         soft_wrap=True,
     )
-    out.print(f"next: edkm-export coreml {output}", soft_wrap=True)
+    out.print_command("next:", command_line("coreml", output))

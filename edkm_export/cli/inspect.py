@@ -88,12 +88,11 @@ def _show_source(path: Path, adapter: str | None, as_json: bool) -> None:
 
 
 def _print_account(found: Account) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     from edkm_export.cli.console import out, print_wide
 
-    out.print(f"{found.source}: {found.kind}", soft_wrap=True, markup=False)
+    out.print(f"{found.source}: {found.kind}", soft_wrap=True)
     out.print(
         f"{len(found.tensors)} tensors and {len(found.settings)} settings are used, {len(found.without_effect)} are "
         f"without effect, {len(found.not_understood)} are not understood",
@@ -106,7 +105,7 @@ def _print_account(found: Account) -> None:
         bases = ", ".join(found.origin.base_models)
         out.print(f"  model on the hub: {bases} ({found.origin.base_from})", soft_wrap=True, markup=False)
     for remark in found.remarks:
-        out.print(f"  {remark}", soft_wrap=True, markup=False)
+        out.print(f"  {remark}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for column in ("setting or tensor", "what becomes of it", "value or reason"):
         table.add_column(column, no_wrap=True)
@@ -118,10 +117,10 @@ def _print_account(found: Account) -> None:
         for name, value in rows.items():
             shown = value if isinstance(value, str) else json.dumps(value, default=str)
             cut = shown if len(shown) <= _WIDEST else f"{shown[:_WIDEST]}... (--json has it all)"
-            table.add_row(escape(name), words, escape(cut))
+            table.add_row(name, words, cut)
     stems = Counter(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in found.tensors)
     for stem, count in stems.items():  # layers that are alike are one line
-        table.add_row(escape(stem), "used", f"{count} tensor{'s' if count > 1 else ''}")
+        table.add_row(stem, "used", f"{count} tensor{'s' if count > 1 else ''}")
     print_wide(table)
 
 
@@ -258,7 +257,7 @@ def _print(description: Mapping[str, Any]) -> None:
         out.print(f"\nfunction {function['name']} ({function['opset']})")
         for kind in ("inputs", "outputs", "states"):
             for name, form in _by_layer(function[kind]).items():
-                out.print(f"  {kind.removesuffix('s')} {name}: {form}", markup=False, soft_wrap=True)
+                out.print(f"  {kind.removesuffix('s')} {name}: {form}", soft_wrap=True)
         counts = ", ".join(f"{name} {count}" for name, count in function["op_counts"].items())
         out.print(f"  ops: {counts}", soft_wrap=True)
     rows = description["palettized"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edkm_export.cli.export import export_arguments, export_options, run_export
+from edkm_export.command_line import command_line
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from converters.onnx.write.export_plan import OnnxPlan
@@ -109,8 +110,8 @@ class _OnnxExporter:
 
         return onnx_card(checkpoint, plan)
 
-    def next_commands(self, plan: OnnxPlan, folder: Path, name: str) -> list[str]:
+    def next_commands(self, plan: OnnxPlan, folder: Path, checkpoint: Path) -> list[str]:
         return [
-            f"{folder}: try it with `edkm-export generate {folder} --prompt TEXT`; "
-            "report.md says what was proved and what was not."
+            f"{folder}: report.md says what was proved and what was not.",
+            f"next: {command_line('generate', folder, '--prompt', 'Once upon a time')}",
         ]

@@ -28,10 +28,19 @@ _CONTEXT = 512
 
 @click.command("palettize", short_help="Cluster a model's weights into lookup tables, in one shot.")
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("model.pt"), show_default=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("model.pt"),
+    show_default=True,
+    help="The checkpoint to write.",
+)
 @click.option("--bits", type=int, help="Bits of an index: 1, 2, 3, 4, 6 or 8.  [default: 4]")
 @click.option(
-    "--group-size", type=int, help="Output rows that share a LUT; 0: one for the weight.  [default: 16]"
+    "--group-size",
+    type=int,
+    help="Output rows that share a lookup table (LUT); 0: one for the weight.  [default: 16]",
 )
 @click.option(
     "--lut-dtype",
@@ -49,7 +58,13 @@ _CONTEXT = 512
     type=TextFile(enough=True),
     help="Text whose activations weigh the clustering. Recommended: it is worth about a bit.",
 )
-@click.option("--calibration-tokens", type=click.IntRange(min=2), default=1024, show_default=True)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=2),
+    default=1024,
+    show_default=True,
+    help="Tokens of the calibration text to use.",
+)
 @click.option(
     "--estimate/--no-estimate",
     default=True,
@@ -93,6 +108,7 @@ def command(
     from edkm_export.calibration import CalibrationText, check_vocabulary, input_energy
     from edkm_export.cli.console import bar, err, megabytes, out
     from edkm_export.cli.verification import read_evaluation_text
+    from edkm_export.command_line import command_line
     from edkm_export.decoder.build import decoder_config
     from edkm_export.loss_estimate import ESTIMATE_CONTEXT, Predictions, estimate_tokens
     from edkm_export.palettization import palettizable_shapes, palettize_model
@@ -196,7 +212,7 @@ def command(
         soft_wrap=True,
     )
     for remark in account.remarks:
-        out.print(f"{model}: {remark}", soft_wrap=True, markup=False)
+        out.print(f"{model}: {remark}", soft_wrap=True)
     out.print(
         f"{megabytes(finished.size_bytes)}, {finished.bits_per_weight:.2f} bits a weight "
         f"(float16: {megabytes(finished.numel * 2)})"
@@ -222,7 +238,7 @@ def command(
             soft_wrap=True,
             markup=False,
         )
-    out.print(f"next: edkm-export coreml {output}", soft_wrap=True)
+    out.print_command("next:", command_line("coreml", output))
 
 
 def _describe(found: LossEstimate, on: str) -> str:

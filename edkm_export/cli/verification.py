@@ -65,7 +65,8 @@ def _with_options(function: _F) -> _F:
         click.option(
             "--run",
             type=RUN,
-            help="Folder of the training run, when MODEL.PT is not in it: its soft model is compared too.",
+            help="Folder of the training run, when MODEL.PT is not in it: the model as training held it, before each "
+            "weight was rounded to its lookup table (soft model), is compared too.",
         ),
         original_options,
         click.option(

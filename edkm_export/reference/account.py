@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from edkm_export.command_line import command_line
 from edkm_export.errors import SourceError
 from edkm_export.reference.origin import Origin
 
@@ -55,7 +56,7 @@ class Account:
         )
         raise SourceError(
             f"{self.source}: {name}: {why}{others}. Without it this would be another model; "
-            f"`edkm-export inspect {self.source}` shows the whole account."
+            f"`{command_line('inspect', self.source)}` shows the whole account."
         )
 
     def provenance(self) -> dict[str, Any]:

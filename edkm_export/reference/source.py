@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edkm_export.command_line import command_line
 from edkm_export.digest import file_sha256
 from edkm_export.errors import InputError
 from edkm_export.hub_id import is_hub_id
@@ -92,7 +93,7 @@ class Source:
         if path.is_file():
             if path.suffix.lower() != ".gguf":
                 made = (
-                    " It looks like a finished checkpoint: `edkm-export coreml` takes it."
+                    f" It looks like a finished checkpoint: `{command_line('coreml', path)}` takes it."
                     if path.suffix == ".pt"
                     else ""
                 )

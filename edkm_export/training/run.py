@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from edkm_export import checkpoint
+from edkm_export.activity import activity
 from edkm_export.errors import InputError
 from edkm_export.recipe import Recipe
 from edkm_export.reference.hard_model import load_hard_model
@@ -19,7 +20,7 @@ from edkm_export.reference.source import Source, load_model, load_tokenizer
 from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.text import LEAST_TOKENS, read_text, token_windows
 from edkm_export.training import run_checkpoints
-from edkm_export.training.callbacks import Clock, Evaluate, FirstStep, Log, Refit
+from edkm_export.training.callbacks import Clock, Evaluate, FirstStep, Log, Refit, Show
 from edkm_export.training.curve import draw
 from edkm_export.training.data import read_tokens
 from edkm_export.training.distributed.processes import ALONE, Processes
@@ -333,7 +334,9 @@ class Run:
         ):
             trainer.add_callback(callback)
         self.announce("training")
-        trainer.run(last)
+        with activity("steps", 1.0) as shown:
+            trainer.add_callback(Show(shown, progress, config.step_tokens))
+            trainer.run(last)
         return trainer
 
     def finish(self, trainer: PaletteTrainer) -> Outcome:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.execution import AT_FAULT, Execution
 from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
 from edkm_export.artifact.protocol import Artifact
@@ -95,7 +96,8 @@ def verify_artifact(
     model = load_hard_model(checkpoint)
     with hidden_states(model) as hidden:
         hard = [transformers_model(model)(windows[0])]
-    hard += [transformers_model(model)(window) for window in windows[1:]]
+    rest = tracked(windows[1:], "evaluation text", "windows")
+    hard += [transformers_model(model)(window) for window in rest]
     before = None if original is None else original.logits
     run = {"original": before, "trained soft model": soft, "hard PyTorch": hard}
     perplexities = {name: _perplexity(logits, windows) for name, logits in run.items() if logits is not None}
@@ -192,7 +194,7 @@ def _execute(execution: Execution, hard: list[Tensor], windows: Tensor) -> tuple
     if execution.execute is None:
         return execution_rung(execution, execution.missing), None
     try:
-        logits = [execution.execute(window) for window in windows]
+        logits = [execution.execute(window) for window in tracked(windows, "evaluation text", "windows")]
     except AT_FAULT as error:
         return execution_rung(execution, str(error)), None
     if any(one.shape != reference.shape for one, reference in zip(logits, hard, strict=True)):

@@ -374,7 +374,7 @@ def test_output_in_a_folder_that_is_not_there(edkm, work, model):
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            "no space left on the device; nothing was left behind",
+            "no space left on the device, or a quota is reached",
         ),
         (OSError("model.mlpackage: writing failed, is the disk full?"), "is the disk full?"),
         (MemoryError(), "out of memory"),

@@ -52,7 +52,7 @@ def test_whole_job(edkm, grids, held_out, work, grid, runtime):
     }  # fmt: skip
     assert load_graph(folder).profile == runtime
     told = result.out + "".join(path.read_text(encoding="utf-8") for path in folder.glob("report.*"))
-    assert "tiny-onnx: try it with `edkm-export generate tiny-onnx --prompt TEXT`" in result.out
+    assert "next: edkm-export generate tiny-onnx --prompt 'Once upon a time'" in result.out
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert (
         "Verdict: **PASS**" in card and f"| runtime profile | `{runtime}`" in card and str(work) not in card

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from converters.coreml.write.export_plan import ExportPlan
 from converters.coreml.write.lint import Finding
@@ -49,11 +50,15 @@ def coreml_card(
     )
 
 
-def mac_commands(plan: ExportPlan, name: str) -> list[str]:
-    """Shell commands that need a Mac with Xcode."""
-    files = plan.package_names(name)
-    return [f"xcrun coremlcompiler compile {shlex.quote(file)} compiled" for file in files] + [
-        "edkm-export verify MODEL.PT .   # runs Apple's own runtime too"
+def mac_commands(
+    plan: ExportPlan, name: str, folder: str | Path = ".", checkpoint: str | Path = "MODEL.PT"
+) -> list[str]:
+    """Shell commands that need a Mac with Xcode, for packages in a folder."""
+    files = [Path(folder) / file for file in plan.package_names(name)]
+    verify = shlex.join(["edkm-export", "verify", str(checkpoint), str(folder)])
+    return [
+        *(shlex.join(["xcrun", "coremlcompiler", "compile", str(file), "compiled"]) for file in files),
+        f"{verify}   # runs Apple's own runtime too",
     ]
 
 
