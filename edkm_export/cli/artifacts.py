@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from edkm_export.command_line import command_line
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.artifact.protocol import Artifact, Session
@@ -67,7 +68,7 @@ def checkpoint_and_artifact(paths: tuple[Path, ...]) -> tuple[Path, Path]:
         if record is None:
             raise InputError(
                 f"{exported}: does not say which model.pt it was exported from; name it: "
-                f"edkm-export verify MODEL.PT {shlex.quote(str(exported))}"
+                f"{command_line('verify', 'MODEL.PT', exported)}"
             )
         return record.find(exported), exported
     if len(paths) > 2:

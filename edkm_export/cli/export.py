@@ -155,8 +155,4 @@ def run_export(
         out.print(line, soft_wrap=True)
     if report.verdict is Verdict.FAIL:
         sys.exit(1)
-    out.print(
-        f"share it with: {shlex.join(['edkm-export', 'push', str(folder)])} OWNER/NAME",
-        soft_wrap=True,
-        markup=False,
-    )
+    out.print_command("share it with:", command_line("push", folder, "OWNER/NAME"))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edkm_export.atomic import GENERATOR, MARKER
+from edkm_export.command_line import command_line
 from edkm_export.digest import file_sha256
 from edkm_export.errors import InputError
 from edkm_export.model_card import (
@@ -76,7 +76,7 @@ class Upload:
         files, left_out = _sort_files(folder)
         reason = _why_unverified(folder, {file.name for file in files})
         if reason and not unverified:
-            again = shlex.join(["edkm-export", "verify", str(folder), "--report", str(folder)])
+            again = command_line("verify", folder, "--report", folder)
             raise InputError(
                 f"{folder}: {reason}; push it as it is with --unverified, which its card will say, or verify it: "
                 f"{again}"
@@ -119,7 +119,7 @@ def _exported_folder(path: Path) -> Path:
     if model.is_file() and model.suffix == ".pt":
         raise InputError(
             f"{path}: {'is' if path.is_file() else 'holds'} a checkpoint, which apps cannot load; export it first: "
-            f"edkm-export coreml {shlex.quote(str(model))}, or edkm-export onnx {shlex.quote(str(model))}"
+            f"{command_line('coreml', model)}, or {command_line('onnx', model)}"
         )
     made = _object(path / MARKER) if path.is_dir() else {}
     if not str(made.get("generator", "")).startswith(GENERATOR) or not {"package", "model"} & made.keys():
