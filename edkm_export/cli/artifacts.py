@@ -51,10 +51,10 @@ def checkpoint_and_artifact(paths: tuple[Path, ...]) -> tuple[Path, Path]:
 
     Raises:
         InputError: there are others than these, the model.pt is found nowhere, or it is not the one that was exported.
-        PackageError: the exported model is missing.
+        CheckpointError, PackageError: one of them is missing.
     """
     from edkm_export.checkpoint_record import CheckpointRecord
-    from edkm_export.errors import InputError, PackageError
+    from edkm_export.errors import CheckpointError, InputError, PackageError
 
     if len(paths) == 1:
         (exported,) = paths
@@ -76,7 +76,12 @@ def checkpoint_and_artifact(paths: tuple[Path, ...]) -> tuple[Path, Path]:
     checkpoint, exported = paths
     if is_artifact(checkpoint) and exported.is_file() and not is_artifact(exported):
         checkpoint, exported = exported, checkpoint
-    if exported.exists() and (record := CheckpointRecord.read(exported)) is not None:
+    if not checkpoint.exists():
+        made = command_line("palettize", "MODEL", "-o", checkpoint.name)
+        raise CheckpointError(f"{checkpoint}: no such file; make one with `{made}`.")
+    if not exported.exists():
+        raise PackageError(f"{exported}: no such package.")
+    if (record := CheckpointRecord.read(exported)) is not None:
         record.require(checkpoint, exported)
     return checkpoint, exported
 
