@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edkm_export.command_line import command_line
-
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.artifact.protocol import Artifact, Session
     from edkm_export.checkpoint import Checkpoint
@@ -51,19 +49,20 @@ def checkpoint_and_artifact(paths: tuple[Path, ...]) -> tuple[Path, Path]:
 
     Raises:
         InputError: there are others than these, the model.pt is found nowhere, or it is not the one that was exported.
-        CheckpointError, PackageError: one of them is missing.
+        PackageError: the exported model is missing.
     """
     from edkm_export.checkpoint_record import CheckpointRecord
-    from edkm_export.errors import CheckpointError, InputError, PackageError
+    from edkm_export.cli.parameter_types import CHECKPOINT, PACKAGE
+    from edkm_export.command_line import command_line
+    from edkm_export.errors import InputError
 
     if len(paths) == 1:
         (exported,) = paths
         if exported.is_file() and not is_artifact(exported):
             raise InputError(
-                f"{exported}: is no exported model; name it too: edkm-export verify {exported} OUT"
+                f"{exported}: is no exported model; name it too: {command_line('verify', exported, 'OUT')}"
             )
-        if not exported.exists():
-            raise PackageError(f"{exported}: no such package.")
+        PACKAGE.convert(exported, None, None)
         record = CheckpointRecord.read(exported)
         if record is None:
             raise InputError(
@@ -76,11 +75,8 @@ def checkpoint_and_artifact(paths: tuple[Path, ...]) -> tuple[Path, Path]:
     checkpoint, exported = paths
     if is_artifact(checkpoint) and exported.is_file() and not is_artifact(exported):
         checkpoint, exported = exported, checkpoint
-    if not checkpoint.exists():
-        made = command_line("palettize", "MODEL", "-o", checkpoint.name)
-        raise CheckpointError(f"{checkpoint}: no such file; make one with `{made}`.")
-    if not exported.exists():
-        raise PackageError(f"{exported}: no such package.")
+    CHECKPOINT.convert(checkpoint, None, None)
+    PACKAGE.convert(exported, None, None)
     if (record := CheckpointRecord.read(exported)) is not None:
         record.require(checkpoint, exported)
     return checkpoint, exported
