@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edkm_export.model_card import FILE, card_verdict, with_verification
+from edkm_export.model_card import FILE, NOT_VERIFIED, card_verdict, verdict_of, with_verification
 
 if TYPE_CHECKING:  # importing it takes torch
     from edkm_export.verify.report import Report
 
-__all__ = ["NOT_VERIFIED", "refresh_card", "verification_words"]
-
-NOT_VERIFIED = "NOT VERIFIED"
+__all__ = ["refresh_card", "verification_words"]
 
 
 def verification_words(report: Report | None) -> tuple[str, str]:
@@ -21,7 +19,7 @@ def verification_words(report: Report | None) -> tuple[str, str]:
         return NOT_VERIFIED, f"**{NOT_VERIFIED}**: it was exported with --no-verify."
     from edkm_export.verify.write import quality
 
-    return report.verdict.value, quality(report)
+    return verdict_of(report.model_dump(mode="json")), quality(report)
 
 
 def refresh_card(folder: Path, report: Report) -> None:

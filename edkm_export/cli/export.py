@@ -155,3 +155,4 @@ def run_export(
         out.print(line, soft_wrap=True)
     if report.verdict is Verdict.FAIL:
         sys.exit(1)
+    out.print_command("share it with:", command_line("push", folder, "OWNER/NAME"))

@@ -24,6 +24,7 @@ from edkm_export.reference.gguf.gguf_file import part_paths
 from edkm_export.reference.hf_folder import HfFolder
 from edkm_export.reference.hub import commit_of, fetch
 from edkm_export.reference.load_errors import explained, without_bars
+from edkm_export.reference.origin import Origin, gguf_origin
 from edkm_export.reference.stored_tensors import ADAPTER_CONFIG
 from edkm_export.reference.weight_range import check_weight_range
 
@@ -40,6 +41,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "read_generation_settings",
+    "read_origin",
     "value_count",
 ]
 
@@ -317,6 +319,16 @@ def load_tokenizer(source: Source) -> Any:
             if own.has_tokenizer():
                 return own.load_tokenizer()
         return _reader(source).load_tokenizer()
+
+
+def read_origin(source: Source) -> Origin:
+    """Licence and hub id, as far as the source names them; the account of a source holds the same.
+
+    Raises:
+        InputError: its files are missing or damaged.
+    """
+    with _explaining(source):
+        return gguf_origin(_gguf(source).file.metadata) if source.gguf_file else _folder(source).origin()
 
 
 def read_generation_settings(source: Source) -> dict[str, Any] | None:
