@@ -2,7 +2,7 @@
 
 Sizes follow from the recipe to the byte, but for what a format adds. Times and peaks of memory are lines through what
 docs/results.md has measured, whole commands on two cores of an AMD EPYC: palettize and coreml of 135M and 1,240M
-parameters, verify of 135M with a vocabulary of 49,152 and of 268M with one of 262,144, training of 135M.
+parameters, verify of 135M with a vocabulary of 49,152 and of 268M with one of 262,144, training and onnx of 135M.
 """
 
 from __future__ import annotations
@@ -152,6 +152,6 @@ def forecast_steps(
             (0.66 + 1.82 * billions) * 1e9,
             made_bytes,
         ),
-        Step("onnx --no-verify", 10 + 0.05 * millions, (0.66 + 4 * billions) * 1e9, made_bytes),
+        Step("onnx --no-verify", 5 + 0.03 * millions, (0.3 + 1.7 * billions) * 1e9, made_bytes),
         Step(f"verify, {tokens:,} tokens", verify_s, verify_gb * 1e9, 0),
     )

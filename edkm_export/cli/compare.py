@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from edkm_export.cli.artifacts import find_artifact, open_artifact
-from edkm_export.cli.text_file import TextFile
 from edkm_export.cli.verification import check_length, find_original, read_evaluation_text
 
 __all__ = ["command"]
@@ -22,7 +21,9 @@ __all__ = ["command"]
     "-o", "--output", type=click.Path(path_type=Path), help="Write the table as a page, such as compare.html."
 )
 @click.option("--json", "json_output", is_flag=True, help="Print JSON in place of the table.")
-@click.option("--text", type=TextFile(enough=True), help="Evaluation text; by default a built-in sample.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="Evaluation text; by default a built-in sample."
+)
 @click.option(
     "--tokens",
     type=click.IntRange(min=2),
@@ -47,7 +48,9 @@ def command(
     """
     from edkm_export.atomic import atomic_file, check_output
     from edkm_export.reference.source import Source
+    from edkm_export.text import check_text
 
+    check_text(text)
     named = None if original is None else Source.parse(original)
 
     from edkm_export.checkpoint import load

@@ -102,6 +102,10 @@ def run_export(
         SystemExit: status 1 when it was made, but failed verification.
     """
     from edkm_export.atomic import atomic_folder, check_output
+    from edkm_export.text import check_text
+
+    check_text(verification["text"])
+
     from edkm_export.checkpoint import load
     from edkm_export.cli.console import err, megabytes, out, print_report
     from edkm_export.verify.report import Verdict

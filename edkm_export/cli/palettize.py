@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edkm_export.cli.text_file import TextFile
 from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
 
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
@@ -44,7 +43,7 @@ _CONTEXT = 512
 )
 @click.option(
     "--calibration",
-    type=TextFile(enough=True),
+    type=click.Path(path_type=Path),
     help="Text whose activations weigh the clustering. Recommended: it is worth about a bit.",
 )
 @click.option("--calibration-tokens", type=click.IntRange(min=2), default=1024, show_default=True)
@@ -77,9 +76,11 @@ def command(
     """
     from edkm_export.atomic import check_output
     from edkm_export.reference import source as sources
+    from edkm_export.text import check_text
 
     source = sources.Source.parse(model, adapter)
     check_output(output, overwrite=overwrite)
+    check_text(calibration)
     plan = _recipe(recipe, bits, group_size, lut_dtype)
 
     text = None

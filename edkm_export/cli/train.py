@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edkm_export.cli.text_file import TextFile
 from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
@@ -27,7 +26,7 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 @click.command("train", short_help="Fine-tune a model while its weights are clustered (eDKM).")
 @click.argument("model")
 @click.option(
-    "--data", multiple=True, required=True, type=TextFile(),
+    "--data", multiple=True, required=True, type=click.Path(path_type=Path),
     help="Text, or JSONL with Alpaca fields or chat messages. May be given several times.",
 )  # fmt: skip
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
@@ -93,7 +92,9 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
     help="On CUDA, run steps as a recorded CUDA graph.  [default: record, where the model allows it]",
 )
 @click.option("--seed", type=int)
-@click.option("--eval-text", multiple=True, type=TextFile(enough=True), help="Text for perplexity and KL.")
+@click.option(
+    "--eval-text", multiple=True, type=click.Path(path_type=Path), help="Text for perplexity and KL."
+)
 @click.option("--eval-tokens", type=int, help="Tokens of each.")
 @click.option("--eval-every", type=int, help="Steps between evaluations; 0: first and last only.")
 @click.option("--save-every", type=int, help="Steps between checkpoints; 0: none.")
@@ -133,9 +134,15 @@ def command(
 
     from edkm_export.atomic import check_output
     from edkm_export.reference.source import Source
+    from edkm_export.text import check_text
 
     source = Source.parse(model, adapter)
     check_output(output, overwrite=overwrite or resume, folder=True)
+    for path in data:
+        if path.suffix != ".tokens":  # text that is tokenized already
+            check_text(path, least_characters=1)
+    for path in eval_text:
+        check_text(path)
 
     import torch
 

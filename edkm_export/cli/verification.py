@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
-from edkm_export.cli.text_file import TextFile
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
@@ -66,7 +65,7 @@ def verification_options(function: _F) -> _F:
         ),
         click.option(
             "--text",
-            type=TextFile(enough=True),
+            type=click.Path(path_type=Path),
             help="Evaluation text; by default a built-in sample.",
         ),
     ):

@@ -39,6 +39,10 @@ def command(
     PACKAGE is an .mlpackage, or the folder that `edkm-export coreml` or `edkm-export onnx` made. Exit status 0: passed,
     1: failed.
     """
+    from edkm_export.text import check_text
+
+    check_text(verification["text"])
+
     from edkm_export.atomic import atomic_file, check_output
     from edkm_export.checkpoint import load
     from edkm_export.cli.console import err, fault_lines, out, print_report, summary_line
