@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edkm_export.activity import tracked
 from edkm_export.errors import InputError
 from edkm_export.memory import return_freed_memory
 from edkm_export.reference.conv1d import is_conv1d
@@ -58,7 +59,7 @@ def input_energy(
     ]
     try:
         with float32_activations(model):
-            for window in windows:
+            for window in tracked(windows, "calibration text", "windows"):
                 hidden = model.base_model(input_ids=window[None], use_cache=False).last_hidden_state
                 if head_name is not None:  # its own product, a whole vocabulary wide, is not needed
                     record(head_name, hidden)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edkm_export.cli.parameter_types import RECIPE, find_source
 from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
 
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
@@ -26,10 +26,19 @@ _CONTEXT = 512
 
 @click.command("palettize", short_help="Cluster a model's weights into lookup tables, in one shot.")
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("model.pt"), show_default=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("model.pt"),
+    show_default=True,
+    help="The checkpoint to write.",
+)
 @click.option("--bits", type=int, help="Bits of an index: 1, 2, 3, 4, 6 or 8.  [default: 4]")
 @click.option(
-    "--group-size", type=int, help="Output rows that share a LUT; 0: one for the weight.  [default: 16]"
+    "--group-size",
+    type=int,
+    help="Output rows that share a lookup table (LUT); 0: one for the weight.  [default: 16]",
 )
 @click.option(
     "--lut-dtype",
@@ -38,6 +47,7 @@ _CONTEXT = 512
 )
 @click.option(
     "--recipe",
+    type=RECIPE,
     help="YAML file or preset (8bit, 6bit, 4bit, 3bit, 2bit, 4bit-per-tensor, 4bit-int8, 3bit-int8, 3bit-int4, "
     "2bit-int4, dense).",
 )
@@ -46,7 +56,13 @@ _CONTEXT = 512
     type=click.Path(path_type=Path),
     help="Text whose activations weigh the clustering. Recommended: it is worth about a bit.",
 )
-@click.option("--calibration-tokens", type=click.IntRange(min=2), default=1024, show_default=True)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=2),
+    default=1024,
+    show_default=True,
+    help="Tokens of the calibration text to use.",
+)
 @click.option(
     "--estimate/--no-estimate",
     default=True,
@@ -75,28 +91,26 @@ def command(
     each; a --recipe decides otherwise.
     """
     from edkm_export.atomic import check_output
-    from edkm_export.reference import source as sources
-    from edkm_export.text import check_text
+    from edkm_export.text import check_text, read_text
 
-    source = sources.Source.parse(model, adapter)
+    source = find_source(model, adapter)
     check_output(output, overwrite=overwrite)
     check_text(calibration)
     plan = _recipe(recipe, bits, group_size, lut_dtype)
 
-    text = None
-    if calibration is not None:
-        from edkm_export.text import read_text
-
-        text = read_text(calibration)
+    text = None if calibration is None else read_text(calibration)
 
     from edkm_export import checkpoint
     from edkm_export.calibration import CalibrationText, check_vocabulary, input_energy
     from edkm_export.cli.console import bar, err, megabytes, out
     from edkm_export.cli.verification import read_evaluation_text
+    from edkm_export.command_line import command_line
     from edkm_export.decoder.build import decoder_config
     from edkm_export.loss_estimate import ESTIMATE_CONTEXT, Predictions, estimate_tokens
     from edkm_export.palettization import palettizable_shapes, palettize_model
+    from edkm_export.reference import source as sources
     from edkm_export.reference.outline import outline
+    from edkm_export.reference.tokenizer_files import tokenizer_files
     from edkm_export.text import in_windows, token_ids, token_windows
     from edkm_export.versions import library_versions
 
@@ -161,7 +175,7 @@ def command(
         with err.status("predicting with the original"):
             predictions = Predictions(loaded, held_out)
 
-    files, config = sources.tokenizer_files(tokenizer, loaded), loaded.config.to_dict()
+    files, config = tokenizer_files(tokenizer, loaded), loaded.config.to_dict()
     total = sum(shapes[name][0] * shapes[name][1] for name in rules)
     with bar("palettizing", total) as advance:
         parts = palettize_model(
@@ -194,7 +208,7 @@ def command(
         soft_wrap=True,
     )
     for remark in account.remarks:
-        out.print(f"{model}: {remark}", soft_wrap=True, markup=False)
+        out.print(f"{model}: {remark}", soft_wrap=True)
     out.print(
         f"{megabytes(finished.size_bytes)}, {finished.bits_per_weight:.2f} bits a weight "
         f"(float16: {megabytes(finished.numel * 2)})"
@@ -212,15 +226,14 @@ def command(
         out.print(_describe(found, on), soft_wrap=True, markup=False)
         if not found.is_tolerable:
             tokens = 0 if text is None else len(token_ids(text, tokenizer, _CONTEXT))
-            for line in _remedy(finished, model, adapter, calibration, tokens):
-                out.print(line, soft_wrap=True, markup=False)
+            _print_remedy(finished, model, adapter, calibration, tokens)
     elif estimate and calibration is not None:
         out.print(
             f"No estimate of the loss: {calibration} has too few tokens to hold some out.",
             soft_wrap=True,
             markup=False,
         )
-    out.print(f"next: edkm-export coreml {output}", soft_wrap=True)
+    out.print_command("next:", command_line("coreml", output))
 
 
 def _describe(found: LossEstimate, on: str) -> str:
@@ -231,23 +244,24 @@ def _describe(found: LossEstimate, on: str) -> str:
     )
 
 
-def _remedy(
+def _print_remedy(
     made: Checkpoint, model: str, adapter: str | None, calibration: Path | None, tokens: int
-) -> list[str]:
-    """What to do about a loss that is too large."""
+) -> None:
+    """Say what to do about a loss that is too large."""
+    from edkm_export.cli.console import out
+    from edkm_export.command_line import command_line
     from edkm_export.loss_estimate import TOLERABLE_RATIO
 
-    sizes = [tensor.n_bits for tensor in made.palettized.values()]
-    bits = min(sizes)
-    lines = [f"That is a bad model: above x{TOLERABLE_RATIO:g} another way is worth a try."]
+    bits = min(tensor.n_bits for tensor in made.palettized.values())
+    out.print(f"Above x{TOLERABLE_RATIO:g} the model is much worse than the original.")
     if calibration is None:
-        lines.append("First give a --calibration text.")
+        out.print("First give a --calibration text.")
     if bits >= 4:
-        lines.append(f"Give it more bits, such as --bits {min(8, bits + 2)}, or train it:")
+        out.print(f"More bits help (--bits {8 if bits > 4 else 6}), and so does training:")
     else:
-        lines.append("Below 4 bits use train, which wins most of it back:")
+        out.print("Below 4 bits use train, which wins most of it back:")
     preset = {1: "2bit", 2: "2bit", 3: "3bit"}.get(bits, "4bit")
-    words = ["edkm-export", "train", model, "--data", str(calibration or "TEXT"), "--preset", preset]
+    words = ["train", model, "--data", str(calibration or "TEXT"), "--preset", preset]
     if bits == 1:
         words += ["--bits", "1"]
     if adapter is not None:
@@ -255,10 +269,9 @@ def _remedy(
     if calibration is not None and tokens < _CONTEXT:
         words += ["--context", str(tokens)]
     name = Path(model).stem.lower() if Path(model).is_file() else Path(model).name
-    lines.append(shlex.join([*words, "-o", _free(f"{name}-{preset}")]))
+    out.print_command("", command_line(*words, "-o", _free(f"{name}-{preset}")))
     if calibration is None:
-        lines.append("(TEXT: any ordinary text of some thousand words)")
-    return lines
+        out.print("(TEXT is any ordinary text of some thousand words.)")
 
 
 def _free(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
+from edkm_export.cli.parameter_types import RUN, find_named_original, original_options
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
@@ -32,7 +34,22 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def verification_options(function: _F) -> _F:
-    """Add --text, --tokens, --prompt, --original, --run, --localize and --max-perplexity-ratio to a command."""
+    """Add --text, --tokens, --prompt, --original, --adapter, --run, --localize and --max-perplexity-ratio to a command.
+
+    Its parameter `original` is a Source, or None.
+    """
+    return _with_options(_with_named_original(function))
+
+
+def _with_named_original(function: _F) -> _F:
+    @functools.wraps(function)
+    def run(*arguments: Any, original: str | None, adapter: str | None, **others: Any) -> Any:
+        return function(*arguments, original=find_named_original(original, adapter), **others)
+
+    return run  # type: ignore[return-value]
+
+
+def _with_options(function: _F) -> _F:
     for option in (
         click.option(
             "--localize", is_flag=True, help="When an execution fails, find the first operation that is off."
@@ -46,10 +63,11 @@ def verification_options(function: _F) -> _F:
         ),
         click.option(
             "--run",
-            type=click.Path(path_type=Path),
-            help="Folder of the training run, when MODEL.PT is not in it: its soft model is compared too.",
+            type=RUN,
+            help="Folder of the training run, when MODEL.PT is not in it: the model as training held it, before each "
+            "weight was rounded to its lookup table (soft model), is compared too.",
         ),
-        click.option("--original", help="The float model, when it is not where it was palettized from."),
+        original_options,
         click.option(
             "--tokens",
             type=click.IntRange(min=2),
@@ -78,7 +96,7 @@ def prepare(
     *,
     text: Path | None,
     tokens: int,
-    original: str | None,
+    original: Source | None,
     run: Path | None,
     max_perplexity_ratio: float,
     prompts: tuple[str, ...],
@@ -163,30 +181,39 @@ def check_length(text: str, tokenizer: Any, tokens: int, name: str) -> None:
     token_windows(text, tokenizer, tokens=tokens, context=tokens, source=name, least=LEAST_TOKENS)
 
 
-def find_original(checkpoint: Checkpoint, asked: str | None) -> tuple[Source | None, str]:
+def find_original(checkpoint: Checkpoint, asked: Source | None) -> tuple[Source | None, str]:
     """The float model, or the reason why there is none. One that was asked for must be there."""
     from edkm_export.errors import InputError
     from edkm_export.reference.source import Source
 
     if asked is not None:
-        return Source.parse(asked), ""
+        return asked, ""
     base = checkpoint.provenance.get("base_model")
     reference = base.get("reference") if isinstance(base, dict) else None
     if not isinstance(reference, str):
         return None, "the checkpoint does not say what it was made from; name it with --original"
-    if not Path(reference).exists():
-        return None, f"{reference} is not here; name it with --original"
+    found = _seen_from(checkpoint, reference)
+    if found is None:
+        return None, f"{Path(reference).name} is not here; name it with --original"
     try:
         adapter = base.get("adapter") if isinstance(base, dict) else None
-        source = Source.parse(reference, adapter.get("reference") if isinstance(adapter, dict) else None)
+        merged = adapter.get("reference") if isinstance(adapter, dict) else None
+        source = Source.parse(found, merged and (_seen_from(checkpoint, merged) or merged))
         if not _is_unchanged(source, base):
             return (
                 None,
-                f"{reference} has changed since it was palettized; name the right one with --original",
+                f"{Path(reference).name} has changed since it was palettized; name the right one with --original",
             )
     except InputError as error:
         return None, str(error)
     return source, ""
+
+
+def _seen_from(checkpoint: Checkpoint, reference: str) -> str | None:
+    """What a checkpoint names, from its folder or from the working folder; None where nothing is there."""
+    folders = [] if checkpoint.path is None else [checkpoint.path.parent]
+    places = (folder / reference for folder in [*folders, Path()])
+    return next((str(place) for place in places if place.exists()), None)
 
 
 def _is_unchanged(source: Source, recorded: Any) -> bool:

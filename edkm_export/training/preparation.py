@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.activity import activity
 from edkm_export.calibration import input_energy
 from edkm_export.errors import InputError
 from edkm_export.lut_dtypes import LUT_DTYPES, LutDtype
@@ -148,7 +149,13 @@ def prepare(
         budget = int(config.target_bits * sum(weights[name].numel() for name in found.sizes))
         if not config.strict_target:  # LUTs of small layers may take more than what a preset leaves for them
             budget = max(budget, sum(storage_bits(shapes[name], plan[name]) for name in found.sizes))
-        recipe = mixed_recipe(recipe, allocate_bits(found.sizes, found.loss, budget), plan)
+        with activity("trying sizes", unit="sizes") as tried:
+
+            def loss(name: str, bits: int) -> float:
+                tried.done = len(found.seeds)
+                return found.loss(name, bits)
+
+            recipe = mixed_recipe(recipe, allocate_bits(found.sizes, loss, budget), plan)
         seeds = found.seeds
     announce("clustering")
     insert(model, recipe, config, importance=importance, seeds=seeds, source=source)

@@ -11,19 +11,21 @@ from typing import Any
 import torch
 
 from edkm_export import checkpoint
+from edkm_export.activity import activity
 from edkm_export.errors import InputError
 from edkm_export.recipe import Recipe
 from edkm_export.reference.hard_model import load_hard_model
 from edkm_export.reference.outline import outline
-from edkm_export.reference.source import Source, load_model, load_tokenizer, tokenizer_files
+from edkm_export.reference.source import Source, load_model, load_tokenizer
+from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.text import LEAST_TOKENS, read_text, token_windows
 from edkm_export.training import run_checkpoints
-from edkm_export.training.callbacks import Clock, Evaluate, FirstStep, Log, Refit
+from edkm_export.training.callbacks import Clock, Evaluate, FirstStep, Log, Refit, Show
 from edkm_export.training.curve import draw
 from edkm_export.training.data import read_tokens
 from edkm_export.training.distributed.processes import ALONE, Processes
 from edkm_export.training.evaluation import Evaluation, Evaluations
-from edkm_export.training.learner import Learner, Student
+from edkm_export.training.learner import Learner, Student, hold_in_bfloat16
 from edkm_export.training.optimizer import freeze
 from edkm_export.training.palettized.surgery import clusters_of, to_checkpoint
 from edkm_export.training.preparation import base_recipe, check_target, decoder_bits, insert, prepare
@@ -283,6 +285,8 @@ class Run:
         if config.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         distilling = config.objective == "distillation"
+        if distilling and config.bf16 and not self.eval_texts:  # evaluations are in float32
+            hold_in_bfloat16(original)
         learner = Learner(
             student,
             original if distilling else None,
@@ -330,7 +334,9 @@ class Run:
         ):
             trainer.add_callback(callback)
         self.announce("training")
-        trainer.run(last)
+        with activity("steps", 1.0) as shown:
+            trainer.add_callback(Show(shown, progress, config.step_tokens))
+            trainer.run(last)
         return trainer
 
     def finish(self, trainer: PaletteTrainer) -> Outcome:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edkm_export.activity import tracked
 from edkm_export.errors import InputError
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.recipe import Recipe, Rule
@@ -74,7 +75,7 @@ def fisher_factors(
     )
     generator = torch.Generator(device=windows.device).manual_seed(seed)
     try:
-        for window in windows:
+        for window in tracked(windows, "calibration text", "windows"):
             with torch.enable_grad():
                 logits = model(input_ids=window[None], use_cache=False).logits[0].float()
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
