@@ -2,7 +2,8 @@
 
 Sizes follow from the recipe to the byte, but for what a format adds. Times and peaks of memory are lines through what
 docs/results.md has measured, whole commands on two cores of an AMD EPYC: palettize of 135M, 268M and 1,240M parameters,
-coreml of 135M and 1,240M, verify of 135M with a vocabulary of 49,152 and of 268M with one of 262,144, training and onnx of 135M.
+coreml of 135M and 1,240M, verify of 135M with a vocabulary of 49,152 and of 268M with one of 262,144, training and
+onnx of 135M.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ def forecast_steps(
     step_logits = STEP_TOKENS * size.vocabulary * 4 / 1e9
     verify_s = 5 + (0.335 * millions + 0.893e-3 * size.vocabulary) * tokens / 1024
     verify_gb = 0.5 + 3.29 * 4 * billions + 5.77 * logits
-    # master weights, gradients, both moments of Adam, the original, and decoded weights; two checkpoints are kept
+    # master weights, gradients, both moments of Adam, the original, and decoded weights; two checkpoints are kept, of
+    # weights and moments without those of embedding and output head
     train_gb = 0.8 + 24 * billions + 5 * step_logits
     return (
         Step(
@@ -142,7 +144,7 @@ def forecast_steps(
             "train",
             (1.28e-4 if gpu else 0.147) * millions * STEP_TOKENS / 2048,
             train_gb * 1e9,
-            made_bytes + 2 * 12 * size.parameters,
+            made_bytes + 2 * 10.5 * size.parameters,
             per=f"a step of {STEP_TOKENS:,} tokens",
             on_gpu=gpu,
         ),
