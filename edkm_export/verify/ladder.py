@@ -104,12 +104,10 @@ def verify_artifact(
     rungs = [source_rung(checkpoint, evaluation.original, missing)]
     source = evaluation.original
     if source is not None and source.gguf_file is not None and source.adapter is None:
-        rungs.append(
-            source_runtime_rung(
-                compare_with_runtime(evaluation.runtime, source, before, windows),
-                quantized=before is not None and source.is_quantized,
-            )
+        ran, rounded = compare_with_runtime(
+            evaluation.runtime, source, before, windows, values=checkpoint.numel
         )
+        rungs.append(source_runtime_rung(ran, rounded=rounded))
     rungs += soft_rungs(
         no_soft or f"no original to compare with: {missing}",
         "" if evaluation.soft is None else evaluation.soft.how,
