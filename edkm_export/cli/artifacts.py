@@ -54,8 +54,12 @@ def checkpoint_and_artifact(paths: tuple[Path, ...]) -> tuple[Path, Path]:
     from edkm_export.checkpoint_record import CheckpointRecord
     from edkm_export.cli.parameter_types import CHECKPOINT, PACKAGE
     from edkm_export.command_line import command_line
-    from edkm_export.errors import InputError
+    from edkm_export.errors import CheckpointError, InputError
+    from edkm_export.unfinished import unfinished_run
 
+    for path in paths:
+        if unfinished := unfinished_run(path):
+            raise CheckpointError(f"{path}: {unfinished}")
     if len(paths) == 1:
         (exported,) = paths
         if exported.is_file() and not is_artifact(exported):

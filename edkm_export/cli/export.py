@@ -101,6 +101,10 @@ def run_export(
         SystemExit: status 1 when it was made, but failed verification.
     """
     from edkm_export.atomic import atomic_folder, check_output
+    from edkm_export.text import check_text
+
+    check_text(verification["text"])
+
     from edkm_export.checkpoint import load
     from edkm_export.cli.cards import verification_words
     from edkm_export.cli.common_options import answering, is_quiet

@@ -10,6 +10,7 @@ import click
 
 from edkm_export.command_line import command_line
 from edkm_export.errors import CheckpointError, EdkmExportError, InputError, PackageError, RecipeError
+from edkm_export.unfinished import unfinished_run
 
 if TYPE_CHECKING:
     from edkm_export.reference.source import Source
@@ -38,6 +39,7 @@ class _Existing(click.Path):
         folder: what is said of a folder. Without it folders are taken.
         file: what is said of a file. Without it files are taken.
         command: a command that helps, for a path; {command} stands for it in what is said.
+        model: a model.pt is meant, or may be: of a run that has not finished more is said.
     """
 
     def __init__(
@@ -48,13 +50,19 @@ class _Existing(click.Path):
         folder: str | None = None,
         file: str | None = None,
         command: Callable[[Path], str] = lambda _path: "",
+        model: bool = False,
     ) -> None:
         super().__init__(path_type=Path)
+        self._model = model
         self._error, self._missing, self._folder, self._file = error, missing, folder, file
         self._command = command
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(value)
+        if self._model and (unfinished := unfinished_run(path)):
+            raise CheckpointError(f"{path}: {unfinished}")
+        if self._model and self._folder and (path / "model.pt").is_file():  # of a training run
+            raise self._error(f"{path}: is a folder; give the file in it, {path / 'model.pt'}.")
         reason = self._missing
         if path.exists():
             reason = (self._folder if path.is_dir() else self._file) or ""
@@ -88,9 +96,10 @@ CHECKPOINT = _Existing(
     "no such file; make one with `{command}`",
     folder="is a folder; to palettize it run `{command}`",
     command=_palettize,
+    model=True,
 )
 """A model.pt."""
-ARTIFACT = _Existing(InputError, "no such file or folder")
+ARTIFACT = _Existing(InputError, "no such file or folder", model=True)
 """A model.pt, or what an export made."""
 PACKAGE = _Existing(PackageError, "no such package")
 """What an export made."""

@@ -12,7 +12,6 @@ import click
 
 from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
 from edkm_export.cli.parameter_types import RUN, find_named_original, original_options
-from edkm_export.cli.text_file import TextFile
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
@@ -84,7 +83,7 @@ def _with_options(function: _F) -> _F:
         ),
         click.option(
             "--text",
-            type=TextFile(enough=True),
+            type=click.Path(path_type=Path),
             help="Evaluation text; by default a built-in sample.",
         ),
     ):

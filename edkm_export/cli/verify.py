@@ -36,6 +36,9 @@ def command(
     the sha256: without it, the file is looked for near OUT and in the working folder. Exit status 0: passed, 1: failed.
     With --quiet it is one line.
     """
+    from edkm_export.text import check_text
+
+    check_text(verification["text"])
     checkpoint, package = checkpoint_and_artifact(paths)  # before torch is imported
 
     from edkm_export.atomic import atomic_file, check_output
