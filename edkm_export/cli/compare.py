@@ -78,18 +78,7 @@ def command(
             check_length(content, entry.tokenizer(), tokens, text_name)
     source = named or source
     with stages(len(contestants) + (source is not None)) as advance:
-<<<<<<< HEAD
         rows = compare(contestants, content, text_name, tokens=tokens, original=source, advance=advance)
-=======
-        rows = compare(
-            contestants,
-            content,
-            text_name,
-            tokens=tokens,
-            original=source,
-            advance=advance,
-        )
->>>>>>> src22
     if source is None:
         err.print(f"NOT RUN: distance from the original: {missing}")
     if json_output:

@@ -157,15 +157,7 @@ def climb(
             predicted_size_bytes = artifacts.predicted_size_bytes(checkpoint, artifact)
     with stages(count_stages(artifact, evaluation)) as advance:
         return verify_artifact(
-<<<<<<< HEAD
             checkpoint, artifact, evaluation, predicted_size_bytes=predicted_size_bytes, advance=advance
-=======
-            checkpoint,
-            artifact,
-            evaluation,
-            predicted_size_bytes=predicted_size_bytes,
-            advance=advance,
->>>>>>> src22
         )
 
 
