@@ -128,7 +128,6 @@ class HfFolder:
         arguments = {
             "config": config,
             "dtype": dtype or _stored_dtype(stored),
-            "trust_remote_code": False,
             "use_safetensors": True,
             "output_loading_info": True,
             "ignore_mismatched_sizes": True,
@@ -139,11 +138,13 @@ class HfFolder:
             if finer:
                 with stored.slices() as slices:
                     model, found = type(self._skeleton(config)).from_pretrained(
-                        None, state_dict={**slices, **finer}, **arguments
+                        None, trust_remote_code=False, state_dict={**slices, **finer}, **arguments
                     )
                 model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
             else:
-                model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, **arguments)
+                model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                    folder, trust_remote_code=False, **arguments
+                )
         _check_loaded(self.reference, found)
         model.config._name_or_path = ""  # a temporary folder
         if "quantization_config" in raw:
