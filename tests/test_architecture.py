@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.interrupts",
         "edkm_export.memory",
         "edkm_export.versions",
+        "edkm_export.local_paths",
         "edkm_export.text",
         "edkm_export.context_window",
         "edkm_export.detokenize",

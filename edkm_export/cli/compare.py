@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from edkm_export.cli.artifacts import find_artifact, open_artifact
-from edkm_export.cli.verification import find_original, read_evaluation_text
+from edkm_export.cli.verification import find_original, minutes_option, read_evaluation_text
 
 __all__ = ["command"]
 
@@ -32,6 +32,7 @@ __all__ = ["command"]
     help="Tokens of the text to use.",
 )
 @click.option("--original", help="The float model, when no checkpoint says where it is.")
+@minutes_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 def command(
     models: tuple[Path, ...],
@@ -40,6 +41,7 @@ def command(
     text: Path | None,
     tokens: int,
     original: str | None,
+    minutes: float | None,
     overwrite: bool,
 ) -> None:
     """Compare A, B, ...: each a MODEL.PT, or a folder or package that was exported.
@@ -72,16 +74,23 @@ def command(
     source = named or source
     content, text_name = read_evaluation_text(text)
     with stages(len(contestants) + (source is not None)) as advance:
-        rows = compare(contestants, content, text_name, tokens=tokens, original=source, advance=advance)
+        comparison = compare(
+            contestants, content, text_name, tokens=tokens, original=source, minutes=minutes, advance=advance
+        )
     if source is None:
         err.print(f"NOT RUN: distance from the original: {missing}")
+    if comparison.cut:
+        err.print(
+            f"{comparison.tokens:,} of {comparison.asked:,} tokens were compared: {comparison.cut}",
+            soft_wrap=True,
+        )
     if json_output:
-        out.print_json(json.dumps([_plain(row) for row in rows], default=_record))
+        out.print_json(json.dumps([_plain(row) for row in comparison.rows], default=_record))
     else:
-        print_wide(_table(rows))
+        print_wide(_table(comparison.rows))
     if output is not None:
         with atomic_file(output, overwrite=overwrite) as temporary:
-            temporary.write_text(comparison_page(rows, text_name), encoding="utf-8")
+            temporary.write_text(comparison_page(comparison), encoding="utf-8")
         out.print(f"page: {output}", soft_wrap=True)
 
 

@@ -99,12 +99,11 @@ def run_export(
         verification: see `verification.prepare`.
 
     Raises:
-        SystemExit: status 1 when it was made, but failed verification.
+        SystemExit: status 1 when it was made, but is not proved faithful, or its quality is beyond the limit.
     """
     from edkm_export.atomic import atomic_folder, check_output
     from edkm_export.checkpoint import load
     from edkm_export.cli.console import err, megabytes, out, print_report
-    from edkm_export.verify.report import Verdict
     from edkm_export.verify.write import write_report
 
     folder = output or path.with_name(f"{path.stem}-{exporter.suffix}")
@@ -139,5 +138,5 @@ def run_export(
     print_report(report)
     for line in exporter.next_commands(plan, folder, path.stem):
         out.print(line, soft_wrap=True)
-    if report.verdict is Verdict.FAIL:
+    if report.failed:
         sys.exit(1)

@@ -36,15 +36,16 @@ def command(
 ) -> None:
     """Compare what PACKAGE computes with the PyTorch model of MODEL.PT.
 
-    PACKAGE is an .mlpackage, or the folder that `edkm-export coreml` or `edkm-export onnx` made. Exit status 0: passed,
-    1: failed.
+    PACKAGE is an .mlpackage, or the folder that `edkm-export coreml` or `edkm-export onnx` made. Two verdicts come of
+    it: faithful export, whether the package computes the model that was trained or palettized, and quality, how far
+    palettization moved that from the original. Exit status 0: faithful export PASS, and quality not BEYOND its
+    limit; 1: otherwise.
     """
     from edkm_export.atomic import atomic_file, check_output
     from edkm_export.checkpoint import load
     from edkm_export.cli.console import err, fault_lines, out, print_report, summary_line
     from edkm_export.errors import InputError
     from edkm_export.verify.junit import junit
-    from edkm_export.verify.report import Verdict
     from edkm_export.verify.write import write_report
 
     found = find_artifact(package)
@@ -73,5 +74,5 @@ def command(
             out.print(line, soft_wrap=True)
         if report_folder is not None:
             out.print(f"report: {report_folder / 'report.html'}", soft_wrap=True)
-    if report.verdict is Verdict.FAIL:
+    if report.failed:
         sys.exit(1)

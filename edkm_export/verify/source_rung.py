@@ -112,12 +112,13 @@ def compare_with_runtime(
     return divergence([(expected, logits[0])])
 
 
-def source_runtime_rung(found: Divergence | str | None, *, quantized: bool) -> Rung:
+def source_runtime_rung(found: Divergence | str | None, *, quantized: bool, missing: str = "") -> Rung:
     """The original against llama.cpp.
 
     Args:
         found: from `compare_with_runtime`.
         quantized: whether the file holds quantized weights.
+        missing: why it was not tried, where that is not for want of llama.cpp.
     """
     threshold = SOURCE_RUNTIME[quantized]
     names: dict[str, Any] = {
@@ -128,7 +129,10 @@ def source_runtime_rung(found: Divergence | str | None, *, quantized: bool) -> R
         "why": threshold.why,
     }
     if found is None:
-        detail = f"llama.cpp is not installed, or the original was not run; to install it: {llamacpp.INSTALL}"
+        detail = (
+            missing
+            or f"llama.cpp is not installed, or the original was not run; to install it: {llamacpp.INSTALL}"
+        )
         return Rung(**names, verdict=Verdict.NOT_RUN, detail=detail)
     if isinstance(found, str):
         return Rung(**names, verdict=Verdict.FAIL, detail=found)

@@ -63,7 +63,7 @@ def test_failed_verification_is_told(edkm, tiny_checkpoint, work):
     """Exit status 1, and the folder is there with its report."""
     result = edkm("onnx", tiny_checkpoint.path, "-o", "out", "--max-perplexity-ratio", 0.5, *TOKENS)
     assert result.status == 1 and "FAIL" in result.out
-    assert json.loads(Path("out/report.json").read_text())["verdict"] == "FAIL"
+    assert json.loads(Path("out/report.json").read_text())["faithful_export"] == "FAIL"
 
 
 def test_without_verification(edkm, tiny_checkpoint, work):
