@@ -137,7 +137,7 @@ def ladder_table(report: Report) -> Table:
 def print_report(report: Report) -> None:
     """The two tables of a verification, and the words that the second one needs."""
     out.print(summary_table(report))
-    out.print(f"In the ladder, {FIRST_WORDS}.", soft_wrap=True)
+    out.print(f"Words of the ladder: {FIRST_WORDS}.", soft_wrap=True)
     out.print(ladder_table(report))
 
 

@@ -61,7 +61,7 @@ Advance = Callable[[str], None]
 
 
 def count_stages(artifact: Artifact, evaluation: VerificationInputs) -> int:
-    """How often `verify_artifact` calls `advance`."""
+    """How often `verify_artifact` calls `advance`, unless its time is used up before."""
     return 6 + _executed(artifact) + (evaluation.soft is not None) + evaluation.localize
 
 
@@ -157,7 +157,7 @@ def verify_artifact(
     rungs += [bytes_rung, size_rung(_weights_size(artifact), predicted_size_bytes)]
 
     for execution in artifact.executions:
-        if execution.execute is not None:
+        if execution.execute is not None and not budget.is_over:
             begin(f"running: {execution.words}")
         rung, found = _execute(execution, hard, windows, budget)
         rungs.append(rung)
@@ -165,9 +165,11 @@ def verify_artifact(
             perplexities[execution.words] = found
     del hard
 
-    begin("decoding token by token")
+    if not budget.is_over:
+        begin("decoding token by token")
     rungs.append(_decode(artifact, windows, budget))
-    begin("continuing prompts")
+    if not budget.is_over:
+        begin("continuing prompts")
     texts, more = _continue(artifact, model, tokenizer, prompts, evaluation.continuation, budget)
     rungs += more
     faults = []
