@@ -1,85 +1,105 @@
-"""Local paths do not ship: what goes into an exported folder names files, and not the folders above them."""
+"""Paths of the maker's machine, kept out of what is shipped: names of files stay, the folders above them go."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Iterator, Set
-from pathlib import PurePosixPath, PureWindowsPath
+from collections.abc import Iterator, Set
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-__all__ = ["names_only", "without_paths"]
+__all__ = ["nearby", "without_folders"]
 
 _PART = r"[^\s/\\'\"`,;:()\[\]{}<>|]+"
-# Not inside a word, a URL or a relative path. A backslash alone may be an escape, so it needs a drive before it.
-_PATHS = re.compile(
-    rf"(?:file://|(?<![\w./\\:~-])(?:~[\w.-]*(?=/))?)/(?:{_PART}/+)*({_PART})/?"
+# An absolute path within a sentence, with at least one folder: "/think" may be a word of a prompt. What follows a
+# letter, a colon or a slash is part of an address or a fraction. A backslash alone may be an escape: it needs a drive.
+_WITHIN = re.compile(
+    rf"(?:file://|(?<![\w./\\:~-])(?:~[\w.-]*(?=/))?)/(?:{_PART}/+)+({_PART})/?"
     rf"|(?<![\w./\\:~-])[A-Za-z]:[\\/](?:{_PART}[\\/]+)*({_PART})[\\/]?"
 )
 # What stands in quotes may hold spaces.
 _QUOTED = re.compile(r"(['\"`])(?:file://|~[\w.-]*)?/(?:[^'\"`\n/]+/)+([^'\"`\n/]+)/?\1")
+_OPTION = re.compile(r"(--[\w-]+=)(.*)", re.DOTALL)
 _WHOLE = re.compile(r"(?:/|~[\w.-]*/|[A-Za-z]:[\\/])[^:;,'\"`\n]*\Z")
 
 
-def without_paths(text: str, known: Iterable[str] = ()) -> str:
-    """A text with the name of each file in place of its absolute path; relative paths and URLs stay.
+def without_folders(value: Any) -> Any:
+    """The same, with the last part in place of each absolute path.
 
     Args:
-        text: any text.
-        known: absolute paths that may stand in it, or above a path in it; where one holds spaces, only this tells where
-            it ends.
+        value: a string (a path, a word of a command, or a sentence), or lists and dicts of strings, as deep as they
+            are; keys are treated too, and a name that comes twice is numbered. Anything else is returned as it is.
+            A path with spaces is recognized when it stands alone or in quotes, and in a sentence when it, or a path
+            beside it, also stands alone somewhere in `value`.
     """
-    option, equals, value = text.partition("=")
-    if equals and option.startswith("--") and " " not in option and _is_path(value):
-        return f"{option}={_name(value)}"
-    if _is_path(text):
-        return _name(text)
-    for path in sorted(known, key=len, reverse=True):
-        text = re.sub(rf"{re.escape(path)}((?:/+{_PART})*)/?", lambda found: _name(found[0]), text)
-    text = _QUOTED.sub(lambda found: f"{found[1]}{found[2]}{found[1]}", text)
-    return _PATHS.sub(lambda found: found[1] or found[2], text)
-
-
-def names_only(value: Any) -> Any:
-    """The same for every text in lists and dicts, keys included; a name that comes twice is numbered."""
     whole = {text for text in _texts(value) if " " in text and "/" in text[1:] and _is_path(text)}
-    known = whole | {parent for text in whole if " " in (parent := text.rpartition("/")[0])}
-    return _named(value, known)
+    return _named(value, whole | {above for text in whole if " " in (above := text.rpartition("/")[0])})
+
+
+def nearby(path: str, folder: Path) -> str:
+    """An absolute path as seen from a folder, with ./ or ../ in front; its last part alone, where both share no folder.
+
+    Args:
+        path: absolute; others are returned as they are.
+        folder: of the file that is to name it.
+    """
+    if not Path(path).is_absolute():
+        return path
+    place = str(folder.absolute())
+    if os.path.commonpath([path, place]) in (os.sep, str(Path.home())):
+        return Path(path).name
+    seen = Path(os.path.relpath(path, place)).as_posix()
+    return seen if seen.startswith("..") else f"./{seen}"  # not to be taken for the name of a hub model
 
 
 def _named(value: Any, known: Set[str]) -> Any:
     if isinstance(value, str):
-        return without_paths(value, known)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_named(item, known) for item in value)
+        return _without(value, known)
+    if isinstance(value, list | tuple):
+        return type(value)(_named(inner, known) for inner in value)
     if not isinstance(value, dict):
         return value
-    named: dict[Any, Any] = {}
-    for key, item in value.items():
-        name = words = _named(key, known)
-        count = 2
-        while name in named:
-            name, count = f"{words} ({count})", count + 1
-        named[name] = _named(item, known)
-    return named
+    found: dict[Any, Any] = {}
+    for key, inner in value.items():
+        name = short = _named(key, known)
+        count = 1
+        while name in found:  # two files of one name
+            count += 1
+            name = f"{short} ({count})"
+        found[name] = _named(inner, known)
+    return found
+
+
+def _without(text: str, known: Set[str]) -> str:
+    if option := _OPTION.fullmatch(text):
+        return option[1] + _without(option[2], known)
+    if _is_path(text):
+        return _last(text)
+    for path in sorted(known, key=len, reverse=True):
+        text = re.sub(rf"{re.escape(path)}((?:/+{_PART})*)/?", lambda found: _last(found[0]), text)
+    text = _QUOTED.sub(lambda found: f"{found[1]}{found[2]}{found[1]}", text)
+    return _WITHIN.sub(lambda found: found[1] or found[2], text)
 
 
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
     elif isinstance(value, dict):
-        for key, item in value.items():
+        for key, inner in value.items():
             yield from _texts(key)
-            yield from _texts(item)
+            yield from _texts(inner)
 
 
 def _is_path(text: str) -> bool:
     """Whether a text is one absolute path, which may hold spaces, and nothing else."""
-    return _WHOLE.match(text) is not None and " /" not in text
+    if _WHOLE.match(text) is None or " /" in text:
+        return False
+    return text.count("/") > 1 or "\\" in text or os.path.exists(text)  # noqa: PTH110, Path.exists raises for long names
 
 
-def _name(path: str) -> str:
+def _last(path: str) -> str:
     name = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
     return name or path

@@ -13,7 +13,7 @@ from edkm_export.cli.export import export_arguments, export_options, run_export
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from converters.coreml.write.export_plan import ExportPlan
     from edkm_export.checkpoint import Checkpoint
-    from edkm_export.verify.report import Report
+    from edkm_export.model_card import FormatCard
 
 __all__ = ["command"]
 
@@ -34,17 +34,35 @@ class _Chunks(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return int(value)
 
 
+class _Target(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A deployment target in any usual spelling."""
+
+    name = "target"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Read it."""
+        from converters.coreml.write.deployment_target import parse_target
+
+        return parse_target(str(value))
+
+
 @click.command("coreml", short_help="Convert a palettized checkpoint to Core ML and verify the result.")
 @export_arguments
 @click.option(
     "--interface",
+    type=click.Choice(["swift-transformers", "neural-engine", "logits"]),
     default="swift-transformers",
     show_default=True,
     help="How an app calls it: swift-transformers (cache, any length), neural-engine (cache, static prefill and "
     "decode functions) or logits (whole texts, no cache).",
 )
 @click.option(
-    "--target", default="iOS18", show_default=True, help="Oldest system to run on: iOS16, iOS17 or iOS18."
+    "--target",
+    type=_Target(),
+    metavar="iOS16|iOS17|iOS18",
+    default="iOS18",
+    show_default=True,
+    help="Oldest system to run on; macOS13, macOS14 and macOS15 mean the same.",
 )
 @click.option(
     "--sequence-length",
@@ -157,23 +175,21 @@ class _CoreMLExporter:
 
         return write_bundle(checkpoint, plan, folder, name)
 
-    def finish(
-        self, checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str, report: Report | None
-    ) -> None:
+    def card(self, checkpoint: Checkpoint, plan: ExportPlan, name: str) -> FormatCard:
+        from converters.coreml.write.card import coreml_card
         from converters.coreml.write.lint import lint
-        from converters.coreml.write.model_card import model_card
-        from edkm_export.verify.write import quality
 
-        found = "NOT VERIFIED: it was exported with --no-verify." if report is None else quality(report)
-        card = model_card(checkpoint, plan, name, lint(checkpoint, plan), found)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        return coreml_card(checkpoint, plan, name, lint(checkpoint, plan))
 
-    def next_commands(self, plan: ExportPlan, folder: Path, name: str) -> list[str]:
-        from converters.coreml.write.model_card import mac_commands
+    def next_commands(self, plan: ExportPlan, folder: Path, checkpoint: Path) -> list[str]:
+        from converters.coreml.write.card import mac_commands
+        from edkm_export.command_line import command_line
 
+        name = checkpoint.stem
         packages = " and ".join(plan.package_names(name))
         return [
             f"{folder}: drag {packages} into Xcode; report.md says what was proved and what was not.",
             "on a Mac, where this was not run:",
-            *(f"    {line}" for line in mac_commands(plan, name)),
+            *(f"    {line}" for line in mac_commands(plan, name, folder, checkpoint)),
+            f"next: {command_line('generate', folder, '--prompt', 'Once upon a time')}",
         ]

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
+from edkm_export.cli.parameter_types import CHECKPOINT
 from edkm_export.cli.verification import climb, prepare, verification_options
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
-    from edkm_export.verify.report import Report
+    from edkm_export.model_card import FormatCard
 
 __all__ = ["Exporter", "export_arguments", "export_options", "run_export"]
 
@@ -48,13 +49,11 @@ class Exporter(Protocol[_Plan]):
     def write(self, checkpoint: Checkpoint, plan: _Plan, folder: Path, name: str) -> Path:
         """Write everything but the report into an empty folder; the artifact in it that is to be verified."""
 
-    def finish(
-        self, checkpoint: Checkpoint, plan: _Plan, folder: Path, name: str, report: Report | None
-    ) -> None:
-        """Add what tells of the verification; `report` is None when it was not run."""
+    def card(self, checkpoint: Checkpoint, plan: _Plan, name: str) -> FormatCard:
+        """What the model card says of the format."""
 
-    def next_commands(self, plan: _Plan, folder: Path, name: str) -> list[str]:
-        """What the user can do with the folder, a line each."""
+    def next_commands(self, plan: _Plan, folder: Path, checkpoint: Path) -> list[str]:
+        """What the user can do with the folder that was made of a model.pt, a line each."""
 
 
 def export_arguments(function: _F) -> _F:
@@ -62,7 +61,7 @@ def export_arguments(function: _F) -> _F:
     function = click.option(
         "-o", "--output", type=click.Path(path_type=Path), help="Folder to make.  [default: MODEL-FORMAT]"
     )(function)
-    return click.argument("checkpoint", metavar="MODEL.PT", type=click.Path(path_type=Path))(function)
+    return click.argument("checkpoint", metavar="MODEL.PT", type=CHECKPOINT)(function)
 
 
 def export_options(function: _F) -> _F:
@@ -103,7 +102,12 @@ def run_export(
     """
     from edkm_export.atomic import atomic_folder, check_output
     from edkm_export.checkpoint import load
-    from edkm_export.cli.console import err, megabytes, out, print_report
+    from edkm_export.cli.cards import verification_words
+    from edkm_export.cli.common_options import answering, is_quiet
+    from edkm_export.cli.console import err, megabytes, out, print_report, summary_line
+    from edkm_export.command_line import command_line
+    from edkm_export.disk_space import require_space
+    from edkm_export.model_card import FILE, model_card
     from edkm_export.verify.write import write_report
 
     folder = output or path.with_name(f"{path.stem}-{exporter.suffix}")
@@ -114,12 +118,15 @@ def run_export(
     with err.status("planning"):
         plan = exporter.plan(checkpoint)
     if dry_run:
-        exporter.show(checkpoint, plan, path.stem)
+        with answering():
+            exporter.show(checkpoint, plan, path.stem)
         return
+    require_space(folder, plan.weights_size_bytes)
     inputs = None if no_verify else prepare(checkpoint, **verification)
     exporter.warn(checkpoint, plan)
     report = None
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
+    needed = plan.weights_size_bytes
+    with atomic_folder(folder, overwrite=overwrite, needed_bytes=needed) as temporary:
         with err.status(f"converting {len(checkpoint.palettized)} palettized weights"):
             artifact = exporter.write(checkpoint, plan, temporary, path.stem)
         if inputs is not None:
@@ -129,14 +136,21 @@ def run_export(
                     update={"artifact": folder.absolute().name}
                 )  # as it will be called
             write_report(report, temporary)
-        exporter.finish(checkpoint, plan, temporary, path.stem, report)
+        card = model_card(
+            checkpoint, path.stem, exporter.card(checkpoint, plan, path.stem), *verification_words(report)
+        )
+        (temporary / FILE).write_text(card, encoding="utf-8")
     if report is None:
         size = megabytes(plan.weights_size_bytes)
         out.print(f"{folder}: {size} of weights, NOT VERIFIED (--no-verify)", soft_wrap=True)
-        out.print(f"verify it with: edkm-export verify {path} {folder}", soft_wrap=True)
+        out.print_command("verify it with:", command_line("verify", path, folder))
         return
-    print_report(report)
-    for line in exporter.next_commands(plan, folder, path.stem):
+    if is_quiet():
+        with answering():
+            out.print(summary_line(report), soft_wrap=True)
+    else:
+        print_report(report)
+    for line in exporter.next_commands(plan, folder, path):
         out.print(line, soft_wrap=True)
     if report.failed:
         sys.exit(1)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edkm_export.cli.export import export_arguments, export_options, run_export
+from edkm_export.command_line import command_line
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from converters.onnx.write.export_plan import OnnxPlan
     from edkm_export.checkpoint import Checkpoint
-    from edkm_export.verify.report import Report
+    from edkm_export.model_card import FormatCard
 
 __all__ = ["command"]
 
@@ -51,9 +52,9 @@ def command(
 ) -> None:
     """Convert MODEL.PT to an ONNX decoder with cache, bit for bit, and verify the files on disk.
 
-    The folder holds the graph, its weights, the tokenizer and the verification report; onnxruntime-genai, optimum and
-    transformers.js load it as it is. Exit status 1: it was made, but the export
-    is not proved faithful, or the quality is beyond its limit.
+    The folder holds the graph, its weights, the tokenizer, a model card and the verification report;
+    onnxruntime-genai, optimum and transformers.js load it as it is. Exit status 1: it was made, but the export is not
+    proved faithful, or the quality is beyond its limit.
     """
     exporter = _OnnxExporter(runtime, dtype, opset, context_length, standard_ops)
     run_export(exporter, checkpoint, output, **common)
@@ -104,13 +105,13 @@ class _OnnxExporter:
         write_bundle(checkpoint, plan, folder)
         return folder
 
-    def finish(
-        self, checkpoint: Checkpoint, plan: OnnxPlan, folder: Path, name: str, report: Report | None
-    ) -> None:
-        """Nothing: the report says it all."""
+    def card(self, checkpoint: Checkpoint, plan: OnnxPlan, name: str) -> FormatCard:
+        from converters.onnx.write.card import onnx_card
 
-    def next_commands(self, plan: OnnxPlan, folder: Path, name: str) -> list[str]:
+        return onnx_card(checkpoint, plan)
+
+    def next_commands(self, plan: OnnxPlan, folder: Path, checkpoint: Path) -> list[str]:
         return [
-            f"{folder}: try it with `edkm-export generate {folder} --prompt TEXT`; "
-            "report.md says what was proved and what was not."
+            f"{folder}: report.md says what was proved and what was not.",
+            f"next: {command_line('generate', folder, '--prompt', 'Once upon a time')}",
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
+from edkm_export.cli.parameter_types import RUN, find_named_original, original_options
+from edkm_export.cli.text_file import TextFile
+
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
     from edkm_export.reference.soft_model import SoftWeights
@@ -19,6 +23,7 @@ if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait f
     from edkm_export.verify.report import Report
 
 __all__ = [
+    "check_length",
     "climb",
     "find_original",
     "find_soft",
@@ -62,7 +67,22 @@ minutes_option = click.option(
 
 
 def verification_options(function: _F) -> _F:
-    """Add --text, --tokens, --prompt, --original, --run, --localize, --max-perplexity-ratio and --minutes."""
+    """Add --text, --tokens, --prompt, --original, --adapter, --run, --localize and others to a command.
+
+    Its parameter `original` is a Source, or None.
+    """
+    return _with_options(_with_named_original(function))
+
+
+def _with_named_original(function: _F) -> _F:
+    @functools.wraps(function)
+    def run(*arguments: Any, original: str | None, adapter: str | None, **others: Any) -> Any:
+        return function(*arguments, original=find_named_original(original, adapter), **others)
+
+    return run  # type: ignore[return-value]
+
+
+def _with_options(function: _F) -> _F:
     for option in (
         minutes_option,
         click.option(
@@ -78,10 +98,11 @@ def verification_options(function: _F) -> _F:
         ),
         click.option(
             "--run",
-            type=click.Path(path_type=Path),
-            help="Folder of the training run, when MODEL.PT is not in it: its soft model is compared too.",
+            type=RUN,
+            help="Folder of the training run, when MODEL.PT is not in it: the model as training held it, before each "
+            "weight was rounded to its lookup table (soft model), is compared too.",
         ),
-        click.option("--original", help="The float model, when it is not where it was palettized from."),
+        original_options,
         click.option(
             "--tokens",
             type=click.IntRange(min=2),
@@ -97,7 +118,7 @@ def verification_options(function: _F) -> _F:
         ),
         click.option(
             "--text",
-            type=click.Path(path_type=Path),
+            type=TextFile(enough=True),
             help="Evaluation text; by default a built-in sample.",
         ),
     ):
@@ -110,7 +131,7 @@ def prepare(
     *,
     text: Path | None,
     tokens: int,
-    original: str | None,
+    original: Source | None,
     run: Path | None,
     max_perplexity_ratio: float | Literal["preset", "none"],
     prompts: tuple[str, ...],
@@ -123,9 +144,12 @@ def prepare(
         InputError: the text, the original or the run that was asked for cannot be used.
     """
     from edkm_export.reference import llamacpp
+    from edkm_export.reference.hard_model import load_hard_tokenizer
     from edkm_export.verify.inputs import VerificationInputs
 
     content, name = read_evaluation_text(text)
+    if text is not None:
+        check_length(content, load_hard_tokenizer(checkpoint), tokens, name)
     source, missing = find_original(checkpoint, original)
     soft, no_soft = find_soft(checkpoint, run)
     return VerificationInputs(
@@ -184,30 +208,50 @@ def read_evaluation_text(path: Path | None) -> tuple[str, str]:
     return read_text(path), str(path)
 
 
-def find_original(checkpoint: Checkpoint, asked: str | None) -> tuple[Source | None, str]:
+def check_length(text: str, tokenizer: Any, tokens: int, name: str) -> None:
+    """Refuse a text that is too short, before a model is loaded or converted.
+
+    Raises:
+        InputError: it is; the message names it, with what it has and what is needed.
+    """
+    from edkm_export.text import LEAST_TOKENS, token_windows
+
+    token_windows(text, tokenizer, tokens=tokens, context=tokens, source=name, least=LEAST_TOKENS)
+
+
+def find_original(checkpoint: Checkpoint, asked: Source | None) -> tuple[Source | None, str]:
     """The float model, or the reason why there is none. One that was asked for must be there."""
     from edkm_export.errors import InputError
     from edkm_export.reference.source import Source
 
     if asked is not None:
-        return Source.parse(asked), ""
+        return asked, ""
     base = checkpoint.provenance.get("base_model")
     reference = base.get("reference") if isinstance(base, dict) else None
     if not isinstance(reference, str):
         return None, "the checkpoint does not say what it was made from; name it with --original"
-    if not Path(reference).exists():
-        return None, f"{reference} is not here; name it with --original"
+    found = _seen_from(checkpoint, reference)
+    if found is None:
+        return None, f"{Path(reference).name} is not here; name it with --original"
     try:
         adapter = base.get("adapter") if isinstance(base, dict) else None
-        source = Source.parse(reference, adapter.get("reference") if isinstance(adapter, dict) else None)
+        merged = adapter.get("reference") if isinstance(adapter, dict) else None
+        source = Source.parse(found, merged and (_seen_from(checkpoint, merged) or merged))
         if not _is_unchanged(source, base):
             return (
                 None,
-                f"{reference} has changed since it was palettized; name the right one with --original",
+                f"{Path(reference).name} has changed since it was palettized; name the right one with --original",
             )
     except InputError as error:
         return None, str(error)
     return source, ""
+
+
+def _seen_from(checkpoint: Checkpoint, reference: str) -> str | None:
+    """What a checkpoint names, from its folder or from the working folder; None where nothing is there."""
+    folders = [] if checkpoint.path is None else [checkpoint.path.parent]
+    places = (folder / reference for folder in [*folders, Path()])
+    return next((str(place) for place in places if place.exists()), None)
 
 
 def _is_unchanged(source: Source, recorded: Any) -> bool:

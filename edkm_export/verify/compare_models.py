@@ -25,7 +25,7 @@ from edkm_export.artifact.metrics import (
 from edkm_export.artifact.protocol import Artifact, DamagedArtifact
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import InputError, PackageError
-from edkm_export.local_paths import without_paths
+from edkm_export.local_paths import without_folders
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
 from edkm_export.reference.source import Source, load_model
 from edkm_export.text import token_windows
@@ -230,7 +230,7 @@ def _described(entry: Contestant) -> tuple[str, str, float | None, int | None]:
 
 def comparison_page(comparison: Comparison) -> str:
     """One self-contained page; files are called by their names, not by their paths."""
-    rows = [replace(row, name=without_paths(row.name)) for row in comparison.rows]
+    rows = [replace(row, name=without_folders(row.name)) for row in comparison.rows]
     points = [
         charts.Point(row.name, row.size_bytes, row.perplexity.value, row.perplexity.standard_error)
         for row in rows
@@ -242,7 +242,7 @@ def comparison_page(comparison: Comparison) -> str:
         rows=rows,
         plot=Markup(charts.size_against_quality(points)),
         original=original,
-        text_name=without_paths(comparison.text_name),
+        text_name=without_folders(comparison.text_name),
         comparison=comparison,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.execution import Execute
 from edkm_export.artifact.generation import Choice, Difference, first_difference, generate
 from edkm_export.artifact.metrics import Divergence, divergence
@@ -133,7 +134,8 @@ def prefill_against_decode(session: Session, tokens: Tensor, share: Share = UNLI
     session.reset()
     prefill = session.feed(text).clone()
     session.reset()
-    decode = torch.cat([session.feed(token[None]).clone() for token in share.within(text)])
+    decoded = share.within(tracked(text, "decoding", "tokens"))
+    decode = torch.cat([session.feed(token[None]).clone() for token in decoded])
     return divergence([(prefill[: len(decode)], decode)])
 
 
@@ -168,7 +170,7 @@ def compare_continuations(
     execute = None if session is not None else artifact.executions[0].execute
     context = artifact.context if session is None else session.context
     found = []
-    for prompt, ids in share.within(prompts.items()):
+    for prompt, ids in share.within(tracked(prompts.items(), "continuing", "prompts")):
         wanted = min(count, context - len(ids))
         expected = generate(TorchSession(hard), ids, max_new_tokens=wanted)
         tokens = torch.tensor(expected.tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shlex
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from edkm_export.artifact.thresholds import QualityLimit, quality_limit
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.digest import file_sha256
 from edkm_export.errors import CheckpointError, InputError
-from edkm_export.local_paths import names_only
+from edkm_export.local_paths import without_folders
 from edkm_export.reference.soft_model import SoftWeights
 from edkm_export.reference.source import Source
 from edkm_export.text import token_windows
@@ -146,7 +146,7 @@ def provenance(
     }
     if evaluation.command:
         # named before it is joined: quotes around a path with spaces would hide where it begins
-        verification["command"] = shlex.join(names_only(list(evaluation.command)))
+        verification["command"] = shlex.join(without_folders(list(evaluation.command)))
     return {**checkpoint.provenance, "evaluation": used, "verification": verification}
 
 
@@ -157,16 +157,8 @@ def _digests(artifact: Path) -> dict[str, str]:
     for path in files:
         if path.is_file() and not path.is_symlink() and path.name not in REPORT_FILES:
             name = path.name if path == artifact else path.relative_to(artifact).as_posix()
-            found[name] = _sha256(path)
+            found[name] = file_sha256(path)
     return found
-
-
-def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
 
 
 def _check_vocabulary(checkpoint: Checkpoint, tokens: Tensor) -> None:

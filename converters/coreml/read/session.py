@@ -107,6 +107,7 @@ class CoreMLSession:
 
     Attributes:
         context: most positions that it can hold.
+        has_cache: whether the interface keeps one.
 
     Raises:
         PackageError: the packages do not have the inputs and outputs that their description promises.
@@ -116,6 +117,7 @@ class CoreMLSession:
         self, packages: Sequence[Runnable], description: Description, precision: str = "float32"
     ) -> None:
         self.context = description.context
+        self.has_cache = description.interface != "logits"
         self._where = str(packages[0].path)
         kind = _CALLERS[description.interface]
         self._caller = kind(packages, description, precision)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from converters.coreml.backend import load_coremltools, quiet
 from converters.coreml.format import PARAMETERS_KEY
+from converters.coreml.write.deployment_target import parse_target
 from converters.coreml.write.strided import lean_casts
 from converters.coreml.write.targets import check_target
 from edkm_export.errors import ConversionError
@@ -47,7 +48,7 @@ def convert(
             the shapes of the examples, floating point as float16 and integers as int32.
         outputs: `coremltools.TensorType` of each result; None: named by coremltools.
         states: `coremltools.StateType` of buffers that outlive a call; iOS18.
-        target: one of `targets.TARGETS`.
+        target: one of `deployment_target.TARGETS`, in any usual spelling.
         metadata: further user metadata of the package.
         stand_ins: palettized weights hold `standins.stand_in` instead of their values.
         prefix: of the names in `palettized` in `module` ("decoder.").
@@ -61,6 +62,7 @@ def convert(
             weight would have been left dense.
         BackendMissingError: coremltools is not installed.
     """
+    target = parse_target(target)
     check_target(palettized, target, source)
     ct = load_coremltools()
     from converters.coreml.write.lut_pass import PASS_NAME, Substitution, program_names, substituting
