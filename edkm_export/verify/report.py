@@ -211,7 +211,8 @@ class TimeBudget(Record):
 class Report(Record):
     """Everything that `report.json` holds.
 
-    No absolute path of this machine is in it: construction calls `without_folders`. Reports of schema versions 2 to 4 are read, too.
+    No absolute path of this machine is in it: construction calls `without_folders`. Reports of schema versions 2 to 4
+    are read, too.
 
     Attributes:
         date: when the verification ended, ISO 8601 in UTC; None in reports before version 5.
