@@ -98,7 +98,7 @@ def run_export(
         verification: see `verification.prepare`.
 
     Raises:
-        SystemExit: status 1 when it was made, but failed verification.
+        SystemExit: status 1 when it was made, but is not proved faithful, or its quality is beyond the limit.
     """
     from edkm_export.atomic import atomic_folder, check_output
     from edkm_export.text import check_text
@@ -112,7 +112,6 @@ def run_export(
     from edkm_export.command_line import command_line
     from edkm_export.disk_space import require_space
     from edkm_export.model_card import FILE, model_card
-    from edkm_export.verify.report import Verdict
     from edkm_export.verify.write import write_report
 
     folder = output or path.with_name(f"{path.stem}-{exporter.suffix}")
@@ -157,6 +156,6 @@ def run_export(
         print_report(report)
     for line in exporter.next_commands(plan, folder, path):
         out.print(line, soft_wrap=True)
-    if report.verdict is Verdict.FAIL:
+    if report.failed:
         sys.exit(1)
     out.print_command("share it with:", command_line("push", folder, "OWNER/NAME"))

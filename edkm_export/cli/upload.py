@@ -86,7 +86,7 @@ class Upload:
             words = f"**{NOT_VERIFIED}**: {plain(reason)}. It was pushed with --unverified."
             card = with_verification(card, NOT_VERIFIED, words)
         elif card_verdict(card) not in (None, PASS):
-            card = with_verification(card, PASS, f"Verdict: **{PASS}**. report.md has the details.")
+            card = with_verification(card, PASS, f"Faithful export: **{PASS}**. report.md has the details.")
         size = len(card.encode())
         files = [File(FILE, file.path, size) if file.name == FILE else file for file in files]
         return cls(folder, tuple(files), left_out, card, NOT_VERIFIED if reason else PASS)

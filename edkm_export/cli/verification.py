@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
+import sys
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
 from edkm_export.cli.parameter_types import RUN, find_named_original, original_options
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
@@ -25,6 +26,7 @@ __all__ = [
     "climb",
     "find_original",
     "find_soft",
+    "minutes_option",
     "prepare",
     "read_evaluation_text",
     "verification_options",
@@ -33,8 +35,38 @@ __all__ = [
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+class _Ratio(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A number above 0, "preset" or "none"."""
+
+    name = "RATIO|preset|none"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | Literal["preset", "none"]:
+        """Read it."""
+        text = str(value).lower()
+        if text == "preset":
+            return "preset"
+        if text == "none":
+            return "none"
+        try:
+            ratio = float(text)
+        except ValueError:
+            ratio = math.nan
+        if not 0 < ratio < math.inf:
+            self.fail(f"{value!r} is neither a number above 0, nor 'preset' or 'none'.", param, ctx)
+        return ratio
+
+
+minutes_option = click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Time for comparing models: fewer tokens are compared then, and it is said how many.  [default: no limit]",
+)
+
+
 def verification_options(function: _F) -> _F:
-    """Add --text, --tokens, --prompt, --original, --adapter, --run, --localize and --max-perplexity-ratio to a command.
+    """Add --text, --tokens, --prompt, --original, --adapter, --run, --localize and others to a command.
 
     Its parameter `original` is a Source, or None.
     """
@@ -51,15 +83,17 @@ def _with_named_original(function: _F) -> _F:
 
 def _with_options(function: _F) -> _F:
     for option in (
+        minutes_option,
         click.option(
             "--localize", is_flag=True, help="When an execution fails, find the first operation that is off."
         ),
         click.option(
             "--max-perplexity-ratio",
-            type=float,
-            default=MAX_PERPLEXITY_RATIO,
+            type=_Ratio(),
+            default="preset",
             show_default=True,
-            help="Worst allowed perplexity of the palettized model, as a multiple of the original's.",
+            help="Worst allowed perplexity of the palettized model, as a multiple of the original's; beyond it the "
+            "exit status is 1. preset: what is usual for its bits; none: no limit.",
         ),
         click.option(
             "--run",
@@ -98,9 +132,10 @@ def prepare(
     tokens: int,
     original: Source | None,
     run: Path | None,
-    max_perplexity_ratio: float,
+    max_perplexity_ratio: float | Literal["preset", "none"],
     prompts: tuple[str, ...],
     localize: bool,
+    minutes: float | None,
 ) -> VerificationInputs:
     """Read what the options name, before the long work.
 
@@ -124,12 +159,14 @@ def prepare(
         original_missing=missing,
         original_required=original is not None,
         runtime=llamacpp,
-        max_perplexity_ratio=max_perplexity_ratio,
+        max_perplexity_ratio=None if max_perplexity_ratio == "none" else max_perplexity_ratio,
         prompts=prompts,
         localize=localize,
         soft=soft,
         soft_missing=no_soft,
         soft_required=run is not None,
+        minutes=minutes,
+        command=("edkm-export", *sys.argv[1:]),
     )
 
 

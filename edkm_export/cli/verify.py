@@ -33,8 +33,11 @@ def command(
     """Compare what OUT computes with the PyTorch model of MODEL.PT.
 
     OUT is the folder that `edkm-export coreml` or `edkm-export onnx` made, or the model in it. It knows its MODEL.PT by
-    the sha256: without it, the file is looked for near OUT and in the working folder. Exit status 0: passed, 1: failed.
-    With --quiet it is one line.
+    the sha256: without it, the file is looked for near OUT and in the working folder.
+
+    Two verdicts come of it: faithful export, whether OUT computes the model that was trained or palettized, and
+    quality, how far palettization moved that from the original. Exit status 0: faithful export PASS, and quality not
+    BEYOND its limit; 1: otherwise. With --quiet it is one line.
     """
     from edkm_export.text import check_text
 
@@ -48,7 +51,6 @@ def command(
     from edkm_export.cli.console import err, fault_lines, out, print_report, summary_line
     from edkm_export.errors import InputError
     from edkm_export.verify.junit import junit
-    from edkm_export.verify.report import Verdict
     from edkm_export.verify.write import write_report
 
     found = find_artifact(package)
@@ -79,5 +81,5 @@ def command(
             out.print(line, soft_wrap=True)
         if report_folder is not None:
             out.print(f"report: {report_folder / 'report.html'}", soft_wrap=True)
-    if report.verdict is Verdict.FAIL:
+    if report.failed:
         sys.exit(1)

@@ -63,12 +63,14 @@ def folder(work) -> Path:
     return folder
 
 
-def report(folder: Path, verdict: str = "PASS") -> None:
+def report(folder: Path, verdict: str = "PASS", **others: Any) -> None:
     digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in MODEL}
     content = {
-        "verdict": verdict,
+        "faithful_export": verdict,
+        "quality": "WITHIN",
         "artifact": folder.name,
         "provenance": {"verification": {"artifact": digests}},
+        **others,
     }
     (folder / "report.json").write_text(json.dumps(content))
     (folder / "report.md").write_text("what was proved")
@@ -170,7 +172,7 @@ def test_card_of_a_folder_that_passed_later(edkm, hub, folder):
     path = folder / "README.md"
     path.write_text(path.read_text().replace("PASS", "NOT VERIFIED"))
     assert edkm("push", folder, REPO).status == 0
-    assert "Verdict: **PASS**" in hub.branches[REPO, "main"]["README.md"].decode()
+    assert "Faithful export: **PASS**" in hub.branches[REPO, "main"]["README.md"].decode()
 
 
 def test_card_that_the_user_wrote(edkm, hub, folder):
@@ -250,7 +252,6 @@ def test_two_verdicts(edkm, hub, folder):
     """A report tells faithful export and quality apart; the one must be proved, the other not beyond its limit."""
     path = folder / "report.json"
     content = json.loads(path.read_text())
-    del content["verdict"]
     for faithful, quality, told in (
         ("FAIL", "WITHIN", "the verdict of its report is FAIL"),
         ("NOT RUN", "REPORTED", "the verdict of its report is NOT RUN"),
@@ -266,6 +267,15 @@ def test_two_verdicts(edkm, hub, folder):
 def test_report_that_names_no_files(edkm, hub, folder):
     (folder / "report.json").write_text('{"verdict": "PASS"}')
     assert "does not say which files it is about" in refused(edkm, hub, folder, REPO)
+
+
+@pytest.mark.parametrize("verdict", ["PASS", "FAIL"])
+def test_report_of_a_version_with_one_verdict(edkm, hub, folder, verdict):
+    report(folder)
+    content = json.loads((folder / "report.json").read_text())
+    del content["faithful_export"], content["quality"]
+    (folder / "report.json").write_text(json.dumps({**content, "verdict": verdict}))
+    assert edkm("push", folder, REPO).status == (0 if verdict == "PASS" else 2)
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{", '{"verdict": {}}'])
