@@ -21,7 +21,7 @@ MARKER = "metadata.json"
 GENERATOR = "edkm-export"
 
 
-def check_output(path: Path, *, overwrite: bool, folder: bool = False) -> None:
+def check_output(path: str | Path, *, overwrite: bool, folder: bool = False) -> None:
     """Refuse, before the long work, an output that could not be written at its end.
 
     Args:
@@ -34,6 +34,7 @@ def check_output(path: Path, *, overwrite: bool, folder: bool = False) -> None:
             ours to replace.
         InputError: the folder that is to hold it does not exist or cannot be written.
     """
+    path = Path(path)
     if path.exists() or path.is_symlink():
         if path.is_dir() and not folder:
             raise OutputExistsError(f"{path} is a folder, not a file; choose another -o.")
@@ -64,12 +65,13 @@ def _is_ours(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; flush it to disk and rename it on success, remove it on any error.
 
     Raises:
         OutputExistsError, InputError: see `check_output`.
     """
+    path = Path(path)
     check_output(path, overwrite=overwrite)
     # In a folder of its own, so that the file has its final name: torch writes the name into the archive.
     with tempfile.TemporaryDirectory(
@@ -84,7 +86,7 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it on success, remove it on any error.
 
     The one that is replaced stays in place until the new one is complete.
@@ -92,6 +94,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputExistsError, InputError: see `check_output`.
     """
+    path = Path(path)
     check_output(path, overwrite=overwrite, folder=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent))
     retired: Path | None = None

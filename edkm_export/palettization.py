@@ -31,6 +31,10 @@ class PalettizedModel:
     dense: dict[str, Tensor]
     tied: dict[str, str]
 
+    def __repr__(self) -> str:
+        """One line: how many of each."""
+        return f"PalettizedModel({len(self.palettized)} palettized, {len(self.dense)} dense, {len(self.tied)} tied)"
+
 
 def palettizable_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """{module name: weight shape (out, in)} of linear and embedding layers; tied ones under their first name."""

@@ -156,13 +156,13 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
-def load_recipe(reference: str) -> Recipe:
+def load_recipe(reference: str | Path) -> Recipe:
     """A preset by its name, or a YAML file.
 
     Raises:
         RecipeError: unknown preset, unreadable file, or a field that is wrong; the message names it.
     """
-    if reference in PRESETS:
+    if isinstance(reference, str) and reference in PRESETS:
         return PRESETS[reference]
     path = Path(reference)
     if not path.is_file():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from edkm_export.errors import InputError
+from edkm_export.token_ids import Ids, as_ids
 
 __all__ = ["read_text", "token_windows"]
 
@@ -17,12 +18,13 @@ __all__ = ["read_text", "token_windows"]
 _CHARACTERS_PER_TOKEN = 16
 
 
-def read_text(path: Path) -> str:
+def read_text(path: str | Path) -> str:
     """A UTF-8 text file.
 
     Raises:
         InputError: missing, unreadable, not UTF-8, or empty.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -38,12 +40,12 @@ def read_text(path: Path) -> str:
     return text
 
 
-def token_windows(text: str, tokenizer: Any, *, tokens: int, context: int, source: str) -> Tensor:
+def token_windows(text: str | Ids, tokenizer: Any, *, tokens: int, context: int, source: str) -> Tensor:
     """The first tokens of a text, cut into windows that are evaluated independently.
 
     Args:
-        text: the text.
-        tokenizer: a transformers tokenizer.
+        text: the text, or its ids in any form that `as_ids` takes.
+        tokenizer: a transformers tokenizer; not used for ids.
         tokens: how many are wanted; all of the text when it has fewer.
         context: tokens of one window.
         source: where the text is from, for messages.
@@ -55,10 +57,12 @@ def token_windows(text: str, tokenizer: Any, *, tokens: int, context: int, sourc
     Raises:
         InputError: fewer than two tokens.
     """
-    ids = tokenizer(text[: tokens * _CHARACTERS_PER_TOKEN], return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
-    ids = torch.tensor(ids[:tokens], dtype=torch.int64)
+    if isinstance(text, str):
+        start = text[: tokens * _CHARACTERS_PER_TOKEN]
+        found = tokenizer(start, return_attention_mask=False, verbose=False)["input_ids"]
+        ids = torch.tensor(found[:tokens], dtype=torch.int64)
+    else:
+        ids = as_ids(text, source)[:tokens]
     if len(ids) < 2:
         raise InputError(f"{source}: gives {len(ids)} token(s), at least 2 are needed; use a longer text.")
     if len(ids) < context:

@@ -20,7 +20,7 @@ __all__ = ["write_bundle"]
 _OURS = ("config.json", MARKER, "report.json", "report.md", "report.html", "README.md")
 
 
-def write_bundle(checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str) -> Path:
+def write_bundle(checkpoint: Checkpoint, plan: ExportPlan, folder: str | Path, name: str) -> Path:
     """Export into an existing, empty folder.
 
     Args:
@@ -35,6 +35,7 @@ def write_bundle(checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: s
     Raises:
         ConversionError: a tokenizer file has the name of one of ours, or see `export_packages`.
     """
+    folder = Path(folder)
     ours = {*plan.package_names(name), *_OURS}
     if taken := sorted(ours & checkpoint.tokenizer.keys()):
         raise ConversionError(

@@ -135,7 +135,7 @@ def _input_types(module: nn.Module, examples: Sequence[Tensor]) -> list[Any]:
     ]
 
 
-def save_package(model: Any, path: Path) -> None:
+def save_package(model: Any, path: str | Path) -> None:
     """Write a converted model as an .mlpackage folder. `path` must not exist.
 
     Raises:
