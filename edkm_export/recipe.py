@@ -109,7 +109,8 @@ class Recipe(_Strict):
             rule_found = self.rule_for(module)
             if rule_found is None:
                 continue
-            check_grouping(f"{source}: {module}.weight", shape[0], rule_found.group_size)
+            weight = f"{module}.weight" if module else "weight"  # the model is the layer itself
+            check_grouping(f"{source}: {weight}", shape[0], rule_found.group_size)
             plan[module] = rule_found
         return plan
 

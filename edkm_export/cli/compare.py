@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from edkm_export.cli.artifacts import find_artifact, open_artifact
-from edkm_export.cli.verification import find_original, read_evaluation_text
+from edkm_export.api.artifacts import find_artifact, open_artifact
+from edkm_export.api.originals import find_original, read_evaluation_text
 
 __all__ = ["command"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,19 +12,10 @@ from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
-    from edkm_export.reference.soft_model import SoftWeights
-    from edkm_export.reference.source import Source
     from edkm_export.verify.inputs import VerificationInputs
     from edkm_export.verify.report import Report
 
-__all__ = [
-    "climb",
-    "find_original",
-    "find_soft",
-    "prepare",
-    "read_evaluation_text",
-    "verification_options",
-]
+__all__ = ["climb", "prepare", "verification_options"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -88,6 +78,7 @@ def prepare(
     Raises:
         InputError: the text, the original or the run that was asked for cannot be used.
     """
+    from edkm_export.api.originals import find_original, find_soft, read_evaluation_text
     from edkm_export.reference import llamacpp
     from edkm_export.verify.inputs import VerificationInputs
 
@@ -125,7 +116,7 @@ def climb(
         evaluation: from `prepare`.
         predicted_size_bytes: what the exporter promised; None: what a plan of the same export says.
     """
-    from edkm_export.cli import artifacts
+    from edkm_export.api import artifacts
     from edkm_export.cli.console import err, stages
     from edkm_export.verify.ladder import count_stages, verify_artifact
 
@@ -137,66 +128,3 @@ def climb(
         return verify_artifact(
             checkpoint, artifact, evaluation, predicted_size_bytes=predicted_size_bytes, advance=advance
         )
-
-
-def read_evaluation_text(path: Path | None) -> tuple[str, str]:
-    """A text and what to call it; the built-in sample when no file is named."""
-    from edkm_export.text import read_text
-
-    if path is None:
-        return (files("edkm_export.verify") / "sample.txt").read_text(encoding="utf-8"), "built-in sample"
-    return read_text(path), str(path)
-
-
-def find_original(checkpoint: Checkpoint, asked: str | None) -> tuple[Source | None, str]:
-    """The float model, or the reason why there is none. One that was asked for must be there."""
-    from edkm_export.errors import InputError
-    from edkm_export.reference.source import Source
-
-    if asked is not None:
-        return Source.parse(asked), ""
-    base = checkpoint.provenance.get("base_model")
-    reference = base.get("reference") if isinstance(base, dict) else None
-    if not isinstance(reference, str):
-        return None, "the checkpoint does not say what it was made from; name it with --original"
-    if not Path(reference).exists():
-        return None, f"{reference} is not here; name it with --original"
-    try:
-        adapter = base.get("adapter") if isinstance(base, dict) else None
-        source = Source.parse(reference, adapter.get("reference") if isinstance(adapter, dict) else None)
-        if not _is_unchanged(source, base):
-            return (
-                None,
-                f"{reference} has changed since it was palettized; name the right one with --original",
-            )
-    except InputError as error:
-        return None, str(error)
-    return source, ""
-
-
-def _is_unchanged(source: Source, recorded: Any) -> bool:
-    """Whether the weights of a source, and of its adapter, are those that were recorded."""
-    found = source.provenance()
-    added, before = found.get("adapter", {}), recorded.get("adapter") or {}
-    return bool(found["sha256"] == recorded.get("sha256") and added.get("sha256") == before.get("sha256"))
-
-
-def find_soft(checkpoint: Checkpoint, asked: Path | None) -> tuple[SoftWeights | None, str]:
-    """What the run of a checkpoint left of its soft model, or the reason why there is none.
-
-    Without `asked` the run is looked for where the checkpoint lies. One that was asked for must be there.
-    """
-    from edkm_export.errors import InputError
-
-    folder = asked or (checkpoint.path.parent if checkpoint.path is not None else None)
-    if asked is None and (folder is None or "training" not in checkpoint.provenance):
-        return None, "the checkpoint was palettized in one shot: there is no soft model"
-    assert folder is not None
-    from edkm_export.training.soft_weights import read_soft_weights
-
-    try:
-        return read_soft_weights(folder, checkpoint), ""
-    except InputError as error:
-        if asked is not None:
-            raise
-        return None, str(error)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from edkm_export.cli.artifacts import find_artifact
+from edkm_export.api.artifacts import find_artifact
 from edkm_export.cli.verification import climb, prepare, verification_options
 
 __all__ = ["command"]

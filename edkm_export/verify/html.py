@@ -16,7 +16,7 @@ from edkm_export._version import __version__
 from edkm_export.verify import charts
 from edkm_export.verify.report import Report, Rung, Size, TensorReport, Verdict
 
-__all__ = ["page", "report_page"]
+__all__ = ["notebook_view", "page", "report_page"]
 
 
 def report_page(report: Report) -> str:
@@ -48,6 +48,17 @@ def report_page(report: Report) -> str:
         ranked_by=_ranked_by(by_output, by_weight),
         facts=_facts(report.provenance),
         provenance=json.dumps(report.provenance, indent=2, sort_keys=True, default=str),
+    )
+
+
+def notebook_view(report: Report) -> str:
+    """One line, and the page below it in a frame, so that its styles stay its own."""
+    return str(
+        Markup(
+            "<div>{}</div><details><summary>report</summary>"
+            '<iframe srcdoc="{}" style="width:100%;height:40em;border:1px solid #888" title="report"></iframe>'
+            "</details>"
+        ).format(repr(report), report_page(report))
     )
 
 

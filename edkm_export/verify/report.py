@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from edkm_export.artifact.metrics import Number, Perplexity, Record
+from edkm_export.errors import InputError
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -180,6 +182,46 @@ class Report(Record):
     weight_plots: list[WeightPlot] = []
     faults: list[Fault] = []
     provenance: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """One line: verdict, artifact, what was run."""
+        passed = sum(rung.verdict is Verdict.PASS for rung in self.rungs)
+        return (
+            f"Report({self.verdict.value}, {self.artifact}, {self.bit_exact_tensors} of {len(self.tensors)} tensors "
+            f"bit-exact, {passed} of {len(self.rungs)} comparisons passed, {len(self.not_run)} not run)"
+        )
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the verdict in a line, and the whole page in a frame of its own."""
+        from edkm_export.verify.html import notebook_view
+
+        return notebook_view(self)
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that was demanded holds; what was not run is in `not_run`."""
+        return self.verdict is Verdict.PASS
+
+    def write(self, folder: str | Path) -> Path:
+        """Write report.html, report.md and report.json into a folder, which is made if it is not there.
+
+        Returns:
+            Path of report.html.
+
+        Raises:
+            InputError: `folder` is a file.
+        """
+        from edkm_export.verify.write import write_report
+
+        place = Path(folder)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"{folder}: is a file; give a folder.") from error
+        write_report(self, place)
+        return place / "report.html"
 
     @property
     def bit_exact_tensors(self) -> int:
