@@ -167,10 +167,13 @@ def test_model_with_a_dictionary(
         torch.testing.assert_close(outputs[name], flat[name], rtol=2e-3, atol=2e-3)
 
 
+class Outputs(NamedTuple):
+    scores: Tensor
+    features: Tensor
+
+
 class Norms(nn.Module):
     """A network in which the converter would fold norms into weights, and whose outputs have names of their own."""
-
-    Outputs = NamedTuple("Outputs", [("scores", Tensor), ("features", Tensor)])
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,9 +190,9 @@ class Norms(nn.Module):
             norm.running_var.uniform_(0.5, 2)
         self.head = nn.Linear(16, 10)
 
-    def forward(self, image: Tensor) -> Norms.Outputs:
+    def forward(self, image: Tensor) -> Outputs:
         features = self.body(image).mean((2, 3))
-        return self.Outputs(self.head(features), features)
+        return Outputs(self.head(features), features)
 
 
 def test_norms_stay_out_of_palettized_weights(tmp_path: Path):
@@ -212,7 +215,7 @@ def test_norms_stay_out_of_palettized_weights(tmp_path: Path):
 
 
 def test_a_mask_that_would_be_another_is_refused():
-    """A decoder adds the causal mask to that of the padding; the mask of an encoder in its place would show the future."""
+    """A decoder adds the causal mask; the mask of an encoder in its place would show the future."""
     import transformers
 
     config = transformers.GPT2Config(
@@ -231,7 +234,9 @@ def test_a_cache_is_no_output():
 
     config = transformers.GPT2Config(vocab_size=80, n_embd=32, n_layer=1, n_head=2, n_positions=32)
     module = transformers.GPT2Model(config).eval()
-    with pytest.raises(ConversionError, match=r"past_key_values.*Cache.*set config\.use_cache = False"):
+    with pytest.raises(
+        ConversionError, match=r"is a DynamicCache, expected tensors; set config\.use_cache = False"
+    ):
         convert(module, (IDS,), {})
 
 
