@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edkm_export.activity import tracked
 from edkm_export.errors import InputError
 from edkm_export.memory import return_freed_memory
 from edkm_export.reference.conv1d import is_conv1d
+from edkm_export.text import LEAST_TOKENS, in_windows, token_ids, token_windows
 
-__all__ = ["Batch", "input_energy", "module_energy"]
+__all__ = [
+    "Batch",
+    "CalibrationText",
+    "check_vocabulary",
+    "float32_activations",
+    "input_energy",
+    "module_energy",
+]
 
 Batch = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and named arguments of one call of a module."""
@@ -46,12 +56,7 @@ def input_energy(
     Raises:
         InputError: an activation is not finite, or a token is beyond the vocabulary.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if int(windows.max()) >= vocabulary:
-        raise InputError(
-            f"token {int(windows.max())} is beyond the model's vocabulary of {vocabulary}: "
-            "the tokenizer belongs to another model."
-        )
+    check_vocabulary(model, windows)
     sums: dict[str, Tensor] = {}
 
     def record(name: str, inputs: Tensor) -> None:
@@ -66,8 +71,8 @@ def input_energy(
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
     ]
     try:
-        with _float32_activations(model):
-            for window in windows:
+        with float32_activations(model):
+            for window in tracked(windows, "calibration text", "windows"):
                 ids = window[None].to(model.device)
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
                 if head_name is not None:  # its own product, a whole vocabulary wide, is not needed
@@ -166,9 +171,67 @@ def _of_weights(layer: nn.Module, energy: Tensor) -> Tensor:
     return by_group[0] if layer.groups == 1 else by_group.repeat_interleave(rows // layer.groups, dim=0)
 
 
+def check_vocabulary(model: Any, windows: Tensor) -> None:
+    """Refuse tokens that a model has no embedding for.
+
+    Raises:
+        InputError: there is one.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(windows.max()) >= vocabulary:
+        raise InputError(
+            f"token {int(windows.max())} is beyond the model's vocabulary of {vocabulary}: "
+            "the tokenizer belongs to another model."
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The tokens of a calibration text.
+
+    Attributes:
+        windows: to calibrate on, int64 [windows, context].
+        held_out: tokens that calibration does not see, int64 [tokens]; None: the text is too short to spare any.
+    """
+
+    windows: Tensor
+    held_out: Tensor | None
+
+    @classmethod
+    def read(
+        cls, text: str, tokenizer: Any, *, tokens: int, context: int, held_out: int = 0, source: str
+    ) -> CalibrationText:
+        """Tokenize a text, and hold some of it out.
+
+        Args:
+            text: the text.
+            tokenizer: a transformers tokenizer.
+            tokens: to calibrate on; fewer where the text has fewer.
+            context: tokens of a window.
+            held_out: tokens that are wanted behind those; of a text that has not as many, a fifth. 0: none.
+            source: where the text is from, for messages.
+
+        Raises:
+            InputError: the text has too few tokens.
+        """
+        windows = token_windows(
+            text, tokenizer, tokens=tokens, context=context, source=source, least=LEAST_TOKENS
+        )
+        if not held_out:
+            return cls(windows, None)
+        ids = torch.tensor(token_ids(text, tokenizer, tokens + held_out), dtype=torch.int64)
+        rest = ids[tokens:]
+        if len(rest) >= min(held_out, 4 * LEAST_TOKENS):
+            return cls(windows, rest)
+        share = max(LEAST_TOKENS, len(ids) // 5)
+        if len(ids) - share < LEAST_TOKENS:
+            return cls(windows, None)
+        return cls(in_windows(ids[: len(ids) - share][:tokens], context), ids[len(ids) - share :])
+
+
 @contextlib.contextmanager
-def _float32_activations(model: nn.Module) -> Iterator[None]:
-    """Run a 16-bit model with float32 activations."""
+def float32_activations(model: nn.Module) -> Iterator[None]:
+    """Run a 16-bit model with float32 activations; each module widens its parameters while it runs."""
     kept: dict[nn.Parameter, Tensor] = {}
 
     def widen(module: nn.Module, _args: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import decoder_config, empty_decoder
 from edkm_export.errors import CheckpointError, PaletteError
@@ -28,8 +29,8 @@ from edkm_export.reference.source import (
     load_config,
     load_tokenizer,
     read_generation_settings,
-    tokenizer_files,
 )
+from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.versions import library_versions
 
 __all__ = ["Imported", "as_checkpoint", "import_state", "read_state"]
@@ -102,7 +103,7 @@ def import_state(state: Mapping[str, Tensor], source: str, group_size: int = 0) 
     """
     described = _descriptions(state, source)
     found = Imported()
-    for name, value in state.items():
+    for name, value in tracked(state.items(), "looking for palettes", "tensors"):
         if _MARK in name:
             continue
         if not value.is_floating_point():
@@ -317,7 +318,7 @@ def as_checkpoint(imported: Imported, model: Source, file: str | Path, command: 
             "versions": library_versions(),
             "command": command,
             "seed": None,
-            "base_model": {"reference": model.reference},
+            "base_model": {"reference": model.place},
         },
         path=file,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,14 @@ if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait f
     from edkm_export.artifact.protocol import Artifact, Session
     from edkm_export.checkpoint import Checkpoint
 
-__all__ = ["find_artifact", "is_artifact", "open_artifact", "open_session", "predicted_size_bytes"]
+__all__ = [
+    "checkpoint_and_artifact",
+    "find_artifact",
+    "is_artifact",
+    "open_artifact",
+    "open_session",
+    "predicted_size_bytes",
+]
 
 
 def is_artifact(path: str | Path) -> bool:
@@ -29,6 +37,47 @@ def find_artifact(path: str | Path) -> Path:
     from converters.onnx.read.folder import is_onnx
 
     return Path(path) if is_onnx(path) else find_package(path)
+
+
+def checkpoint_and_artifact(paths: tuple[Path, ...]) -> tuple[Path, Path]:
+    """The model.pt and the exported model of a command line that may leave the first one out.
+
+    Args:
+        paths: one or two, in any order.
+
+    Returns:
+        The model.pt, which the record in the exported folder agrees with if there is one, and the exported model.
+
+    Raises:
+        InputError: there are others than these, the model.pt is found nowhere, or it is not the one that was exported.
+        PackageError: the exported model is missing.
+    """
+    from edkm_export.checkpoint_record import CheckpointRecord
+    from edkm_export.errors import InputError, PackageError
+
+    if len(paths) == 1:
+        (exported,) = paths
+        if exported.is_file() and not is_artifact(exported):
+            raise InputError(
+                f"{exported}: is no exported model; name it too: edkm-export verify {exported} OUT"
+            )
+        if not exported.exists():
+            raise PackageError(f"{exported}: no such package.")
+        record = CheckpointRecord.read(exported)
+        if record is None:
+            raise InputError(
+                f"{exported}: does not say which model.pt it was exported from; name it: "
+                f"edkm-export verify MODEL.PT {shlex.quote(str(exported))}"
+            )
+        return record.find(exported), exported
+    if len(paths) > 2:
+        raise InputError(f"expected MODEL.PT and OUT, got {len(paths)} paths.")
+    checkpoint, exported = paths
+    if is_artifact(checkpoint) and exported.is_file() and not is_artifact(exported):
+        checkpoint, exported = exported, checkpoint
+    if exported.exists() and (record := CheckpointRecord.read(exported)) is not None:
+        record.require(checkpoint, exported)
+    return checkpoint, exported
 
 
 def open_artifact(path: str | Path) -> Artifact:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from edkm_export.api.artifacts import open_session
-from edkm_export.atomic import atomic_folder, check_output
+from edkm_export.api.formats import CoreMLFormat, Format, OnnxFormat, write_folder
+from edkm_export.atomic import check_output
 from edkm_export.checkpoint import Checkpoint, load
 from edkm_export.decoder.build import FAMILIES
+from edkm_export.disk_space import require_space
 from edkm_export.errors import InputError
 from edkm_export.quantities import short_size
 from edkm_export.reference.decoded_module import decoded_module
@@ -25,21 +27,6 @@ __all__ = ["Exported", "export"]
 
 _PACKAGE = ".mlpackage"
 _FORMATS = ("coreml", "onnx")
-_COREML = {
-    "interface": "swift-transformers",
-    "target": "iOS18",
-    "sequence_length": None,
-    "prefill": 64,
-    "chunks": "auto",
-}
-_ONNX = {
-    "runtime": "exact",
-    "dtype": "float32",
-    "opset": None,
-    "context_length": None,
-    "standard_ops": False,
-}
-_NOT_VERIFIED = "NOT VERIFIED: `edkm_export.verify` or `edkm-export verify` writes the report."
 
 
 @dataclass(frozen=True)
@@ -179,41 +166,13 @@ def export(
             "example_inputs=."
         )
     check_output(path, overwrite=overwrite, folder=True)
+    form: Format[Any] = CoreMLFormat(**chosen) if format == "coreml" else OnnxFormat(**chosen)
+    plan = form.plan(held)
+    require_space(path, plan.weights_size_bytes)
     stem = name or (held.path.stem if held.path is not None else "model")
-    write = _write_coreml if format == "coreml" else _write_onnx
-    kind, size = write(held, path, stem, chosen, overwrite)
-    return Exported(path, format, kind, size, held)
-
-
-def _write_coreml(
-    checkpoint: Checkpoint, path: Path, name: str, options: dict[str, Any], overwrite: bool
-) -> tuple[str, int]:
-    """The folder; what it is, and the predicted size of its weights."""
-    from converters.coreml.write.bundle import write_bundle
-    from converters.coreml.write.export_plan import plan_export
-    from converters.coreml.write.lint import lint
-    from converters.coreml.write.model_card import model_card
-
-    plan = plan_export(checkpoint, **{**_COREML, **options})
-    with atomic_folder(path, overwrite=overwrite) as folder:
-        write_bundle(checkpoint, plan, folder, name)
-        card = model_card(checkpoint, plan, name, lint(checkpoint, plan), _NOT_VERIFIED)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    return f"for {plan.interface}", plan.weights_size_bytes
-
-
-def _write_onnx(
-    checkpoint: Checkpoint, path: Path, name: str, options: dict[str, Any], overwrite: bool
-) -> tuple[str, int]:
-    """The folder; what it is, and the predicted size of its weights."""
-    from converters.onnx.write.bundle import write_bundle
-    from converters.onnx.write.export_plan import plan_onnx
-
-    settings = {**_ONNX, **options}
-    plan = plan_onnx(checkpoint, context=settings.pop("context_length"), **settings)
-    with atomic_folder(path, overwrite=overwrite) as folder:
-        write_bundle(checkpoint, plan, folder)
-    return f"for {plan.runtime}", plan.weights_size_bytes
+    write_folder(form, held, plan, path, stem, overwrite=overwrite)
+    kind = form.interface if isinstance(form, CoreMLFormat) else chosen.get("runtime", OnnxFormat.runtime)
+    return Exported(path, format, f"for {kind}", plan.weights_size_bytes, held)
 
 
 def _export_module(
@@ -242,6 +201,7 @@ def _export_module(
     import shutil
 
     from converters.coreml import convert, save_package
+    from converters.coreml.write.deployment_target import parse_target
 
     replaces = path.is_dir() and (path / "Manifest.json").is_file()
     if not (overwrite and replaces):
@@ -252,7 +212,7 @@ def _export_module(
         decoded_module(checkpoint, module),
         example_inputs,
         checkpoint.palettized,
-        target=options.get("target") or "iOS18",
+        target=parse_target(options.get("target") or CoreMLFormat.target),
         source=type(module).__name__,
     )
     temporary = path.with_name(f".{path.stem}.partial{_PACKAGE}")

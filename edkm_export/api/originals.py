@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait f
     from edkm_export.reference.soft_model import SoftWeights
     from edkm_export.reference.source import Source
 
-__all__ = ["find_original", "find_soft", "read_evaluation_text"]
+__all__ = ["check_length", "find_original", "find_soft", "read_evaluation_text"]
 
 
 def read_evaluation_text(path: str | Path | None) -> tuple[str, str]:
@@ -23,30 +23,50 @@ def read_evaluation_text(path: str | Path | None) -> tuple[str, str]:
     return read_text(path), str(path)
 
 
-def find_original(checkpoint: Checkpoint, asked: str | Path | None) -> tuple[Source | None, str]:
+def check_length(text: str, tokenizer: Any, tokens: int, name: str) -> None:
+    """Refuse a text that is too short, before a model is loaded or converted.
+
+    Raises:
+        InputError: it is; the message names it, with what it has and what is needed.
+    """
+    from edkm_export.text import LEAST_TOKENS, token_windows
+
+    token_windows(text, tokenizer, tokens=tokens, context=tokens, source=name, least=LEAST_TOKENS)
+
+
+def find_original(checkpoint: Checkpoint, asked: Source | None) -> tuple[Source | None, str]:
     """The float model, or the reason why there is none. One that was asked for must be there."""
     from edkm_export.errors import InputError
     from edkm_export.reference.source import Source
 
     if asked is not None:
-        return Source.parse(asked), ""
+        return asked, ""
     base = checkpoint.provenance.get("base_model")
     reference = base.get("reference") if isinstance(base, dict) else None
     if not isinstance(reference, str):
         return None, "the checkpoint does not say what it was made from; name it with --original"
-    if not Path(reference).exists():
-        return None, f"{reference} is not here; name it with --original"
+    found = _seen_from(checkpoint, reference)
+    if found is None:
+        return None, f"{Path(reference).name} is not here; name it with --original"
     try:
         adapter = base.get("adapter") if isinstance(base, dict) else None
-        source = Source.parse(reference, adapter.get("reference") if isinstance(adapter, dict) else None)
+        merged = adapter.get("reference") if isinstance(adapter, dict) else None
+        source = Source.parse(found, merged and (_seen_from(checkpoint, merged) or merged))
         if not _is_unchanged(source, base):
             return (
                 None,
-                f"{reference} has changed since it was palettized; name the right one with --original",
+                f"{Path(reference).name} has changed since it was palettized; name the right one with --original",
             )
     except InputError as error:
         return None, str(error)
     return source, ""
+
+
+def _seen_from(checkpoint: Checkpoint, reference: str) -> str | None:
+    """What a checkpoint names, from its folder or from the working folder; None where nothing is there."""
+    folders = [] if checkpoint.path is None else [checkpoint.path.parent]
+    places = (folder / reference for folder in [*folders, Path()])
+    return next((str(place) for place in places if place.exists()), None)
 
 
 def _is_unchanged(source: Source, recorded: Any) -> bool:

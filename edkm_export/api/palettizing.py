@@ -21,10 +21,11 @@ from edkm_export.lut_dtypes import LutDtype
 from edkm_export.palette import PalettizedTensor
 from edkm_export.palettization import palettizable_shapes, palettize_model, palettize_weight
 from edkm_export.prompt import read_tokenizer
-from edkm_export.recipe import Recipe, uniform_recipe
+from edkm_export.recipe import Recipe
 from edkm_export.reference import source as sources
 from edkm_export.reference.account import Account
 from edkm_export.reference.memory_model import account_of_model, is_causal_lm, portable, require_plain
+from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.versions import library_versions
 
 if TYPE_CHECKING:
@@ -90,8 +91,8 @@ def palettize(
             example inputs: a tensor, a tuple, a dict of named inputs, or several of these. For a weight: inputs of its
             layer, float [..., in].
         bits: of an index: 1, 2, 3, 4, 6 or 8; default 4. Embeddings and output heads of language models get 8.
-        group_size: output rows that share a LUT, 0: all of them; default 16. In modules that are no language models,
-            and for one weight, rows that 16 does not divide share one by default.
+        group_size: output rows that share a LUT, 0: all of them; default 16, or the nearest number that divides the
+            rows.
         lut_dtype: "float16" (default), "int8", or "int4" for up to 3 bits.
         recipe: instead of these three: a `Recipe`, a preset ("4bit"), a YAML file, or its contents.
         skip: shell patterns of module names that stay dense, such as "*.classifier"; for modules that are no language
@@ -120,7 +121,7 @@ def palettize(
             str(model),
             adapter,
             tokenizer,
-            _language_recipe(recipe, *options),
+            choose_recipe(recipe, *options),
             calibration,
             calibration_tokens,
         )
@@ -132,7 +133,7 @@ def palettize(
         if is_causal_lm(model) and _family(model) in FAMILIES:
             _only_for_modules(skip)
             return _of_memory(
-                model, tokenizer, _language_recipe(recipe, *options), calibration, calibration_tokens
+                model, tokenizer, choose_recipe(recipe, *options), calibration, calibration_tokens
             )
         chosen = choose_recipe(recipe, *options) if recipe is not None else None
         return _of_module(model, tokenizer, chosen, options, tuple(skip), calibration, calibration_tokens)
@@ -154,10 +155,6 @@ def _only_for_modules(skip: Iterable[str]) -> None:
         raise RecipeError(
             "skip: is for modules that are no language models; give a recipe with rules that say skip: true."
         )
-
-
-def _language_recipe(recipe: GivenRecipe | None, *options: Any) -> Recipe:
-    return choose_recipe(recipe, *options) or uniform_recipe()
 
 
 def _of_source(
@@ -221,7 +218,7 @@ def _language_model(
     if windows is not None:
         with _evaluating(model):
             energy = input_energy(model, windows)
-    files = {} if tokenizer is None else sources.tokenizer_files(tokenizer, settings)
+    files = {} if tokenizer is None else tokenizer_files(tokenizer, settings)
     parts = palettize_model(model, plan, energy=energy, source=where, consume=consume)
     return Checkpoint(
         config=settings.config.to_dict(),
@@ -311,7 +308,7 @@ def _of_weight(
             raise InputError("calibration: holds NaN or infinity.")
     rule = fitted_recipe({"": tuple(weight.shape)}, *options).rule_for("")
     assert rule is not None
-    return palettize_weight(name, weight, rule, importance=importance)
+    return palettize_weight(name, weight, rule.fitted(len(weight)), importance=importance)
 
 
 @contextlib.contextmanager

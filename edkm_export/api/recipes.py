@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import glob
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,18 @@ _FOLDED = ("*position_embeddings", "*token_type_embeddings", "*embed_positions")
 
 def choose_recipe(
     recipe: GivenRecipe | None, bits: int | None, group_size: int | None, lut_dtype: LutDtype | None
-) -> Recipe | None:
-    """The recipe of a caller; the uniform one of what else was given; None: nothing was given.
+) -> Recipe:
+    """The recipe of a caller, or the uniform one of bits, group size and LUT dtype.
 
     Raises:
         RecipeError: it is malformed, or both were given.
     """
     if recipe is None:
-        if bits is None and group_size is None and lut_dtype is None:
-            return None
         return uniform_recipe(
             _BITS if bits is None else bits,
             _GROUP if group_size is None else group_size,
             lut_dtype or "float16",
+            fit_groups=group_size is None,
         )
     if bits is not None or group_size is not None or lut_dtype is not None:
         raise RecipeError("recipe decides bits, group_size and lut_dtype; leave these out.")
@@ -67,7 +65,7 @@ def fitted_recipe(
     Args:
         shapes: {module name: (out, in, ...)} of every weight that can be palettized.
         bits: of an index; None: 4.
-        group_size: output rows that share a LUT; None: 16 where that divides them, else all of them.
+        group_size: output rows that share a LUT; None: 16, or the nearest number that divides the rows.
         lut_dtype: None: float16.
         skip: shell patterns of the names of modules that stay dense.
 
@@ -75,18 +73,14 @@ def fitted_recipe(
         RecipeError: bits, group size or LUT dtype are not supported, or a pattern matches nothing.
     """
     base = uniform_recipe(
-        _BITS if bits is None else bits, _GROUP if group_size is None else group_size, lut_dtype or "float16"
+        _BITS if bits is None else bits,
+        _GROUP if group_size is None else group_size,
+        lut_dtype or "float16",
+        fit_groups=group_size is None,
     )
     skipped = [Rule(match=pattern, skip=True) for pattern in skip]
     skipped += [Rule(match=pattern, skip=True, optional=True) for pattern in _FOLDED]
-    inner = base.rules[-1]
-    odd = [
-        inner.model_copy(update={"match": glob.escape(name), "group_size": 0})
-        for name, shape in shapes.items()
-        if group_size is None
-        and shape[0] % _GROUP
-        and not any(fnmatch.fnmatchcase(name, rule.match) for rule in (*skipped, *base.rules[:-1]))
-    ]
-    rules = (*skipped, *odd, *base.rules[:-1], inner.model_copy(update={"optional": True}))
+    inner = base.rules[-1].model_copy(update={"optional": True})
+    rules = (*skipped, *base.rules[:-1], inner)
     used = [rule for rule in rules if not rule.optional or fnmatch.filter(shapes, rule.match)]
     return base.model_copy(update={"rules": tuple(used)})

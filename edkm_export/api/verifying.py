@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edkm_export.api.artifacts import find_artifact, open_artifact, predicted_size_bytes
 from edkm_export.api.calibration_data import read_calibration
+from edkm_export.api.cards import refresh_card
 from edkm_export.api.exporting import Exported
 from edkm_export.api.originals import find_original, find_soft, read_evaluation_text
 from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
@@ -38,6 +39,7 @@ def verify(
     max_perplexity_ratio: float = MAX_PERPLEXITY_RATIO,
     run: str | Path | None = None,
     localize: bool = False,
+    write_to: str | Path | None = None,
 ) -> Report:
     """Compare an exported language model with the PyTorch model of its checkpoint, from the bytes on disk.
 
@@ -52,6 +54,8 @@ def verify(
         max_perplexity_ratio: worst allowed perplexity of the palettized model, as a multiple of the original's.
         run: folder of the training run, when the model.pt is not in it.
         localize: when an execution fails, find the first operation that is off.
+        write_to: folder for report.html, report.md and report.json; in an exported folder the model card tells the
+            verdict, too.
 
     Returns:
         The report. An artifact that is damaged fails; it does not raise.
@@ -107,6 +111,9 @@ def verify(
         report = verify_artifact(
             loaded, artifact, inputs, predicted_size_bytes=predicted_size_bytes(loaded, artifact)
         )
+    if write_to is not None:
+        report.write(write_to)
+        refresh_card(Path(write_to), report)
     return report
 
 
@@ -121,7 +128,7 @@ def _evaluation_text(given: Any, tokens: int) -> tuple[str | Tensor, str]:
 def _source(checkpoint: Checkpoint, original: Any) -> Iterator[tuple[Source | None, str]]:
     """The float model as a source; one in memory is written to a temporary folder, where the verifier reads it."""
     if original is None or isinstance(original, (str, Path)):
-        yield find_original(checkpoint, original)
+        yield find_original(checkpoint, None if original is None else Source.parse(original))
         return
     if not is_causal_lm(original):
         raise InputError(

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from edkm_export.activity import activity, tracked
 from edkm_export.artifact.protocol import Session
 from edkm_export.artifact.thresholds import NEAR_TIE_NATS
 from edkm_export.errors import InputError
@@ -25,6 +26,8 @@ __all__ = [
     "first_difference",
     "generate",
 ]
+
+Finish = Literal["stop", "told", "length", "context"]
 
 _PREFILL = 256  # tokens fed at once: logits of a whole long prompt would take hundreds of megabytes
 
@@ -85,15 +88,15 @@ class Generation:
 
     Attributes:
         choices: its tokens.
-        finish: why it ended: a stop token (which is not among the choices), as many tokens as asked for, or a
-            context without room for another.
+        finish: why it ended: a stop token (which is not among the choices), `on_token`, as many tokens as asked for,
+            or a context without room for another.
         prompt_tokens: length of the prompt.
         prefill_s: seconds from the prompt to its logits.
         decode_s: seconds for everything after.
     """
 
     choices: tuple[Choice, ...]
-    finish: Literal["stop", "length", "context"]
+    finish: Finish
     prompt_tokens: int
     prefill_s: float
     decode_s: float
@@ -109,6 +112,11 @@ class Generation:
     def tokens(self) -> list[int]:
         """The generated tokens."""
         return [choice.token for choice in self.choices]
+
+    @property
+    def read(self) -> list[int]:
+        """The generated tokens that the session has read: all that were followed by another choice."""
+        return self.tokens if self.finish == "stop" else self.tokens[:-1]
 
     @property
     def near_ties(self) -> list[int]:
@@ -162,17 +170,19 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     stop: Collection[int] = (),
-    on_token: Callable[[int], None] | None = None,
+    on_token: Callable[[int], bool | None] | None = None,
+    cached: int = 0,
 ) -> Generation:
     """Write on after a prompt.
 
     Args:
-        session: the model; its text is forgotten first.
+        session: the model; its text is forgotten first, unless `cached` says otherwise.
         prompt: ids [tokens], in any form that `as_ids` takes; at least one, at most as many as the context holds.
         max_new_tokens: at most this many tokens, at least 1.
         sampling: how tokens are chosen.
         stop: tokens that end the text.
-        on_token: called with each token that does not end the text, as soon as it is known.
+        on_token: called with each token that does not end the text, as soon as it is known; true ends the text.
+        cached: so many tokens of the prompt the session has read already, fewer than all.
 
     Raises:
         InputError: the prompt is empty or does not fit, or a logit is not finite.
@@ -184,30 +194,34 @@ def generate(
         )
     if max_new_tokens < 1:
         raise InputError(f"{max_new_tokens} new tokens were asked for; use at least 1.")
-    session.reset()
+    if not cached:
+        session.reset()
     generator = torch.Generator().manual_seed(sampling.seed)
     started = time.perf_counter()
     logits = torch.empty(0)
-    for start in range(0, len(ids), _PREFILL):
+    for start in tracked(range(cached, len(ids), _PREFILL), "reading the prompt", "parts"):
         logits = session.feed(ids[start : start + _PREFILL])
     prefilled = time.perf_counter()
     choices: list[Choice] = []
-    finish: Literal["stop", "length", "context"]
-    while True:
-        choice = _choose(logits[-1], sampling, generator)
-        if choice.token in stop:
-            finish = "stop"
-            break
-        choices.append(choice)
-        if on_token is not None:
-            on_token(choice.token)
-        if len(choices) == max_new_tokens:
-            finish = "length"
-            break
-        if len(ids) + len(choices) > session.context:
-            finish = "context"
-            break
-        logits = session.feed(torch.tensor([choice.token]))
+    finish: Finish
+    with activity("writing", max_new_tokens, "tokens") as writing:
+        while True:
+            choice = _choose(logits[-1], sampling, generator)
+            if choice.token in stop:
+                finish = "stop"
+                break
+            choices.append(choice)
+            writing.advance()
+            if on_token is not None and on_token(choice.token):
+                finish = "told"
+                break
+            if len(choices) == max_new_tokens:
+                finish = "length"
+                break
+            if len(ids) + len(choices) > session.context:
+                finish = "context"
+                break
+            logits = session.feed(torch.tensor([choice.token]))
     ended = time.perf_counter()
     return Generation(tuple(choices), finish, len(ids), prefilled - started, ended - prefilled)
 

@@ -26,6 +26,9 @@ class Session(Protocol):
     context: int
     """Most positions that it can hold."""
 
+    has_cache: bool
+    """False: each token runs the whole text again."""
+
     def reset(self) -> None:
         """Forget the text."""
 

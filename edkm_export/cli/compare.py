@@ -10,20 +10,20 @@ from typing import Any
 import click
 
 from edkm_export.api.artifacts import find_artifact, open_artifact
-from edkm_export.api.originals import find_original, read_evaluation_text
+from edkm_export.api.originals import check_length, find_original, read_evaluation_text
+from edkm_export.cli.parameter_types import ARTIFACT, find_named_original, original_options
+from edkm_export.cli.text_file import TextFile
 
 __all__ = ["command"]
 
 
 @click.command("compare", short_help="Put several checkpoints and artifacts side by side.")
-@click.argument("models", metavar="A B ...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("models", metavar="A B ...", nargs=-1, required=True, type=ARTIFACT)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Write the table as a page, such as compare.html."
 )
 @click.option("--json", "json_output", is_flag=True, help="Print JSON in place of the table.")
-@click.option(
-    "--text", type=click.Path(path_type=Path), help="Evaluation text; by default a built-in sample."
-)
+@click.option("--text", type=TextFile(enough=True), help="Evaluation text; by default a built-in sample.")
 @click.option(
     "--tokens",
     type=click.IntRange(min=2),
@@ -31,7 +31,7 @@ __all__ = ["command"]
     show_default=True,
     help="Tokens of the text to use.",
 )
-@click.option("--original", help="The float model, when no checkpoint says where it is.")
+@original_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 def command(
     models: tuple[Path, ...],
@@ -40,6 +40,7 @@ def command(
     text: Path | None,
     tokens: int,
     original: str | None,
+    adapter: str | None,
     overwrite: bool,
 ) -> None:
     """Compare A, B, ...: each a MODEL.PT, or a folder or package that was exported.
@@ -47,9 +48,8 @@ def command(
     Perplexity on one text, and the distance from the original float model, if it is there.
     """
     from edkm_export.atomic import atomic_file, check_output
-    from edkm_export.reference.source import Source
 
-    named = None if original is None else Source.parse(original)
+    named = find_named_original(original, adapter)
 
     from edkm_export.checkpoint import load
     from edkm_export.cli.console import err, out, print_wide, stages
@@ -57,6 +57,7 @@ def command(
 
     if output is not None:
         check_output(output, overwrite=overwrite)
+    content, text_name = read_evaluation_text(text)
     contestants, source, missing = [], None, "no checkpoint is among them; name it with --original"
     for path in models:
         if path.suffix == ".pt":
@@ -64,13 +65,15 @@ def command(
                 loaded = load(path)
             contestants.append(Contestant.of_checkpoint(loaded, _name(path, models), path.stat().st_size))
             if source is None:
-                source, missing = find_original(loaded, original)
+                source, missing = find_original(loaded, named)
         else:
             found = find_artifact(path)
             folder = found.parent if found.suffix in (".mlpackage", ".onnx") else found
             contestants.append(Contestant.of_artifact(open_artifact(found), _name(path, models), folder))
+    if text is not None:
+        for entry in contestants:
+            check_length(content, entry.tokenizer(), tokens, text_name)
     source = named or source
-    content, text_name = read_evaluation_text(text)
     with stages(len(contestants) + (source is not None)) as advance:
         rows = compare(contestants, content, text_name, tokens=tokens, original=source, advance=advance)
     if source is None:
@@ -81,7 +84,7 @@ def command(
         print_wide(_table(rows))
     if output is not None:
         with atomic_file(output, overwrite=overwrite) as temporary:
-            temporary.write_text(comparison_page(rows, text_name), encoding="utf-8")
+            temporary.write_text(comparison_page(rows, Path(text_name).name), encoding="utf-8")
         out.print(f"page: {output}", soft_wrap=True)
 
 

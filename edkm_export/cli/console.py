@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.measure import Measurement
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
-from edkm_export.verify.report import Report, Verdict
+from edkm_export.activity import activity
+from edkm_export.cli.terminal import Terminal
+
+if TYPE_CHECKING:  # importing it takes a while, which a refusal must not wait for
+    from edkm_export.verify.report import Report, Verdict
 
 __all__ = [
     "bar",
@@ -35,56 +30,40 @@ __all__ = [
     "verdict_text",
 ]
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Terminal()
+err = Terminal(stderr=True)
 
 _STYLES = {
-    Verdict.PASS: "bold green",
-    Verdict.FAIL: "bold red",
-    Verdict.REPORTED: "blue",
-    Verdict.NOT_RUN: "yellow",
+    "PASS": "bold green",
+    "FAIL": "bold red",
+    "REPORTED": "blue",
+    "NOT RUN": "yellow",
 }
 
 
 @contextlib.contextmanager
-def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; yields the function that advances it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err, transient=not err.is_terminal) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda amount: progress.advance(task, amount)
+def bar(description: str, total: float, unit: str = "") -> Iterator[Callable[[float], None]]:
+    """Show how far something has come; yields the function that advances it. See `edkm_export.activity`."""
+    with activity(description, total, unit) as counted:
+        yield counted.advance
 
 
 @contextlib.contextmanager
 def stages(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar over named stages; yields the function that announces the next one."""
-    columns = (
-        SpinnerColumn(),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task("starting", total=total, completed=-1)
+    """Show named stages; yields the function that announces the next one."""
+    with activity("", total, "stages") as counted:
 
         def advance(name: str) -> None:
-            progress.update(task, advance=1, description=name)
-            if not err.is_terminal:
-                err.print(f"- {name}", markup=False)
+            if counted.words:
+                counted.advance()  # the one before is done
+            counted.rename(name)
 
         yield advance
 
 
 def print_wide(table: Table) -> None:
-    """Print a table at its full width, for the terminal to wrap: names that are cut are of no use."""
-    width = Measurement.get(out, out.options.update(max_width=10_000), table).maximum
-    Console(highlight=False, width=max(out.width, width)).print(table)
+    """Print a table so that nothing of it is lost, whatever the width of the terminal."""
+    out.print(table)
 
 
 def megabytes(size_bytes: float) -> str:
@@ -94,7 +73,7 @@ def megabytes(size_bytes: float) -> str:
 
 def verdict_text(verdict: Verdict) -> Text:
     """The verdict in its colour."""
-    return Text(verdict.value, style=_STYLES[verdict])
+    return Text(verdict.value, style=_STYLES[verdict.value])
 
 
 def summary_table(report: Report) -> Table:
@@ -128,6 +107,8 @@ def print_report(report: Report) -> None:
 
 def summary_line(report: Report) -> str:
     """Verdict, artifact, and what failed or what was proved, in one line."""
+    from edkm_export.verify.report import Verdict
+
     failed = [f"{rung.candidate}: {rung.detail}" for rung in report.rungs if rung.verdict is Verdict.FAIL]
     if failed:
         found = "; ".join(failed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,9 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
+from edkm_export.cli.parameter_types import RUN, find_named_original, original_options
+from edkm_export.cli.text_file import TextFile
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
+    from edkm_export.reference.source import Source
     from edkm_export.verify.inputs import VerificationInputs
     from edkm_export.verify.report import Report
 
@@ -21,7 +25,22 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def verification_options(function: _F) -> _F:
-    """Add --text, --tokens, --prompt, --original, --run, --localize and --max-perplexity-ratio to a command."""
+    """Add --text, --tokens, --prompt, --original, --adapter, --run, --localize and --max-perplexity-ratio to a command.
+
+    Its parameter `original` is a Source, or None.
+    """
+    return _with_options(_with_named_original(function))
+
+
+def _with_named_original(function: _F) -> _F:
+    @functools.wraps(function)
+    def run(*arguments: Any, original: str | None, adapter: str | None, **others: Any) -> Any:
+        return function(*arguments, original=find_named_original(original, adapter), **others)
+
+    return run  # type: ignore[return-value]
+
+
+def _with_options(function: _F) -> _F:
     for option in (
         click.option(
             "--localize", is_flag=True, help="When an execution fails, find the first operation that is off."
@@ -35,10 +54,11 @@ def verification_options(function: _F) -> _F:
         ),
         click.option(
             "--run",
-            type=click.Path(path_type=Path),
-            help="Folder of the training run, when MODEL.PT is not in it: its soft model is compared too.",
+            type=RUN,
+            help="Folder of the training run, when MODEL.PT is not in it: the model as training held it, before each "
+            "weight was rounded to its lookup table (soft model), is compared too.",
         ),
-        click.option("--original", help="The float model, when it is not where it was palettized from."),
+        original_options,
         click.option(
             "--tokens",
             type=click.IntRange(min=2),
@@ -54,7 +74,7 @@ def verification_options(function: _F) -> _F:
         ),
         click.option(
             "--text",
-            type=click.Path(path_type=Path),
+            type=TextFile(enough=True),
             help="Evaluation text; by default a built-in sample.",
         ),
     ):
@@ -67,7 +87,7 @@ def prepare(
     *,
     text: Path | None,
     tokens: int,
-    original: str | None,
+    original: Source | None,
     run: Path | None,
     max_perplexity_ratio: float,
     prompts: tuple[str, ...],
@@ -78,11 +98,14 @@ def prepare(
     Raises:
         InputError: the text, the original or the run that was asked for cannot be used.
     """
-    from edkm_export.api.originals import find_original, find_soft, read_evaluation_text
+    from edkm_export.api.originals import check_length, find_original, find_soft, read_evaluation_text
     from edkm_export.reference import llamacpp
+    from edkm_export.reference.hard_model import load_hard_tokenizer
     from edkm_export.verify.inputs import VerificationInputs
 
     content, name = read_evaluation_text(text)
+    if text is not None:
+        check_length(content, load_hard_tokenizer(checkpoint), tokens, name)
     source, missing = find_original(checkpoint, original)
     soft, no_soft = find_soft(checkpoint, run)
     return VerificationInputs(

@@ -8,15 +8,14 @@ from typing import Any
 
 import click
 
-from edkm_export.api.artifacts import find_artifact
+from edkm_export.api.artifacts import checkpoint_and_artifact, find_artifact
 from edkm_export.cli.verification import climb, prepare, verification_options
 
 __all__ = ["command"]
 
 
 @click.command("verify", short_help="Check that a package computes what its checkpoint does.")
-@click.argument("checkpoint", metavar="MODEL.PT", type=click.Path(path_type=Path))
-@click.argument("package", metavar="PACKAGE", type=click.Path(path_type=Path))
+@click.argument("paths", metavar="[MODEL.PT] OUT", nargs=-1, required=True, type=click.Path(path_type=Path))
 @verification_options
 @click.option(
     "--report",
@@ -25,22 +24,24 @@ __all__ = ["command"]
     help="Write report.html, report.md and report.json here.",
 )
 @click.option("--junit", "junit_file", type=click.Path(path_type=Path), help="Write JUnit XML here.")
-@click.option("-q", "--quiet", is_flag=True, help="Print one line.")
 def command(
-    checkpoint: Path,
-    package: Path,
+    paths: tuple[Path, ...],
     report_folder: Path | None,
     junit_file: Path | None,
-    quiet: bool,
     **verification: Any,
 ) -> None:
-    """Compare what PACKAGE computes with the PyTorch model of MODEL.PT.
+    """Compare what OUT computes with the PyTorch model of MODEL.PT.
 
-    PACKAGE is an .mlpackage, or the folder that `edkm-export coreml` or `edkm-export onnx` made. Exit status 0: passed,
-    1: failed.
+    OUT is the folder that `edkm-export coreml` or `edkm-export onnx` made, or the model in it. It knows its MODEL.PT by
+    the sha256: without it, the file is looked for near OUT and in the working folder. Exit status 0: passed, 1: failed.
+    With --quiet it is one line.
     """
+    checkpoint, package = checkpoint_and_artifact(paths)  # before torch is imported
+
+    from edkm_export.api.cards import refresh_card
     from edkm_export.atomic import atomic_file, check_output
     from edkm_export.checkpoint import load
+    from edkm_export.cli.common_options import answering, is_quiet
     from edkm_export.cli.console import err, fault_lines, out, print_report, summary_line
     from edkm_export.errors import InputError
     from edkm_export.verify.junit import junit
@@ -55,18 +56,20 @@ def command(
             report_folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
             raise InputError(f"{report_folder}: is a file; --report takes a folder.") from error
-    err.quiet = quiet
+    if len(paths) == 1:
+        err.print(f"- {package} was exported from {checkpoint}", markup=False, soft_wrap=True)
     with err.status(f"reading {checkpoint}"):
         loaded = load(checkpoint)
     report = climb(loaded, found, prepare(loaded, **verification))
-    err.quiet = False
     if report_folder is not None:
         write_report(report, report_folder)
+        refresh_card(report_folder, report)
     if junit_file is not None:
         with atomic_file(junit_file, overwrite=True) as temporary:
             temporary.write_text(junit(report), encoding="utf-8")
-    if quiet:
-        out.print(summary_line(report), soft_wrap=True)
+    if is_quiet():
+        with answering():
+            out.print(summary_line(report), soft_wrap=True)
     else:
         print_report(report)
         for line in fault_lines(report):

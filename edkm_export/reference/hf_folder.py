@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edkm_export.errors import InputError
 from edkm_export.reference.account import Account
 from edkm_export.reference.config_fields import ConfigFields, sort_fields
+from edkm_export.reference.origin import folder_origin
 from edkm_export.reference.placement import CONSTANTS, Placement
 from edkm_export.reference.quantized_weights import check_quantized, loading_arguments
 from edkm_export.reference.stored_tensors import StoredTensors, read_stored
@@ -72,6 +73,7 @@ class HfFolder:
             without_effect=without_effect,
             not_understood=refused,
             remarks=tuple(remarks),
+            origin=folder_origin(self.path, config),
         )
 
     def config(self, *, weights: bool = True) -> Any:

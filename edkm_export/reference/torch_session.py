@@ -26,7 +26,10 @@ class TorchSession:
 
     Attributes:
         context: most positions that it can hold.
+        has_cache: true.
     """
+
+    has_cache = True
 
     def __init__(self, model: Any, where: str = "the model") -> None:
         self._model = model

@@ -111,7 +111,7 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         if self.accelerator.sync_gradients:
             self.clusters.gradients()
             if self.sharding is not None:
-                self.sharding.finish_gradients()
+                self.sharding.finish_gradients(self.clusters)
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.execution import Execute
 from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
 from edkm_export.artifact.protocol import Artifact, DamagedArtifact
@@ -152,12 +153,12 @@ def compare(
     if original is not None:
         begin("the original")
         execute = transformers_model(load_model(original, torch.float32))
-        reference = [execute(window) for window in windows]
+        reference = [execute(window) for window in tracked(windows, "evaluation text", "windows")]
         rows.append(Compared("original", "float model", None, None, _perplexity(reference, windows), None))
     for entry in entries:
         begin(entry.name)
         execute = entry.load()
-        logits = [execute(window) for window in windows]
+        logits = [execute(window) for window in tracked(windows, "evaluation text", "windows")]
         distance = None if reference is None else divergence(zip(reference, logits, strict=True))
         rows.append(
             Compared(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.execution import Execute
 from edkm_export.artifact.generation import Choice, Difference, first_difference, generate
 from edkm_export.artifact.metrics import Divergence, divergence
@@ -95,7 +96,7 @@ def prefill_against_decode(session: Session, tokens: Tensor) -> Divergence:
     session.reset()
     prefill = session.feed(text).clone()
     session.reset()
-    decode = torch.cat([session.feed(token[None]).clone() for token in text])
+    decode = torch.cat([session.feed(token[None]).clone() for token in tracked(text, "decoding", "tokens")])
     return divergence([(prefill, decode)])
 
 
@@ -128,7 +129,7 @@ def compare_continuations(
     execute = None if session is not None else artifact.executions[0].execute
     context = artifact.context if session is None else session.context
     found = []
-    for prompt, ids in prompts.items():
+    for prompt, ids in tracked(prompts.items(), "continuing", "prompts"):
         wanted = min(count, context - len(ids))
         expected = generate(TorchSession(hard), ids, max_new_tokens=wanted)
         tokens = torch.tensor(expected.tokens)

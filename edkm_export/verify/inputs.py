@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shlex
 import sys
@@ -16,7 +15,10 @@ from torch import Tensor
 
 from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.digest import file_sha256
 from edkm_export.errors import CheckpointError, InputError
+from edkm_export.hub_id import is_hub_id
+from edkm_export.local_paths import without_folders
 from edkm_export.reference.soft_model import SoftWeights
 from edkm_export.reference.source import Source
 from edkm_export.text import token_windows
@@ -132,20 +134,22 @@ def provenance(
         if isinstance(base.get("adapter"), dict):
             known["base_model"]["adapter"] = _named(base["adapter"])
     used = {"text": evaluation.text_name, "tokens": int(windows.numel()), "context": int(windows.shape[1])}
-    return {**known, "evaluation": used, "verification": _verification(artifact)}
+    found: dict[str, Any] = without_folders(
+        {**known, "evaluation": used, "verification": _verification(artifact)}
+    )
+    return found
 
 
 def _named(given: dict[str, Any]) -> dict[str, Any]:
-    """A reference without the folders above it."""
-    path = Path(given["reference"])
-    return {**given, "reference": path.name if path.is_absolute() else given["reference"]}
+    """A reference without the folders above it; a hub id as it is."""
+    reference = given["reference"]
+    return {**given, "reference": reference if is_hub_id(reference) else Path(reference).name}
 
 
 def _verification(artifact: Path) -> Mapping[str, Any]:
     """The command, with the names of files in place of whole paths, versions, platform, and what was verified."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
     return {
-        "command": shlex.join(words),
+        "command": shlex.join(without_folders(sys.argv)),
         "versions": library_versions(),
         "platform": f"{platform.system()} {platform.machine()}",
         "artifact": _digests(artifact),
@@ -159,16 +163,8 @@ def _digests(artifact: Path) -> dict[str, str]:
     for path in files:
         if path.is_file() and not path.is_symlink() and path.name not in REPORT_FILES:
             name = path.name if path == artifact else path.relative_to(artifact).as_posix()
-            found[name] = _sha256(path)
+            found[name] = file_sha256(path)
     return found
-
-
-def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
 
 
 def _check_vocabulary(checkpoint: Checkpoint, tokens: Tensor) -> None:

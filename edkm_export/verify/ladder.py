@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.execution import AT_FAULT, Execution
 from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
 from edkm_export.artifact.protocol import Artifact
 from edkm_export.artifact.thresholds import NEAR_TIE_NATS, ROUNDED_TIE_NATS, decode_limit
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
+from edkm_export.local_paths import without_folders
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
 from edkm_export.verify.bytes import compare_bytes
 from edkm_export.verify.continuation import compare_continuations, prefill_against_decode
@@ -94,7 +96,8 @@ def verify_artifact(
     model = load_hard_model(checkpoint)
     with hidden_states(model) as hidden:
         hard = [transformers_model(model)(windows[0])]
-    hard += [transformers_model(model)(window) for window in windows[1:]]
+    rest = tracked(windows[1:], "evaluation text", "windows")
+    hard += [transformers_model(model)(window) for window in rest]
     before = None if original is None else original.logits
     run = {"original": before, "trained soft model": soft, "hard PyTorch": hard}
     perplexities = {name: _perplexity(logits, windows) for name, logits in run.items() if logits is not None}
@@ -145,6 +148,8 @@ def verify_artifact(
     if evaluation.localize:
         begin("looking for the first value that is off")
         faults = find_faults(model, artifact, rungs, windows[0])
+    # the report travels with the artifact
+    rungs = [rung.model_copy(update={"detail": without_folders(rung.detail)}) for rung in rungs]
     return Report(
         artifact=artifact.path.name,
         kind=artifact.kind,
@@ -189,7 +194,7 @@ def _execute(execution: Execution, hard: list[Tensor], windows: Tensor) -> tuple
     if execution.execute is None:
         return execution_rung(execution, execution.missing), None
     try:
-        logits = [execution.execute(window) for window in windows]
+        logits = [execution.execute(window) for window in tracked(windows, "evaluation text", "windows")]
     except AT_FAULT as error:
         return execution_rung(execution, str(error)), None
     if any(one.shape != reference.shape for one, reference in zip(logits, hard, strict=True)):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.execution import Execute
 from edkm_export.artifact.metrics import snr_db
 from edkm_export.checkpoint import Checkpoint
@@ -86,7 +87,7 @@ def measure_original(
             raise
         return None, str(error)
     execute = transformers_model(model)
-    logits = [execute(window) for window in windows[1:]]
+    logits = [execute(window) for window in tracked(windows[1:], "evaluation text", "windows")]
     with _comparing_outputs(model, checkpoint) as snr, hidden_states(model) as hidden:
         logits.insert(0, execute(windows[0]))
     weights = {name: state[name] for name in checkpoint.palettized}
@@ -112,7 +113,7 @@ def measure_soft(
         if evaluation.soft_required:
             raise
         return None, str(error)
-    return [execute(window) for window in windows], ""
+    return [execute(window) for window in tracked(windows, "evaluation text", "windows")], ""
 
 
 def layer_errors(reference: dict[str, Tensor], candidate: dict[str, Tensor]) -> list[LayerError]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.metrics import snr_db
 from edkm_export.artifact.protocol import Artifact
 from edkm_export.checkpoint import Checkpoint
@@ -31,7 +32,7 @@ def describe_tensors(
         output_snr_db: of the layer's output by parameter name, where measured.
     """
     rows = []
-    for name, tensor in checkpoint.palettized.items():
+    for name, tensor in tracked(checkpoint.palettized.items(), "describing", "weights"):
         groups_out, groups_in = tensor.groups
         counts = _index_counts(tensor)
         rows.append(

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from converters.coreml import load_package
 from edkm_export import checkpoint
@@ -65,6 +67,12 @@ def test_whole_job(edkm, tiny_export, held_out, work):
     assert function.inputs["inputIds"].ranges == ((1, 1), (1, 48))
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "Verdict: **PASS**" in card and "LanguageModel.loadCompiled" in card
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "coreml"
+    assert metadata["checkpoint"]["file"] == "tiny.pt" and str(work) not in card
+    told = edkm("push", "tiny-coreml", "some-one/tiny", "--dry-run")
+    assert told.status == 0 and "tiny.mlpackage/Data/com.apple.CoreML/weights/weight.bin" in told.out, (
+        told.err
+    )
     rungs = {rung.id: rung.verdict.value for rung in report.rungs}
     assert rungs["prefill-decode"] == rungs["continuation"] == rungs["continuation-rounded"] == "PASS", rungs
     assert not any(path.name.startswith(".") for path in work.iterdir())
@@ -307,8 +315,15 @@ def test_target_that_cannot_hold_3_bits(edkm, work, small_folder):
 
 def test_unknown_target(edkm, work, model):
     assert refused(edkm, work, model, "--target", "iOS15") == (
-        "target 'iOS15' is unknown; use one of iOS16, iOS17, iOS18."
+        "target 'iOS15' is unknown; use one of iOS16, iOS17, iOS18, or macOS13, macOS14 or macOS15, which hold the "
+        "same."
     )
+
+
+@pytest.mark.parametrize("target", ["ios18", "iOS-18", "IOS 18", "macOS15", "ios_18.2"])
+def test_target_in_any_usual_spelling(edkm, model, target):
+    told = edkm("coreml", model, "--dry-run", "--interface", "logits", "--target", target)
+    assert told.status == 0 and re.search(r"target\W+iOS18\b", told.out)
 
 
 @pytest.mark.parametrize("length", [1, 0, -5, 129])
@@ -359,7 +374,7 @@ def test_output_in_a_folder_that_is_not_there(edkm, work, model):
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            "no space left on the device; nothing was left behind",
+            "no space left on the device, or a quota is reached",
         ),
         (OSError("model.mlpackage: writing failed, is the disk full?"), "is the disk full?"),
         (MemoryError(), "out of memory"),

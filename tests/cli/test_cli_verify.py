@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +20,65 @@ def test_bundle_or_package(edkm, tiny_export, work, form):
     result = edkm("verify", tiny_export.model, getattr(tiny_export, form), "--tokens", 64)
     assert result.status == 0 and "PASS" in result.out and "29 of 29" in result.out
     assert snapshot(work) == {}  # no report unless it is asked for
+
+
+@pytest.fixture
+def exported(tiny_export, work) -> Path:
+    """A folder that was exported from work/model.pt."""
+    shutil.copy(tiny_export.model, work / "model.pt")
+    shutil.copytree(tiny_export.bundle, work / "out")
+    return work / "out"
+
+
+@pytest.mark.parametrize("asked", ["out", "out/model.mlpackage"])
+def test_model_is_found_by_its_sha256(edkm, exported, asked):
+    Path("model.pt").rename("renamed.pt")
+    result = edkm("verify", asked, "--tokens", 64)
+    assert result.status == 0 and "29 of 29" in result.out
+    assert f"{asked} was exported from renamed.pt" in result.err
+
+
+def test_arguments_in_any_order(edkm, exported):
+    assert edkm("verify", exported, "model.pt", "--tokens", 64, "--quiet").out.startswith("PASS")
+
+
+def test_another_model_is_refused(edkm, exported, saved):
+    """Its weights would be said to differ, which is no fault of the export."""
+    result = edkm("verify", saved, exported)
+    recorded = json.loads((exported / "metadata.json").read_text())["checkpoint"]["sha256"]
+    actual = hashlib.sha256(saved.read_bytes()).hexdigest()
+    assert result.status == 2 and actual[:12] in result.message and recorded[:12] in result.message
+
+
+def test_model_that_is_not_found(edkm, exported):
+    Path("model.pt").unlink()
+    result = edkm("verify", exported)
+    assert result.status == 2 and f"edkm-export verify PATH/model.pt {exported}" in result.message
+
+
+def test_folder_that_does_not_know_its_model(edkm, exported):
+    (exported / "metadata.json").unlink()
+    result = edkm("verify", exported)
+    assert result.status == 2 and f"edkm-export verify MODEL.PT {exported}" in result.message
+    assert edkm("verify", "model.pt", exported, "--tokens", 64, "--quiet").status == 0
+
+
+@pytest.mark.parametrize("paths", [["model.pt"], ["gone"], ["model.pt", "out", "out"]])
+def test_other_paths(edkm, exported, paths):
+    result = edkm("verify", *paths)
+    assert result.status == 2 and result.message
+
+
+def test_card_tells_what_a_later_verification_found(edkm, exported):
+    from edkm_export.model_card import FormatCard, card_verdict, model_card
+    from tests.helpers.checkpoint_files import make_checkpoint
+
+    card = model_card(make_checkpoint(), "x", FormatCard("coreml", [], "A model"), "NOT VERIFIED", "not yet")
+    (exported / "README.md").write_text(card)
+    assert edkm("verify", exported, "--tokens", 64, "--report", exported).status == 0
+    found = (exported / "README.md").read_text()
+    assert card_verdict(found) == "PASS" and "not yet" not in found and found.startswith(card[:100])
+    assert edkm("push", exported, "some-one/x", "--dry-run").status == 0
 
 
 def test_report_folder_is_made(edkm, tiny_export):

@@ -108,6 +108,7 @@ class CoreMLSession:
 
     Attributes:
         context: most positions that it can hold.
+        has_cache: whether the interface keeps one.
 
     Raises:
         PackageError: the packages do not have the inputs and outputs that their description promises.
@@ -117,6 +118,7 @@ class CoreMLSession:
         self, packages: Sequence[Runnable], description: Description, precision: str = "float32"
     ) -> None:
         self.context = description.context
+        self.has_cache = description.interface != "logits"
         self._where, self._how = str(packages[0].path), f"{description.interface}, {precision}"
         kind = _CALLERS[description.interface]
         self._caller = kind(packages, description, precision)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from converters.coreml.backend import load_coremltools, quiet
 from converters.coreml.format import PARAMETERS_KEY
+from converters.coreml.write.deployment_target import parse_target
 from converters.coreml.write.strided import lean_casts
 from converters.coreml.write.targets import check_target
 from converters.coreml.write.traceable import TraceableModule, make_traceable, named_arguments
@@ -56,7 +57,7 @@ def convert(
         outputs: `coremltools.TensorType` of each result; None: named as the keys of a dictionary, named tuple or
             dataclass (nested ones "key_0"), by coremltools where the module gives a tensor or a tuple.
         states: `coremltools.StateType` of buffers that outlive a call; iOS18.
-        target: one of `targets.TARGETS`.
+        target: one of `deployment_target.TARGETS`, in any usual spelling.
         metadata: further user metadata of the package.
         stand_ins: palettized weights hold `standins.stand_in` instead of their values.
         prefix: of the names in `palettized` in `module` ("decoder.").
@@ -70,6 +71,7 @@ def convert(
             weight would have been left dense.
         BackendMissingError: coremltools is not installed.
     """
+    target = parse_target(target)
     check_target(palettized, target, source)
     ct = load_coremltools()
     if states is None and (

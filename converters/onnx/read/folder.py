@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from edkm_export.command_line import command_line
 from edkm_export.errors import PackageError
 
 __all__ = ["OnnxFolder", "is_onnx"]
@@ -47,7 +48,7 @@ class OnnxFolder:
                 return cls(path, path / name)
         raise PackageError(
             f"{path}: expected a folder with {' or '.join(_MODELS)}, or an .onnx file; "
-            "make one with `edkm-export onnx model.pt`."
+            f"make one with `{command_line('onnx', 'model.pt')}`."
         )
 
     @property

@@ -29,11 +29,14 @@ class OnnxSession:
 
     Attributes:
         context: most positions that it can hold.
+        has_cache: true.
 
     Raises:
         PackageError: it is not a decoder with cache, or onnxruntime refuses it.
         BackendMissingError: onnxruntime is not installed.
     """
+
+    has_cache = True
 
     def __init__(self, graph: LutGraph, runtime: OnnxRuntime | None = None) -> None:
         self._vocab_size = check_interface(graph.graph)
