@@ -56,12 +56,13 @@ class Imported:
     dense: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict, `torch.save`d or safetensors; no code of the file is run.
 
     Raises:
         CheckpointError: missing, damaged, or more than a dict of tensors.
     """
+    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file.")
     try:
@@ -275,7 +276,7 @@ def _built(
     )
 
 
-def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[str]) -> Checkpoint:
+def as_checkpoint(imported: Imported, model: Source, file: str | Path, command: list[str]) -> Checkpoint:
     """Complete what was imported with the configuration and tokenizer of the model that was palettized.
 
     Args:
@@ -289,6 +290,7 @@ def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[s
         CheckpointError: the parameters are not those of the model.
         ConversionError: its family is not supported.
     """
+    file = Path(file)
     import accelerate
     import transformers
 

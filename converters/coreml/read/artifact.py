@@ -19,6 +19,7 @@ from edkm_export.artifact.protocol import Artifact, DamagedArtifact
 from edkm_export.artifact.thresholds import EXECUTION
 from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
+from edkm_export.quantities import short_size
 
 __all__ = ["KIND", "CoreMLArtifact", "open_artifact"]
 
@@ -55,6 +56,12 @@ class CoreMLArtifact:
                 for precision, threshold in EXECUTION.items()
             ),
             self._apple_runtime(),
+        )
+
+    def __repr__(self) -> str:
+        """One line: package, interface, size."""
+        return (
+            f"CoreMLArtifact({self.path.name}, {self.description.interface}, {short_size(self.size_bytes())})"
         )
 
     def palettized(self) -> dict[str, PalettizedTensor]:
