@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib
 import os
 import sys
@@ -87,6 +89,9 @@ def main() -> NoReturn:
 
     Exit status: 0 success, 1 verification failed, 2 a mistake that the user can mend, 70 one of ours, 130 interrupted.
     """
+    atexit.register(
+        gc.freeze
+    )  # else Python looks through all that torch has imported before it ends: a second
     try:
         with watching_signals():
             try:
