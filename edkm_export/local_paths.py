@@ -37,7 +37,7 @@ def without_folders(value: Any) -> Any:
 
 
 def nearby(path: str, folder: Path) -> str:
-    """An absolute path as seen from a folder, with ./ or ../ in front; its last part alone, where both share no folder.
+    """An absolute path as seen from a folder, with ./ or ../ in front.
 
     Args:
         path: absolute; others are returned as they are.
@@ -45,10 +45,7 @@ def nearby(path: str, folder: Path) -> str:
     """
     if not Path(path).is_absolute():
         return path
-    place = str(folder.absolute())
-    if os.path.commonpath([path, place]) in (os.sep, str(Path.home())):
-        return Path(path).name
-    seen = Path(os.path.relpath(path, place)).as_posix()
+    seen = Path(os.path.relpath(path, folder.absolute())).as_posix()
     return seen if seen.startswith("..") else f"./{seen}"  # not to be taken for the name of a hub model
 
 

@@ -156,14 +156,15 @@ INT8_ACTIVATIONS = ExecutionThreshold(
 
 SOURCE_RUNTIME = {
     False: EXECUTION["rounded"].because(
-        "llama.cpp reads the file on its own; it computes in float32 or float16"
+        "llama.cpp reads the file on its own, and unpacks quantized weights on its own; it then computes in float32 or "
+        "float16"
     ),
     True: INT8_ACTIVATIONS.because(
         "llama.cpp reads the file on its own; with quantized weights it rounds activations to 8 bits in blocks: with "
         "SmolLM2-135M in Q4_1 that alone costs 3% of the top tokens, and none with the same weights in F32"
     ),
 }
-"""For the original against llama.cpp, by whether the GGUF file holds quantized weights."""
+"""For the original against llama.cpp, by whether it rounds activations: where it cannot unpack quantized weights."""
 
 DECODE_MEDIANS = 10
 """In coarse arithmetic the largest KL of decoding is compared with the median that its execution may have. KL

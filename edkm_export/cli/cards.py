@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edkm_export.model_card import FILE, card_verdict, with_verification
+from edkm_export.model_card import FILE, NOT_VERIFIED, card_verdict, with_verification
 
 if TYPE_CHECKING:  # importing it takes torch
     from edkm_export.verify.report import Report
 
-__all__ = ["NOT_VERIFIED", "refresh_card", "verification_words"]
-
-NOT_VERIFIED = "NOT VERIFIED"
+__all__ = ["refresh_card", "verification_words"]
 
 
 def verification_words(report: Report | None) -> tuple[str, str]:

@@ -11,7 +11,6 @@ import click
 
 from edkm_export.cli.artifacts import find_artifact, open_artifact
 from edkm_export.cli.parameter_types import ARTIFACT, find_named_original, original_options
-from edkm_export.cli.text_file import TextFile
 from edkm_export.cli.verification import check_length, find_original, minutes_option, read_evaluation_text
 
 __all__ = ["command"]
@@ -23,7 +22,9 @@ __all__ = ["command"]
     "-o", "--output", type=click.Path(path_type=Path), help="Write the table as a page, such as compare.html."
 )
 @click.option("--json", "json_output", is_flag=True, help="Print JSON in place of the table.")
-@click.option("--text", type=TextFile(enough=True), help="Evaluation text; by default a built-in sample.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="Evaluation text; by default a built-in sample."
+)
 @click.option(
     "--tokens",
     type=click.IntRange(min=2),
@@ -50,7 +51,9 @@ def command(
     Perplexity on one text, and the distance from the original float model, if it is there.
     """
     from edkm_export.atomic import atomic_file, check_output
+    from edkm_export.text import check_text
 
+    check_text(text)
     named = find_named_original(original, adapter)
 
     from edkm_export.checkpoint import load

@@ -101,6 +101,10 @@ def run_export(
         SystemExit: status 1 when it was made, but is not proved faithful, or its quality is beyond the limit.
     """
     from edkm_export.atomic import atomic_folder, check_output
+    from edkm_export.text import check_text
+
+    check_text(verification["text"])
+
     from edkm_export.checkpoint import load
     from edkm_export.cli.cards import verification_words
     from edkm_export.cli.common_options import answering, is_quiet
@@ -154,3 +158,4 @@ def run_export(
         out.print(line, soft_wrap=True)
     if report.failed:
         sys.exit(1)
+    out.print_command("share it with:", command_line("push", folder, "OWNER/NAME"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edkm_export.cli.parameter_types import RECIPE, find_source
-from edkm_export.cli.text_file import TextFile
 from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
 
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
@@ -55,7 +53,7 @@ _CONTEXT = 512
 )
 @click.option(
     "--calibration",
-    type=TextFile(enough=True),
+    type=click.Path(path_type=Path),
     help="Text whose activations weigh the clustering. Recommended: it is worth about a bit.",
 )
 @click.option(
@@ -93,16 +91,14 @@ def command(
     each; a --recipe decides otherwise.
     """
     from edkm_export.atomic import check_output
+    from edkm_export.text import check_text, read_text
 
     source = find_source(model, adapter)
     check_output(output, overwrite=overwrite)
+    check_text(calibration)
     plan = _recipe(recipe, bits, group_size, lut_dtype)
 
-    text = None
-    if calibration is not None:
-        from edkm_export.text import read_text
-
-        text = read_text(calibration)
+    text = None if calibration is None else read_text(calibration)
 
     from edkm_export import checkpoint
     from edkm_export.calibration import CalibrationText, check_vocabulary, input_energy
@@ -151,13 +147,7 @@ def command(
         if held_out is not None:
             held_out = in_windows(held_out, min(ESTIMATE_CONTEXT, longest))
             check_vocabulary(known, held_out)
-        count = sources.value_count(source)
-    if count is None:
-        with err.status(f"loading {model}"):
-            loaded = sources.load_model(source)
-    else:
-        with bar(f"reading {Path(model).name}", count) as advance:
-            loaded = sources.load_model(source, advance=advance)
+    loaded = sources.load_model(source)
 
     energy = predictions = found = None
     provenance: dict[str, Any] = {
@@ -230,8 +220,7 @@ def command(
         out.print(_describe(found, on), soft_wrap=True, markup=False)
         if not found.is_tolerable:
             tokens = 0 if text is None else len(token_ids(text, tokenizer, _CONTEXT))
-            for line in _remedy(finished, model, adapter, calibration, tokens):
-                out.print(line, soft_wrap=True, markup=False)
+            _print_remedy(finished, model, adapter, calibration, tokens)
     elif estimate and calibration is not None:
         out.print(
             f"No estimate of the loss: {calibration} has too few tokens to hold some out.",
@@ -249,23 +238,24 @@ def _describe(found: LossEstimate, on: str) -> str:
     )
 
 
-def _remedy(
+def _print_remedy(
     made: Checkpoint, model: str, adapter: str | None, calibration: Path | None, tokens: int
-) -> list[str]:
-    """What to do about a loss that is too large."""
+) -> None:
+    """Say what to do about a loss that is too large."""
+    from edkm_export.cli.console import out
+    from edkm_export.command_line import command_line
     from edkm_export.loss_estimate import TOLERABLE_RATIO
 
-    sizes = [tensor.n_bits for tensor in made.palettized.values()]
-    bits = min(sizes)
-    lines = [f"That is a bad model: above x{TOLERABLE_RATIO:g} another way is worth a try."]
+    bits = min(tensor.n_bits for tensor in made.palettized.values())
+    out.print(f"Above x{TOLERABLE_RATIO:g} the model is much worse than the original.")
     if calibration is None:
-        lines.append("First give a --calibration text.")
+        out.print("First give a --calibration text.")
     if bits >= 4:
-        lines.append(f"Give it more bits, such as --bits {min(8, bits + 2)}, or train it:")
+        out.print(f"More bits help (--bits {8 if bits > 4 else 6}), and so does training:")
     else:
-        lines.append("Below 4 bits use train, which wins most of it back:")
+        out.print("Below 4 bits use train, which wins most of it back:")
     preset = {1: "2bit", 2: "2bit", 3: "3bit"}.get(bits, "4bit")
-    words = ["edkm-export", "train", model, "--data", str(calibration or "TEXT"), "--preset", preset]
+    words = ["train", model, "--data", str(calibration or "TEXT"), "--preset", preset]
     if bits == 1:
         words += ["--bits", "1"]
     if adapter is not None:
@@ -273,10 +263,9 @@ def _remedy(
     if calibration is not None and tokens < _CONTEXT:
         words += ["--context", str(tokens)]
     name = Path(model).stem.lower() if Path(model).is_file() else Path(model).name
-    lines.append(shlex.join([*words, "-o", _free(f"{name}-{preset}")]))
+    out.print_command("", command_line(*words, "-o", _free(f"{name}-{preset}")))
     if calibration is None:
-        lines.append("(TEXT: any ordinary text of some thousand words)")
-    return lines
+        out.print("(TEXT is any ordinary text of some thousand words.)")
 
 
 def _free(name: str) -> str:

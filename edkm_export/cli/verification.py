@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from edkm_export.cli.parameter_types import RUN, find_named_original, original_options
-from edkm_export.cli.text_file import TextFile
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
@@ -118,7 +117,7 @@ def _with_options(function: _F) -> _F:
         ),
         click.option(
             "--text",
-            type=TextFile(enough=True),
+            type=click.Path(path_type=Path),
             help="Evaluation text; by default a built-in sample.",
         ),
     ):

@@ -39,6 +39,9 @@ def command(
     quality, how far palettization moved that from the original. Exit status 0: faithful export PASS, and quality not
     BEYOND its limit; 1: otherwise. With --quiet it is one line.
     """
+    from edkm_export.text import check_text
+
+    check_text(verification["text"])
     checkpoint, package = checkpoint_and_artifact(paths)  # before torch is imported
 
     from edkm_export.atomic import atomic_file, check_output

@@ -125,13 +125,9 @@ def verify_artifact(
     source = evaluation.original
     if source is not None and source.gguf_file is not None and source.adapter is None:
         runtime = None if budget.is_over else evaluation.runtime
-        rungs.append(
-            source_runtime_rung(
-                compare_with_runtime(runtime, source, before, windows),
-                quantized=before is not None and source.is_quantized,
-                missing=budget.spent if budget.is_over else "",
-            )
-        )
+        ran, rounded = compare_with_runtime(runtime, source, before, windows, values=checkpoint.numel)
+        not_tried = budget.spent if budget.is_over else ""
+        rungs.append(source_runtime_rung(ran, rounded=rounded, missing=not_tried))
     rungs += soft_rungs(
         no_soft or f"no original to compare with: {missing}",
         "" if evaluation.soft is None else evaluation.soft.how,

@@ -93,9 +93,7 @@ def test_every_byte_arrives_in_one_commit(edkm, hub, folder):
     assert not hub.private[REPO]
     large = set(map(len, hub.stored.values()))
     assert large == {12_800, 76_800}  # they took the way of large files
-    assert (
-        result.err == f"- uploading 7 files, 90.8 kB, to {hub.endpoint}/{REPO}\n"
-    )  # no bars: it is no terminal
+    assert "%" not in result.err  # the client's bars are not drawn over our display
     assert f"{hub.endpoint}/{REPO}: 7 files" in result.out and "PASS" in result.out
 
 
@@ -250,9 +248,25 @@ def test_verdict(edkm, hub, folder, verdict):
     assert hub.requests == []
 
 
-def test_quality_beyond_its_limit(edkm, hub, folder):
-    report(folder, quality="BEYOND")
-    assert "the verdict of its report is BEYOND" in refused(edkm, hub, folder, REPO)
+def test_two_verdicts(edkm, hub, folder):
+    """A report tells faithful export and quality apart; the one must be proved, the other not beyond its limit."""
+    path = folder / "report.json"
+    content = json.loads(path.read_text())
+    for faithful, quality, told in (
+        ("FAIL", "WITHIN", "the verdict of its report is FAIL"),
+        ("NOT RUN", "REPORTED", "the verdict of its report is NOT RUN"),
+        ("PASS", "BEYOND", "the quality is beyond its limit"),
+    ):
+        path.write_text(json.dumps({**content, "faithful_export": faithful, "quality": quality}))
+        assert told in refused(edkm, hub, folder, REPO)
+    for quality in ("WITHIN", "REPORTED", "NOT RUN"):
+        path.write_text(json.dumps({**content, "faithful_export": "PASS", "quality": quality}))
+        assert edkm("push", folder, REPO).status == 0
+
+
+def test_report_that_names_no_files(edkm, hub, folder):
+    (folder / "report.json").write_text('{"verdict": "PASS"}')
+    assert "does not say which files it is about" in refused(edkm, hub, folder, REPO)
 
 
 @pytest.mark.parametrize("verdict", ["PASS", "FAIL"])
