@@ -137,7 +137,7 @@ EXECUTION = {
         "both sides compute in float32 with the same weights; a wrong weight, table or op shows at once",
     ),
     "rounded": ExecutionThreshold(
-        "float32 rounded to float16 after each op",
+        "rounded to float16 after each op",
         0.99,
         1e-3,
         "rounding every result to float16 is the least that a phone does; an overflow or lost precision shows here",

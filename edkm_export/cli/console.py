@@ -79,7 +79,7 @@ def verdict_text(verdict: Verdict) -> Text:
 
 
 def _verdict(verdict: Verdict, words: str) -> Text:
-    return Text.assemble(verdict_text(verdict), "  ", words)
+    return Text.assemble(verdict_text(verdict), ": ", words)
 
 
 def summary_table(report: Report) -> Table:

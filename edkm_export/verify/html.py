@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from edkm_export._version import __version__
 from edkm_export.verify import charts
+from edkm_export.verify.quoting import quoted
 from edkm_export.verify.ranking import decibels, ranked, ranking_words
 from edkm_export.verify.report import Report, Rung, Size, TensorReport, Verdict
 from edkm_export.verify.time_budget import WINDOW
@@ -90,6 +91,7 @@ def _templates() -> jinja2.Environment:
     environment.filters.update(
         bytes=_bytes,
         decibels=decibels,
+        quoted=quoted,
         readable=readable,
         difference=_difference,
         megabytes=_megabytes,
