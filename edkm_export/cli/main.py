@@ -31,6 +31,7 @@ _COMMANDS = {
     "compare": "Put several checkpoints and artifacts side by side.",
     "generate": "Let a checkpoint or an exported model write text.",
     "inspect": "Show what is inside a source, a checkpoint or an exported model.",
+    "run": "Run any Core ML package on arrays or images.",
     "doctor": "Show what this machine can do, and what a model would take on it.",
 }
 

@@ -26,12 +26,22 @@ def check_inputs(function: Function, given: Mapping[str, Any], precision: Precis
     unknown = [name for name in given if name not in function.inputs]
     if unknown:
         raise InputError(f"function {function.name} has no input {unknown[0]!r}; its inputs are {names}.")
-    missing = [name for name in function.inputs if name not in given]
+    missing = [name for name, spec in function.inputs.items() if name not in given and spec.default is None]
     if missing:
         raise InputError(
             f"input {missing[0]!r} of function {function.name} is missing; its inputs are {names}."
         )
-    return {name: _check_input(spec, given[name], precision) for name, spec in function.inputs.items()}
+    return {
+        name: _check_input(spec, given[name] if name in given else _default(spec), precision)
+        for name, spec in function.inputs.items()
+    }
+
+
+def _default(spec: FunctionInput) -> Tensor:
+    """What an optional input holds when it is left out."""
+    assert spec.default is not None
+    dtype = torch.float32 if spec.type.dtype.is_float else spec.type.dtype.compute
+    return torch.full(spec.default_shape, spec.default).to(dtype)
 
 
 def _check_input(spec: FunctionInput, value: Any, precision: Precision) -> Tensor:

@@ -45,11 +45,14 @@ class CoreMLArtifact:
         self.context = description.context
         _ = self.weights_size_bytes()  # opens every file of weights
         CoreMLSession(packages, description)  # has the inputs and outputs that it should
+        drawn = ""
+        if any(package.draws_random_numbers(where) for package, where in self._functions()):
+            drawn = ", random numbers drawn with seed 0"
         self.executions = (
             *(
                 Execution(
                     f"execution-{precision}",
-                    f"our interpreter of Core ML programs, {threshold.words}",
+                    f"our interpreter of Core ML programs, {threshold.words}{drawn}",
                     threshold,
                     self._interpreted(precision),
                 )
