@@ -22,6 +22,7 @@ _COMMANDS = {
     "import": "Make a checkpoint of a model that another tool palettized.",
     "coreml": "Convert a palettized checkpoint to Core ML and verify the result.",
     "onnx": "Convert a palettized checkpoint to ONNX and verify the result.",
+    "coreai": "Convert a palettized checkpoint to Core AI and verify the result.",
     "verify": "Check that a package computes what its checkpoint does.",
     "compare": "Put several checkpoints and artifacts side by side.",
     "generate": "Let a checkpoint or an exported model write text.",

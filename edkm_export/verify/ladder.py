@@ -13,13 +13,14 @@ from torch import Tensor
 
 from edkm_export.artifact.execution import AT_FAULT, Execution
 from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
-from edkm_export.artifact.protocol import Artifact
-from edkm_export.artifact.thresholds import NEAR_TIE_NATS, ROUNDED_TIE_NATS, decode_limit
+from edkm_export.artifact.protocol import Artifact, Decoding
+from edkm_export.artifact.thresholds import EXECUTION, NEAR_TIE_NATS, ROUNDED_TIE_NATS, decode_limit
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
 from edkm_export.verify.bytes import compare_bytes
 from edkm_export.verify.continuation import compare_continuations, prefill_against_decode
+from edkm_export.verify.foreign_decoding import compare_decoding
 from edkm_export.verify.inputs import VerificationInputs, evaluation_windows, prompt_tokens, provenance
 from edkm_export.verify.localize import find_faults
 from edkm_export.verify.report import LayerError, Report, Rung, Verdict, overall
@@ -49,6 +50,7 @@ Advance = Callable[[str], None]
 def count_stages(artifact: Artifact, evaluation: VerificationInputs) -> int:
     """How often `verify_artifact` calls `advance`."""
     executed = sum(execution.execute is not None for execution in artifact.executions)
+    executed += isinstance(artifact, Decoding)
     return 6 + executed + (evaluation.soft is not None) + evaluation.localize
 
 
@@ -128,6 +130,11 @@ def verify_artifact(
     sizes = measure_sizes(checkpoint, artifact, predicted_size_bytes)
     rungs += [bytes_rung, size_rung(_weights_size(artifact), predicted_size_bytes)]
 
+    if isinstance(artifact, Decoding):
+        begin(f"decoding the weights: {artifact.decoder_name}")
+    if (decoding := compare_decoding(checkpoint, artifact)) is not None:
+        rungs.append(decoding)
+
     for execution in artifact.executions:
         if execution.execute is not None:
             begin(f"running: {execution.words}")
@@ -188,6 +195,9 @@ def _execute(execution: Execution, hard: list[Tensor], windows: Tensor) -> tuple
     """The rung, and the perplexity of what was run."""
     if execution.execute is None:
         return execution_rung(execution, execution.missing), None
+    if execution.positions is not None:
+        windows = windows[:1, : execution.positions]
+        hard = [hard[0][: execution.positions]]
     try:
         logits = [execution.execute(window) for window in windows]
     except AT_FAULT as error:
@@ -195,7 +205,9 @@ def _execute(execution: Execution, hard: list[Tensor], windows: Tensor) -> tuple
     if any(one.shape != reference.shape for one, reference in zip(logits, hard, strict=True)):
         found = f"logits have shape {list(logits[0].shape)}, those of hard PyTorch {list(hard[0].shape)}"
         return execution_rung(execution, f"{found}: it is another model."), None
-    return execution_rung(execution, divergence(zip(hard, logits, strict=True))), _perplexity(logits, windows)
+    distance = divergence(zip(hard, logits, strict=True))
+    few = execution.positions is not None  # of which a perplexity says nothing
+    return execution_rung(execution, distance), None if few else _perplexity(logits, windows)
 
 
 def _decode(artifact: Artifact, windows: Tensor) -> Rung:
@@ -225,7 +237,8 @@ def _continue(
 def _continue_in(
     artifact: Artifact, model: Any, tokenizer: Any, prompts: dict[str, Tensor], count: int, *, rounded: bool
 ) -> Rung:
-    ties = ROUNDED_TIE_NATS if rounded else NEAR_TIE_NATS
+    coarse = artifact.executions[0].threshold.median_kl > EXECUTION["float32"].median_kl
+    ties = ROUNDED_TIE_NATS if rounded or coarse else NEAR_TIE_NATS
     try:
         session = artifact.rounded_session() if rounded else artifact.session()
         if session is None and (missing := _no_session(artifact)):

@@ -1,0 +1,86 @@
+"""A model in the middle of a text, run by Apple's runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from converters.coreai.format import INPUT_IDS, LOGITS, MAIN, POSITION_IDS
+from converters.coreai.read.asset import load_asset
+from converters.coreai.read.running import RunningModel
+from converters.coreai.read.runtime import zeros
+from edkm_export.context_window import require_room
+
+__all__ = ["CoreAISession", "open_session"]
+
+_FIRST_LENGTH = 256
+"""Positions of a new cache; it doubles when it is full, as in Apple's engine."""
+
+
+class CoreAISession:
+    """The function of the dynamic engine with its cache.
+
+    Args:
+        model: what is run.
+        exact: run the file itself; otherwise its twin, see `rewriting`.
+
+    Attributes:
+        context: most positions that it can hold.
+
+    Raises:
+        PackageError: the runtime refuses the file.
+        BackendMissingError: coreai-core is not installed.
+    """
+
+    def __init__(self, model: RunningModel, *, exact: bool = False) -> None:
+        told = model.asset.description
+        self.context, self._vocab_size = told.context, told.vocab_size
+        self._name, self._runtime = model.name, model.exact if exact else model.twin
+        self._states = model.asset.program.public[MAIN].states
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the text."""
+        self._used, self._length = 0, min(_FIRST_LENGTH, self.context)
+        for name, kind in self._states.items():
+            self._runtime.set_state(name, zeros(kind, {3: self._length}))
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Go on with the text: int64 [new] -> logits float32 [new, vocab_size].
+
+        Raises:
+            InputError: there is no room for the tokens, or one is outside the vocabulary.
+            PackageError: the runtime fails.
+        """
+        require_room(tokens, self._used, self.context, self._vocab_size, self._name)
+        total = self._used + len(tokens)
+        self._make_room(total)
+        inputs = {
+            INPUT_IDS: tokens[None].to(torch.int32).numpy(),
+            POSITION_IDS: np.arange(total, dtype=np.int32)[None],
+        }
+        outputs = self._runtime.call(MAIN, inputs, states={name: name for name in self._states})
+        self._used = total
+        return torch.from_numpy(outputs[LOGITS][0].astype(np.float32))
+
+    def _make_room(self, total: int) -> None:
+        if total <= self._length:
+            return
+        while self._length < total:
+            self._length *= 2
+        self._length = min(self._length, self.context)
+        for name in self._states:
+            self._runtime.grow_state(name, 3, self._length)
+
+
+def open_session(path: str | Path, *, exact: bool = False) -> CoreAISession:
+    """Open an .aimodel, or the one in a folder.
+
+    Args:
+        path: of it.
+        exact: run the file itself, not its twin.
+    """
+    return CoreAISession(RunningModel(load_asset(path)), exact=exact)
