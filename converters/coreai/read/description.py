@@ -15,7 +15,7 @@ import pydantic
 from converters.coreai.format import DESCRIPTION_KEY, FORMAT, Interface
 from edkm_export.errors import PackageError
 
-__all__ = ["Description", "read_description"]
+__all__ = ["DenseEntry", "Description", "PaletteEntry", "read_description"]
 
 _Size = Annotated[int, pydantic.Field(gt=0, lt=1 << 31)]
 _Digest = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from converters.coreai.format import dense_digest, palette_digest
-from converters.coreai.read.description import Description
+from converters.coreai.read.description import DenseEntry, Description
 from converters.coreai.read.program import Constant, Function, Program
 from edkm_export.errors import PackageError, PaletteError
 from edkm_export.packing import pack, unpack
@@ -23,7 +23,8 @@ from edkm_export.palette import PalettizedTensor
 
 __all__ = ["StoredPalette", "read_dense", "read_palettes", "stored_palettes"]
 
-_LUT_TO_DENSE, _SCALED = "primitive.lut_to_dense_v1", "primitive.blockwise_shift_scale_v1"
+_LUT_TO_DENSE, _SCALED = "primitive.lut_to_dense_v1", "primitive.blockwise_shift_scale_v2"
+_MOST_TRIVIAL = 1 << 20  # elements of a norm or bias; a matrix of ones is none
 _INDICES = {f"uint{bits}": bits for bits in (1, 2, 3, 4, 6, 8)}
 
 
@@ -163,15 +164,33 @@ def read_palettes(program: Program, description: Description) -> dict[str, Palet
 
 
 def read_dense(program: Program, description: Description) -> dict[str, Tensor]:
-    """Other weights by name, float16; what a converter left out is not there."""
+    """Other weights by name, float16.
+
+    Weights of nothing but ones or zeros may be left out, since a converter drops products and sums that change nothing.
+
+    Raises:
+        PackageError: any other weight that the metadata names is not there.
+    """
     sizes = {told.numel for told in description.dense.values()}
     stored: dict[str, NDArray[Any]] = {}
     for function in program.functions.values():
         for constant in function.constants():
             if constant.type.element == "float16" and constant.type.numel in sizes:
                 stored.setdefault(dense_digest(constant.packed()), constant.array())
-    return {
-        name: torch.from_numpy(stored[told.digest].reshape(told.shape).copy())
-        for name, told in description.dense.items()
-        if told.digest in stored
-    }
+    found = {}
+    for name, told in description.dense.items():
+        if told.digest in stored:
+            found[name] = torch.from_numpy(stored[told.digest].reshape(told.shape).copy())
+        elif not _is_trivial(told):
+            raise PackageError(
+                f"{name}: no constant of the program has the digest that the metadata gives for it; it was changed, or "
+                "left out."
+            )
+    return found
+
+
+def _is_trivial(told: DenseEntry) -> bool:
+    """Ones or zeros, by their digest."""
+    if told.numel > _MOST_TRIVIAL:
+        return False
+    return any(told.digest == dense_digest(np.full(told.numel, value, "<f2").tobytes()) for value in (0, 1))
