@@ -15,23 +15,36 @@ __all__ = [
     "CAUSAL_MASK",
     "DESCRIPTION_KEY",
     "EMBEDDING_TABLE",
+    "EXTEND",
     "FORMAT",
+    "GATHERED",
+    "GATHER_EMBEDDINGS",
     "HASH_FILE",
     "INPUT_IDS",
     "INTERFACES",
     "IN_STEP",
     "KEY_CACHE",
+    "LOAD_EMBEDDINGS",
     "LOGITS",
     "MAIN",
     "METADATA_FILE",
     "POSITION_IDS",
+    "PROMPT",
+    "QUERY_LENGTHS",
+    "SHORTEST_CONTEXT",
     "STATIC_KEY_CACHE",
+    "STATIC_LOGITS",
     "STATIC_VALUE_CACHE",
     "TOKENIZER_FOLDER",
+    "TOKEN_IDS",
+    "TRANSFORMER_INPUT",
     "VALUE_CACHE",
     "Interface",
+    "context_ladder",
     "dense_digest",
+    "gather_name",
     "palette_digest",
+    "step_name",
 ]
 
 Interface: TypeAlias = Literal["dynamic", "neural-engine"]
@@ -60,8 +73,43 @@ KEY_CACHE, VALUE_CACHE = "keyCache", "valueCache"
 """Function, inputs, output and states of the dynamic engine."""
 
 STATIC_KEY_CACHE, STATIC_VALUE_CACHE = "key_cache", "value_cache"
+TOKEN_IDS, TRANSFORMER_INPUT = "in_new_token_ids", "transformer_input"
 IN_STEP, CAUSAL_MASK, EMBEDDING_TABLE = "in_step", "causal_mask", "embedding_table"
-"""States and further inputs of the static engine."""
+GATHERED, STATIC_LOGITS = "out_transformer_input", "out_logits"
+"""States, inputs and outputs of the static engine."""
+
+LOAD_EMBEDDINGS, GATHER_EMBEDDINGS, EXTEND, PROMPT = (
+    "load_embeddings",
+    "gather_embeddings",
+    "extend",
+    "prompt_opt",
+)
+"""Functions of the static engine; all but the first are followed by the shapes that they are for."""
+
+QUERY_LENGTHS = (8, 16, 64)
+"""Tokens of one call of the static engine, as apple/coreai-models exports them."""
+
+SHORTEST_CONTEXT = 256
+"""Of the static engine's caches, which double from here."""
+
+
+def context_ladder(context: int) -> list[int]:
+    """Cache lengths of the static engine's functions, up to a context."""
+    lengths, length = [], SHORTEST_CONTEXT
+    while length <= context:
+        lengths.append(length)
+        length *= 2
+    return lengths
+
+
+def gather_name(tokens: int) -> str:
+    """Function that looks up the embeddings of so many tokens."""
+    return f"{GATHER_EMBEDDINGS}_{tokens}"
+
+
+def step_name(function: str, context: int, tokens: int) -> str:
+    """Function EXTEND or PROMPT for a cache length and so many tokens."""
+    return f"{function}_{context}_{tokens}"
 
 
 def palette_digest(

@@ -36,8 +36,8 @@ def command(
 ) -> None:
     """Compare what PACKAGE computes with the PyTorch model of MODEL.PT.
 
-    PACKAGE is an .mlpackage, or the folder that `edkm-export coreml` or `edkm-export onnx` made. Exit status 0: passed,
-    1: failed.
+    PACKAGE is an .mlpackage, an .aimodel, or the folder that `edkm-export coreml`, `onnx` or `coreai` made. Exit status
+    0: passed, 1: failed.
     """
     from edkm_export.atomic import atomic_file, check_output
     from edkm_export.checkpoint import load

@@ -54,7 +54,7 @@ def mixed_checkpoint() -> Checkpoint:
     }
     tokenizer = build_tokenizer(model.config.vocab_size)
     return Checkpoint(
-        config=model.config.to_dict(),
+        config={**model.config.to_dict(), "max_position_embeddings": 256},  # the static engine needs as many
         palettized=palettized,
         dense=dense,
         tied={"lm_head.weight": "model.embed_tokens.weight"},

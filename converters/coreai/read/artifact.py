@@ -11,9 +11,9 @@ from converters.coreai.backend import missing_backend
 from converters.coreai.read.asset import Asset, load_asset
 from converters.coreai.read.running import RunningModel
 from converters.coreai.read.runtime import RUNTIME_NAME
-from converters.coreai.read.session import CoreAISession
+from converters.coreai.read.session import new_session
 from edkm_export.artifact.execution import Execute, Execution
-from edkm_export.artifact.protocol import Artifact, DamagedArtifact
+from edkm_export.artifact.protocol import Artifact, DamagedArtifact, Session
 from edkm_export.artifact.thresholds import FLOAT16_TWIN, float16_chains
 from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
@@ -89,9 +89,9 @@ class CoreAIArtifact:
         three = {entry.digest for entry in told if entry.n_bits == 3}
         return any(palette.n_bits == 4 for palette in self.asset.palettes() if palette.digest in three)
 
-    def session(self) -> CoreAISession | None:
+    def session(self) -> Session | None:
         """The twin with its cache; None without Apple's runtime."""
-        return None if missing_backend() else CoreAISession(self._model)
+        return None if missing_backend() else new_session(self._model)
 
     def rounded_session(self) -> None:
         """None: the twin rounds already."""
@@ -119,11 +119,11 @@ class CoreAIArtifact:
         return (shape[1] for shape in shapes)
 
     def _execute(self, *, exact: bool) -> Execute:
-        session: list[CoreAISession] = []  # made when it is first run, and kept
+        session: list[Session] = []  # made when it is first run, and kept
 
         def execute(tokens: Tensor) -> Tensor:
             if not session:
-                session.append(CoreAISession(self._model, exact=exact))
+                session.append(new_session(self._model, exact=exact))
             session[0].reset()
             return session[0].feed(tokens.long())
 

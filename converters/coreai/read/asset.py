@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from converters.coreai.format import BYTECODE_FILE, HASH_FILE, METADATA_FILE
+from converters.coreai.format import BYTECODE_FILE, DESCRIPTION_KEY, HASH_FILE, METADATA_FILE
 from converters.coreai.read.description import Description, read_description
 from converters.coreai.read.folder import find_asset
 from converters.coreai.read.program import Program, read_program
@@ -70,6 +70,11 @@ class Asset:
         """Custom metadata."""
         found = self.metadata.get(_CUSTOM)
         return found if isinstance(found, dict) else {}
+
+    @property
+    def is_ours(self) -> bool:
+        """True when it says that we exported it."""
+        return DESCRIPTION_KEY in self.custom
 
     @cached_property
     def description(self) -> Description:

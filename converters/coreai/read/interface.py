@@ -7,7 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from converters.coreai.format import INPUT_IDS, KEY_CACHE, LOGITS, MAIN, POSITION_IDS, VALUE_CACHE
+from converters.coreai.format import (
+    CAUSAL_MASK,
+    EMBEDDING_TABLE,
+    EXTEND,
+    GATHERED,
+    IN_STEP,
+    INPUT_IDS,
+    KEY_CACHE,
+    LOAD_EMBEDDINGS,
+    LOGITS,
+    MAIN,
+    POSITION_IDS,
+    PROMPT,
+    QUERY_LENGTHS,
+    STATIC_KEY_CACHE,
+    STATIC_LOGITS,
+    STATIC_VALUE_CACHE,
+    TOKEN_IDS,
+    TRANSFORMER_INPUT,
+    VALUE_CACHE,
+    context_ladder,
+    gather_name,
+    step_name,
+)
 from converters.coreai.read.description import Description
 from converters.coreai.read.element_types import TensorType
 from converters.coreai.read.program import Function, Program
@@ -26,6 +49,8 @@ def check_interface(program: Program, description: Description) -> None:
     """
     if description.interface == "dynamic":
         _check_dynamic(program, description)
+    else:
+        _check_static(program, description)
 
 
 def _check_dynamic(program: Program, description: Description) -> None:
@@ -52,6 +77,61 @@ def _check_dynamic(program: Program, description: Description) -> None:
             f"function {MAIN} has states {_words(function.states)}; expected both as float16 [layers, 1, kv_heads, ?, "
             "head_dim]."
         )
+
+
+def _check_static(program: Program, description: Description) -> None:
+    """`StaticShapeEngine` finds functions, inputs, outputs and states by their names."""
+    ladder = context_ladder(description.context)
+    if not ladder or ladder[-1] != description.context:
+        raise PackageError(
+            f"its metadata says {description.context} positions, which no cache of the static engine has."
+        )
+    load = _function(program, LOAD_EMBEDDINGS)
+    table = load.outputs.get(EMBEDDING_TABLE)
+    hidden = table.shape[2] if table is not None and len(table.shape) == 3 else None
+    wanted = TensorType("float16", (description.vocab_size, 1, hidden))
+    _same(load, "inputs", load.inputs, {})
+    _same(load, "outputs", load.outputs, {EMBEDDING_TABLE: wanted})
+    if hidden is None or not 0 < hidden <= _MOST_STATE_ROW:
+        raise PackageError(
+            f"function {load.name} has outputs {_words(load.outputs)}, whose size is not fixed."
+        )
+    width = _state_width(program, ladder[-1])
+    for count in QUERY_LENGTHS:
+        gather, rows = _function(program, gather_name(count)), TensorType("float16", (1, count, 1, hidden))
+        ids = TensorType("int32", (1, count))
+        _same(gather, "inputs", gather.inputs, {TOKEN_IDS: ids, EMBEDDING_TABLE: wanted})
+        _same(gather, "outputs", gather.outputs, {GATHERED: rows})
+        for length in ladder:
+            logits = TensorType("float16", (1, 1, count, description.vocab_size))
+            for name, output in ((EXTEND, logits), (PROMPT, TensorType("float16", ()))):
+                step = _function(program, step_name(name, length, count))
+                inputs = {
+                    TRANSFORMER_INPUT: rows,
+                    POSITION_IDS: TensorType("uint16", (1, count)),
+                    IN_STEP: TensorType("int32", (1,)),
+                    CAUSAL_MASK: TensorType("float16", (1, length, 1, count)),
+                }
+                state = TensorType("float16", (*width, length))
+                _same(step, "inputs", step.inputs, inputs)
+                _same(step, "outputs", step.outputs, {STATIC_LOGITS: output})
+                _same(step, "states", step.states, {STATIC_KEY_CACHE: state, STATIC_VALUE_CACHE: state})
+
+
+def _state_width(program: Program, length: int) -> tuple[int, ...]:
+    """Everything but the length of the states, [layers, 1, kv_heads * head_dim, 1]."""
+    function = _function(program, step_name(EXTEND, length, QUERY_LENGTHS[0]))
+    keys = function.states.get(STATIC_KEY_CACHE)
+    shape = () if keys is None else keys.shape
+    layers, one, width, other, last = shape if len(shape) == 5 else (None,) * 5
+    if layers is None or width is None or (one, other, last) != (1, 1, length):
+        raise PackageError(f"function {function.name} has states {_words(function.states)}.")
+    if not 0 < layers * width <= _MOST_STATE_ROW or max(layers, width) > length:
+        raise PackageError(
+            f"function {function.name} has states {_words(function.states)}; the engine takes their largest dimension "
+            "for their length."
+        )
+    return layers, 1, width, 1
 
 
 def _function(program: Program, name: str) -> Function:

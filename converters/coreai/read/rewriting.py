@@ -65,7 +65,7 @@ def write_twin(path: Path, output: Path) -> None:
 
 def _replace_palette(core: Any, operation: Any, palette: StoredPalette) -> None:
     result = operation.results[0]
-    shape = (palette.index_shape[0] * palette.lut.shape[3], palette.index_shape[1])
+    shape = palette.dense_shape
     if tuple(result.type.shape) != shape:
         raise PackageError(
             f"a palette decodes to {list(result.type.shape)} for Apple's package, to {list(shape)} for us."
@@ -111,11 +111,10 @@ def write_decoders(path: Path, output: Path) -> dict[str, str]:
         def body(x: Any) -> Any:
             return _lookup(core, palette)
 
-        shape = [palette.index_shape[0] * palette.lut.shape[3], palette.index_shape[1]]
         body.__name__ = name
         body.__annotations__ = {
             "x": Annotated[value, TensorType([1], np.float16, name="x")],
-            "return": Annotated[value, TensorType(shape, np.float16, name="y")],
+            "return": Annotated[value, TensorType(list(palette.dense_shape), np.float16, name="y")],
         }
         return body
 

@@ -12,9 +12,10 @@ from converters.coreai.format import INPUT_IDS, LOGITS, MAIN, POSITION_IDS
 from converters.coreai.read.asset import load_asset
 from converters.coreai.read.running import RunningModel
 from converters.coreai.read.runtime import zeros
+from converters.coreai.read.static_session import StaticSession
 from edkm_export.context_window import require_room
 
-__all__ = ["CoreAISession", "open_session"]
+__all__ = ["CoreAISession", "new_session", "open_session"]
 
 _FIRST_LENGTH = 256
 """Positions of a new cache; it doubles when it is full, as in Apple's engine."""
@@ -76,11 +77,23 @@ class CoreAISession:
             self._runtime.grow_state(name, 3, self._length)
 
 
-def open_session(path: str | Path, *, exact: bool = False) -> CoreAISession:
+def new_session(model: RunningModel, *, exact: bool = False) -> CoreAISession | StaticSession:
+    """A session of the interface that the model has.
+
+    Args:
+        model: what is run.
+        exact: run the file itself, not its twin.
+    """
+    if model.asset.description.interface == "dynamic":
+        return CoreAISession(model, exact=exact)
+    return StaticSession(model, exact=exact)
+
+
+def open_session(path: str | Path, *, exact: bool = False) -> CoreAISession | StaticSession:
     """Open an .aimodel, or the one in a folder.
 
     Args:
         path: of it.
         exact: run the file itself, not its twin.
     """
-    return CoreAISession(RunningModel(load_asset(path)), exact=exact)
+    return new_session(RunningModel(load_asset(path)), exact=exact)

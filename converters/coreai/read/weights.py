@@ -51,6 +51,11 @@ class StoredPalette:
         """Of everything."""
         return palette_digest(self.n_bits, self.index_shape, self.indices, self.lut, self.scale)
 
+    @property
+    def dense_shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        return self.index_shape[0] * int(self.lut.shape[3]), self.index_shape[1]
+
     def tensor(self, name: str, shape: tuple[int, ...], n_bits: int) -> PalettizedTensor:
         """As a palettized tensor.
 

@@ -12,6 +12,7 @@ from converters.coreai.format import DESCRIPTION_KEY, FORMAT, dense_digest, pale
 from converters.coreai.write.conversion import convert
 from converters.coreai.write.dynamic_engine import dynamic_function
 from converters.coreai.write.export_plan import CoreAIPlan
+from converters.coreai.write.static_engine import static_functions
 from converters.coreai.write.weight_ops import named_weights, stored_form
 from edkm_export._version import __version__
 from edkm_export.checkpoint import Checkpoint
@@ -54,7 +55,10 @@ def write_asset(checkpoint: Checkpoint, plan: CoreAIPlan, path: Path) -> None:
     """
     source = str(checkpoint.path or "checkpoint")
     decoder = named_decoder(checkpoint)
-    functions = [dynamic_function(decoder, checkpoint.config, plan.context, torch.float16)]
+    if plan.interface == "neural-engine":
+        functions = static_functions(decoder, checkpoint.config, plan.context, torch.float16)
+    else:
+        functions = [dynamic_function(decoder, checkpoint.config, plan.context, torch.float16)]
     program = convert(functions, checkpoint.palettized, pad_3bit=plan.pad_3bit, source=source)
     metadata = load_authoring().Metadata()
     metadata.set_custom(DESCRIPTION_KEY, describe(checkpoint, plan))

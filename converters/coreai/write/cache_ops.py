@@ -14,7 +14,7 @@ from torch import Tensor
 
 from converters.coreai.backend import load_authoring
 
-__all__ = ["FunctionalCache", "register_cache"]
+__all__ = ["ColumnCache", "FunctionalCache", "register_cache"]
 
 
 @torch.library.custom_op("edkm::cache_update", mutates_args=())
@@ -26,6 +26,18 @@ def _cache_update(state: Tensor, new: Tensor, layer: int, begin: int, end: int) 
 
 @_cache_update.register_fake
 def _(state: Tensor, new: Tensor, layer: int, begin: int, end: int) -> Tensor:
+    return torch.empty_like(state)
+
+
+@torch.library.custom_op("edkm::column_update", mutates_args=())
+def _column_update(state: Tensor, new: Tensor, layer: int, step: Tensor) -> Tensor:
+    begin, result = int(step), state.clone()
+    result[layer : layer + 1, :, :, :, begin : begin + new.shape[-1]] = new[None]
+    return result
+
+
+@_column_update.register_fake
+def _(state: Tensor, new: Tensor, layer: int, step: Tensor) -> Tensor:
     return torch.empty_like(state)
 
 
@@ -55,6 +67,34 @@ class FunctionalCache:
         return state, seen.to(new.dtype)
 
 
+class ColumnCache:
+    """The cache of the static engine, for tracing: positions are on the last axis, and all are visible.
+
+    Args:
+        keys: the state, [layers, 1, kv_heads * head_dim, 1, length].
+        values: as the keys.
+        kv_heads: number of key/value heads.
+        step: int32 [1], position of the first new token.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, kv_heads: int, step: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self._heads, self._step = kv_heads, step
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, kv_heads, new, head_dim] -> those of all positions."""
+        self.keys, all_keys = self._one(self.keys, layer, keys)
+        self.values, all_values = self._one(self.values, layer, values)
+        return all_keys, all_values
+
+    def _one(self, state: Tensor, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
+        width = new.shape[1] * new.shape[3]
+        columns = new.transpose(2, 3).reshape(1, width, 1, new.shape[2]).to(state.dtype)
+        state = torch.ops.edkm.column_update(state, columns, layer, self._step)
+        seen = state.narrow(0, layer, 1).reshape(1, self._heads, width // self._heads, state.shape[4])
+        return state, seen.transpose(2, 3).to(new.dtype)
+
+
 def register_cache(converter: Any) -> None:
     """Tell a `TorchConverter` how to update a state."""
     ops = load_authoring().ops
@@ -75,4 +115,13 @@ def register_cache(converter: Any) -> None:
         last = ops.concat(
             0, [ops.constant([layer + 1, shape[1], shape[2]]), position(end), ops.constant([shape[4]])]
         )
+        return ops.slice_update(state, first, last, [1] * 5, ops.expand_dims(new, [0]))
+
+    @converter.register_torch_lowering("edkm::column_update.default")  # type: ignore[untyped-decorator]
+    def lower_columns(values: dict[Any, Any], node: Any, loc: Any) -> Any:
+        state, new, step = (values[node.args[place].name] for place in (0, 1, 3))
+        layer, width = node.args[2], state.type.shape[2]
+        count = ops.slice_(ops.cast(ops.get_shape(new), dtype=np.int32), [3], [4], [1])
+        first = ops.concat(0, [ops.constant([layer, 0, 0, 0]), step])
+        last = ops.concat(0, [ops.constant([layer + 1, 1, width, 1]), ops.broadcasting_add(step, count)])
         return ops.slice_update(state, first, last, [1] * 5, ops.expand_dims(new, [0]))

@@ -59,6 +59,9 @@ def convert(
                     entrypoint_name=function.name,
                 )
             program = converter.to_coreai()
+            for function in functions:
+                if function.static_shapes is not None:
+                    program.set_static_shape_config(function.name, function.static_shapes)
     except (ValueError, RuntimeError, NotImplementedError, TypeError, KeyError) as error:
         check_interrupt()  # the converter may have made this error out of it
         raise ConversionError(f"{source}: coreai-torch cannot convert this model: {error}") from error

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from converters.coreai.backend import load_converter
-from converters.coreai.format import INTERFACES, MAIN, Interface
+from converters.coreai.format import (
+    EXTEND,
+    INTERFACES,
+    LOAD_EMBEDDINGS,
+    MAIN,
+    PROMPT,
+    QUERY_LENGTHS,
+    SHORTEST_CONTEXT,
+    Interface,
+    context_ladder,
+    gather_name,
+    step_name,
+)
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import empty_decoder
 from edkm_export.decoder.config import DecoderConfig
@@ -18,12 +29,9 @@ from edkm_export.errors import ConversionError
 from edkm_export.packing import packed_size_bytes
 from edkm_export.palette import PalettizedTensor
 
-__all__ = ["PREFILL_LENGTHS", "CoreAIPlan", "context_ladder", "plan_coreai"]
+__all__ = ["CoreAIPlan", "plan_coreai"]
 
-PREFILL_LENGTHS = (8, 16, 64)
-"""Tokens of one call of the static engine, as apple/coreai-models exports them."""
-
-_SHORTEST_CONTEXT = 256  # of the static engine's caches, which double from here
+_STATIC_CONTEXT = 1024  # unless told otherwise: longer caches are reported to go wrong on iOS, see `lint`
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,15 @@ class CoreAIPlan:
     @property
     def function_names(self) -> tuple[str, ...]:
         """Functions of the program."""
-        return (MAIN,)
+        if self.interface == "dynamic":
+            return (MAIN,)
+        steps = [
+            step_name(function, length, tokens)
+            for function in (EXTEND, PROMPT)
+            for length in context_ladder(self.context)
+            for tokens in QUERY_LENGTHS
+        ]
+        return (LOAD_EMBEDDINGS, *map(gather_name, QUERY_LENGTHS), *steps)
 
 
 def plan_coreai(
@@ -62,7 +78,7 @@ def plan_coreai(
     Args:
         checkpoint: what to export.
         interface: "dynamic" or "neural-engine".
-        context: positions that the tables hold; None: all of the model, and for "neural-engine" at most 4,096.
+        context: positions that the tables hold; None: all of the model, and for "neural-engine" 1,024.
         pad_3bit: hold 3-bit indices in 4 bits.
 
     Raises:
@@ -98,32 +114,28 @@ def plan_coreai(
     )
 
 
-def context_ladder(context: int) -> Iterator[int]:
-    """Cache lengths of the static engine's functions."""
-    length = _SHORTEST_CONTEXT
-    while length <= context:
-        yield length
-        length *= 2
-
-
 def _static_context(source: str, config: DecoderConfig, asked: int | None) -> int:
-    most = config.max_positions
-    length = min(most, 4096) if asked is None else asked
-    ladder = list(context_ladder(min(most, length)))
-    if asked is None and ladder:
-        return ladder[-1]
-    if length not in ladder:
-        lengths = [str(each) for each in context_ladder(most)]
-        known = (
-            ", ".join(lengths)
-            if lengths
-            else "none: the model has too few positions; use --interface dynamic"
-        )
+    """A length that the static engine's caches can have.
+
+    The engine takes the largest dimension of `key_cache` for its length, so that no other may be larger.
+    """
+    width = config.num_kv_heads * config.head_dim
+    known = [
+        length for length in context_ladder(config.max_positions) if length >= max(width, config.num_layers)
+    ]
+    if not known:
         raise ConversionError(
-            f"{source}: --context-length {length} cannot be held by the static engine, whose caches double from "
-            f"{_SHORTEST_CONTEXT}; this model can have {known}."
+            f"{source}: the static engine needs a cache of {max(width, SHORTEST_CONTEXT)} positions or more, and the "
+            f"model has {config.max_positions}; use --interface dynamic."
         )
-    return length
+    if asked is None:
+        return max((length for length in known if length <= _STATIC_CONTEXT), default=known[0])
+    if asked not in known:
+        raise ConversionError(
+            f"{source}: --context-length {asked} is no length that the static engine's caches can have; use one of "
+            f"{', '.join(map(str, known))}."
+        )
+    return asked
 
 
 def _stored_size(tensor: PalettizedTensor, pad_3bit: bool) -> int:

@@ -22,6 +22,8 @@ class TracedFunction:
         inputs: names of the inputs.
         states: names of the states, which the module updates in place.
         outputs: names of the results.
+        static_shapes: {label: {input or state: shape}}; the function is replaced by one for each label, whose name it
+            ends with. None: it stays as it is.
     """
 
     name: str
@@ -31,3 +33,4 @@ class TracedFunction:
     inputs: tuple[str, ...]
     states: tuple[str, ...]
     outputs: tuple[str, ...]
+    static_shapes: dict[str, dict[str, tuple[int, ...]]] | None = None
