@@ -36,7 +36,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.lut_grid",
         "edkm_export.palette",
     ),
-    ("edkm_export.checkpoint", "edkm_export.recipe", "edkm_export.clustering"),
+    (
+        "edkm_export.checkpoint",
+        "edkm_export.recipe",
+        "edkm_export.clustering",
+        "edkm_export.finalized_palettes",
+    ),
     ("edkm_export.reference", "edkm_export.decoder"),
     ("edkm_export.artifact", "edkm_export.calibration", "edkm_export.palettization", "edkm_export.importing"),
     ("edkm_export.training", "converters", "edkm_export.verify"),
@@ -73,6 +78,7 @@ PALETTIZED = "edkm_export.training.palettized"
 # each needs a back end that may not be installed
 OPTIONAL = (
     "coreai",
+    "coreai_opt",
     "coreai_torch",
     "coremltools",
     "onnx",

@@ -37,6 +37,14 @@ class RunningModel:
             raise PackageError(f"{asset.path}: {error}") from error
         self.asset, self._deadline_s = asset, deadline_s
 
+    def close(self) -> None:
+        """End all processes and remove what they left; without, that happens with this object."""
+        for name in ("exact", "twin"):
+            if name in self.__dict__:
+                self.__dict__[name].close()
+        if "_folder" in self.__dict__:
+            self._folder.cleanup()
+
     @property
     def name(self) -> str:
         """For messages."""

@@ -57,6 +57,11 @@ class AppleRuntime:
         self._child = Child(name, deadline_s)
         self._child.ask({"do": "load", "path": str(path)})
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._child.pid
+
     def close(self) -> None:
         """End the process."""
         self._child.close()
@@ -173,6 +178,11 @@ class Child:
             start_new_session=True,  # an interrupt reaches it through us
         )
         self._end = weakref.finalize(self, _end, self._process, self._folder)
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     def close(self) -> None:
         """End the process."""

@@ -37,8 +37,7 @@ _FORBIDDEN = -40000.0  # what the engine writes into its mask
 class StaticSession:
     """The functions of the static engine with their cache.
 
-    A call begins at a multiple of its number of tokens, so that some tokens are fed again; all calls give logits here,
-    `prompt_opt` is left out.
+    A call begins at a multiple of its number of tokens, so that some tokens are fed again.
 
     Args:
         model: what is run.
@@ -46,6 +45,7 @@ class StaticSession:
 
     Attributes:
         context: most positions that it can hold.
+        step: function that is called, `extend`; with `prompt_opt`, which only fills the cache, logits are NaN.
 
     Raises:
         PackageError: the runtime refuses the file.
@@ -54,6 +54,7 @@ class StaticSession:
 
     def __init__(self, model: RunningModel, *, exact: bool = False) -> None:
         told = model.asset.description
+        self.step = EXTEND
         self.context, self._vocab_size = told.context, told.vocab_size
         self._name, self._ladder = model.name, context_ladder(told.context)
         self._functions = model.asset.program.public
@@ -109,6 +110,8 @@ class StaticSession:
             IN_STEP: np.array([begin], np.int32),
             CAUSAL_MASK: mask,
         }
-        name = step_name(EXTEND, self._length, count)
+        name = step_name(self.step, self._length, count)
         logits = self._runtime.call(name, inputs, states={state: state for state in _STATES})[STATIC_LOGITS]
+        if self.step != EXTEND:
+            return torch.full((count, self._vocab_size), torch.nan)
         return torch.from_numpy(logits[0, 0].astype(np.float32))
