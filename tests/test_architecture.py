@@ -56,6 +56,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.recipe",
         "edkm_export.weight_storage",
         "edkm_export.clustering",
+        "edkm_export.finalized_palettes",
     ),
     ("edkm_export.reference", "edkm_export.decoder"),
     ("edkm_export.artifact", "edkm_export.calibration", "edkm_export.palettization", "edkm_export.importing"),
@@ -77,10 +78,16 @@ NEVER: dict[tuple[str, str], str] = {
     ("converters", "edkm_export.training"): "an export needs a checkpoint, not a run",
     ("converters.coreml.read", "converters.coreml.write"): "what is on disk is checked",
     ("converters.onnx.read", "converters.onnx.write"): "what is on disk is checked",
+    ("converters.coreai.read", "converters.coreai.write"): "what is on disk is checked",
     ("converters.coreml.read", "edkm_export.decoder"): "what is on disk is checked",
     ("converters.onnx.read", "edkm_export.decoder"): "what is on disk is checked",
+    ("converters.coreai.read", "edkm_export.decoder"): "what is on disk is checked",
     ("converters.coreml", "converters.onnx"): "a format can be changed alone",
     ("converters.onnx", "converters.coreml"): "a format can be changed alone",
+    ("converters.coreai", "converters.coreml"): "a format can be changed alone",
+    ("converters.coreai", "converters.onnx"): "a format can be changed alone",
+    ("converters.coreml", "converters.coreai"): "a format can be changed alone",
+    ("converters.onnx", "converters.coreai"): "a format can be changed alone",
     ("edkm_export.training", "converters"): "training runs where no converter is installed",
     ("edkm_export.artifact", "converters"): "any format can take part",
 }
@@ -88,7 +95,19 @@ NEVER: dict[tuple[str, str], str] = {
 # palettized modules serve alone ("the paper's method on other layers"): nothing of the training run
 PALETTIZED = "edkm_export.training.palettized"
 # each needs a back end that may not be installed
-OPTIONAL = ("coremltools", "onnx", "onnxruntime", "gguf", "matplotlib", "lm_eval", "peft", "triton")
+OPTIONAL = (
+    "coreai",
+    "coreai_opt",
+    "coreai_torch",
+    "coremltools",
+    "onnx",
+    "onnxruntime",
+    "gguf",
+    "matplotlib",
+    "lm_eval",
+    "peft",
+    "triton",
+)
 
 
 def sources() -> dict[str, Path]:
@@ -228,6 +247,8 @@ def test_base_names_are_told_apart():
         "edkm_export",
         "converters.coreml",
         "converters.onnx",
+        "converters.coreai",
+        "converters.coreai.read.asset",
         "edkm_export.training.run",
         "edkm_export.training.palettized.modules",
         "edkm_export.cli.main",

@@ -31,20 +31,31 @@ def find_artifact(path: str | Path) -> Path:
     Raises:
         PackageError: there is none, or more than one.
     """
+    from converters.coreai.read.folder import find_asset, is_coreai
     from converters.coreml.read.folder import find_package
     from converters.onnx.read.folder import is_onnx
 
-    return Path(path) if is_onnx(path) else find_package(path)
+    path = Path(path)
+    if is_coreai(path):
+        return find_asset(path)
+    return path if is_onnx(path) else find_package(path)
 
 
 def open_artifact(path: str | Path) -> Artifact:
     """Open what `find_artifact` found, for the verifier."""
     from converters.onnx.read.folder import is_onnx
 
+    path = Path(path)
     if is_onnx(path):
         from converters.onnx.read.artifact import open_artifact as open_onnx
 
         return open_onnx(path)
+    from converters.coreai.read.folder import is_coreai
+
+    if is_coreai(path):
+        from converters.coreai.read.artifact import open_artifact as open_coreai
+
+        return open_coreai(path)
     from converters.coreml.read.artifact import open_artifact as open_coreml
 
     return open_coreml(path)
@@ -58,10 +69,18 @@ def open_session(path: str | Path) -> tuple[Session, Path]:
     """
     from converters.onnx.read.folder import OnnxFolder, is_onnx
 
+    path = Path(path)
     if is_onnx(path):
         from converters.onnx.read.session import OnnxSession
 
         return OnnxSession.open(path), OnnxFolder.find(path).root
+    from converters.coreai.read.folder import find_asset, is_coreai, tokenizer_folder
+
+    if is_coreai(path):
+        from converters.coreai.read.session import open_session as open_coreai
+
+        asset = find_asset(path)
+        return open_coreai(asset), tokenizer_folder(asset)
     from converters.coreml.read.folder import find_package
     from converters.coreml.read.session import CoreMLSession
 
@@ -77,11 +96,22 @@ def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact) -> int | No
     Returns:
         None for a damaged artifact, and when the checkpoint cannot be exported in this form: other rungs say why.
     """
+    from converters.coreai.read.artifact import CoreAIArtifact
     from converters.coreml.read.artifact import CoreMLArtifact
     from converters.onnx.read.artifact import OnnxArtifact
     from edkm_export.errors import EdkmExportError
 
     try:
+        if isinstance(artifact, CoreAIArtifact):
+            from converters.coreai.write.export_plan import plan_coreai
+
+            told = artifact.description
+            return plan_coreai(
+                checkpoint,
+                interface=told.interface,
+                context=told.context,
+                pad_3bit=artifact.pads_3bit,
+            ).weights_size_bytes
         if isinstance(artifact, CoreMLArtifact):
             from converters.coreml.write.export_plan import plan_export
 

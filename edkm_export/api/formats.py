@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
+    from converters.coreai.write.export_plan import CoreAIPlan
     from converters.coreml.write.export_plan import ExportPlan
     from converters.onnx.write.export_plan import OnnxPlan
     from edkm_export.checkpoint import Checkpoint
     from edkm_export.model_card import FormatCard
     from edkm_export.verify.report import Report
 
-__all__ = ["CoreMLFormat", "Format", "OnnxFormat", "Plan", "write_folder"]
+__all__ = ["CoreAIFormat", "CoreMLFormat", "Format", "OnnxFormat", "Plan", "write_folder"]
 
 _Plan = TypeVar("_Plan", bound="Plan")
 
@@ -113,6 +114,36 @@ class OnnxFormat:
         from converters.onnx.write.card import onnx_card
 
         return onnx_card(checkpoint, plan)
+
+
+@dataclass(frozen=True)
+class CoreAIFormat:
+    """A Core AI model and its folder; the attributes are the options of `edkm-export coreai`."""
+
+    interface: str = "dynamic"
+    context_length: int | None = None
+    pad_3bit: bool = False
+
+    def plan(self, checkpoint: Checkpoint) -> CoreAIPlan:
+        """See `Format`."""
+        from converters.coreai.write.export_plan import plan_coreai
+
+        return plan_coreai(
+            checkpoint, interface=self.interface, context=self.context_length, pad_3bit=self.pad_3bit
+        )
+
+    def write(self, checkpoint: Checkpoint, plan: CoreAIPlan, folder: Path, name: str) -> Path:
+        """See `Format`."""
+        from converters.coreai.write.bundle import write_bundle
+
+        return write_bundle(checkpoint, plan, folder, name)
+
+    def card(self, checkpoint: Checkpoint, plan: CoreAIPlan, name: str) -> FormatCard:
+        """See `Format`."""
+        from converters.coreai.write.card import coreai_card
+        from converters.coreai.write.lint import lint
+
+        return coreai_card(checkpoint, plan, name, lint(checkpoint, plan))
 
 
 def write_folder(

@@ -5,7 +5,7 @@ A format takes part in the ladder by a class with the members of `Artifact`; the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
 from edkm_export.token_ids import Ids
 
-__all__ = ["Artifact", "DamagedArtifact", "Session", "Traceable"]
+__all__ = ["Artifact", "DamagedArtifact", "Decoding", "Session", "Traceable"]
 
 
 class Session(Protocol):
@@ -116,6 +116,29 @@ class Traceable(Protocol):
             tokens: int64 [positions].
             observe: called with the name of the operation and its output, in order; must not keep the tensor.
             cached: so many tokens are fed first, unobserved; 0 when the interface has no cache.
+
+        Raises:
+            PackageError: the artifact is at fault.
+        """
+        ...
+
+
+@runtime_checkable
+class Decoding(Protocol):
+    """An artifact whose palettes a program that is not ours can decode."""
+
+    @property
+    def decoder_name(self) -> str:
+        """That program, for people."""
+        ...
+
+    @property
+    def decoder_missing(self) -> str:
+        """Why it cannot be asked here; empty when it can."""
+        ...
+
+    def decoded_elsewhere(self) -> Iterator[tuple[str, Tensor]]:
+        """Each palettized parameter: name, dense weight float16 as that program decodes it from the bytes on disk.
 
         Raises:
             PackageError: the artifact is at fault.

@@ -26,6 +26,7 @@ _COMMANDS = {
     "import": "Make a checkpoint of a model that another tool palettized.",
     "coreml": "Convert a palettized checkpoint to Core ML and verify the result.",
     "onnx": "Convert a palettized checkpoint to ONNX and verify the result.",
+    "coreai": "Convert a palettized checkpoint to Core AI and verify the result.",
     "verify": "Check that a package computes what its checkpoint does.",
     "push": "Upload an exported model, with its card and report, to a hub.",
     "compare": "Put several checkpoints and artifacts side by side.",

@@ -33,7 +33,7 @@ def command(
 ) -> None:
     """Compare what OUT computes with the PyTorch model of MODEL.PT.
 
-    OUT is the folder that `edkm-export coreml` or `edkm-export onnx` made, or the model in it. It knows its MODEL.PT by
+    OUT is the folder that `edkm-export coreml`, `onnx` or `coreai` made, or the model in it. It knows its MODEL.PT by
     the sha256: without it, the file is looked for near OUT and in the working folder.
 
     Two verdicts come of it: faithful export, whether OUT computes the model that was trained or palettized, and
