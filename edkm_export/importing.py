@@ -29,6 +29,7 @@ from edkm_export.reference.source import (
     load_config,
     load_tokenizer,
     read_generation_settings,
+    read_origin,
 )
 from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.versions import library_versions
@@ -55,12 +56,13 @@ class Imported:
     dense: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict, `torch.save`d or safetensors; no code of the file is run.
 
     Raises:
         CheckpointError: missing, damaged, or more than a dict of tensors.
     """
+    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file.")
     try:
@@ -274,7 +276,7 @@ def _built(
     )
 
 
-def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[str]) -> Checkpoint:
+def as_checkpoint(imported: Imported, model: Source, file: str | Path, command: list[str]) -> Checkpoint:
     """Complete what was imported with the configuration and tokenizer of the model that was palettized.
 
     Args:
@@ -288,6 +290,7 @@ def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[s
         CheckpointError: the parameters are not those of the model.
         ConversionError: its family is not supported.
     """
+    file = Path(file)
     import accelerate
     import transformers
 
@@ -317,6 +320,7 @@ def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[s
             "command": command,
             "seed": None,
             "base_model": {"reference": model.place},
+            "origin": read_origin(model).provenance(),
         },
         path=file,
     )

@@ -191,7 +191,7 @@ def _sampling(temperature: float | None, top_p: float | None, seed: int | None) 
 
 def _open(path: Path) -> _Opened:
     """A session for whatever lies at `path`."""
-    from edkm_export.cli.artifacts import is_artifact, open_session
+    from edkm_export.api.artifacts import is_artifact, open_session
 
     return _with_tokenizer(*open_session(path)) if is_artifact(path) else _checkpoint(path)
 

@@ -101,9 +101,9 @@ def command(
     text = None if calibration is None else read_text(calibration)
 
     from edkm_export import checkpoint
+    from edkm_export.api.originals import read_evaluation_text
     from edkm_export.calibration import CalibrationText, check_vocabulary, input_energy
     from edkm_export.cli.console import bar, err, megabytes, out
-    from edkm_export.cli.verification import read_evaluation_text
     from edkm_export.command_line import command_line
     from edkm_export.decoder.build import decoder_config
     from edkm_export.loss_estimate import ESTIMATE_CONTEXT, Predictions, estimate_tokens
@@ -147,13 +147,7 @@ def command(
         if held_out is not None:
             held_out = in_windows(held_out, min(ESTIMATE_CONTEXT, longest))
             check_vocabulary(known, held_out)
-        count = sources.value_count(source)
-    if count is None:
-        with err.status(f"loading {model}"):
-            loaded = sources.load_model(source)
-    else:
-        with bar(f"reading {Path(model).name}", count) as advance:
-            loaded = sources.load_model(source, advance=advance)
+    loaded = sources.load_model(source)
 
     energy = predictions = found = None
     provenance: dict[str, Any] = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edkm_export.errors import InputError
 from edkm_export.reference.account import Account
 from edkm_export.reference.config_fields import ConfigFields, sort_fields
-from edkm_export.reference.origin import folder_origin
+from edkm_export.reference.origin import Origin, folder_origin
 from edkm_export.reference.placement import CONSTANTS, Placement
 from edkm_export.reference.quantized_weights import check_quantized, finer_scales, loading_arguments
 from edkm_export.reference.stored_tensors import StoredTensors, read_stored
@@ -84,7 +84,7 @@ class HfFolder:
             without_effect=without_effect,
             not_understood=refused,
             remarks=tuple(remarks),
-            origin=folder_origin(self.path, config),
+            origin=self.origin(),
         )
 
     def config(self, *, weights: bool = True) -> Any:
@@ -128,7 +128,6 @@ class HfFolder:
         arguments = {
             "config": config,
             "dtype": dtype or _stored_dtype(stored),
-            "trust_remote_code": False,
             "use_safetensors": True,
             "output_loading_info": True,
             "ignore_mismatched_sizes": True,
@@ -139,11 +138,15 @@ class HfFolder:
             if finer:
                 with stored.slices() as slices:
                     model, found = type(self._skeleton(config)).from_pretrained(
-                        None, state_dict={**slices, **finer}, **arguments
+                        None, trust_remote_code=False, state_dict={**slices, **finer}, **arguments
                     )
-                model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+                model.generation_config = transformers.GenerationConfig.from_pretrained(
+                    folder, trust_remote_code=False
+                )
             else:
-                model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, **arguments)
+                model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                    folder, trust_remote_code=False, **arguments
+                )
         _check_loaded(self.reference, found)
         model.config._name_or_path = ""  # a temporary folder
         if "quantization_config" in raw:
@@ -167,6 +170,10 @@ class HfFolder:
     def has_tokenizer(self) -> bool:
         """Whether there is a file of a tokenizer."""
         return any((self.path / name).is_file() for name in _TOKENIZERS)
+
+    def origin(self) -> Origin:
+        """Licence and hub id, as far as its files name them."""
+        return folder_origin(self.path, self._read_config())
 
     def generation_settings(self) -> dict[str, Any] | None:
         """Contents of generation_config.json; None without one.

@@ -131,12 +131,13 @@ def compare_with_runtime(
     return divergence([(expected, logits[0])]), rounded
 
 
-def source_runtime_rung(found: Divergence | str | None, *, rounded: bool) -> Rung:
+def source_runtime_rung(found: Divergence | str | None, *, rounded: bool, missing: str = "") -> Rung:
     """The original against llama.cpp.
 
     Args:
         found: from `compare_with_runtime`.
         rounded: whether activations were rounded, from there too.
+        missing: why it was not tried, where that is not for want of llama.cpp.
     """
     threshold = SOURCE_RUNTIME[rounded]
     names: dict[str, Any] = {
@@ -147,7 +148,10 @@ def source_runtime_rung(found: Divergence | str | None, *, rounded: bool) -> Run
         "why": threshold.why,
     }
     if found is None:
-        detail = f"llama.cpp is not installed, or the original was not run; to install it: {llamacpp.INSTALL}"
+        detail = (
+            missing
+            or f"llama.cpp is not installed, or the original was not run; to install it: {llamacpp.INSTALL}"
+        )
         return Rung(**names, verdict=Verdict.NOT_RUN, detail=detail)
     if isinstance(found, str):
         return Rung(**names, verdict=Verdict.FAIL, detail=found)
