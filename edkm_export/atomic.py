@@ -24,7 +24,7 @@ MARKER = "metadata.json"
 GENERATOR = "edkm-export"
 
 
-def check_output(path: Path, *, overwrite: bool, folder: bool = False) -> None:
+def check_output(path: str | Path, *, overwrite: bool, folder: bool = False) -> None:
     """Refuse, before the long work, an output that could not be written at its end.
 
     Args:
@@ -37,6 +37,7 @@ def check_output(path: Path, *, overwrite: bool, folder: bool = False) -> None:
             ours to replace.
         InputError: the folder that is to hold it does not exist or cannot be written.
     """
+    path = Path(path)
     if path.exists() or path.is_symlink():
         if path.is_dir() and not folder:
             raise OutputExistsError(f"{path} is a folder, not a file; choose another -o.")
@@ -67,7 +68,9 @@ def _is_ours(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, *, overwrite: bool = False, needed_bytes: int | None = None) -> Iterator[Path]:
+def atomic_file(
+    path: str | Path, *, overwrite: bool = False, needed_bytes: int | None = None
+) -> Iterator[Path]:
     """Yield a temporary path beside `path`; flush it to disk and rename it on success, remove it on any error.
 
     Args:
@@ -81,6 +84,7 @@ def atomic_file(path: Path, *, overwrite: bool = False, needed_bytes: int | None
         InputError: see `check_output`.
         DiskFullError: there is no space for it.
     """
+    path = Path(path)
     check_output(path, overwrite=overwrite)
     # In a folder of its own, so that the file has its final name: torch writes the name into the archive.
     with _full_disk(path, needed_bytes), claimed(path) as folder:
@@ -97,12 +101,15 @@ def atomic_file(path: Path, *, overwrite: bool = False, needed_bytes: int | None
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False, needed_bytes: int | None = None) -> Iterator[Path]:
+def atomic_folder(
+    path: str | Path, *, overwrite: bool = False, needed_bytes: int | None = None
+) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it on success, remove it on any error.
 
     The one that is replaced stays in place until the new one is complete. Arguments and errors are those of
     `atomic_file`.
     """
+    path = Path(path)
     check_output(path, overwrite=overwrite, folder=True)
     with _full_disk(path, needed_bytes), claimed(path) as temporary:
         retired: Path | None = None

@@ -36,6 +36,7 @@ from edkm_export.command_line import command_line
 from edkm_export.errors import CheckpointError, PaletteError
 from edkm_export.local_paths import nearby, without_folders
 from edkm_export.palette import PalettizedTensor, all_finite
+from edkm_export.quantities import bit_range, short_count, short_size
 from edkm_export.unfinished import unfinished_run
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "Checkpoint", "load", "save"]
@@ -70,6 +71,27 @@ class Checkpoint:
     recipe: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+
+    def __repr__(self) -> str:
+        """One line: family, parameters, what is palettized, size."""
+        parts = [f"{short_count(self.numel)} parameters"]
+        if family := self.config.get("model_type"):
+            parts.insert(0, str(family))
+        if self.palettized:
+            bits = bit_range(tensor.n_bits for tensor in self.palettized.values())
+            parts.append(f"{len(self.palettized)} palettized at {bits}")
+        else:
+            parts.append("none palettized")
+        return f"Checkpoint({', '.join([*parts, short_size(self.size_bytes)])})"
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write it, whole or not at all; see the function `save`.
+
+        Raises:
+            OutputExistsError: `path` exists and `overwrite` is false.
+            OSError: the disk is full or not writable; no partial file is left.
+        """
+        save(self, path, overwrite=overwrite)
 
     @property
     def size_bytes(self) -> int:

@@ -47,7 +47,7 @@ class CheckpointRecord:
         Args:
             exported: the folder, or the model in it.
         """
-        inside = exported.suffix in (".mlpackage", ".onnx")
+        inside = exported.suffix in (".aimodel", ".mlpackage", ".onnx")
         folders = (exported.absolute().parent, exported.absolute().parent.parent) if inside else (exported,)
         path = next((folder / MARKER for folder in folders if (folder / MARKER).is_file()), None)
         if path is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "DECODE_MEDIANS",
     "DECODE_WHY",
     "EXECUTION",
+    "FLOAT16_TWIN",
     "INT8_ACTIVATIONS",
     "LOCAL_TOLERANCE",
     "DENSE_PERPLEXITY_RATIO",
@@ -24,6 +26,7 @@ __all__ = [
     "ExecutionThreshold",
     "QualityLimit",
     "decode_limit",
+    "float16_chains",
     "quality_limit",
 ]
 
@@ -153,6 +156,39 @@ INT8_ACTIVATIONS = ExecutionThreshold(
     "median of 0.007 nats and 6% of the top tokens. Whether the graph is right shows without that rounding",
 )
 """For onnxruntime's 8-bit products, which the ONNX profile `fast` uses."""
+
+FLOAT16_TWIN = ExecutionThreshold(
+    "float16, matrix products in float32",
+    0.99,
+    1e-4,
+    "every operation is Apple's and rounds to float16, except that weights are decoded once, which is compared bit for "
+    "bit on a rung of its own, and that matrix products are computed in float32 and rounded once, as hardware does",
+)
+"""For Apple's Core AI runtime for Linux on the twin of a file; SmolLM2-135M at 4 bits: 2e-5."""
+
+
+def float16_chains(lengths: Iterable[int]) -> ExecutionThreshold:
+    """For Apple's Core AI runtime for Linux on a file itself, which adds products one after another in float16.
+
+    Each addition rounds by up to 2**-11 of the partial sum, so that a sum of K random terms is off by a share of about
+    2**-11 * sqrt(K / 3). The shares of all products of a token add up in squares, to e**2; logits that are spread with
+    a standard deviation of s are then off by e * s, which costs e**2 * s**2 / 2 nats.
+
+    Args:
+        lengths: K of each product on the way from a token to its logits.
+    """
+    spread = 8.0  # of logits; 3 to 8 in the models that we measured
+    squares = sum(2.0**-22 * length / 3 for length in lengths)
+    return ExecutionThreshold(
+        "float16, sums of products too",
+        0.5,
+        squares * spread**2 / 2,
+        "the file as it is, at a few positions. This runtime adds the products of a matrix product one after another "
+        "in float16, which no device does: a sum of K terms loses about 2**-11 * sqrt(K / 3) of itself, and the limit "
+        "is what all of them together do to logits. The rung shows that the file runs and means the same; how exact "
+        "the program is, the twin shows",
+    )
+
 
 SOURCE_RUNTIME = {
     False: EXECUTION["rounded"].because(

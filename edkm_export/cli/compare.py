@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
-from edkm_export.cli.artifacts import find_artifact, open_artifact
+from edkm_export.api.artifacts import find_artifact, open_artifact
+from edkm_export.api.originals import check_length, find_original, read_evaluation_text
 from edkm_export.cli.parameter_types import ARTIFACT, find_named_original, original_options
-from edkm_export.cli.verification import check_length, find_original, minutes_option, read_evaluation_text
+from edkm_export.cli.verification import minutes_option
 
 __all__ = ["command"]
 

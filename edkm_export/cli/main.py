@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib
 import os
 import sys
@@ -24,11 +26,13 @@ _COMMANDS = {
     "import": "Make a checkpoint of a model that another tool palettized.",
     "coreml": "Convert a palettized checkpoint to Core ML and verify the result.",
     "onnx": "Convert a palettized checkpoint to ONNX and verify the result.",
+    "coreai": "Convert a palettized checkpoint to Core AI and verify the result.",
     "verify": "Check that a package computes what its checkpoint does.",
     "push": "Upload an exported model, with its card and report, to a hub.",
     "compare": "Put several checkpoints and artifacts side by side.",
     "generate": "Let a checkpoint or an exported model write text.",
     "inspect": "Show what is inside a source, a checkpoint or an exported model.",
+    "run": "Run any Core ML package on arrays or images.",
     "doctor": "Show what this machine can do, and what a model would take on it.",
 }
 
@@ -87,6 +91,9 @@ def main() -> NoReturn:
 
     Exit status: 0 success, 1 verification failed, 2 a mistake that the user can mend, 70 one of ours, 130 interrupted.
     """
+    atexit.register(
+        gc.freeze
+    )  # else Python looks through all that torch has imported before it ends: a second
     try:
         with watching_signals():
             try:

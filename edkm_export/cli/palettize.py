@@ -101,9 +101,9 @@ def command(
     text = None if calibration is None else read_text(calibration)
 
     from edkm_export import checkpoint
+    from edkm_export.api.originals import read_evaluation_text
     from edkm_export.calibration import CalibrationText, check_vocabulary, input_energy
     from edkm_export.cli.console import bar, err, megabytes, out
-    from edkm_export.cli.verification import read_evaluation_text
     from edkm_export.command_line import command_line
     from edkm_export.decoder.build import decoder_config
     from edkm_export.loss_estimate import ESTIMATE_CONTEXT, Predictions, estimate_tokens

@@ -193,12 +193,10 @@ def command(
     if config_file is not None:
         changes |= load_config_file(config_file)
     changes |= {name: value for name, value in settings.items() if value is not None}
-    if recipe is not None and "target_bits" not in changes:
-        changes["target_bits"] = None
-    if settings["bits"] is not None and settings["target_bits"] is None:
-        changes["target_bits"] = None
+    if recipe is not None or "bits" in changes:
+        changes.setdefault("target_bits", None)  # the preset's own belongs to its bits
     config = PRESETS[preset].updated(changes)
-    if settings["target_bits"] is not None and settings["bits"] is None and recipe is None:
+    if config.target_bits is not None and config.strict_target and "bits" not in changes and recipe is None:
         config = _widest(source, config)
     rules = None if recipe is None else load_recipe(recipe)
     accounted = account(source)

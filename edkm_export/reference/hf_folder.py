@@ -140,7 +140,9 @@ class HfFolder:
                     model, found = type(self._skeleton(config)).from_pretrained(
                         None, trust_remote_code=False, state_dict={**slices, **finer}, **arguments
                     )
-                model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+                model.generation_config = transformers.GenerationConfig.from_pretrained(
+                    folder, trust_remote_code=False
+                )
             else:
                 model, found = transformers.AutoModelForCausalLM.from_pretrained(
                     folder, trust_remote_code=False, **arguments

@@ -78,7 +78,7 @@ class Source:
     adapter: Adapter | None = None
 
     @classmethod
-    def parse(cls, reference: str, adapter: str | None = None) -> Source:
+    def parse(cls, reference: str | Path, adapter: str | Path | None = None) -> Source:
         """Tell the forms apart.
 
         Args:
@@ -90,7 +90,7 @@ class Source:
             InputError: nothing is there, it is none of the forms, or it holds an adapter that was not asked for.
         """
         merged = None if adapter is None else Adapter.open(adapter)
-        path = Path(reference)
+        reference, path = str(reference), Path(reference)
         if path.is_file():
             if path.suffix.lower() != ".gguf":
                 made = (

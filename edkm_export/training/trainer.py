@@ -217,7 +217,7 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         except (OSError, RuntimeError) as error:
             if stopped_by_disk(error, path):
                 raise self.failure(f"the checkpoint could not be written: {disk_full(path)}") from error
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and error.errno not in _FULL:
                 raise
             reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
             raise self.failure(

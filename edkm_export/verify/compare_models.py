@@ -74,7 +74,7 @@ class Contestant:
         )
 
     @classmethod
-    def of_artifact(cls, artifact: Artifact, name: str, folder: Path) -> Contestant:
+    def of_artifact(cls, artifact: Artifact, name: str, folder: str | Path) -> Contestant:
         """An artifact, run by its first execution.
 
         Args:
@@ -85,6 +85,7 @@ class Contestant:
         Raises:
             PackageError: it is damaged.
         """
+        folder = Path(folder)
         if isinstance(artifact, DamagedArtifact):
             raise PackageError(artifact.reason)
         execution = artifact.executions[0]

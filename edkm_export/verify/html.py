@@ -21,7 +21,7 @@ from edkm_export.verify.time_budget import WINDOW
 from edkm_export.verify.verdicts import budget_words, faithful_words, quality_words, tally
 from edkm_export.verify.words import GLOSSARY, LADDER, executed_words, readable
 
-__all__ = ["page", "report_page"]
+__all__ = ["notebook_view", "page", "report_page"]
 
 
 def report_page(report: Report) -> str:
@@ -55,6 +55,17 @@ def report_page(report: Report) -> str:
         ranked_by=ranking_words(rows),
         facts=_facts(report.provenance),
         provenance=json.dumps(report.provenance, indent=2, sort_keys=True, default=str),
+    )
+
+
+def notebook_view(report: Report) -> str:
+    """One line, and the page below it in a frame, so that its styles stay its own."""
+    return str(
+        Markup(
+            "<div>{}</div><details><summary>report</summary>"
+            '<iframe srcdoc="{}" style="width:100%;height:40em;border:1px solid #888" title="report"></iframe>'
+            "</details>"
+        ).format(repr(report), report_page(report))
     )
 
 

@@ -19,6 +19,7 @@ from edkm_export.local_paths import without_folders
 from edkm_export.reference.soft_model import SoftWeights
 from edkm_export.reference.source import Source
 from edkm_export.text import token_windows
+from edkm_export.token_ids import Ids
 from edkm_export.verify.source_rung import SourceRuntime
 from edkm_export.verify.time_budget import WINDOW
 from edkm_export.versions import library_versions
@@ -45,7 +46,7 @@ class VerificationInputs:
     """What an artifact is verified with.
 
     Attributes:
-        text: evaluation text.
+        text: evaluation text, or its token ids.
         text_name: what to call it in the report.
         tokens: tokens of it to use.
         original: the float model; None: its rung is not run.
@@ -64,7 +65,7 @@ class VerificationInputs:
         command: words of the command that asks for it, for the provenance; empty: none, as from Python.
     """
 
-    text: str
+    text: str | Ids
     text_name: str
     tokens: int = 1024
     original: Source | None = None

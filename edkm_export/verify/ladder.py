@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edkm_export.artifact.execution import AT_FAULT, Execution
 from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
-from edkm_export.artifact.protocol import Artifact
+from edkm_export.artifact.protocol import Artifact, Decoding
 from edkm_export.artifact.thresholds import EXECUTION, NEAR_TIE_NATS, ROUNDED_TIE_NATS, decode_limit
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
@@ -26,6 +26,7 @@ from edkm_export.verify.continuation import (
     prefill_against_decode,
     side_by_side,
 )
+from edkm_export.verify.foreign_decoding import compare_decoding
 from edkm_export.verify.inputs import (
     VerificationInputs,
     evaluation_windows,
@@ -62,7 +63,8 @@ Advance = Callable[[str], None]
 
 def count_stages(artifact: Artifact, evaluation: VerificationInputs) -> int:
     """How often `verify_artifact` calls `advance`, unless its time is used up before."""
-    return 6 + _executed(artifact) + (evaluation.soft is not None) + evaluation.localize
+    decodes = isinstance(artifact, Decoding)
+    return 6 + _executed(artifact) + decodes + (evaluation.soft is not None) + evaluation.localize
 
 
 def verify_artifact(
@@ -152,6 +154,11 @@ def verify_artifact(
     sizes = measure_sizes(checkpoint, artifact, predicted_size_bytes)
     rungs += [bytes_rung, size_rung(_weights_size(artifact), predicted_size_bytes)]
 
+    if isinstance(artifact, Decoding):
+        begin(f"decoding the weights: {artifact.decoder_name}")
+    if (decoding := compare_decoding(checkpoint, artifact)) is not None:
+        rungs.append(decoding)
+
     for execution in artifact.executions:
         if execution.execute is not None and not budget.is_over:
             begin(f"running: {execution.words}")
@@ -225,6 +232,9 @@ def _execute(
     """The rung, and the perplexity of what was run."""
     if execution.execute is None or budget.is_over:
         return execution_rung(execution, None, budget.spent), None
+    if execution.positions is not None:
+        windows = windows[:1, : execution.positions]
+        hard = [hard[0][: execution.positions]]
     try:
         logits = run_windows(execution.execute, windows, budget.share())
     except AT_FAULT as error:
@@ -233,7 +243,9 @@ def _execute(
     if any(one.shape != reference.shape for one, reference in zip(logits, hard, strict=True)):
         found = f"logits have shape {list(logits[0].shape)}, those of hard PyTorch {list(hard[0].shape)}"
         return execution_rung(execution, f"{found}: it is another model."), None
-    return execution_rung(execution, divergence(zip(hard, logits, strict=True))), _perplexity(logits, windows)
+    distance = divergence(zip(hard, logits, strict=True))
+    few = execution.positions is not None  # of which a perplexity says nothing
+    return execution_rung(execution, distance), None if few else _perplexity(logits, windows)
 
 
 def _decode(artifact: Artifact, windows: Tensor, budget: Budget) -> Rung:
@@ -269,7 +281,8 @@ def _continue(
                 return (), continuation_rung(
                     None, missing or budget.spent, rounded=rounded, executor=executor
                 )
-            ties = ROUNDED_TIE_NATS if rounded else NEAR_TIE_NATS
+            coarse = artifact.executions[0].threshold.median_kl > EXECUTION["float32"].median_kl
+            ties = ROUNDED_TIE_NATS if rounded or coarse else NEAR_TIE_NATS
             found = compare_continuations(
                 artifact, session, model, tokenizer, prompts, count, budget.share(), ties
             )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from edkm_export.artifact.metrics import Number, Perplexity, Record
+from edkm_export.errors import InputError
 from edkm_export.local_paths import without_folders
 from edkm_export.verify.older_reports import upgrade
 
@@ -252,6 +254,47 @@ class Report(Record):
         if not isinstance(given, dict):
             return given
         return _without_local_paths(upgrade(_plain(given), SCHEMA_VERSION))
+
+    def __repr__(self) -> str:
+        """One line: the two verdicts, the artifact, what was run."""
+        passed = sum(rung.verdict is Verdict.PASS for rung in self.rungs)
+        return (
+            f"Report(faithful export {self.faithful_export.value}, quality {self.quality.value}, {self.artifact}, "
+            f"{self.bit_exact_tensors} of {len(self.tensors)} tensors bit-exact, {passed} of {len(self.rungs)} "
+            f"comparisons passed, {len(self.not_run)} not run)"
+        )
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the verdicts in a line, and the whole page in a frame of its own."""
+        from edkm_export.verify.html import notebook_view
+
+        return notebook_view(self)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the export is proved faithful and the quality is not beyond its limit."""
+        return not self.failed
+
+    def write(self, folder: str | Path) -> Path:
+        """Write report.html, report.md and report.json into a folder, which is made if it is not there.
+
+        Returns:
+            Path of report.html.
+
+        Raises:
+            InputError: `folder` is a file.
+        """
+        from edkm_export.verify.write import write_report
+
+        place = Path(folder)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"{folder}: is a file; give a folder.") from error
+        write_report(self, place)
+        return place / "report.html"
 
     @property
     def failed(self) -> bool:

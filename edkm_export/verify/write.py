@@ -18,8 +18,9 @@ __all__ = ["markdown", "quality", "write_report"]
 _WORST = 10
 
 
-def write_report(report: Report, folder: Path) -> None:
+def write_report(report: Report, folder: str | Path) -> None:
     """Write `report.json` (schema in docs/report.md), `report.md` and `report.html` into an existing folder."""
+    folder = Path(folder)
     for name, content in (
         ("report.json", report.model_dump_json(indent=2) + "\n"),
         ("report.md", markdown(report)),

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from edkm_export import checkpoint
+from edkm_export.api.artifacts import predicted_size_bytes as predict
 from edkm_export.artifact.thresholds import PERPLEXITY_RATIO
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.cli.artifacts import predicted_size_bytes as predict
 from edkm_export.errors import CheckpointError, InputError
 from edkm_export.reference.source import Source
 from edkm_export.verify.inputs import VerificationInputs

@@ -16,7 +16,7 @@ __all__ = ["refresh_card", "verification_words"]
 def verification_words(report: Report | None) -> tuple[str, str]:
     """The verdict that decides, and Markdown of both; None: it was not verified."""
     if report is None:
-        return NOT_VERIFIED, f"**{NOT_VERIFIED}**: it was exported with --no-verify."
+        return NOT_VERIFIED, f"**{NOT_VERIFIED}**: it was exported without a verification."
     from edkm_export.verify.write import quality
 
     worst = report.quality if report.faithful_export.is_good and report.failed else report.faithful_export
