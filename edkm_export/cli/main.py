@@ -45,7 +45,10 @@ class _ReaderLeft(Exception):
     """The reader of a pipe, such as head, has left; click would call that a failure."""
 
 
-_MODULES = {"import": "import_"}  # a keyword cannot name a module
+_MODULES = {
+    "import": "import_",
+    "run": "run_package",
+}  # a keyword cannot name a module, and a run is one of training
 
 
 class _LazyGroup(click.Group):
