@@ -199,7 +199,14 @@ def verify_artifact(
         weight_plots=plots,
         faults=faults,
         continuations=side_by_side(texts, continued, tokenizer),
-        time_budget=cuts(budget, rungs, asked, len(prompts), evaluation.localize),
+        time_budget=cuts(
+            budget,
+            rungs,
+            asked,
+            len(prompts),
+            evaluation.localize,
+            {one.id: one.positions for one in artifact.executions if one.positions is not None},
+        ),
         provenance=provenance(checkpoint, evaluation, windows, artifact.path),
     )
 

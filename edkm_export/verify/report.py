@@ -257,7 +257,7 @@ class Report(Record):
 
     def __repr__(self) -> str:
         """One line: the two verdicts, the artifact, what was run."""
-        passed = sum(rung.verdict is Verdict.PASS for rung in self.rungs)
+        passed = sum(rung.verdict.is_good for rung in self.rungs)
         return (
             f"Report(faithful export {self.faithful_export.value}, quality {self.quality.value}, {self.artifact}, "
             f"{self.bit_exact_tensors} of {len(self.tensors)} tensors bit-exact, {passed} of {len(self.rungs)} "

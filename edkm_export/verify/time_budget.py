@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -104,7 +104,12 @@ def run_windows(execute: Execute, windows: Sequence[Tensor] | Tensor, share: Sha
 
 
 def cuts(
-    budget: Budget, rungs: Sequence[Rung], tokens: int, prompts: int, localize: bool
+    budget: Budget,
+    rungs: Sequence[Rung],
+    tokens: int,
+    prompts: int,
+    localize: bool,
+    positions: Mapping[str, int] | None = None,
 ) -> TimeBudget | None:
     """What the budget left out.
 
@@ -114,6 +119,7 @@ def cuts(
         tokens: that each model should have run.
         prompts: that should have been continued.
         localize: whether faults should have been looked for.
+        positions: tokens of those executions, by id, that never run more.
     """
     if budget.minutes is None:
         return None
@@ -122,7 +128,8 @@ def cuts(
         if rung.verdict is Verdict.NOT_RUN:
             found += [f"{rung.candidate}: not run"] if rung.detail == budget.spent else []
             continue
-        done, wanted, unit = rung.measures.get("tokens"), tokens, "tokens"
+        most = (positions or {}).get(rung.id, tokens)
+        done, wanted, unit = rung.measures.get("tokens"), min(tokens, most), "tokens"
         if rung.id == "prefill-decode":
             wanted = min(DECODED, tokens)
         elif rung.id.startswith("continuation"):

@@ -261,15 +261,20 @@ def test_damage_is_found(kind, verify, tiny_export, tmp_path):
         assert f"{NORM} differs" in detail
 
 
-def test_package_of_another_model_is_found(verify, tiny_export, dense_export):
-    status, report = verify(tiny_export.model, dense_export.bundle)
+def alone(package: Path, folder: Path) -> Path:
+    """A copy outside of its folder, which knows the sha256 of its model.pt."""
+    return Path(shutil.copytree(package, folder / "alone" / package.name))
+
+
+def test_package_of_another_model_is_found(verify, tiny_export, dense_export, tmp_path):
+    status, report = verify(tiny_export.model, alone(dense_export.package, tmp_path))
     assert status == 1 and verdicts(report)["bytes"] is Verdict.FAIL
     detail = next(rung.detail for rung in report.rungs if rung.id == "bytes")
     assert detail.startswith("0 of 29") and "model.embed_tokens.weight is dense" in detail
     assert verdicts(report)["size"] is Verdict.FAIL
 
 
-def test_palettes_that_should_not_be_there_are_found(verify, tiny_export, dense_export):
-    status, report = verify(dense_export.model, tiny_export.bundle)
+def test_palettes_that_should_not_be_there_are_found(verify, tiny_export, dense_export, tmp_path):
+    status, report = verify(dense_export.model, alone(tiny_export.package, tmp_path))
     assert status == 1
     assert "should not be palettized" in next(rung.detail for rung in report.rungs if rung.id == "bytes")
