@@ -34,7 +34,7 @@ def test_a_text_that_will_not_do(edkm, small_export, work, monkeypatch, command,
     monkeypatch.setattr(torch.jit, "trace", lambda *_, **__: pytest.fail("nothing must be converted"))
     if early:
         monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("the checkpoint must not be read"))
-    made = [small_export.bundle] if command == "verify" else []
+    made = {"verify": [small_export.bundle], "compare": []}.get(command, ["-o", "out"])
     result = edkm(command, small_export.model, *made, "--text", "text")
     assert result.status == 2 and message in result.message
     assert snapshot(work) == before
