@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edkm_export.claims import claimed
-from edkm_export.disk_space import disk_full, stopped_by_disk
+from edkm_export.disk_space import disk_full, free_bytes, stopped_by_disk
 from edkm_export.errors import InputError, OutputExistsError
 from edkm_export.interrupts import check_interrupt
 
@@ -89,7 +89,7 @@ def atomic_file(
     # In a folder of its own, so that the file has its final name: torch writes the name into the archive.
     with _full_disk(path, needed_bytes), claimed(path) as folder:
         temporary = folder / path.name
-        with _watching_disk(path):
+        with _watching_disk(path, folder):
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -114,7 +114,7 @@ def atomic_folder(
     with _full_disk(path, needed_bytes), claimed(path) as temporary:
         retired: Path | None = None
         try:
-            with _watching_disk(path):
+            with _watching_disk(path, temporary):
                 yield temporary
                 _fsync_tree(temporary)
             temporary.chmod(0o777 & ~_umask())
@@ -159,17 +159,24 @@ def _taken(path: Path) -> OutputExistsError:
 
 
 class _Full(Exception):
-    """The disk is full; found while the half-written output still takes the space."""
+    """The disk is full; found while the half-written output still takes the space, which counts as available."""
+
+    def __init__(self, available_bytes: int | None) -> None:
+        super().__init__()
+        self.available_bytes = available_bytes
 
 
 @contextlib.contextmanager
-def _watching_disk(path: Path) -> Iterator[None]:
+def _watching_disk(path: Path, written: Path) -> Iterator[None]:
+    """Notice a full disk; `written` is the folder that holds what there is of the output."""
     try:
         yield
     except Exception as error:
-        if stopped_by_disk(error, path.absolute().parent):
-            raise _Full from error
-        raise
+        if not stopped_by_disk(error, path.absolute().parent):
+            raise
+        free = free_bytes(path)
+        taken = sum(each.stat().st_size for each in written.rglob("*") if each.is_file())
+        raise _Full(None if free is None else free + taken) from error
 
 
 @contextlib.contextmanager
@@ -178,7 +185,7 @@ def _full_disk(path: Path, needed_bytes: int | None) -> Iterator[None]:
     try:
         yield
     except _Full as error:
-        raise disk_full(path, needed_bytes) from error.__cause__
+        raise disk_full(path, needed_bytes, error.available_bytes) from error.__cause__
 
 
 def _fsync_tree(folder: Path) -> None:

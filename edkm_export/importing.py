@@ -29,6 +29,7 @@ from edkm_export.reference.source import (
     load_config,
     load_tokenizer,
     read_generation_settings,
+    read_origin,
 )
 from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.versions import library_versions
@@ -319,6 +320,7 @@ def as_checkpoint(imported: Imported, model: Source, file: str | Path, command: 
             "command": command,
             "seed": None,
             "base_model": {"reference": model.place},
+            "origin": read_origin(model).provenance(),
         },
         path=file,
     )

@@ -52,19 +52,19 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def check_text(path: Path, *, least_characters: int = 1) -> None:
+def check_text(path: Path | None, *, least_characters: int = LEAST_TOKENS) -> None:
     """Refuse a file that cannot be a text, from its first bytes, before anything is loaded.
 
     Pipes are left for `read_text`: what is read from them is gone.
 
     Args:
-        path: of the file.
+        path: of the file; None: there is nothing to check.
         least_characters: that it has to have; a token takes one or more.
 
     Raises:
         InputError: missing, a folder, unreadable, empty, not UTF-8, or too short.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
         return
     try:
         with path.open("rb") as file:

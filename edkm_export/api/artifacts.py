@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,21 +52,26 @@ def checkpoint_and_artifact(paths: tuple[Path, ...]) -> tuple[Path, Path]:
         PackageError: the exported model is missing.
     """
     from edkm_export.checkpoint_record import CheckpointRecord
-    from edkm_export.errors import InputError, PackageError
+    from edkm_export.cli.parameter_types import CHECKPOINT, PACKAGE
+    from edkm_export.command_line import command_line
+    from edkm_export.errors import CheckpointError, InputError
+    from edkm_export.unfinished import unfinished_run
 
+    for path in paths:
+        if unfinished := unfinished_run(path):
+            raise CheckpointError(f"{path}: {unfinished}")
     if len(paths) == 1:
         (exported,) = paths
         if exported.is_file() and not is_artifact(exported):
             raise InputError(
-                f"{exported}: is no exported model; name it too: edkm-export verify {exported} OUT"
+                f"{exported}: is no exported model; name it too: {command_line('verify', exported, 'OUT')}"
             )
-        if not exported.exists():
-            raise PackageError(f"{exported}: no such package.")
+        PACKAGE.convert(exported, None, None)
         record = CheckpointRecord.read(exported)
         if record is None:
             raise InputError(
                 f"{exported}: does not say which model.pt it was exported from; name it: "
-                f"edkm-export verify MODEL.PT {shlex.quote(str(exported))}"
+                f"{command_line('verify', 'MODEL.PT', exported)}"
             )
         return record.find(exported), exported
     if len(paths) > 2:
@@ -75,7 +79,9 @@ def checkpoint_and_artifact(paths: tuple[Path, ...]) -> tuple[Path, Path]:
     checkpoint, exported = paths
     if is_artifact(checkpoint) and exported.is_file() and not is_artifact(exported):
         checkpoint, exported = exported, checkpoint
-    if exported.exists() and (record := CheckpointRecord.read(exported)) is not None:
+    CHECKPOINT.convert(checkpoint, None, None)
+    PACKAGE.convert(exported, None, None)
+    if (record := CheckpointRecord.read(exported)) is not None:
         record.require(checkpoint, exported)
     return checkpoint, exported
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
-from edkm_export.activity import activity
 from edkm_export.reference import source as sources
 from edkm_export.reference.account import Account
 from edkm_export.reference.memory_model import account_of_model, portable
@@ -86,12 +84,7 @@ class SourceSubject:
 
     def load(self) -> Any:
         """See `Subject`."""
-        count = sources.value_count(self.source)
-        if count is None:
-            with activity(f"loading {self.where}"):
-                return sources.load_model(self.source)
-        with activity(f"reading {Path(self.where).name}", count) as counted:
-            return sources.load_model(self.source, advance=counted.advance)
+        return sources.load_model(self.source)
 
     def settings(self, model: Any) -> Any:
         """The model itself, which is used up."""

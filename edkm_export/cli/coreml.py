@@ -93,7 +93,8 @@ def command(
     """Convert MODEL.PT to a Core ML package, bit for bit, and verify the files on disk.
 
     The folder holds the .mlpackage, the tokenizer, a model card and the verification report. --dry-run also shows
-    what devices are known to do with such a package. Exit status 1: it was made, but failed verification.
+    what devices are known to do with such a package. Exit status 1: it was made, but the export
+    is not proved faithful, or the quality is beyond its limit.
     """
     run_export(
         _CoreMLExporter(interface, target, sequence_length, prefill, chunks), checkpoint, output, **common

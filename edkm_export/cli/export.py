@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
+from edkm_export.api.comparison import climb
 from edkm_export.api.formats import Format, Plan, write_folder
 from edkm_export.cli.parameter_types import CHECKPOINT
-from edkm_export.cli.verification import climb, prepare, verification_options
+from edkm_export.cli.verification import prepare, verification_options
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
@@ -81,15 +82,18 @@ def run_export(
         verification: see `verification.prepare`.
 
     Raises:
-        SystemExit: status 1 when it was made, but failed verification.
+        SystemExit: status 1 when it was made, but is not proved faithful, or its quality is beyond the limit.
     """
     from edkm_export.atomic import check_output
+    from edkm_export.text import check_text
+
+    check_text(verification["text"])
+
     from edkm_export.checkpoint import load
     from edkm_export.cli.common_options import answering, is_quiet
     from edkm_export.cli.console import err, megabytes, out, print_report, summary_line
     from edkm_export.command_line import command_line
     from edkm_export.disk_space import require_space
-    from edkm_export.verify.report import Verdict
 
     folder = output or path.with_name(f"{path.stem}-{exporter.suffix}")
     if not dry_run:
@@ -128,5 +132,6 @@ def run_export(
         print_report(report)
     for line in exporter.next_commands(plan, folder, path):
         out.print(line, soft_wrap=True)
-    if report.verdict is Verdict.FAIL:
+    if report.failed:
         sys.exit(1)
+    out.print_command("share it with:", command_line("push", folder, "OWNER/NAME"))

@@ -53,8 +53,8 @@ def command(
     """Convert MODEL.PT to an ONNX decoder with cache, bit for bit, and verify the files on disk.
 
     The folder holds the graph, its weights, the tokenizer, a model card and the verification report;
-    onnxruntime-genai, optimum and transformers.js load it as it is. Exit status 1: it was made, but failed
-    verification.
+    onnxruntime-genai, optimum and transformers.js load it as it is. Exit status 1: it was made, but the export is not
+    proved faithful, or the quality is beyond its limit.
     """
     exporter = _OnnxExporter(runtime, dtype, opset, context_length, standard_ops)
     run_export(exporter, checkpoint, output, **common)

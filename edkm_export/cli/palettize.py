@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 import click
 
 from edkm_export.cli.parameter_types import RECIPE, find_source
-from edkm_export.cli.text_file import TextFile
 from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
 
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
@@ -54,7 +52,7 @@ _CONTEXT = 512
 )
 @click.option(
     "--calibration",
-    type=TextFile(enough=True),
+    type=click.Path(path_type=Path),
     help="Text whose activations weigh the clustering. Recommended: it is worth about a bit.",
 )
 @click.option(
@@ -92,21 +90,17 @@ def command(
     each; a --recipe decides otherwise.
     """
     from edkm_export.atomic import check_output
+    from edkm_export.text import check_text, read_text, token_ids
 
     source = find_source(model, adapter)
     check_output(output, overwrite=overwrite)
+    check_text(calibration)
     plan = _recipe(recipe, bits, group_size, lut_dtype)
 
-    given = None
-    if calibration is not None:
-        from edkm_export.text import read_text
-
-        text = read_text(calibration)
-        from edkm_export.api.calibration_data import CalibrationInput
-
-        given = CalibrationInput(str(calibration), text=text)
+    text = None if calibration is None else read_text(calibration)
 
     from edkm_export import checkpoint
+    from edkm_export.api.calibration_data import CalibrationInput
     from edkm_export.api.one_shot import palettize_language_model
     from edkm_export.api.subjects import SourceSubject
     from edkm_export.cli.console import err, megabytes, out
@@ -115,7 +109,7 @@ def command(
     done = palettize_language_model(
         SourceSubject(source),
         plan,
-        calibration=given,
+        calibration=None if text is None else CalibrationInput(str(calibration), text=text),
         calibration_tokens=calibration_tokens,
         estimate=estimate,
         command=["edkm-export", *sys.argv[1:]],
@@ -136,7 +130,7 @@ def command(
         f"{megabytes(finished.size_bytes)}, {finished.bits_per_weight:.2f} bits a weight "
         f"(float16: {megabytes(finished.numel * 2)})"
     )
-    if given is None and finished.palettized:
+    if text is None and finished.palettized:
         out.print(
             "No calibration text was given. With --calibration FILE, any ordinary text, clustering keeps the weights "
             "that matter: at 4 bits and below this makes the difference between usable and not.",
@@ -146,11 +140,8 @@ def command(
         on = "the built-in sample" if calibration is None else f"held-out tokens of {calibration.name}"
         out.print(_describe(found, on), soft_wrap=True, markup=False)
         if not found.is_tolerable:
-            from edkm_export.text import token_ids
-
-            tokens = 0 if given is None else len(token_ids(text, done.tokenizer, _CONTEXT))
-            for line in _remedy(finished, model, adapter, calibration, tokens):
-                out.print(line, soft_wrap=True, markup=False)
+            tokens = 0 if text is None else len(token_ids(text, done.tokenizer, _CONTEXT))
+            _print_remedy(finished, model, adapter, calibration, tokens)
     elif estimate and calibration is not None and finished.palettized:
         out.print(
             f"No estimate of the loss: {calibration} has too few tokens to hold some out.",
@@ -168,23 +159,24 @@ def _describe(found: LossEstimate, on: str) -> str:
     )
 
 
-def _remedy(
+def _print_remedy(
     made: Checkpoint, model: str, adapter: str | None, calibration: Path | None, tokens: int
-) -> list[str]:
-    """What to do about a loss that is too large."""
+) -> None:
+    """Say what to do about a loss that is too large."""
+    from edkm_export.cli.console import out
+    from edkm_export.command_line import command_line
     from edkm_export.loss_estimate import TOLERABLE_RATIO
 
-    sizes = [tensor.n_bits for tensor in made.palettized.values()]
-    bits = min(sizes)
-    lines = [f"That is a bad model: above x{TOLERABLE_RATIO:g} another way is worth a try."]
+    bits = min(tensor.n_bits for tensor in made.palettized.values())
+    out.print(f"Above x{TOLERABLE_RATIO:g} the model is much worse than the original.")
     if calibration is None:
-        lines.append("First give a --calibration text.")
+        out.print("First give a --calibration text.")
     if bits >= 4:
-        lines.append(f"Give it more bits, such as --bits {min(8, bits + 2)}, or train it:")
+        out.print(f"More bits help (--bits {8 if bits > 4 else 6}), and so does training:")
     else:
-        lines.append("Below 4 bits use train, which wins most of it back:")
+        out.print("Below 4 bits use train, which wins most of it back:")
     preset = {1: "2bit", 2: "2bit", 3: "3bit"}.get(bits, "4bit")
-    words = ["edkm-export", "train", model, "--data", str(calibration or "TEXT"), "--preset", preset]
+    words = ["train", model, "--data", str(calibration or "TEXT"), "--preset", preset]
     if bits == 1:
         words += ["--bits", "1"]
     if adapter is not None:
@@ -192,10 +184,9 @@ def _remedy(
     if calibration is not None and tokens < _CONTEXT:
         words += ["--context", str(tokens)]
     name = Path(model).stem.lower() if Path(model).is_file() else Path(model).name
-    lines.append(shlex.join([*words, "-o", _free(f"{name}-{preset}")]))
+    out.print_command("", command_line(*words, "-o", _free(f"{name}-{preset}")))
     if calibration is None:
-        lines.append("(TEXT: any ordinary text of some thousand words)")
-    return lines
+        out.print("(TEXT is any ordinary text of some thousand words.)")
 
 
 def _free(name: str) -> str:

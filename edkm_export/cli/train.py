@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edkm_export.cli.parameter_types import FILE, RECIPE, find_source
-from edkm_export.cli.text_file import TextFile
 from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
@@ -28,7 +27,7 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 @click.command("train", short_help="Fine-tune a model while its weights are clustered (eDKM).")
 @click.argument("model")
 @click.option(
-    "--data", multiple=True, required=True, type=TextFile(),
+    "--data", multiple=True, required=True, type=click.Path(path_type=Path),
     help="Text, or JSONL with Alpaca fields or chat messages. May be given several times.",
 )  # fmt: skip
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
@@ -125,7 +124,7 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 @click.option(
     "--eval-text",
     multiple=True,
-    type=TextFile(enough=True),
+    type=click.Path(path_type=Path),
     help="Text to measure perplexity and the KL divergence from the original on; may be given several times.",
 )
 @click.option("--eval-tokens", type=int, help="Tokens of each text.")
@@ -168,9 +167,15 @@ def command(
         )
 
     from edkm_export.atomic import check_output
+    from edkm_export.text import check_text
 
     source = find_source(model, adapter)
     check_output(output, overwrite=overwrite or resume, folder=True)
+    for path in data:
+        if path.suffix != ".tokens":  # text that is tokenized already
+            check_text(path, least_characters=1)
+    for path in eval_text:
+        check_text(path)
 
     import torch
 

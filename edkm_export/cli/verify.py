@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from edkm_export.api.artifacts import checkpoint_and_artifact, find_artifact
-from edkm_export.cli.verification import climb, prepare, verification_options
+from edkm_export.api.comparison import climb
+from edkm_export.cli.verification import prepare, verification_options
 
 __all__ = ["command"]
 
@@ -33,9 +34,15 @@ def command(
     """Compare what OUT computes with the PyTorch model of MODEL.PT.
 
     OUT is the folder that `edkm-export coreml` or `edkm-export onnx` made, or the model in it. It knows its MODEL.PT by
-    the sha256: without it, the file is looked for near OUT and in the working folder. Exit status 0: passed, 1: failed.
-    With --quiet it is one line.
+    the sha256: without it, the file is looked for near OUT and in the working folder.
+
+    Two verdicts come of it: faithful export, whether OUT computes the model that was trained or palettized, and
+    quality, how far palettization moved that from the original. Exit status 0: faithful export PASS, and quality not
+    BEYOND its limit; 1: otherwise. With --quiet it is one line.
     """
+    from edkm_export.text import check_text
+
+    check_text(verification["text"])
     checkpoint, package = checkpoint_and_artifact(paths)  # before torch is imported
 
     from edkm_export.api.cards import refresh_card
@@ -45,7 +52,6 @@ def command(
     from edkm_export.cli.console import err, fault_lines, out, print_report, summary_line
     from edkm_export.errors import InputError
     from edkm_export.verify.junit import junit
-    from edkm_export.verify.report import Verdict
     from edkm_export.verify.write import write_report
 
     found = find_artifact(package)
@@ -76,5 +82,5 @@ def command(
             out.print(line, soft_wrap=True)
         if report_folder is not None:
             out.print(f"report: {report_folder / 'report.html'}", soft_wrap=True)
-    if report.verdict is Verdict.FAIL:
+    if report.failed:
         sys.exit(1)

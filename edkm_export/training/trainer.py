@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from edkm_export.disk_space import disk_full, stopped_by_disk
 from edkm_export.errors import InputError, PaletteError, TrainingError
 from edkm_export.training import run_checkpoints
 from edkm_export.training.callbacks import Finite, Refresh
@@ -214,7 +215,9 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
                 run_checkpoints.retire(self.folder, _KEPT)
             self.processes.wait()
         except (OSError, RuntimeError) as error:
-            if isinstance(error, OSError) and error.errno not in _FULL:
+            if stopped_by_disk(error, path):
+                raise self.failure(f"the checkpoint could not be written: {disk_full(path)}") from error
+            if isinstance(error, OSError):
                 raise
             reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
             raise self.failure(

@@ -49,7 +49,7 @@ class CoreMLArtifact:
             *(
                 Execution(
                     f"execution-{precision}",
-                    f"executed artifact, {threshold.words}",
+                    f"our interpreter of Core ML programs, {threshold.words}",
                     threshold,
                     self._interpreted(precision),
                 )
@@ -135,7 +135,9 @@ class CoreMLArtifact:
         if platform.system() == "Darwin":
             execute, missing = predicting([package.path for package in self._packages], self.description), ""
         why = "only Apple's own runtime shows what its compiler and compute units do"
-        return Execution("execution-apple", "Apple runtime", threshold.because(why), execute, missing)
+        return Execution(
+            "execution-apple", "Apple's Core ML runtime (macOS)", threshold.because(why), execute, missing
+        )
 
 
 def open_artifact(path: str | Path) -> Artifact:

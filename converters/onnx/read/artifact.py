@@ -96,7 +96,7 @@ class OnnxArtifact:
         exact = EXECUTION["float32" if self.graph.outputs[LOGITS].dtype == np.float32 else "rounded"]
         optimized = Execution(
             "execution-onnxruntime",
-            "onnxruntime, full optimization",
+            "onnxruntime, all optimizations",
             INT8_ACTIVATIONS if self._rounds else exact,
             self._optimized,
         )
@@ -146,7 +146,7 @@ class OnnxArtifact:
 
     def _reference(self, exact: ExecutionThreshold) -> Execution:
         """The graph in onnx's own reference implementation, when it is small."""
-        name, words = "execution-reference", "onnx reference implementation"
+        name, words = "execution-reference", "onnx's reference implementation"
         threshold = exact.because("it shares no code with onnxruntime, and rounds no activations")
         weights = sum(math.prod(shape) for shape, _ in self.graph.description.palettized.values())
         if weights > _REFERENCE_WEIGHTS:
