@@ -16,6 +16,7 @@ from edkm_export.api.cards import refresh_card
 from edkm_export.api.comparison import climb, verification_inputs
 from edkm_export.api.exporting import Exported
 from edkm_export.checkpoint import Checkpoint, load
+from edkm_export.checkpoint_record import CheckpointRecord
 from edkm_export.errors import InputError
 from edkm_export.reference.memory_model import account_of_model, is_causal_lm
 from edkm_export.reference.source import Source
@@ -42,7 +43,8 @@ def verify(
 
     Args:
         out: what `export` gave, or the path of an exported folder or package.
-        checkpoint: what it was exported from, or the path of that model.pt; left out where `export` told.
+        checkpoint: what it was exported from, or the path of that model.pt; default: what `export` told, or the model.pt
+            whose sha256 the exported folder names, looked for beside it.
         original: the float model: a folder, hub id or GGUF file, or the model of transformers in memory. Default: where
             the checkpoint was palettized from, if that is still there.
         text: evaluation text: the path of a text file, strings, a dataset, or token ids; default: a built-in sample.
@@ -81,10 +83,9 @@ def verify(
                 f"{path}: is no language model; compare `load_package(path).run(inputs)` with "
                 "`edkm_export.decoded_module(checkpoint, module)`."
             )
-    elif checkpoint is None:
-        raise InputError(f"{out}: which checkpoint was it exported from? Give checkpoint=.")
     else:
-        held, path = checkpoint, Path(out)
+        path = Path(out)
+        held = _recorded(path) if checkpoint is None else checkpoint
     artifact = find_artifact(path)
     loaded = held if isinstance(held, Checkpoint) else load(held)
     with _source(original) as source:
@@ -105,6 +106,14 @@ def verify(
         report.write(write_to)
         refresh_card(Path(write_to), report)
     return report
+
+
+def _recorded(path: Path) -> Path:
+    """The model.pt that an exported folder names, by its sha256."""
+    record = CheckpointRecord.read(path) if path.exists() else None
+    if record is None:
+        raise InputError(f"{path}: does not say which checkpoint it was exported from; give checkpoint=.")
+    return record.find(path)
 
 
 def _evaluation_text(given: Any, tokens: int) -> tuple[str | Tensor, str]:

@@ -69,7 +69,9 @@ def test_verify_is_a_package_and_a_function(tmp_path):
     from edkm_export.verify.report import Report
 
     assert edkm_export.verify.report.Report is Report
-    with pytest.raises(InputError, match=r"which checkpoint was it exported from\? Give checkpoint="):
+    with pytest.raises(
+        InputError, match="does not say which checkpoint it was exported from; give checkpoint="
+    ):
         edkm_export.verify(tmp_path)
 
 
