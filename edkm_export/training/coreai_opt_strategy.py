@@ -1,7 +1,7 @@
 """eDKM as a training strategy of coreai-opt, Apple's library for compressing models.
 
-coreai-opt palettizes with one-shot k-means and leaves palettized weights as they are while it trains. With this strategy
-they learn. It finds us by the entry point group `coreai_opt.plugins`; a specification then names it:
+coreai-opt palettizes with one-shot k-means and leaves palettized weights as they are while it trains. With this
+strategy they learn. It finds us by the entry point group `coreai_opt.plugins`; a specification then names it:
 
     PalettizationSpec(n_bits=2, granularity=..., training_strategy_spec={"type": "edkm", "method": "soft"})
 """
