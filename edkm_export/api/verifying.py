@@ -43,8 +43,8 @@ def verify(
 
     Args:
         out: what `export` gave, or the path of an exported folder or package.
-        checkpoint: what it was exported from, or the path of that model.pt; default: what `export` told, or the model.pt
-            whose sha256 the exported folder names, looked for beside it.
+        checkpoint: what it was exported from, or the path of that model.pt; default: what `export` told, or the
+            model.pt whose sha256 the exported folder names, looked for beside it.
         original: the float model: a folder, hub id or GGUF file, or the model of transformers in memory. Default: where
             the checkpoint was palettized from, if that is still there.
         text: evaluation text: the path of a text file, strings, a dataset, or token ids; default: a built-in sample.

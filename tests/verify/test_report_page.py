@@ -68,7 +68,7 @@ def rungs() -> dict[str, Rung]:
     distance, perplexities = measured()
     made = [
         source_rung(Checkpoint(config={}, palettized={}, dense={}), None, ""),
-        source_runtime_rung(None, quantized=False),
+        source_runtime_rung(None, rounded=False),
         *soft_rungs("", "", distance, distance, perplexities),
         palettization_rung(t.quality_limit(4), "", distance, perplexities),
         compare_bytes(Checkpoint(config={}, palettized={}, dense={}), DAMAGED)[0],
@@ -116,6 +116,8 @@ EXPECTED: dict[str, list[float]] = {
     "execution-onnxruntime-plain": [],
     "execution-onnxruntime-padded": [],
     "execution-reference": [],
+    "execution-coreai-twin": [t.FLOAT16_TWIN.top1, t.FLOAT16_TWIN.median_kl],
+    "execution-coreai": [t.float16_chains([]).top1],
 }
 
 
