@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from edkm_export.artifact import thresholds as t
 from edkm_export.artifact.metrics import Divergence, Perplexity
@@ -14,6 +16,7 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.recipe import PRESETS
 from edkm_export.training.train_config import PRESETS as TRAINED
 from edkm_export.verify.bytes import compare_bytes
+from edkm_export.verify.foreign_decoding import compare_decoding
 from edkm_export.verify.report import Rung
 from edkm_export.verify.rungs import (
     continuation_rung,
@@ -27,6 +30,18 @@ from edkm_export.verify.source_rung import source_rung, source_runtime_rung
 from tests.helpers.paths import ROOT
 
 PAGE = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+
+
+class Undecoded(DamagedArtifact):
+    """Of a format that another program decodes, which is not here."""
+
+    decoder_name = "another program"
+    decoder_missing = "it is not installed"
+
+    def decoded_elsewhere(self) -> Iterator[tuple[str, Tensor]]:
+        raise AssertionError("it is not there")
+
+
 DAMAGED = DamagedArtifact(ROOT, "none", "damaged")
 
 
@@ -72,6 +87,7 @@ def rungs() -> dict[str, Rung]:
         *soft_rungs("", "", distance, distance, perplexities),
         palettization_rung(t.quality_limit(4), "", distance, perplexities),
         compare_bytes(Checkpoint(config={}, palettized={}, dense={}), DAMAGED)[0],
+        compare_decoding(Checkpoint(config={}, palettized={}, dense={}), Undecoded(ROOT, "none", "damaged")),
         size_rung(1, 1),
         decode_rung(None, "no cache"),
         continuation_rung(None, "no cache"),
@@ -104,6 +120,7 @@ EXPECTED: dict[str, list[float]] = {
     "hardening": [],
     "palettization": [],
     "bytes": [],
+    "decoding": [],
     "size": [t.SIZE_TOLERANCE],
     "prefill-decode": [t.DECODE_KL, t.DECODE_MEDIANS],
     "continuation": [t.NEAR_TIE_NATS],
