@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.recipe import PRESETS
 from edkm_export.training.train_config import PRESETS as TRAINED
 from edkm_export.verify.bytes import compare_bytes
+from edkm_export.verify.foreign_decoding import compare_decoding
 from edkm_export.verify.report import Rung
 from edkm_export.verify.rungs import (
     continuation_rung,
@@ -63,16 +65,26 @@ def measured() -> tuple[Divergence, dict[str, Perplexity]]:
     return distance, dict.fromkeys(("original", "trained soft model", "hard PyTorch"), one)
 
 
+def foreign_decoding() -> Rung:
+    artifact: Any = SimpleNamespace(
+        decoder_name="x", decoder_missing="it is not here", decoded_elsewhere=lambda: iter(())
+    )
+    made = compare_decoding(Checkpoint(config={}, palettized={}, dense={}), artifact)
+    assert made is not None
+    return made
+
+
 def rungs() -> dict[str, Rung]:
     """Every rung but the executions, as the ladder makes them."""
     distance, perplexities = measured()
     made = [
         source_rung(Checkpoint(config={}, palettized={}, dense={}), None, ""),
-        source_runtime_rung(None, quantized=False),
+        source_runtime_rung(None, rounded=False),
         *soft_rungs("", "", distance, distance, perplexities),
         palettization_rung(t.quality_limit(4), "", distance, perplexities),
         compare_bytes(Checkpoint(config={}, palettized={}, dense={}), DAMAGED)[0],
         size_rung(1, 1),
+        foreign_decoding(),
         decode_rung(None, "no cache"),
         continuation_rung(None, "no cache"),
         continuation_rung(None, "no cache", rounded=True),
@@ -108,7 +120,10 @@ EXPECTED: dict[str, list[float]] = {
     "prefill-decode": [t.DECODE_KL, t.DECODE_MEDIANS],
     "continuation": [t.NEAR_TIE_NATS],
     "continuation-rounded": [t.ROUNDED_TIE_NATS],
+    "decoding": [],
     "execution-...": [],
+    "execution-coreai-twin": [t.FLOAT16_TWIN.top1, t.FLOAT16_TWIN.median_kl],
+    "execution-coreai": [t.float16_chains([1]).top1],
     "execution-float32": [t.EXECUTION["float32"].top1, t.EXECUTION["float32"].median_kl],
     "execution-rounded": [t.EXECUTION["rounded"].top1, t.EXECUTION["rounded"].median_kl],
     "execution-apple": [],
