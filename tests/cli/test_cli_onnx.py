@@ -55,7 +55,9 @@ def test_whole_job(edkm, grids, held_out, work, grid, runtime):
     assert "next: edkm-export generate tiny-onnx --prompt 'Once upon a time'" in result.out
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert (
-        "Verdict: **PASS**" in card and f"| runtime profile | `{runtime}`" in card and str(work) not in card
+        "Faithful export: **PASS**" in card
+        and f"| runtime profile | `{runtime}`" in card
+        and str(work) not in card
     )
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "onnx"
     dry = edkm("push", "tiny-onnx", "some-one/tiny", "--dry-run")
