@@ -70,7 +70,12 @@ def run(args: argparse.Namespace, results: Path) -> None:
     command += ["-q", "--no-header", "--tb=no", "-r", "", "-n", str(args.workers), "--dist", "load"]
     command += ["--suite-results", str(results), "--suite-precision", args.precision]
     command += ["--suite-sample", str(args.sample), "--suite-seed", str(args.seed)]
-    command += [str(folder / path) for path in args.paths or PATHS if (folder / path).exists()]
+    for path in args.paths or PATHS:
+        if not (folder / path.partition("::")[0]).exists():
+            sys.exit(
+                f"{path}: no such file or folder of coremltools {importlib.metadata.version('coremltools')}"
+            )
+        command.append(str(folder / path))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     if args.float32_programs:
         environment["INCLUDE_MIL_FP32_UNIT_TESTS"] = "1"

@@ -19,6 +19,7 @@ from edkm_export.errors import InputError
 from edkm_export.memory import return_freed_memory
 from edkm_export.reference.conv1d import is_conv1d
 from edkm_export.text import LEAST_TOKENS, in_windows, token_ids, token_windows
+from edkm_export.token_ids import Ids, as_ids
 
 __all__ = [
     "Batch",
@@ -199,13 +200,13 @@ class CalibrationText:
 
     @classmethod
     def read(
-        cls, text: str, tokenizer: Any, *, tokens: int, context: int, held_out: int = 0, source: str
+        cls, text: str | Ids, tokenizer: Any, *, tokens: int, context: int, held_out: int = 0, source: str
     ) -> CalibrationText:
         """Tokenize a text, and hold some of it out.
 
         Args:
-            text: the text.
-            tokenizer: a transformers tokenizer.
+            text: the text, or its token ids.
+            tokenizer: a transformers tokenizer; not used for ids.
             tokens: to calibrate on; fewer where the text has fewer.
             context: tokens of a window.
             held_out: tokens that are wanted behind those; of a text that has not as many, a fifth. 0: none.
@@ -219,7 +220,10 @@ class CalibrationText:
         )
         if not held_out:
             return cls(windows, None)
-        ids = torch.tensor(token_ids(text, tokenizer, tokens + held_out), dtype=torch.int64)
+        if isinstance(text, str):
+            ids = torch.tensor(token_ids(text, tokenizer, tokens + held_out), dtype=torch.int64)
+        else:
+            ids = as_ids(text, source)[: tokens + held_out]
         rest = ids[tokens:]
         if len(rest) >= min(held_out, 4 * LEAST_TOKENS):
             return cls(windows, rest)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Set
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-__all__ = ["nearby", "without_folders"]
+__all__ = ["without_folders"]
 
 _PART = r"[^\s/\\'\"`,;:()\[\]{}<>|]+"
 # An absolute path within a sentence, with at least one folder: "/think" may be a word of a prompt. What follows a
@@ -34,19 +34,6 @@ def without_folders(value: Any) -> Any:
     """
     whole = {text for text in _texts(value) if " " in text and "/" in text[1:] and _is_path(text)}
     return _named(value, whole | {above for text in whole if " " in (above := text.rpartition("/")[0])})
-
-
-def nearby(path: str, folder: Path) -> str:
-    """An absolute path as seen from a folder, with ./ or ../ in front.
-
-    Args:
-        path: absolute; others are returned as they are.
-        folder: of the file that is to name it.
-    """
-    if not Path(path).is_absolute():
-        return path
-    seen = Path(os.path.relpath(path, folder.absolute())).as_posix()
-    return seen if seen.startswith("..") else f"./{seen}"  # not to be taken for the name of a hub model
 
 
 def _named(value: Any, known: Set[str]) -> Any:

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from edkm_export.local_paths import nearby, without_folders
+from edkm_export.local_paths import without_folders
 
 
 @pytest.mark.parametrize(
@@ -50,16 +48,3 @@ def test_values_of_all_depths():
 def test_files_of_one_name_are_told_apart():
     given = {"/a/train.txt": "1", "/b/train.txt": "2", "/c/d/train.txt": "3"}
     assert without_folders(given) == {"train.txt": "1", "train.txt (2)": "2", "train.txt (3)": "3"}
-
-
-@pytest.mark.parametrize(
-    ("path", "folder", "expected"),
-    [
-        ("/data/models/llama", "/data/models", "./llama"),
-        ("/data/models/llama", "/data/runs/first", "../../models/llama"),
-        ("/data/models/llama", "/other/runs", "../../data/models/llama"),
-        ("owner/name", "/data", "owner/name"),
-    ],
-)
-def test_nearby(path, folder, expected):
-    assert nearby(path, Path(folder)) == expected

@@ -18,7 +18,7 @@ from edkm_export.errors import InputError
 from edkm_export.text import read_text, token_windows
 from edkm_export.token_ids import as_ids
 
-__all__ = ["CalibrationInput", "as_batches", "read_calibration", "takes_ids"]
+__all__ = ["CONTEXT", "CalibrationInput", "as_batches", "read_calibration", "takes_ids"]
 
 CONTEXT = 512
 """Tokens of one window."""
@@ -41,20 +41,29 @@ class CalibrationInput:
     text: str | None = None
     ids: Tensor | None = None
 
+    def content(self, tokenizer: Any) -> str | Tensor:
+        """Text or ids.
+
+        Raises:
+            InputError: a text without a tokenizer.
+        """
+        if self.text is None:
+            assert self.ids is not None
+            return self.ids
+        if tokenizer is None:
+            raise InputError(
+                f"{self.name}: is text, which takes a tokenizer; give tokenizer=, or calibrate with token ids."
+            )
+        return self.text
+
     def windows(self, tokenizer: Any, tokens: int) -> Tensor:
         """The first tokens, int64 [windows, at most 512].
 
         Raises:
             InputError: fewer than two, or a text without a tokenizer.
         """
-        if self.text is None:
-            assert self.ids is not None
-            return token_windows(self.ids, None, tokens=tokens, context=CONTEXT, source=self.name)
-        if tokenizer is None:
-            raise InputError(
-                f"{self.name}: is text, which takes a tokenizer; give tokenizer=, or calibrate with token ids."
-            )
-        return token_windows(self.text, tokenizer, tokens=tokens, context=CONTEXT, source=self.name)
+        found = self.content(tokenizer)
+        return token_windows(found, tokenizer, tokens=tokens, context=CONTEXT, source=self.name)
 
     def provenance(self, windows: Tensor) -> dict[str, Any]:
         """Its name, the sha256 of text or ids, and how many tokens were used."""

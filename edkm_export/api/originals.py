@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait f
     from edkm_export.checkpoint import Checkpoint
     from edkm_export.reference.soft_model import SoftWeights
     from edkm_export.reference.source import Source
+    from edkm_export.token_ids import Ids
 
 __all__ = ["check_length", "find_original", "find_soft", "read_evaluation_text"]
 
@@ -23,7 +24,7 @@ def read_evaluation_text(path: str | Path | None) -> tuple[str, str]:
     return read_text(path), str(path)
 
 
-def check_length(text: str, tokenizer: Any, tokens: int, name: str) -> None:
+def check_length(text: str | Ids, tokenizer: Any, tokens: int, name: str) -> None:
     """Refuse a text that is too short, before a model is loaded or converted.
 
     Raises:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -11,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from edkm_export.api.calibration_data import as_batches, read_calibration, takes_ids
+from edkm_export.api.one_shot import palettize_language_model
 from edkm_export.api.recipes import GivenRecipe, choose_recipe, fitted_recipe
+from edkm_export.api.subjects import MemorySubject, SourceSubject, Subject
 from edkm_export.array_input import as_tensor
-from edkm_export.calibration import Batch, input_energy, module_energy
+from edkm_export.calibration import Batch, module_energy
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.decoder.build import FAMILIES, decoder_config
+from edkm_export.decoder.build import FAMILIES
 from edkm_export.errors import InputError, RecipeError
 from edkm_export.lut_dtypes import LutDtype
 from edkm_export.palette import PalettizedTensor
@@ -23,9 +24,7 @@ from edkm_export.palettization import palettizable_shapes, palettize_model, pale
 from edkm_export.prompt import read_tokenizer
 from edkm_export.recipe import Recipe
 from edkm_export.reference import source as sources
-from edkm_export.reference.account import Account
-from edkm_export.reference.memory_model import account_of_model, is_causal_lm, portable, require_plain
-from edkm_export.reference.tokenizer_files import tokenizer_files
+from edkm_export.reference.memory_model import is_causal_lm, portable, require_plain
 from edkm_export.versions import library_versions
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["palettize"]
 
 _COMMAND = ["edkm_export.palettize"]
+_HELD_OUT = 512  # tokens that an estimate holds out, behind those of the calibration
 
 
 @overload
@@ -61,6 +61,7 @@ def palettize(
     recipe: GivenRecipe | None = None,
     skip: Iterable[str] = (),
     calibration_tokens: int = 1024,
+    estimate: bool = False,
     adapter: str | Path | None = None,
 ) -> Checkpoint: ...
 
@@ -76,6 +77,7 @@ def palettize(
     recipe: GivenRecipe | None = None,
     skip: Iterable[str] = (),
     calibration_tokens: int = 1024,
+    estimate: bool = False,
     adapter: str | Path | None = None,
     name: str = "weight",
 ) -> Checkpoint | PalettizedTensor:
@@ -98,6 +100,8 @@ def palettize(
         skip: shell patterns of module names that stay dense, such as "*.classifier"; for modules that are no language
             models.
         calibration_tokens: of the text to use.
+        estimate: compare a language model with the original on text that calibration did not see, in seconds; the
+            result is in `provenance["estimate"]`.
         adapter: folder of a LoRA adapter that is merged into a model that a path names.
         name: of one weight.
 
@@ -117,13 +121,10 @@ def palettize(
     options = (bits, group_size, lut_dtype)
     if isinstance(model, (str, Path)):
         _only_for_modules(skip)
-        return _of_source(
-            str(model),
-            adapter,
-            tokenizer,
-            choose_recipe(recipe, *options),
-            calibration,
-            calibration_tokens,
+        given = None if tokenizer is None else _as_tokenizer(tokenizer)
+        subject: Subject = SourceSubject(sources.Source.parse(model, adapter).locate(), given)
+        return _of_subject(
+            subject, choose_recipe(recipe, *options), calibration, calibration_tokens, estimate
         )
     if adapter is not None:
         raise InputError(
@@ -132,9 +133,13 @@ def palettize(
     if isinstance(model, nn.Module):
         if is_causal_lm(model) and _family(model) in FAMILIES:
             _only_for_modules(skip)
-            return _of_memory(
-                model, tokenizer, choose_recipe(recipe, *options), calibration, calibration_tokens
+            given = None if tokenizer is None else _as_tokenizer(tokenizer)
+            subject = MemorySubject(model, given)
+            return _of_subject(
+                subject, choose_recipe(recipe, *options), calibration, calibration_tokens, estimate
             )
+        if estimate:
+            raise InputError("estimate: is for language models.")
         chosen = choose_recipe(recipe, *options) if recipe is not None else None
         return _of_module(model, tokenizer, chosen, options, tuple(skip), calibration, calibration_tokens)
     if isinstance(model, Tensor) or hasattr(model, "__array__"):
@@ -157,78 +162,12 @@ def _only_for_modules(skip: Iterable[str]) -> None:
         )
 
 
-def _of_source(
-    reference: str, adapter: str | Path | None, tokenizer: Any, plan: Recipe, calibration: Any, tokens: int
-) -> Checkpoint:
-    """A folder, a hub id or a GGUF file."""
-    source = sources.Source.parse(reference, adapter)
-    read = None if calibration is None else read_calibration(calibration, tokens)
-    decoder_config(sources.load_config(source).to_dict(), reference)
-    account = sources.account(source)
-    account.require_understood()
-    tokenizer = sources.load_tokenizer(source) if tokenizer is None else _as_tokenizer(tokenizer)
-    windows = None if read is None else read.windows(tokenizer, tokens)
-    model = sources.load_model(source)
-    provenance = _provenance(source.provenance(), account)
-    if read is not None and windows is not None:
-        provenance["calibration"] = read.provenance(windows)
-    return _language_model(model, model, tokenizer, plan, windows, provenance, reference, consume=True)
-
-
-def _of_memory(model: Any, tokenizer: Any, plan: Recipe, calibration: Any, tokens: int) -> Checkpoint:
-    """A language model of transformers that is left as it is."""
-    where = f"{type(model).__name__} in memory"
-    decoder_config(model.config.to_dict(), where)
-    account = account_of_model(model, where)
-    tokenizer = None if tokenizer is None else _as_tokenizer(tokenizer)
-    provenance = _provenance({"reference": where, "sha256": {}}, account)
-    windows = None
-    if calibration is not None:
-        read = read_calibration(calibration, tokens)
-        windows = read.windows(tokenizer, tokens)
-        provenance["calibration"] = read.provenance(windows)
-    return _language_model(model, portable(model), tokenizer, plan, windows, provenance, where, consume=False)
-
-
-def _language_model(
-    model: Any,
-    settings: Any,
-    tokenizer: Any,
-    plan: Recipe,
-    windows: Tensor | None,
-    provenance: dict[str, Any],
-    where: str,
-    *,
-    consume: bool,
-) -> Checkpoint:
-    """Palettize a model that was accounted for.
-
-    Args:
-        model: of transformers.
-        settings: has its `config` and `generation_config`, which are changed.
-        tokenizer: None: the checkpoint holds none.
-        plan: which weight gets what.
-        windows: int64 [windows, tokens] to calibrate with; None: all weights count the same.
-        provenance: of the checkpoint.
-        where: the model, for messages.
-        consume: free the weights one by one.
-    """
-    plan.plan(palettizable_shapes(model), where)
-    energy = None
-    if windows is not None:
-        with _evaluating(model):
-            energy = input_energy(model, windows)
-    files = {} if tokenizer is None else tokenizer_files(tokenizer, settings)
-    parts = palettize_model(model, plan, energy=energy, source=where, consume=consume)
-    return Checkpoint(
-        config=settings.config.to_dict(),
-        palettized=parts.palettized,
-        dense=parts.dense,
-        tied=parts.tied,
-        tokenizer=files,
-        recipe=plan.model_dump(mode="json"),
-        provenance=provenance,
-    )
+def _of_subject(subject: Subject, plan: Recipe, calibration: Any, tokens: int, estimate: bool) -> Checkpoint:
+    """A language model."""
+    read = None if calibration is None else read_calibration(calibration, tokens + _HELD_OUT)
+    return palettize_language_model(
+        subject, plan, calibration=read, calibration_tokens=tokens, estimate=estimate, command=_COMMAND
+    ).checkpoint
 
 
 def _of_module(
@@ -252,7 +191,7 @@ def _of_module(
         raise RecipeError("recipe decides what stays dense (skip: true); leave skip out.")
     plan = fitted_recipe(shapes, *options, skip) if recipe is None else recipe
     plan.plan(shapes, where)
-    provenance = _provenance({"reference": f"{where} in memory", "sha256": {}}, None)
+    provenance = _provenance(where)
     energy = None
     if calibration is not None:
         if tokenizer is not None or (takes_ids(module) and not _is_batches(calibration)):
@@ -311,28 +250,13 @@ def _of_weight(
     return palettize_weight(name, weight, rule.fitted(len(weight)), importance=importance)
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode; each part is as it was afterwards."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
-
-
-def _provenance(base: dict[str, Any], account: Account | None) -> dict[str, Any]:
-    found: dict[str, Any] = {
+def _provenance(where: str) -> dict[str, Any]:
+    return {
         "versions": library_versions(),
         "command": _COMMAND,
         "seed": None,
-        "base_model": base,
+        "base_model": {"reference": f"{where} in memory", "sha256": {}},
     }
-    if account is not None:
-        found["source"] = account.provenance()
-    return found
 
 
 def _as_tokenizer(given: Any) -> Any:

@@ -10,19 +10,16 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from edkm_export.api.artifacts import find_artifact, open_artifact, predicted_size_bytes
+from edkm_export.api.artifacts import find_artifact
 from edkm_export.api.calibration_data import read_calibration
 from edkm_export.api.cards import refresh_card
+from edkm_export.api.comparison import climb, verification_inputs
 from edkm_export.api.exporting import Exported
-from edkm_export.api.originals import find_original, find_soft, read_evaluation_text
 from edkm_export.checkpoint import Checkpoint, load
 from edkm_export.checkpoint_record import CheckpointRecord
 from edkm_export.errors import InputError
-from edkm_export.reference import llamacpp
 from edkm_export.reference.memory_model import account_of_model, is_causal_lm
 from edkm_export.reference.source import Source
-from edkm_export.verify.inputs import VerificationInputs
-from edkm_export.verify.ladder import verify_artifact
 from edkm_export.verify.report import Report
 
 __all__ = ["verify"]
@@ -37,17 +34,17 @@ def verify(
     tokens: int = 1024,
     prompts: Sequence[str] = (),
     max_perplexity_ratio: float | Literal["preset"] | None = "preset",
-    minutes: float | None = None,
     run: str | Path | None = None,
     localize: bool = False,
+    minutes: float | None = None,
     write_to: str | Path | None = None,
 ) -> Report:
     """Compare an exported language model with the PyTorch model of its checkpoint, from the bytes on disk.
 
     Args:
         out: what `export` gave, or the path of an exported folder or package.
-        checkpoint: what it was exported from, or the path of that model.pt; left out where `export` told, or where the
-            model.pt of the sha256 that the folder records lies near it.
+        checkpoint: what it was exported from, or the path of that model.pt; default: what `export` told, or the
+            model.pt whose sha256 the exported folder names, looked for beside it.
         original: the float model: a folder, hub id or GGUF file, or the model of transformers in memory. Default: where
             the checkpoint was palettized from, if that is still there.
         text: evaluation text: the path of a text file, strings, a dataset, or token ids; default: a built-in sample.
@@ -55,9 +52,9 @@ def verify(
         prompts: also compare the greedy continuation of these texts.
         max_perplexity_ratio: worst allowed perplexity of the palettized model, as a multiple of the original's;
             "preset": what is usual for its bits; None: no limit.
-        minutes: time for comparing models; fewer tokens are compared then, and the report says how many.
         run: folder of the training run, when the model.pt is not in it.
         localize: when an execution fails, find the first operation that is off.
+        minutes: time for it: fewer tokens are compared then; default: no limit.
         write_to: folder for report.html, report.md and report.json; in an exported folder the model card tells the
             verdict, too.
 
@@ -88,42 +85,35 @@ def verify(
             )
     else:
         path = Path(out)
-        record = None if checkpoint is not None or not path.exists() else CheckpointRecord.read(path)
-        if checkpoint is None and record is None:
-            raise InputError(f"{out}: which checkpoint was it exported from? Give checkpoint=.")
-        found = checkpoint if record is None else record.find(path)
-        assert found is not None
-        held = found
-    artifact_path = find_artifact(path)
+        held = _recorded(path) if checkpoint is None else checkpoint
+    artifact = find_artifact(path)
     loaded = held if isinstance(held, Checkpoint) else load(held)
-    content: str | Tensor
-    content, name = read_evaluation_text(None) if text is None else _evaluation_text(text, tokens)
-    soft, no_soft = find_soft(loaded, run)
-    with _source(loaded, original) as (source, missing):
-        inputs = VerificationInputs(
-            text=content,
-            text_name=name,
+    with _source(original) as source:
+        inputs = verification_inputs(
+            loaded,
+            text=None if text is None else _evaluation_text(text, tokens),
             tokens=tokens,
             original=source,
-            original_missing=missing,
-            original_required=original is not None,
-            runtime=llamacpp,
+            run=run,
             max_perplexity_ratio=max_perplexity_ratio,
-            prompts=tuple(prompts),
+            prompts=prompts,
             localize=localize,
-            soft=soft,
-            soft_missing=no_soft,
-            soft_required=run is not None,
             minutes=minutes,
+            command=(),
         )
-        artifact = open_artifact(artifact_path)
-        report = verify_artifact(
-            loaded, artifact, inputs, predicted_size_bytes=predicted_size_bytes(loaded, artifact)
-        )
+        report = climb(loaded, artifact, inputs)
     if write_to is not None:
         report.write(write_to)
         refresh_card(Path(write_to), report)
     return report
+
+
+def _recorded(path: Path) -> Path:
+    """The model.pt that an exported folder names, by its sha256."""
+    record = CheckpointRecord.read(path) if path.exists() else None
+    if record is None:
+        raise InputError(f"{path}: does not say which checkpoint it was exported from; give checkpoint=.")
+    return record.find(path)
 
 
 def _evaluation_text(given: Any, tokens: int) -> tuple[str | Tensor, str]:
@@ -134,10 +124,10 @@ def _evaluation_text(given: Any, tokens: int) -> tuple[str | Tensor, str]:
 
 
 @contextlib.contextmanager
-def _source(checkpoint: Checkpoint, original: Any) -> Iterator[tuple[Source | None, str]]:
+def _source(original: Any) -> Iterator[Source | None]:
     """The float model as a source; one in memory is written to a temporary folder, where the verifier reads it."""
     if original is None or isinstance(original, (str, Path)):
-        yield find_original(checkpoint, None if original is None else Source.parse(original))
+        yield None if original is None else Source.parse(original).locate()
         return
     if not is_causal_lm(original):
         raise InputError(
@@ -155,4 +145,4 @@ def _source(checkpoint: Checkpoint, original: Any) -> Iterator[tuple[Source | No
         finally:
             if shown:
                 transformers_logging.enable_progress_bar()
-        yield Source.parse(place), ""
+        yield Source.parse(place)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from edkm_export.activity import activity
+from edkm_export.activity import activity, stages
 from edkm_export.cli.terminal import Terminal
 
 if TYPE_CHECKING:  # importing it takes a while, which a refusal must not wait for
@@ -48,19 +48,6 @@ def bar(description: str, total: float, unit: str = "") -> Iterator[Callable[[fl
     """Show how far something has come; yields the function that advances it. See `edkm_export.activity`."""
     with activity(description, total, unit) as counted:
         yield counted.advance
-
-
-@contextlib.contextmanager
-def stages(total: int) -> Iterator[Callable[[str], None]]:
-    """Show named stages; yields the function that announces the next one."""
-    with activity("", total, "stages") as counted:
-
-        def advance(name: str) -> None:
-            if counted.words:
-                counted.advance()  # the one before is done
-            counted.rename(name)
-
-        yield advance
 
 
 def print_wide(table: Table) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
+from edkm_export.api.comparison import climb
 from edkm_export.api.formats import Format, Plan, write_folder
 from edkm_export.cli.parameter_types import CHECKPOINT
-from edkm_export.cli.verification import climb, prepare, verification_options
+from edkm_export.cli.verification import prepare, verification_options
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint

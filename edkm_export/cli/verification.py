@@ -17,9 +17,8 @@ if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait f
     from edkm_export.checkpoint import Checkpoint
     from edkm_export.reference.source import Source
     from edkm_export.verify.inputs import VerificationInputs
-    from edkm_export.verify.report import Report
 
-__all__ = ["climb", "minutes_option", "prepare", "verification_options"]
+__all__ = ["minutes_option", "prepare", "verification_options"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -131,58 +130,18 @@ def prepare(
     Raises:
         InputError: the text, the original or the run that was asked for cannot be used.
     """
-    from edkm_export.api.originals import check_length, find_original, find_soft, read_evaluation_text
-    from edkm_export.reference import llamacpp
-    from edkm_export.reference.hard_model import load_hard_tokenizer
-    from edkm_export.verify.inputs import VerificationInputs
+    from edkm_export.api.comparison import verification_inputs
+    from edkm_export.api.originals import read_evaluation_text
 
-    content, name = read_evaluation_text(text)
-    if text is not None:
-        check_length(content, load_hard_tokenizer(checkpoint), tokens, name)
-    source, missing = find_original(checkpoint, original)
-    soft, no_soft = find_soft(checkpoint, run)
-    return VerificationInputs(
-        text=content,
-        text_name=name,
+    return verification_inputs(
+        checkpoint,
+        text=None if text is None else read_evaluation_text(text),
         tokens=tokens,
-        original=source,
-        original_missing=missing,
-        original_required=original is not None,
-        runtime=llamacpp,
+        original=original,
+        run=run,
         max_perplexity_ratio=None if max_perplexity_ratio == "none" else max_perplexity_ratio,
         prompts=prompts,
         localize=localize,
-        soft=soft,
-        soft_missing=no_soft,
-        soft_required=run is not None,
         minutes=minutes,
         command=("edkm-export", *sys.argv[1:]),
     )
-
-
-def climb(
-    checkpoint: Checkpoint,
-    path: Path,
-    evaluation: VerificationInputs,
-    predicted_size_bytes: int | None = None,
-) -> Report:
-    """Climb the ladder with a progress bar.
-
-    Args:
-        checkpoint: what the artifact should hold.
-        path: of the artifact, as `find_artifact` gives it.
-        evaluation: from `prepare`.
-        predicted_size_bytes: what the exporter promised; None: what a plan of the same export says.
-    """
-    from edkm_export.api import artifacts
-    from edkm_export.cli.console import err, stages
-    from edkm_export.verify.ladder import count_stages, verify_artifact
-
-    with err.status("reading the artifact"):
-        artifact = artifacts.open_artifact(path)
-        if predicted_size_bytes is None:
-            predicted_size_bytes = artifacts.predicted_size_bytes(checkpoint, artifact)
-    with stages(count_stages(artifact, evaluation)) as advance:
-        return verify_artifact(
-            checkpoint, artifact, evaluation, predicted_size_bytes=predicted_size_bytes, advance=advance
-        )

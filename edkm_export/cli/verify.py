@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from edkm_export.api.artifacts import find_artifact, is_artifact
+from edkm_export.api.comparison import climb
 from edkm_export.cli.parameter_types import CHECKPOINT, PACKAGE
-from edkm_export.cli.verification import climb, prepare, verification_options
+from edkm_export.cli.verification import prepare, verification_options
 
 __all__ = ["command"]
 

@@ -175,7 +175,9 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             if last
             else "there is no checkpoint yet"
         )
-        return TrainingError(f"step {self.state.global_step + 1}: {reason}. {found[0].upper()}{found[1:]}.")
+        return TrainingError(
+            f"step {self.state.global_step + 1}: {reason.removesuffix('.')}. {found[0].upper()}{found[1:]}."
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Check the loss before it is logged."""

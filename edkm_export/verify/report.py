@@ -256,13 +256,10 @@ class Report(Record):
         return _without_local_paths(upgrade(_plain(given), SCHEMA_VERSION))
 
     def __repr__(self) -> str:
-        """One line: the two verdicts, the artifact, what was run."""
-        passed = sum(rung.verdict.is_good for rung in self.rungs)
-        return (
-            f"Report(faithful export {self.faithful_export.value}, quality {self.quality.value}, {self.artifact}, "
-            f"{self.bit_exact_tensors} of {len(self.tensors)} tensors bit-exact, {passed} of {len(self.rungs)} "
-            f"comparisons passed, {len(self.not_run)} not run)"
-        )
+        """One line: both verdicts, the artifact, and what was proved."""
+        from edkm_export.verify.verdicts import one_line
+
+        return f"Report({one_line(self)})"
 
     __str__ = __repr__
 
@@ -273,8 +270,13 @@ class Report(Record):
         return notebook_view(self)
 
     @property
+    def failed(self) -> bool:
+        """Whether a command ends with status 1: the export is not proved faithful, or the quality is BEYOND."""
+        return self.faithful_export is not Verdict.PASS or self.quality is Verdict.BEYOND
+
+    @property
     def passed(self) -> bool:
-        """Whether the export is proved faithful and the quality is not beyond its limit."""
+        """Whether the export is proved faithful and the quality within its limit, if there is one to compare with."""
         return not self.failed
 
     def write(self, folder: str | Path) -> Path:
@@ -295,11 +297,6 @@ class Report(Record):
             raise InputError(f"{folder}: is a file; give a folder.") from error
         write_report(self, place)
         return place / "report.html"
-
-    @property
-    def failed(self) -> bool:
-        """Whether a command ends with status 1: the export is not proved faithful, or the quality is BEYOND."""
-        return self.faithful_export is not Verdict.PASS or self.quality is Verdict.BEYOND
 
     @property
     def bit_exact_tensors(self) -> int:

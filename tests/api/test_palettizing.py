@@ -69,7 +69,9 @@ def test_verify_is_a_package_and_a_function(tmp_path):
     from edkm_export.verify.report import Report
 
     assert edkm_export.verify.report.Report is Report
-    with pytest.raises(InputError, match=r"which checkpoint was it exported from\? Give checkpoint="):
+    with pytest.raises(
+        InputError, match="does not say which checkpoint it was exported from; give checkpoint="
+    ):
         edkm_export.verify(tmp_path)
 
 
@@ -80,7 +82,17 @@ def test_command_path_and_memory_agree(edkm, small_folder, model, tokenizer, wor
     """The command, a path and the model itself: one checkpoint, down to configuration and tokenizer."""
     text = TEXTS[0]
     (work / "text.txt").write_text(text)
-    edkm("palettize", small_folder, "--calibration", "text.txt", "--bits", "3", "-o", "command.pt")
+    edkm(
+        "palettize",
+        small_folder,
+        "--calibration",
+        "text.txt",
+        "--bits",
+        "3",
+        "--no-estimate",
+        "-o",
+        "command.pt",
+    )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
     made = {
@@ -105,6 +117,15 @@ def test_command_path_and_memory_agree(edkm, small_folder, model, tokenizer, wor
             checkpoint.provenance["calibration"]["tokens"]
             == made["command"].provenance["calibration"]["tokens"]
         )
+
+
+def test_estimate(model, tokenizer):
+    """On text that calibration did not see; the model keeps its weights."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    made = edkm_export.palettize(model, tokenizer, calibration=TEXTS, bits=2, estimate=True)
+    found = made.provenance["estimate"]
+    assert found["tokens"] >= 32 and found["perplexity_ratio"] > 0 and 0 <= found["top1"] <= 1
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
 
 
 def test_forms_of_calibration(model, tokenizer):
@@ -196,8 +217,8 @@ def test_refused(case):
         (["one", 2], "row 1 is int, expected a string as in row 0"),
         ([{"sentence": "one"}], "its rows have the columns sentence, expected 'text' or 'input_ids'"),
         ({"train": ["one"]}, "is a mapping of train; give one of its parts"),
-        ([5], "gives 1 token(s), at least 2 are needed"),
-        ([5, 100_000], "token 100000 is beyond the model's vocabulary of 320"),
+        ([5], "gives 1 token, at least 32 are needed"),
+        ([5] * 40 + [100_000], "token 100000 is beyond the model's vocabulary of 320"),
         ([5, -1], "id -1 is negative"),
         (7, "calibration: is int"),
     ],

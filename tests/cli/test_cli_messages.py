@@ -50,7 +50,7 @@ def test_every_option_is_explained_once(commands):
             if isinstance(parameter, click.Option) and not parameter.hidden:
                 assert parameter.help, (name, parameter.name)
                 long = next(option for option in parameter.opts if option.startswith("--"))
-                lines = re.findall(rf"^  (?:-\w, )?{long}(?: |$)", text, flags=re.MULTILINE)
+                lines = re.findall(rf"^  (?:-\w, )?{long}(?:,| |$)", text, flags=re.MULTILINE)
                 assert len(lines) == 1, (name, long)
         assert all(len(line) <= 80 for line in text.splitlines()), name
 

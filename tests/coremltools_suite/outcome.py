@@ -8,6 +8,7 @@ import pytest
 
 from edkm_export.errors import EdkmExportError, InputError, UnsupportedOpError
 from tests.coremltools_suite.host import Mismatch
+from tests.coremltools_suite.known import known_reason
 from tests.coremltools_suite.predictor import Diary
 
 __all__ = ["FAULTS", "outcome_of"]
@@ -21,8 +22,8 @@ def outcome_of(report: pytest.TestReport, error: BaseException | None, diary: Di
 
     Kinds: `predicted` (passed with a prediction), `passed` (passed, never predicts), `skipped`, `expected failure`,
     `refused` (an op that is not supported; the detail names it), `undefined` (an index out of range, which the
-    interpreter refuses), `wrong`, `package error` (a typed error of the interpreter), `untyped error`, `not reached`
-    (failed before any prediction, which is no fault of the interpreter).
+    interpreter refuses), `known` (see `known`), `wrong`, `package error` (a typed error of the interpreter), `untyped
+    error`, and `not reached` (failed before any prediction, which is no fault of the interpreter).
     """
     if hasattr(report, "wasxfail"):
         return "expected failure", report.wasxfail
@@ -31,6 +32,8 @@ def outcome_of(report: pytest.TestReport, error: BaseException | None, diary: Di
     if report.skipped:
         return "skipped", str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else ""
     text = f"{type(error).__name__}: {error}"
+    if (reason := known_reason(report.nodeid)) is not None:
+        return "known", reason
     fault = diary.fault
     if fault is not None and not isinstance(error, (Mismatch, AssertionError)):
         if isinstance(fault, UnsupportedOpError):

@@ -63,11 +63,18 @@ def test_programs_with_float16_are_compared_at_our_tolerance(diary):
 )
 def test_outcomes(diary, error, fault, kind):
     diary.fault = error if fault is ... else fault
-    report = SimpleNamespace(passed=False, skipped=False)
+    report = SimpleNamespace(passed=False, skipped=False, nodeid="test")
     assert outcome_of(report, error, diary)[0] == kind
 
 
 def test_an_error_before_any_prediction_is_not_the_interpreters():
-    report = SimpleNamespace(passed=False, skipped=False)
+    report = SimpleNamespace(passed=False, skipped=False, nodeid="test")
     assert outcome_of(report, ValueError("conversion"), Diary())[0] == "not reached"
     assert outcome_of(SimpleNamespace(passed=True, skipped=False), None, Diary())[0] == "passed"
+
+
+def test_known_differences_are_counted_apart(diary):
+    name = "x.py::TestStack::test_stack_dynamic_range_dim[dim=1]"
+    report = SimpleNamespace(passed=False, skipped=False, nodeid=name)
+    kind, reason = outcome_of(report, AssertionError("DID NOT RAISE"), diary)
+    assert kind == "known" and "the interpreter computes" in reason

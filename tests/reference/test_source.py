@@ -87,7 +87,7 @@ def test_file_of_another_kind(tmp_path, name, kind):
 def test_checkpoint_is_told_from_a_model(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"")
     message = refused(lambda: Source.parse(str(tmp_path / "model.pt")), tmp_path / "model.pt")
-    assert "It looks like a finished checkpoint: takes it." in message
+    assert "It looks like a finished checkpoint: `" in message and message.endswith("` takes it.")
 
 
 def test_provenance_identifies_the_weights(folder, monkeypatch):

@@ -14,7 +14,7 @@ from torch import Tensor
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import InputError
 from edkm_export.reference.source import Source, account
-from edkm_export.verify.report import Report, Verdict
+from edkm_export.verify.report import SCHEMA_VERSION, Report, Verdict
 from edkm_export.verify.source_rung import compare_with_runtime, source_rung, source_runtime_rung
 
 WINDOWS = torch.arange(12).view(2, 6)
@@ -135,4 +135,5 @@ def test_older_reports_are_read():
         "rungs": [], "perplexities": {}, "parameters": 1, "palettized_parameters": 1, "bits_per_weight": 4.0,
         "size_bytes": 1, "predicted_size_bytes": 1, "tensors": [], "provenance": {},
     }  # fmt: skip
-    assert Report.model_validate(report).schema_version == 3
+    made = Report.model_validate(report)
+    assert made.schema_version == SCHEMA_VERSION and made.faithful_export is Verdict.PASS

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from converters.coreai.format import ASSET_SUFFIX
 from converters.coreai.read.asset import Asset
+from converters.coreai.read.composed import check_composed
 from converters.coreai.read.interface import check_interface
 from converters.coreai.read.runtime import DEADLINE_S, AppleRuntime, Child
 from edkm_export.errors import PackageError
@@ -33,6 +34,7 @@ class RunningModel:
     def __init__(self, asset: Asset, *, deadline_s: float = DEADLINE_S) -> None:
         try:
             check_interface(asset.program, asset.description)
+            check_composed(asset.program)
         except PackageError as error:
             raise PackageError(f"{asset.path}: {error}") from error
         self.asset, self._deadline_s = asset, deadline_s

@@ -142,12 +142,8 @@ def _stored_size(tensor: PalettizedTensor, pad_3bit: bool) -> int:
     if not (pad_3bit and tensor.n_bits == 3):
         return tensor.size_bytes
     rows, columns = tensor.index_shape
-    return (
-        tensor.size_bytes
-        + tensor.lut.numel() * 2
-        + packed_size_bytes(rows * columns, 4)
-        - tensor.indices.numel()
-    )
+    indices = packed_size_bytes(rows * columns, 4) - tensor.indices.numel()
+    return tensor.size_bytes + indices + tensor.lut.numel() * tensor.lut.element_size()
 
 
 def _dense_size(tensor: Tensor) -> int:

@@ -33,6 +33,11 @@ def _order(direction: str, length: int) -> Iterable[int]:
     return range(length) if direction == "forward" else range(length - 1, -1, -1)
 
 
+def _rows(initial: Tensor, x: Tensor) -> Tensor:
+    """The initial states of the batch; more are allowed and not used, as coremltools' packed sequences have them."""
+    return initial[: x.shape[1]]
+
+
 def _sequence(states: list[Tensor], last: Tensor, whole: bool) -> Tensor:
     """All states in the order in which they were computed, or the last one; [sequence, batch, hidden]."""
     if not whole:
@@ -52,7 +57,7 @@ def rnn(
     activation: str = "tanh",
 ) -> tuple[Tensor, Tensor]:
     """h = activation(W_ih x + W_hh h + b); all states or the last one, and the last one."""
-    act, hidden, states = _activation(activation), initial_h, []
+    act, hidden, states = _activation(activation), _rows(initial_h, x), []
     inputs = _project(x, weight_ih, bias)
     for step in _order(direction, x.shape[0]):
         hidden = act(inputs[step] + hidden @ weight_hh.T)
@@ -83,7 +88,7 @@ def gru(
     w_r, w_o, w_z = weight_hh.chunk(3)
     zero = torch.zeros(weight_hh.shape[0], dtype=weight_hh.dtype)
     b_r, b_o, b_z = (zero if bias is None else bias).chunk(3)
-    hidden, states = initial_h, []
+    hidden, states = _rows(initial_h, x), []
     for step in _order(direction, x.shape[0]):
         x_r, x_o, x_z = inputs[step].chunk(3, -1)
         r = gate(x_r + hidden @ w_r.T + b_r)
@@ -118,6 +123,7 @@ def lstm(
 
     `clip` bounds the cell state. Both directions: the hidden axis holds forward, then reverse.
     """
+    initial_h, initial_c = _rows(initial_h, x), _rows(initial_c, x)
     acts = (_activation(recurrent_activation), _activation(cell_activation), _activation(activation))
     if direction != "bidirectional":
         return _one_way(

@@ -114,7 +114,7 @@ print(len(load_asset("fixtures/coreai/model.aimodel").palettized()))
 
 
 def test_a_folder_with_two_models_is_not_guessed():
-    with pytest.raises(PackageError, match=r"expected one \.aimodel in it, found 2"):
+    with pytest.raises(PackageError, match=r"expected one \.aimodel in it, found 3"):
         load_asset(FOLDER)
 
 
