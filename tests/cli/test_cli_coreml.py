@@ -38,7 +38,7 @@ def model(small_export, work) -> Path:
 # What it makes
 
 
-def test_whole_job(edkm, tiny_export, tiny_llama, held_out, work):
+def test_whole_job(edkm, tiny_export, held_out, work):
     """Trained model, default output name, verification against the original, files of the folder."""
     shutil.copy(tiny_export.model, "tiny.pt")
     Path("text").write_text(held_out, encoding="utf-8")
