@@ -13,7 +13,7 @@ from torch import Tensor
 from edkm_export.api.artifacts import find_artifact
 from edkm_export.api.calibration_data import read_calibration
 from edkm_export.api.cards import refresh_card
-from edkm_export.api.comparison import climb, verification_inputs
+from edkm_export.api.climbing import climb, verification_inputs
 from edkm_export.api.exporting import Exported
 from edkm_export.checkpoint import Checkpoint, load
 from edkm_export.checkpoint_record import CheckpointRecord

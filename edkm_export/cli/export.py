@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
-from edkm_export.api.comparison import climb
+from edkm_export.api.climbing import climb
 from edkm_export.api.formats import Format, Plan, write_folder
 from edkm_export.cli.parameter_types import CHECKPOINT
 from edkm_export.cli.verification import prepare, verification_options

@@ -130,7 +130,7 @@ def prepare(
     Raises:
         InputError: the text, the original or the run that was asked for cannot be used.
     """
-    from edkm_export.api.comparison import verification_inputs
+    from edkm_export.api.climbing import verification_inputs
     from edkm_export.api.originals import read_evaluation_text
 
     return verification_inputs(

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from edkm_export.api.artifacts import find_artifact, is_artifact
-from edkm_export.api.comparison import climb
+from edkm_export.api.climbing import climb
 from edkm_export.cli.parameter_types import CHECKPOINT, PACKAGE
 from edkm_export.cli.verification import prepare, verification_options
 
