@@ -97,7 +97,7 @@ def export(
     standard_ops: bool | None = None,
     pad_3bit: bool | None = None,
 ) -> Exported:
-    """Write a checkpoint as a Core ML package, an ONNX folder or a Core AI model, bit for bit. It is not verified: see `verify`.
+    """Write a checkpoint for Core ML, ONNX or Core AI, bit for bit. It is not verified: see `verify`.
 
     Args:
         checkpoint: from `palettize` or `load`, or the path of a model.pt.
