@@ -39,6 +39,8 @@ BACK_ENDS = (
     BackEnd("coremltools", "Core ML packages", "coreml"),
     BackEnd("onnx", "ONNX folders", "onnx"),
     BackEnd("onnxruntime", "running ONNX folders", "onnx"),
+    BackEnd("coreai-core", "Core AI models", "coreai"),
+    BackEnd("coreai-torch", "Core AI models", "coreai"),
     BackEnd("gguf", "GGUF files as MODEL", "gguf"),
     BackEnd("peft", "LoRA adapters", "peft"),
     BackEnd("matplotlib", "the curve of a training run", "train"),

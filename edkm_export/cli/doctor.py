@@ -81,6 +81,8 @@ def _machine_rows(machine: Machine) -> Iterator[tuple[str, str]]:
 
 def _abilities(machine: Machine, libraries: Sequence[Library]) -> Iterator[tuple[str, str, str]]:
     """What can be done, yes or no, and why or how."""
+    from converters.coreai.backend import missing_backend
+
     missing = {each.back_end.package: each.back_end.install for each in libraries if each.version is None}
 
     def needing(ability: str, packages: Sequence[str], how: str = "") -> tuple[str, str, str]:
@@ -108,6 +110,8 @@ def _abilities(machine: Machine, libraries: Sequence[Library]) -> Iterator[tuple
         yield "Apple's Core ML runtime", "no", "needs macOS; verify says NOT RUN"
     yield needing("onnx", ["onnx", "onnxruntime"])
     yield needing("verify of ONNX", ["onnx", "onnxruntime"], "run by onnxruntime")
+    reason = missing_backend()  # Apple publishes its packages for few platforms
+    yield "coreai, verify of Core AI", "no" if reason else "yes", reason or "run by Apple's Core AI runtime"
     yield needing("GGUF files as MODEL", ["gguf"])
     yield needing("--adapter", ["peft"])
 

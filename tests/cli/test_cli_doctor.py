@@ -76,6 +76,16 @@ def test_what_is_missing_and_what_it_takes_away(edkm, look, without):
     assert "needs macOS" in line_of(out, "Apple's Core ML runtime")
 
 
+def test_core_ai_where_apple_publishes_it_and_where_not(edkm, look, monkeypatch):
+    from converters.coreai import backend
+
+    look(LINUX)
+    monkeypatch.setattr(backend, "missing_backend", lambda: "Apple publishes no Core AI package here")
+    assert line_of(edkm("doctor").out, "coreai, ").endswith("no Apple publishes no Core AI package here")
+    monkeypatch.setattr(backend, "missing_backend", lambda: "")
+    assert " yes run by Apple's Core AI runtime" in line_of(edkm("doctor").out, "coreai, ")
+
+
 def test_a_mac_and_a_gpu(edkm, look):
     look(Machine("Darwin arm64", 8, 16_000_000_000, 9_000_000_000, 10**12))
     assert "Core ML runtime yes" in line_of(edkm("doctor").out, "Apple's")

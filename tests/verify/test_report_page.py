@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from edkm_export.artifact import thresholds as t
 from edkm_export.artifact.metrics import Divergence, Perplexity
@@ -30,18 +29,6 @@ from edkm_export.verify.source_rung import source_rung, source_runtime_rung
 from tests.helpers.paths import ROOT
 
 PAGE = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
-
-
-class Undecoded(DamagedArtifact):
-    """Of a format that another program decodes, which is not here."""
-
-    decoder_name = "another program"
-    decoder_missing = "it is not installed"
-
-    def decoded_elsewhere(self) -> Iterator[tuple[str, Tensor]]:
-        raise AssertionError("it is not there")
-
-
 DAMAGED = DamagedArtifact(ROOT, "none", "damaged")
 
 
@@ -78,6 +65,15 @@ def measured() -> tuple[Divergence, dict[str, Perplexity]]:
     return distance, dict.fromkeys(("original", "trained soft model", "hard PyTorch"), one)
 
 
+def foreign_decoding() -> Rung:
+    artifact: Any = SimpleNamespace(
+        decoder_name="x", decoder_missing="it is not here", decoded_elsewhere=lambda: iter(())
+    )
+    made = compare_decoding(Checkpoint(config={}, palettized={}, dense={}), artifact)
+    assert made is not None
+    return made
+
+
 def rungs() -> dict[str, Rung]:
     """Every rung but the executions, as the ladder makes them."""
     distance, perplexities = measured()
@@ -87,8 +83,8 @@ def rungs() -> dict[str, Rung]:
         *soft_rungs("", "", distance, distance, perplexities),
         palettization_rung(t.quality_limit(4), "", distance, perplexities),
         compare_bytes(Checkpoint(config={}, palettized={}, dense={}), DAMAGED)[0],
-        compare_decoding(Checkpoint(config={}, palettized={}, dense={}), Undecoded(ROOT, "none", "damaged")),
         size_rung(1, 1),
+        foreign_decoding(),
         decode_rung(None, "no cache"),
         continuation_rung(None, "no cache"),
         continuation_rung(None, "no cache", rounded=True),
@@ -120,12 +116,14 @@ EXPECTED: dict[str, list[float]] = {
     "hardening": [],
     "palettization": [],
     "bytes": [],
-    "decoding": [],
     "size": [t.SIZE_TOLERANCE],
     "prefill-decode": [t.DECODE_KL, t.DECODE_MEDIANS],
     "continuation": [t.NEAR_TIE_NATS],
     "continuation-rounded": [t.ROUNDED_TIE_NATS],
+    "decoding": [],
     "execution-...": [],
+    "execution-coreai-twin": [t.FLOAT16_TWIN.top1, t.FLOAT16_TWIN.median_kl],
+    "execution-coreai": [t.float16_chains([1]).top1],
     "execution-float32": [t.EXECUTION["float32"].top1, t.EXECUTION["float32"].median_kl],
     "execution-rounded": [t.EXECUTION["rounded"].top1, t.EXECUTION["rounded"].median_kl],
     "execution-apple": [],
@@ -133,8 +131,6 @@ EXPECTED: dict[str, list[float]] = {
     "execution-onnxruntime-plain": [],
     "execution-onnxruntime-padded": [],
     "execution-reference": [],
-    "execution-coreai-twin": [t.FLOAT16_TWIN.top1, t.FLOAT16_TWIN.median_kl],
-    "execution-coreai": [t.float16_chains([]).top1],
 }
 
 
