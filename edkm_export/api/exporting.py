@@ -1,16 +1,16 @@
-"""`edkm_export.export`: a checkpoint as a Core ML package or an ONNX folder."""
+"""`edkm_export.export`: a checkpoint as a Core ML package, an ONNX folder or a Core AI model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from edkm_export.api.artifacts import open_session
-from edkm_export.api.formats import CoreMLFormat, Format, OnnxFormat, write_folder
+from edkm_export.api.formats import CoreAIFormat, CoreMLFormat, Format, OnnxFormat, write_folder
 from edkm_export.atomic import check_output
 from edkm_export.checkpoint import Checkpoint, load
 from edkm_export.decoder.build import FAMILIES
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 __all__ = ["Exported", "export"]
 
 _PACKAGE = ".mlpackage"
-_FORMATS = ("coreml", "onnx")
+_FORMATS: dict[str, type[CoreMLFormat] | type[OnnxFormat] | type[CoreAIFormat]] = {
+    "coreml": CoreMLFormat,
+    "onnx": OnnxFormat,
+    "coreai": CoreAIFormat,
+}
+_NAMES = {"coreml": "Core ML", "onnx": "ONNX", "coreai": "Core AI"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Exported:
 
     Attributes:
         path: the folder, or the .mlpackage of a module that is no language model.
-        format: "coreml" or "onnx".
+        format: "coreml", "onnx" or "coreai".
         kind: interface or runtime profile, for people.
         weights_size_bytes: predicted size of its weights; None: of a module that is no language model.
         checkpoint: what it was made of.
@@ -49,8 +54,7 @@ class Exported:
 
     def __repr__(self) -> str:
         """One line: path, format, size on disk."""
-        name = {"coreml": "Core ML", "onnx": "ONNX"}[self.format]
-        return f"Exported({self.path}, {name} {self.kind}, {short_size(self.size_bytes)})"
+        return f"Exported({self.path}, {_NAMES[self.format]} {self.kind}, {short_size(self.size_bytes)})"
 
     @property
     def size_bytes(self) -> int:
@@ -75,7 +79,7 @@ class Exported:
 def export(
     checkpoint: Checkpoint | str | Path,
     out: str | Path,
-    format: Literal["coreml", "onnx"] = "coreml",
+    format: Literal["coreml", "onnx", "coreai"] = "coreml",
     *,
     module: nn.Module | None = None,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
@@ -91,19 +95,21 @@ def export(
     opset: int | None = None,
     context_length: int | None = None,
     standard_ops: bool | None = None,
+    pad_3bit: bool | None = None,
 ) -> Exported:
-    """Write a checkpoint as a Core ML package or an ONNX folder, bit for bit. It is not verified: see `verify`.
+    """Write a checkpoint for Core ML, ONNX or Core AI, bit for bit. It is not verified: see `verify`.
 
     Args:
         checkpoint: from `palettize` or `load`, or the path of a model.pt.
         out: folder to make; of a module that is no language model the package, NAME.mlpackage.
-        format: "coreml" or "onnx"; a module that is no language model takes "coreml".
+        format: "coreml", "onnx" or "coreai"; a module that is no language model takes "coreml".
         module: of the checkpoint, when it is no language model: what is traced. Its own weights are not used.
         example_inputs: of the module: tensors, arrays or lists in the order of its arguments, or a mapping by name.
             Their shapes are those of the package.
         name: of the packages; default: that of the model.pt, or "model".
         overwrite: replace an existing output.
-        interface: Core ML: "swift-transformers" (default), "neural-engine" or "logits".
+        interface: Core ML: "swift-transformers" (default), "neural-engine" or "logits". Core AI: "dynamic" (default) or
+            "neural-engine".
         target: Core ML: "iOS18" (default), "iOS17" or "iOS16".
         sequence_length: Core ML: positions that it can hold.
         prefill: Core ML: tokens of a prefill call, "neural-engine" only; default 64.
@@ -111,8 +117,9 @@ def export(
         runtime: ONNX: "exact" (default), "low-memory" or "fast".
         dtype: ONNX: of activations, "float32" (default) or "float16".
         opset: ONNX: version of the standard operators.
-        context_length: ONNX: positions of the longest text.
+        context_length: ONNX, Core AI: positions of the longest text.
         standard_ops: ONNX: with "fast", no operators of onnxruntime's own.
+        pad_3bit: Core AI: hold 3-bit indices in 4 bits.
 
     Returns:
         Where it lies; `verify` takes it.
@@ -128,26 +135,26 @@ def export(
     """
     if format not in _FORMATS:
         raise InputError(f"format: is {format!r}, expected {' or '.join(map(repr, _FORMATS))}.")
-    given: dict[str, dict[str, Any]] = {
-        "coreml": {
-            "interface": interface,
-            "target": target,
-            "sequence_length": sequence_length,
-            "prefill": prefill,
-            "chunks": chunks,
-        },
-        "onnx": {
-            "runtime": runtime,
-            "dtype": dtype,
-            "opset": opset,
-            "context_length": context_length,
-            "standard_ops": standard_ops,
-        },
+    given: dict[str, Any] = {
+        "interface": interface,
+        "target": target,
+        "sequence_length": sequence_length,
+        "prefill": prefill,
+        "chunks": chunks,
+        "runtime": runtime,
+        "dtype": dtype,
+        "opset": opset,
+        "context_length": context_length,
+        "standard_ops": standard_ops,
+        "pad_3bit": pad_3bit,
     }
-    other = "onnx" if format == "coreml" else "coreml"
-    if wrong := [option for option, value in given[other].items() if value is not None]:
-        raise InputError(f"{wrong[0]}: is an option of format {other!r}, and the format is {format!r}.")
-    chosen = {option: value for option, value in given[format].items() if value is not None}
+    chosen = {option: value for option, value in given.items() if value is not None}
+    taken = {field.name for field in fields(_FORMATS[format])}
+    if wrong := [option for option in chosen if option not in taken]:
+        others = " or ".join(
+            repr(name) for name, form in _FORMATS.items() if wrong[0] in form.__annotations__
+        )
+        raise InputError(f"{wrong[0]}: is an option of format {others}, and the format is {format!r}.")
     if not isinstance(checkpoint, (Checkpoint, str, Path)):
         raise InputError(
             f"checkpoint: is {type(checkpoint).__name__}, expected a Checkpoint or the path of a model.pt; make one "
@@ -166,12 +173,12 @@ def export(
             "example_inputs=."
         )
     check_output(path, overwrite=overwrite, folder=True)
-    form: Format[Any] = CoreMLFormat(**chosen) if format == "coreml" else OnnxFormat(**chosen)
+    form: Format[Any] = _FORMATS[format](**chosen)
     plan = form.plan(held)
     require_space(path, plan.weights_size_bytes)
     stem = name or (held.path.stem if held.path is not None else "model")
     write_folder(form, held, plan, path, stem, overwrite=overwrite)
-    kind = form.interface if isinstance(form, CoreMLFormat) else chosen.get("runtime", OnnxFormat.runtime)
+    kind = form.runtime if isinstance(form, OnnxFormat) else getattr(form, "interface", "")
     return Exported(path, format, f"for {kind}", plan.weights_size_bytes, held)
 
 

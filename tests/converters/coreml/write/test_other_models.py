@@ -246,7 +246,7 @@ def test_a_cache_is_no_output():
         ({}, "give the module that it was made of"),
         ({"module": nn.Linear(4, 4)}, "is traced with example_inputs="),
         ({"example_inputs": (torch.ones(1, 4),)}, "example_inputs: belong to a module"),
-        ({"format": "tflite"}, "format: is 'tflite', expected 'coreml' or 'onnx'"),
+        ({"format": "tflite"}, "format: is 'tflite', expected 'coreml' or 'onnx' or 'coreai'"),
         ({"runtime": "fast"}, "runtime: is an option of format 'onnx', and the format is 'coreml'"),
         (
             {"module": nn.Linear(4, 4), "example_inputs": (torch.ones(1, 4),)},
