@@ -44,7 +44,7 @@ WORDS = {
     "expected failure": "expected by the suite to fail",
     "refused": "refused: an op, or a form of one, that is not implemented",
     "undefined": "refused: an index out of range, whose effect Core ML does not define",
-    "not reached": "failed before a prediction: conversion with these versions of PyTorch and numpy",
+    "not reached": "failed before a prediction: conversion with these versions, or a neural network",
     "known": "the expectation of the test does not hold, see below",
     "wrong": "**wrong**",
     "package error": "**a valid program refused as damaged**",

