@@ -228,7 +228,11 @@ def test_extras_exist():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = set(re.findall(r"^(\w+) = \[", project.partition("optional-dependencies]")[2], flags=re.M))
     rows = table_after(ROOT / "docs" / "commands.md", "## Extras")
-    assert {row[0].strip("`") for row in rows} == {"coreml", "onnx", "gguf", "peft", "train", "eval"} < extras
+    assert (
+        {row[0].strip("`") for row in rows}
+        == {"coreml", "onnx", "coreai", "gguf", "peft", "train", "eval"}
+        < extras
+    )
     hints = {
         extra
         for name in FILES
