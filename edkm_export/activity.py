@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-__all__ = ["Activity", "Watcher", "activity", "tracked", "watched_by"]
+__all__ = ["Activity", "Watcher", "activity", "stages", "tracked", "watched_by"]
 
 _T = TypeVar("_T")
 
@@ -97,6 +97,19 @@ def activity(words: str, total: float | None = None, unit: str = "") -> Iterator
         yield begun
     finally:
         watcher.ended(begun)
+
+
+@contextlib.contextmanager
+def stages(total: int) -> Iterator[Callable[[str], None]]:
+    """Say which of so many stages is gone through; yields the function that announces the next one."""
+    with activity("", total, "stages") as counted:
+
+        def advance(name: str) -> None:
+            if counted.words:
+                counted.advance()  # the one before is done
+            counted.rename(name)
+
+        yield advance
 
 
 def tracked(items: Iterable[_T], words: str, unit: str = "", *, total: float | None = None) -> Iterator[_T]:

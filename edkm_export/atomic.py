@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edkm_export.claims import claimed
-from edkm_export.disk_space import disk_full, stopped_by_disk
+from edkm_export.disk_space import disk_full, free_bytes, stopped_by_disk
 from edkm_export.errors import InputError, OutputExistsError
 from edkm_export.interrupts import check_interrupt
 
@@ -24,7 +24,7 @@ MARKER = "metadata.json"
 GENERATOR = "edkm-export"
 
 
-def check_output(path: Path, *, overwrite: bool, folder: bool = False) -> None:
+def check_output(path: str | Path, *, overwrite: bool, folder: bool = False) -> None:
     """Refuse, before the long work, an output that could not be written at its end.
 
     Args:
@@ -37,6 +37,7 @@ def check_output(path: Path, *, overwrite: bool, folder: bool = False) -> None:
             ours to replace.
         InputError: the folder that is to hold it does not exist or cannot be written.
     """
+    path = Path(path)
     if path.exists() or path.is_symlink():
         if path.is_dir() and not folder:
             raise OutputExistsError(f"{path} is a folder, not a file; choose another -o.")
@@ -67,7 +68,9 @@ def _is_ours(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, *, overwrite: bool = False, needed_bytes: int | None = None) -> Iterator[Path]:
+def atomic_file(
+    path: str | Path, *, overwrite: bool = False, needed_bytes: int | None = None
+) -> Iterator[Path]:
     """Yield a temporary path beside `path`; flush it to disk and rename it on success, remove it on any error.
 
     Args:
@@ -81,11 +84,12 @@ def atomic_file(path: Path, *, overwrite: bool = False, needed_bytes: int | None
         InputError: see `check_output`.
         DiskFullError: there is no space for it.
     """
+    path = Path(path)
     check_output(path, overwrite=overwrite)
     # In a folder of its own, so that the file has its final name: torch writes the name into the archive.
     with _full_disk(path, needed_bytes), claimed(path) as folder:
         temporary = folder / path.name
-        with _watching_disk(path):
+        with _watching_disk(path, folder):
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -97,17 +101,20 @@ def atomic_file(path: Path, *, overwrite: bool = False, needed_bytes: int | None
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False, needed_bytes: int | None = None) -> Iterator[Path]:
+def atomic_folder(
+    path: str | Path, *, overwrite: bool = False, needed_bytes: int | None = None
+) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it on success, remove it on any error.
 
     The one that is replaced stays in place until the new one is complete. Arguments and errors are those of
     `atomic_file`.
     """
+    path = Path(path)
     check_output(path, overwrite=overwrite, folder=True)
     with _full_disk(path, needed_bytes), claimed(path) as temporary:
         retired: Path | None = None
         try:
-            with _watching_disk(path):
+            with _watching_disk(path, temporary):
                 yield temporary
                 _fsync_tree(temporary)
             temporary.chmod(0o777 & ~_umask())
@@ -152,17 +159,24 @@ def _taken(path: Path) -> OutputExistsError:
 
 
 class _Full(Exception):
-    """The disk is full; found while the half-written output still takes the space."""
+    """The disk is full; found while the half-written output still takes the space, which counts as available."""
+
+    def __init__(self, available_bytes: int | None) -> None:
+        super().__init__()
+        self.available_bytes = available_bytes
 
 
 @contextlib.contextmanager
-def _watching_disk(path: Path) -> Iterator[None]:
+def _watching_disk(path: Path, written: Path) -> Iterator[None]:
+    """Notice a full disk; `written` is the folder that holds what there is of the output."""
     try:
         yield
     except Exception as error:
-        if stopped_by_disk(error, path.absolute().parent):
-            raise _Full from error
-        raise
+        if not stopped_by_disk(error, path.absolute().parent):
+            raise
+        free = free_bytes(path)
+        taken = sum(each.stat().st_size for each in written.rglob("*") if each.is_file())
+        raise _Full(None if free is None else free + taken) from error
 
 
 @contextlib.contextmanager
@@ -171,7 +185,7 @@ def _full_disk(path: Path, needed_bytes: int | None) -> Iterator[None]:
     try:
         yield
     except _Full as error:
-        raise disk_full(path, needed_bytes) from error.__cause__
+        raise disk_full(path, needed_bytes, error.available_bytes) from error.__cause__
 
 
 def _fsync_tree(folder: Path) -> None:

@@ -34,8 +34,9 @@ from edkm_export.activity import tracked
 from edkm_export.atomic import atomic_file
 from edkm_export.command_line import command_line
 from edkm_export.errors import CheckpointError, PaletteError
-from edkm_export.local_paths import nearby, without_folders
+from edkm_export.local_paths import without_folders
 from edkm_export.palette import PalettizedTensor, all_finite
+from edkm_export.quantities import bit_range, short_count, short_size
 from edkm_export.unfinished import unfinished_run
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "Checkpoint", "load", "save"]
@@ -70,6 +71,27 @@ class Checkpoint:
     recipe: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+
+    def __repr__(self) -> str:
+        """One line: family, parameters, what is palettized, size."""
+        parts = [f"{short_count(self.numel)} parameters"]
+        if family := self.config.get("model_type"):
+            parts.insert(0, str(family))
+        if self.palettized:
+            bits = bit_range(tensor.n_bits for tensor in self.palettized.values())
+            parts.append(f"{len(self.palettized)} palettized at {bits}")
+        else:
+            parts.append("none palettized")
+        return f"Checkpoint({', '.join([*parts, short_size(self.size_bytes)])})"
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write it, whole or not at all; see the function `save`.
+
+        Raises:
+            OutputExistsError: `path` exists and `overwrite` is false.
+            OSError: the disk is full or not writable; no partial file is left.
+        """
+        save(self, path, overwrite=overwrite)
 
     @property
     def size_bytes(self) -> int:
@@ -147,7 +169,7 @@ def save(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool = False) -
         "recipe": _plain(checkpoint.recipe),
     }
     digests = {key: _digest(contents[key]) for key in ("palettized", "dense", "tokenizer")}
-    contents["provenance"] = {**_portable(_plain(checkpoint.provenance), path.parent), "sha256": digests}
+    contents["provenance"] = {**_provenance(_plain(checkpoint.provenance)), "sha256": digests}
     with atomic_file(path, overwrite=overwrite, needed_bytes=checkpoint.size_bytes) as temporary:
         try:
             torch.save(contents, temporary)
@@ -155,21 +177,18 @@ def save(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool = False) -
             raise OSError(f"{path}: writing failed, is the disk full? ({_first_line(error)})") from error
 
 
-def _portable(provenance: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Without local paths. The original is named as seen from the checkpoint, so that it is found from there."""
-    base = provenance.get("base_model")
-    if isinstance(base, dict):
-        base = _seen_from(folder, base)
-        if isinstance(base.get("adapter"), dict):
-            base["adapter"] = _seen_from(folder, base["adapter"])
-        provenance = {**provenance, "base_model": base}
-    found: dict[str, Any] = without_folders(provenance)
+def _provenance(given: dict[str, Any]) -> dict[str, Any]:
+    """Without local paths, but for where the original and its adapter lie: they are looked for there.
+
+    A checkpoint is a working file; what an export leaves names files without their folders.
+    """
+    found: dict[str, Any] = without_folders(given)
+    base, named = given.get("base_model"), found.get("base_model")
+    if isinstance(base, dict) and isinstance(named, dict):
+        for whole, short in ((base, named), (base.get("adapter"), named.get("adapter"))):
+            if isinstance(whole, dict) and isinstance(short, dict) and "reference" in whole:
+                short["reference"] = whole["reference"]
     return found
-
-
-def _seen_from(folder: Path, named: dict[str, Any]) -> dict[str, Any]:
-    reference = named.get("reference")
-    return {**named, "reference": nearby(reference, folder)} if isinstance(reference, str) else dict(named)
 
 
 def load(path: str | Path) -> Checkpoint:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edkm_export.atomic import MARKER
+from edkm_export.command_line import command_line
 from edkm_export.digest import file_sha256
 from edkm_export.errors import InputError
 
@@ -47,7 +47,7 @@ class CheckpointRecord:
         Args:
             exported: the folder, or the model in it.
         """
-        inside = exported.suffix in (".mlpackage", ".onnx")
+        inside = exported.suffix in (".aimodel", ".mlpackage", ".onnx")
         folders = (exported.absolute().parent, exported.absolute().parent.parent) if inside else (exported,)
         path = next((folder / MARKER for folder in folders if (folder / MARKER).is_file()), None)
         if path is None:
@@ -109,7 +109,7 @@ class CheckpointRecord:
         raise InputError(
             f"{exported}: was exported from {self.file} of sha256 {self.sha256[:_SHORT]}... "
             f"({self.size_bytes:,} bytes), and no such file is in {looked}; name it: "
-            f"edkm-export verify PATH/{shlex.quote(self.file)} {shlex.quote(str(exported))}"
+            f"{command_line('verify', f'PATH/{self.file}', exported)}"
         )
 
 

@@ -35,14 +35,17 @@ def stopped_by_disk(error: Exception, path: Path) -> bool:
     return isinstance(error, _VAGUE) and free is not None and free < _NOTHING
 
 
-def disk_full(path: Path, needed_bytes: int | None = None) -> DiskFullError:
+def disk_full(
+    path: Path, needed_bytes: int | None = None, available_bytes: int | None = None
+) -> DiskFullError:
     """The error of an output that does not fit; what was written of it is taken to be removed.
 
     Args:
         path: of the output.
         needed_bytes: size of it; None: not known.
+        available_bytes: what was free before it was begun; None: what is free now.
     """
-    free = free_bytes(path)
+    free = free_bytes(path) if available_bytes is None else available_bytes
     known = [f"{needed_bytes:,} bytes are needed"] if needed_bytes else []
     known += [] if free is None else [f"{free:,} bytes are free"]
     found = f" ({', '.join(known)})" if known else ""
@@ -77,8 +80,10 @@ def free_bytes(path: Path) -> int | None:
 
 def explain(error: OSError) -> str:
     """One sentence for the user about an error of the operating system."""
+    if is_disk_full(error) and error.filename is not None:
+        return str(disk_full(Path(error.filename)))
     if is_disk_full(error):
-        return str(disk_full(Path(error.filename or ".")))
+        return "no space left on the device that was written to, or a quota is reached. Free some space."
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"
 

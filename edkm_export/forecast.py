@@ -1,8 +1,9 @@
 """How large a model gets, and how long each command takes: estimates from shapes, before any weight is read.
 
 Sizes follow from the recipe to the byte, but for what a format adds. Times and peaks of memory are lines through what
-docs/results.md has measured, whole commands on two cores of an AMD EPYC: palettize and coreml of 135M and 1,240M
-parameters, verify of 135M with a vocabulary of 49,152 and of 268M with one of 262,144, training of 135M.
+docs/results.md has measured, whole commands on two cores of an AMD EPYC: palettize of 135M, 268M and 1,240M parameters,
+coreml of 135M and 1,240M, verify of 135M with a vocabulary of 49,152 and of 268M with one of 262,144, training and
+onnx of 135M.
 """
 
 from __future__ import annotations
@@ -130,19 +131,20 @@ def forecast_steps(
     millions, billions = size.parameters / 1e6, size.parameters / 1e9
     logits = tokens * size.vocabulary * 8 / 1e9  # GB of one set of logits in float64, as they are compared
     step_logits = STEP_TOKENS * size.vocabulary * 4 / 1e9
-    verify_s = (0.335 * millions + 0.893e-3 * size.vocabulary) * tokens / 1024
+    verify_s = 5 + (0.335 * millions + 0.893e-3 * size.vocabulary) * tokens / 1024
     verify_gb = 0.5 + 3.29 * 4 * billions + 5.77 * logits
-    # master weights, gradients, both moments of Adam, the original, and decoded weights; two checkpoints are kept
+    # master weights, gradients, both moments of Adam, the original, and decoded weights; two checkpoints are kept, of
+    # weights and moments without those of embedding and output head
     train_gb = 0.8 + 24 * billions + 5 * step_logits
     return (
         Step(
-            "palettize --calibration TEXT", 23 + 0.161 * millions, (0.66 + 2.54 * billions) * 1e9, made_bytes
+            "palettize --calibration TEXT", 10 + 0.18 * millions, (0.66 + 2.54 * billions) * 1e9, made_bytes
         ),
         Step(
             "train",
             (1.28e-4 if gpu else 0.147) * millions * STEP_TOKENS / 2048,
             train_gb * 1e9,
-            made_bytes + 2 * 12 * size.parameters,
+            made_bytes + 2 * 10.5 * size.parameters,
             per=f"a step of {STEP_TOKENS:,} tokens",
             on_gpu=gpu,
         ),
@@ -152,6 +154,6 @@ def forecast_steps(
             (0.66 + 1.82 * billions) * 1e9,
             made_bytes,
         ),
-        Step("onnx --no-verify", 10 + 0.05 * millions, (0.66 + 4 * billions) * 1e9, made_bytes),
+        Step("onnx --no-verify", 5 + 0.03 * millions, (0.3 + 1.7 * billions) * 1e9, made_bytes),
         Step(f"verify, {tokens:,} tokens", verify_s, verify_gb * 1e9, 0),
     )

@@ -3,7 +3,8 @@
 A model that coremltools or coreai-opt has finalized keeps, beside each palettized weight, buffers that describe it:
 `<module>._COREML_/<parameter>/lut`, `/compression_type`, `/palettization_scale`, `/quantization_scale` and others
 (coremltools, optimize/torch/_utils/metadata_utils.py). The indices are not among them; they follow from the dense
-weight, each value of which is an entry of its LUT. Without such buffers, a weight of few distinct values is a palette.
+weight, each value of which is an entry of its LUT. What coreai-opt finalizes for Core AI is read by
+`finalized_palettes`. Without any such buffers, a weight of few distinct values is a palette.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from edkm_export.activity import tracked
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import decoder_config, empty_decoder
 from edkm_export.errors import CheckpointError, PaletteError
+from edkm_export.finalized_palettes import split_finalized
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.palette import PalettizedTensor, all_finite, check_grouping
 from edkm_export.reference.conv1d import as_linear, conv1d_weights
@@ -29,6 +31,7 @@ from edkm_export.reference.source import (
     load_config,
     load_tokenizer,
     read_generation_settings,
+    read_origin,
 )
 from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.versions import library_versions
@@ -55,12 +58,13 @@ class Imported:
     dense: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict, `torch.save`d or safetensors; no code of the file is run.
 
     Raises:
         CheckpointError: missing, damaged, or more than a dict of tensors.
     """
+    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file.")
     try:
@@ -100,8 +104,10 @@ def import_state(state: Mapping[str, Tensor], source: str, group_size: int = 0) 
         CheckpointError: the buffers do not describe the weight, it holds none of the forms that can be kept exactly,
             or there is no palette at all.
     """
+    finalized, state = split_finalized(state, source)
     described = _descriptions(state, source)
-    found = Imported()
+    found = Imported(palettized=finalized)
+    whole = bool(described or finalized)  # then a weight without a palette was left dense on purpose
     for name, value in tracked(state.items(), "looking for palettes", "tensors"):
         if _MARK in name:
             continue
@@ -113,7 +119,7 @@ def import_state(state: Mapping[str, Tensor], source: str, group_size: int = 0) 
             if name in described:
                 tensor: PalettizedTensor | None = _described(name, value, described[name])
             else:
-                tensor = None if described else _discovered(name, value, group_size)
+                tensor = None if whole else _discovered(name, value, group_size)
         except PaletteError as error:
             raise CheckpointError(f"{source}: {error}") from error
         if tensor is None:
@@ -274,7 +280,7 @@ def _built(
     )
 
 
-def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[str]) -> Checkpoint:
+def as_checkpoint(imported: Imported, model: Source, file: str | Path, command: list[str]) -> Checkpoint:
     """Complete what was imported with the configuration and tokenizer of the model that was palettized.
 
     Args:
@@ -288,6 +294,7 @@ def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[s
         CheckpointError: the parameters are not those of the model.
         ConversionError: its family is not supported.
     """
+    file = Path(file)
     import accelerate
     import transformers
 
@@ -317,6 +324,7 @@ def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[s
             "command": command,
             "seed": None,
             "base_model": {"reference": model.place},
+            "origin": read_origin(model).provenance(),
         },
         path=file,
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BACK_ENDS", "BackEnd", "Library", "Machine", "find_libraries"]
+__all__ = ["BACK_ENDS", "BackEnd", "Library", "Machine", "container_memory", "find_libraries"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ BACK_ENDS = (
     BackEnd("coremltools", "Core ML packages", "coreml"),
     BackEnd("onnx", "ONNX folders", "onnx"),
     BackEnd("onnxruntime", "running ONNX folders", "onnx"),
+    BackEnd("coreai-core", "Core AI models", "coreai"),
+    BackEnd("coreai-torch", "Core AI models", "coreai"),
     BackEnd("gguf", "GGUF files as MODEL", "gguf"),
     BackEnd("peft", "LoRA adapters", "peft"),
     BackEnd("matplotlib", "the curve of a training run", "train"),
@@ -97,7 +99,7 @@ class Machine:
 
         memory = psutil.virtual_memory()
         total, free = int(memory.total), int(memory.available)
-        limit, used = _container_memory()
+        limit, used = container_memory()
         if limit is not None and limit < total:
             total, free = limit, max(0, min(free, limit - used))
         gpu, count, gpu_free = _cuda()
@@ -124,7 +126,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int]:
+def container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int]:
     """Limit of a control group and what is used of it, caches that can be given up left out; None: no limit."""
     try:
         limit = int((root / "memory.max").read_text(encoding="ascii"))  # "max" without one

@@ -21,7 +21,10 @@ if TYPE_CHECKING:  # importing it takes torch, which `push` does without
     from edkm_export.checkpoint import Checkpoint
 
 __all__ = [
+    "BEYOND",
     "FILE",
+    "NOT_VERIFIED",
+    "PASS",
     "FormatCard",
     "License",
     "base_models",
@@ -30,12 +33,17 @@ __all__ = [
     "code",
     "license_of",
     "model_card",
+    "plain",
     "table",
+    "verdict_of",
     "with_verification",
 ]
 
 FILE = "README.md"
 """Where a hub looks for the card."""
+
+PASS, BEYOND, NOT_VERIFIED = "PASS", "BEYOND", "NOT VERIFIED"
+"""What a card says of a verification: proved, faithful but beyond the limit of the quality, not run."""
 
 _BEGIN = re.compile(r"<!-- edkm-export verification: (?P<verdict>[A-Z ]+) -->\n")
 _END = "<!-- edkm-export verification: end -->"
@@ -85,18 +93,22 @@ def base_models(checkpoint: Checkpoint) -> list[str]:
     reference = base.get("reference") if isinstance(base, dict) else None
     if isinstance(reference, str) and is_hub_id(reference) and not Path(reference).exists():
         return [reference]
-    source = checkpoint.provenance.get("source")
-    recorded = source.get("base_models") if isinstance(source, dict) else None
+    recorded = _origin(checkpoint).get("base_models")
     ids = recorded.get("ids") if isinstance(recorded, dict) else None
     return (
         [each for each in ids if isinstance(each, str) and is_hub_id(each)] if isinstance(ids, list) else []
     )
 
 
+def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What was recorded of the source: with its account, or alone where its weights were not read."""
+    found = checkpoint.provenance.get("source", checkpoint.provenance.get("origin"))
+    return found if isinstance(found, dict) else {}
+
+
 def license_of(checkpoint: Checkpoint) -> License | None:
     """The licence of what was palettized; None where its source names none."""
-    source = checkpoint.provenance.get("source")
-    found = source.get("license") if isinstance(source, dict) else None
+    found = _origin(checkpoint).get("license")
     if not isinstance(found, dict) or not isinstance(found.get("id"), str) or not found["id"]:
         return None
     name, link, said_by = (" ".join(str(found.get(key) or "").split()) for key in ("name", "link", "from"))
@@ -145,6 +157,14 @@ def card_verdict(card: str) -> str | None:
     """The verdict that a card tells; None where its verification is not one that we wrote."""
     found = _BEGIN.search(card)
     return None if found is None or _END not in card else found["verdict"]
+
+
+def verdict_of(report: Mapping[str, Any]) -> str:
+    """One word for a report.json of any version: PASS, BEYOND, or what it says instead; empty when it says nothing."""
+    faithful = report.get("faithful_export", report.get("verdict"))
+    if not isinstance(faithful, str):
+        return ""
+    return BEYOND if faithful == PASS and report.get("quality") == BEYOND else faithful
 
 
 def card_license(card: str) -> str | None:
@@ -220,10 +240,26 @@ def _facts(checkpoint: Checkpoint) -> dict[str, str]:
     recipe = checkpoint.recipe.get("name") if isinstance(checkpoint.recipe, dict) else None
     palettized = sum(tensor.numel for tensor in checkpoint.palettized.values())
     return {
-        "parameters": f"{checkpoint.numel:,}, {palettized:,} of them palettized",
+        "parameters": f"{checkpoint.numel:,} ({palettized:,} palettized)",
         "recipe": plain(str(recipe)) if recipe else "not recorded",
+        "palettized": _how(checkpoint.provenance),
         "bits a weight": f"{checkpoint.bits_per_weight:.2f}, LUTs and unpalettized weights included",
     }
+
+
+def _how(provenance: Mapping[str, Any]) -> str:
+    """With training or without."""
+    training, calibration = provenance.get("training"), provenance.get("calibration")
+    if isinstance(training, dict):
+        steps, tokens = (_whole(training.get(key)) for key in ("trained_steps", "trained_tokens"))
+        return f"while it was fine-tuned for {steps} steps of {tokens} tokens in all"
+    if isinstance(calibration, dict):
+        return f"in one shot, weighted by the activations of {_whole(calibration.get('tokens'))} tokens of a text"
+    return "in one shot, without a calibration text" if "source" in provenance else "not recorded"
+
+
+def _whole(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else "unknown"
 
 
 def _block(verdict: str, verification: str) -> str:

@@ -16,12 +16,13 @@ from edkm_export.library_logs import silence
 __all__ = ["encode_prompt", "encode_turns", "read_settings", "read_tokenizer"]
 
 
-def read_tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of an exported folder. Remote code is never run.
 
     Raises:
         InputError: there is none, or one that transformers cannot read.
     """
+    folder = Path(folder)
     import transformers
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):

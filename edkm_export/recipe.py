@@ -122,7 +122,8 @@ class Recipe(_Strict):
             if rule_found is None:
                 continue
             rule_found = rule_found.fitted(shape[0])
-            check_grouping(f"{source}: {module}.weight", shape[0], rule_found.group_size)
+            weight = f"{module}.weight" if module else "weight"  # the model is the layer itself
+            check_grouping(f"{source}: {weight}", shape[0], rule_found.group_size)
             plan[module] = rule_found
         return plan
 
@@ -191,13 +192,13 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
-def load_recipe(reference: str) -> Recipe:
+def load_recipe(reference: str | Path) -> Recipe:
     """A preset by its name, or a YAML file.
 
     Raises:
         RecipeError: unknown preset, unreadable file, or a field that is wrong; the message names it.
     """
-    if reference in PRESETS:
+    if isinstance(reference, str) and reference in PRESETS:
         return PRESETS[reference]
     path = Path(reference)
     if not path.is_file():

@@ -11,6 +11,8 @@ from edkm_export.errors import InputError
 if TYPE_CHECKING:  # importing it takes seconds, which a text that is missing must not wait for
     from torch import Tensor
 
+    from edkm_export.token_ids import Ids
+
 __all__ = ["LEAST_TOKENS", "check_text", "in_windows", "read_text", "token_ids", "token_windows"]
 
 LEAST_TOKENS = 32
@@ -22,12 +24,13 @@ _CHARACTERS_PER_TOKEN = 16
 _HEAD_BYTES = 1 << 16
 
 
-def read_text(path: Path) -> str:
+def read_text(path: str | Path) -> str:
     """A UTF-8 text file.
 
     Raises:
         InputError: missing, unreadable, not UTF-8, or empty.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -49,19 +52,19 @@ def read_text(path: Path) -> str:
     return text
 
 
-def check_text(path: Path, *, least_characters: int = 1) -> None:
+def check_text(path: Path | None, *, least_characters: int = LEAST_TOKENS) -> None:
     """Refuse a file that cannot be a text, from its first bytes, before anything is loaded.
 
     Pipes are left for `read_text`: what is read from them is gone.
 
     Args:
-        path: of the file.
+        path: of the file; None: there is nothing to check.
         least_characters: that it has to have; a token takes one or more.
 
     Raises:
         InputError: missing, a folder, unreadable, empty, not UTF-8, or too short.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
         return
     try:
         with path.open("rb") as file:
@@ -88,13 +91,13 @@ def token_ids(text: str, tokenizer: Any, tokens: int | None = None) -> list[int]
 
 
 def token_windows(
-    text: str, tokenizer: Any, *, tokens: int, context: int, source: str, least: int = 2
+    text: str | Ids, tokenizer: Any, *, tokens: int, context: int, source: str, least: int = 2
 ) -> Tensor:
     """The first tokens of a text, cut into windows that are evaluated independently.
 
     Args:
-        text: the text.
-        tokenizer: a transformers tokenizer.
+        text: the text, or its ids in any form that `as_ids` takes.
+        tokenizer: a transformers tokenizer; not used for ids.
         tokens: how many are wanted; all of the text when it has fewer.
         context: tokens of one window.
         source: where the text is from, for messages.
@@ -109,7 +112,12 @@ def token_windows(
     """
     import torch
 
-    ids = torch.tensor(token_ids(text, tokenizer, tokens), dtype=torch.int64)
+    if isinstance(text, str):
+        ids = torch.tensor(token_ids(text, tokenizer, tokens), dtype=torch.int64)
+    else:
+        from edkm_export.token_ids import as_ids
+
+        ids = as_ids(text, source)[:tokens]
     least = max(2, min(tokens, least))
     if len(ids) < least:
         raise InputError(

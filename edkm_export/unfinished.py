@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 
 from edkm_export.atomic import MARKER
+from edkm_export.command_line import command_line
 
 __all__ = ["unfinished_run"]
 
@@ -18,7 +18,7 @@ def unfinished_run(path: Path) -> str:
         path: of the checkpoint, or the folder of the run.
     """
     folder = path if path.is_dir() else path.parent
-    if (folder / "model.pt").exists() or (path.exists() and not path.is_dir()):
+    if (folder / "model.pt").exists() or not (path.is_dir() or (path.suffix == ".pt" and not path.exists())):
         return ""
     try:
         metadata = json.loads((folder / MARKER).read_text(encoding="utf-8"))
@@ -28,7 +28,7 @@ def unfinished_run(path: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
     way = (
-        f"finish it with: {shlex.join([*command, '--resume'])}"
+        f"finish it with: {command_line(*command[1:], '--resume')}"
         if command and all(isinstance(word, str) for word in command)
         else "finish it with the command that started it and --resume"
     )

@@ -19,7 +19,6 @@ PACKAGES = ("edkm_export", "converters")
 FLOORS: tuple[tuple[str, ...], ...] = (
     # the currency: no model, no file format
     (
-        "edkm_export",
         "edkm_export._version",
         "edkm_export.errors",
         "edkm_export.interrupts",
@@ -31,7 +30,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.claims",
         "edkm_export.memory",
         "edkm_export.versions",
+        "edkm_export.array_input",
+        "edkm_export.quantities",
         "edkm_export.text",
+        "edkm_export.token_ids",
         "edkm_export.context_window",
         "edkm_export.detokenize",
         "edkm_export.stop_texts",
@@ -54,11 +56,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.recipe",
         "edkm_export.weight_storage",
         "edkm_export.clustering",
+        "edkm_export.finalized_palettes",
     ),
     ("edkm_export.reference", "edkm_export.decoder"),
     ("edkm_export.artifact", "edkm_export.calibration", "edkm_export.palettization", "edkm_export.importing"),
     ("edkm_export.loss_estimate", "edkm_export.forecast"),
     ("edkm_export.training", "converters", "edkm_export.verify"),
+    ("edkm_export.api",),  # what commands and Python functions share
+    ("edkm_export",),  # the names that it offers
     ("edkm_export.cli",),
     ("edkm_export.__main__",),
 )
@@ -73,10 +78,16 @@ NEVER: dict[tuple[str, str], str] = {
     ("converters", "edkm_export.training"): "an export needs a checkpoint, not a run",
     ("converters.coreml.read", "converters.coreml.write"): "what is on disk is checked",
     ("converters.onnx.read", "converters.onnx.write"): "what is on disk is checked",
+    ("converters.coreai.read", "converters.coreai.write"): "what is on disk is checked",
     ("converters.coreml.read", "edkm_export.decoder"): "what is on disk is checked",
     ("converters.onnx.read", "edkm_export.decoder"): "what is on disk is checked",
+    ("converters.coreai.read", "edkm_export.decoder"): "what is on disk is checked",
     ("converters.coreml", "converters.onnx"): "a format can be changed alone",
     ("converters.onnx", "converters.coreml"): "a format can be changed alone",
+    ("converters.coreai", "converters.coreml"): "a format can be changed alone",
+    ("converters.coreai", "converters.onnx"): "a format can be changed alone",
+    ("converters.coreml", "converters.coreai"): "a format can be changed alone",
+    ("converters.onnx", "converters.coreai"): "a format can be changed alone",
     ("edkm_export.training", "converters"): "training runs where no converter is installed",
     ("edkm_export.artifact", "converters"): "any format can take part",
 }
@@ -84,7 +95,19 @@ NEVER: dict[tuple[str, str], str] = {
 # palettized modules serve alone ("the paper's method on other layers"): nothing of the training run
 PALETTIZED = "edkm_export.training.palettized"
 # each needs a back end that may not be installed
-OPTIONAL = ("coremltools", "onnx", "onnxruntime", "gguf", "matplotlib", "lm_eval", "peft", "triton")
+OPTIONAL = (
+    "coreai",
+    "coreai_opt",
+    "coreai_torch",
+    "coremltools",
+    "onnx",
+    "onnxruntime",
+    "gguf",
+    "matplotlib",
+    "lm_eval",
+    "peft",
+    "triton",
+)
 
 
 def sources() -> dict[str, Path]:
@@ -181,7 +204,7 @@ def test_palettized_modules_serve_alone():
     assert not wrong
 
 
-def test_only_the_command_line_opens_any_format():
+def test_only_the_doors_open_any_format():
     """Whoever imports two converters knows formats apart."""
     knows: dict[str, set[str]] = defaultdict(set)
     for module, imported, _ in EDGES:
@@ -189,7 +212,7 @@ def test_only_the_command_line_opens_any_format():
         if parts[0] == "converters" and len(parts) > 1:
             knows[module].add(parts[1])
     several = {module for module, formats in knows.items() if len(formats) > 1}
-    assert all(within(module, "edkm_export.cli") for module in several)
+    assert all(within(module, "edkm_export.cli") or within(module, "edkm_export.api") for module in several)
 
 
 def test_no_private_names_of_other_packages():
@@ -224,6 +247,8 @@ def test_base_names_are_told_apart():
         "edkm_export",
         "converters.coreml",
         "converters.onnx",
+        "converters.coreai",
+        "converters.coreai.read.asset",
         "edkm_export.training.run",
         "edkm_export.training.palettized.modules",
         "edkm_export.cli.main",

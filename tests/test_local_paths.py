@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from edkm_export.local_paths import nearby, without_folders
+from edkm_export.local_paths import without_folders
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         ("/home/someone/models/llama", "llama"),
-        ("/home/someone/my models/llama", "my models/llama"),
+        ("/home/someone/my models/llama", "llama"),
         ("models/llama", "models/llama"),
         ("owner/name", "owner/name"),
         ("--calibration=/home/someone/a text.txt", "--calibration=a text.txt"),
@@ -19,7 +17,7 @@ from edkm_export.local_paths import nearby, without_folders
         ("/home/someone/llama has changed; see '/data/b/c.txt'.", "llama has changed; see 'c.txt'."),
         ("cannot read /home/someone/llama, nor (/data/x/y)", "cannot read llama, nor (y)"),
         ("https://huggingface.co/owner/name", "https://huggingface.co/owner/name"),
-        ("file:///home/x", "file:///home/x"),
+        ("file:///home/x", "x"),
         ("210 of 211 tokens/s and 3/4/5", "210 of 211 tokens/s and 3/4/5"),
         ("/think", "/think"),
         ("", ""),
@@ -50,21 +48,3 @@ def test_values_of_all_depths():
 def test_files_of_one_name_are_told_apart():
     given = {"/a/train.txt": "1", "/b/train.txt": "2", "/c/d/train.txt": "3"}
     assert without_folders(given) == {"train.txt": "1", "train.txt (2)": "2", "train.txt (3)": "3"}
-
-
-@pytest.mark.parametrize(
-    ("path", "folder", "expected"),
-    [
-        ("/data/models/llama", "/data/models", "./llama"),
-        ("/data/models/llama", "/data/runs/first", "../../models/llama"),
-        ("/data/models/llama", "/other/runs", "llama"),
-        ("owner/name", "/data", "owner/name"),
-    ],
-)
-def test_nearby(path, folder, expected):
-    assert nearby(path, Path(folder)) == expected
-
-
-def test_home_is_no_place_that_two_folders_share():
-    home = Path.home()
-    assert nearby(str(home / "models" / "llama"), home / "runs") == "llama"

@@ -63,7 +63,7 @@ def test_all_that_is_known():
     }
     assert "from [some-one/Small-1B](https://huggingface.co/some-one/Small-1B)." in text
     assert "Licence: apache-2.0, as its model card says. It holds for this model, too." in text
-    assert f"| parameters | {checkpoint.numel:,}, 108 of them palettized |" in text
+    assert f"| parameters | {checkpoint.numel:,} (108 palettized) |" in text
     assert "| positions | 512 |" in text and "## Use\n\nas you like" in text
     assert card_license(text) == "apache-2.0" and card_verdict(text) == "PASS"
 
@@ -164,6 +164,39 @@ def test_base_models_are_names_of_a_hub(provenance, expected):
     read = front(card(made(**provenance)))
     several = expected if len(expected) > 1 else (expected or [None])[0]
     assert read.get("base_model") == several
+
+
+@pytest.mark.parametrize(
+    ("provenance", "told"),
+    [
+        ({"source": {}}, "in one shot, without a calibration text"),
+        (
+            {"source": {}, "calibration": {"tokens": 1024}},
+            "weighted by the activations of 1,024 tokens of a text",
+        ),
+        (
+            {"training": {"trained_steps": 300, "trained_tokens": 1228800}},
+            "fine-tuned for 300 steps of 1,228,800 tokens in all",
+        ),
+        ({"training": {"trained_steps": "| many |"}}, "fine-tuned for unknown steps of unknown tokens"),
+        ({}, "| palettized | not recorded |"),
+    ],
+)
+def test_how_it_was_made(provenance, told):
+    assert told in card(made(**provenance))
+
+
+def test_no_folder_of_the_maker_is_told():
+    home = "/home/some-one"
+    text = card(
+        made(
+            base_model={"reference": f"{home}/model"},
+            command=["edkm-export", "palettize", f"{home}/model"],
+            calibration={"text": f"{home}/text", "tokens": 3},
+            source={"kind": home, "license": {"id": "mit", "from": "LICENSE"}},
+        )
+    )
+    assert home not in text
 
 
 def test_a_folder_that_looks_like_a_name_is_none(tmp_path, monkeypatch):

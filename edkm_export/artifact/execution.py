@@ -33,6 +33,7 @@ class Execution:
         execute: int64 [positions] -> logits float32 [positions, vocab_size] of a text that starts at position 0;
             raises PackageError when the artifact is at fault. None: it cannot be run here.
         missing: why not, when `execute` is None.
+        positions: so many positions of the text alone are run; None: all of it.
     """
 
     id: str
@@ -40,3 +41,4 @@ class Execution:
     threshold: ExecutionThreshold
     execute: Execute | None
     missing: str = ""
+    positions: int | None = None

@@ -15,6 +15,7 @@ from edkm_export.activity import activity, tracked
 from edkm_export.artifact.protocol import Session
 from edkm_export.artifact.thresholds import NEAR_TIE_NATS
 from edkm_export.errors import InputError
+from edkm_export.token_ids import Ids, as_ids
 
 __all__ = [
     "GREEDY",
@@ -100,6 +101,13 @@ class Generation:
     prefill_s: float
     decode_s: float
 
+    def __repr__(self) -> str:
+        """One line: tokens, why it ended, speed."""
+        rate = f", {len(self.choices) / self.decode_s:.1f} tokens/s" if self.decode_s > 0 else ""
+        return (
+            f"Generation({len(self.choices)} tokens after {self.prompt_tokens}, ended by {self.finish}{rate})"
+        )
+
     @property
     def tokens(self) -> list[int]:
         """The generated tokens."""
@@ -157,7 +165,7 @@ def first_difference(reference: Sequence[Choice], candidate: Sequence[Choice]) -
 
 def generate(
     session: Session,
-    prompt: Tensor,
+    prompt: Ids,
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -169,7 +177,7 @@ def generate(
 
     Args:
         session: the model; its text is forgotten first, unless `cached` says otherwise.
-        prompt: int64 [tokens], at least one and at most as many as the context holds.
+        prompt: ids [tokens], in any form that `as_ids` takes; at least one, at most as many as the context holds.
         max_new_tokens: at most this many tokens, at least 1.
         sampling: how tokens are chosen.
         stop: tokens that end the text.
@@ -179,11 +187,10 @@ def generate(
     Raises:
         InputError: the prompt is empty or does not fit, or a logit is not finite.
     """
-    if not len(prompt):
-        raise InputError("the prompt gives no tokens; write at least one word.")
-    if len(prompt) > session.context:
+    ids = as_ids(prompt, "the prompt")
+    if len(ids) > session.context:
         raise InputError(
-            f"the prompt has {len(prompt):,} tokens, but the context holds {session.context:,}; shorten it."
+            f"the prompt has {len(ids):,} tokens, but the context holds {session.context:,}; shorten it."
         )
     if max_new_tokens < 1:
         raise InputError(f"{max_new_tokens} new tokens were asked for; use at least 1.")
@@ -192,8 +199,8 @@ def generate(
     generator = torch.Generator().manual_seed(sampling.seed)
     started = time.perf_counter()
     logits = torch.empty(0)
-    for start in tracked(range(cached, len(prompt), _PREFILL), "reading the prompt", "parts"):
-        logits = session.feed(prompt[start : start + _PREFILL])
+    for start in tracked(range(cached, len(ids), _PREFILL), "reading the prompt", "parts"):
+        logits = session.feed(ids[start : start + _PREFILL])
     prefilled = time.perf_counter()
     choices: list[Choice] = []
     finish: Finish
@@ -211,12 +218,12 @@ def generate(
             if len(choices) == max_new_tokens:
                 finish = "length"
                 break
-            if len(prompt) + len(choices) > session.context:
+            if len(ids) + len(choices) > session.context:
                 finish = "context"
                 break
             logits = session.feed(torch.tensor([choice.token]))
     ended = time.perf_counter()
-    return Generation(tuple(choices), finish, len(prompt), prefilled - started, ended - prefilled)
+    return Generation(tuple(choices), finish, len(ids), prefilled - started, ended - prefilled)
 
 
 def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Choice:

@@ -5,7 +5,7 @@ A format takes part in the ladder by a class with the members of `Artifact`; the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol, runtime_checkable
 
@@ -15,8 +15,9 @@ from edkm_export.artifact.execution import DAMAGED, Execution
 from edkm_export.artifact.thresholds import EXECUTION
 from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
+from edkm_export.token_ids import Ids
 
-__all__ = ["Artifact", "DamagedArtifact", "Session", "Traceable"]
+__all__ = ["Artifact", "DamagedArtifact", "Decoding", "Session", "Traceable"]
 
 
 class Session(Protocol):
@@ -31,11 +32,11 @@ class Session(Protocol):
     def reset(self) -> None:
         """Forget the text."""
 
-    def feed(self, tokens: Tensor) -> Tensor:
+    def feed(self, tokens: Ids) -> Tensor:
         """Go on with the text; the cache then holds these tokens too.
 
         Args:
-            tokens: int64 [new].
+            tokens: ids [new], in any form that `as_ids` takes.
 
         Returns:
             Logits of these tokens, float32 [new, vocab_size].
@@ -122,6 +123,29 @@ class Traceable(Protocol):
         ...
 
 
+@runtime_checkable
+class Decoding(Protocol):
+    """An artifact whose palettes a program that is not ours can decode."""
+
+    @property
+    def decoder_name(self) -> str:
+        """That program, for people."""
+        ...
+
+    @property
+    def decoder_missing(self) -> str:
+        """Why it cannot be asked here; empty when it can."""
+        ...
+
+    def decoded_elsewhere(self) -> Iterator[tuple[str, Tensor]]:
+        """Each palettized parameter: name, dense weight float16 as that program decodes it from the bytes on disk.
+
+        Raises:
+            PackageError: the artifact is at fault.
+        """
+        ...
+
+
 class DamagedArtifact:
     """Stands for an artifact that cannot be opened: it fails the rung of the bytes, and nothing of it can be run.
 
@@ -133,8 +157,8 @@ class DamagedArtifact:
 
     context = 512  # what the original and hard PyTorch are measured with
 
-    def __init__(self, path: Path, kind: str, reason: str) -> None:
-        self.path = path
+    def __init__(self, path: str | Path, kind: str, reason: str) -> None:
+        self.path = Path(path)
         self.kind = kind
         self.reason = reason
         self.executions = tuple(

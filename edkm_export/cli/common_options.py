@@ -153,7 +153,7 @@ def _session(
         if not silent:
             stack.enter_context(_displayed(display))
         try:
-            with watched_by(display), activity(name):
+            with watched_by(display), activity(f"edkm-export {name}"):
                 yield
         except Exception as error:
             _log_error(error)

@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
-from edkm_export.cli.artifacts import find_artifact, open_artifact
+from edkm_export.api.artifacts import find_artifact, open_artifact
+from edkm_export.api.originals import check_length, find_original, read_evaluation_text
 from edkm_export.cli.parameter_types import ARTIFACT, find_named_original, original_options
-from edkm_export.cli.text_file import TextFile
-from edkm_export.cli.verification import check_length, find_original, read_evaluation_text
+from edkm_export.cli.verification import minutes_option
 
 __all__ = ["command"]
 
@@ -23,7 +23,9 @@ __all__ = ["command"]
     "-o", "--output", type=click.Path(path_type=Path), help="Write the table as a page, such as compare.html."
 )
 @click.option("--json", "json_output", is_flag=True, help="Print JSON in place of the table.")
-@click.option("--text", type=TextFile(enough=True), help="Evaluation text; by default a built-in sample.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="Evaluation text; by default a built-in sample."
+)
 @click.option(
     "--tokens",
     type=click.IntRange(min=2),
@@ -32,6 +34,7 @@ __all__ = ["command"]
     help="Tokens of the text to use.",
 )
 @original_options
+@minutes_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 def command(
     models: tuple[Path, ...],
@@ -41,6 +44,7 @@ def command(
     tokens: int,
     original: str | None,
     adapter: str | None,
+    minutes: float | None,
     overwrite: bool,
 ) -> None:
     """Compare A, B, ...: each a MODEL.PT, or a folder or package that was exported.
@@ -48,7 +52,9 @@ def command(
     Perplexity on one text, and the distance from the original float model, if it is there.
     """
     from edkm_export.atomic import atomic_file, check_output
+    from edkm_export.text import check_text
 
+    check_text(text)
     named = find_named_original(original, adapter)
 
     from edkm_export.checkpoint import load
@@ -75,16 +81,23 @@ def command(
             check_length(content, entry.tokenizer(), tokens, text_name)
     source = named or source
     with stages(len(contestants) + (source is not None)) as advance:
-        rows = compare(contestants, content, text_name, tokens=tokens, original=source, advance=advance)
+        comparison = compare(
+            contestants, content, text_name, tokens=tokens, original=source, minutes=minutes, advance=advance
+        )
     if source is None:
         err.print(f"NOT RUN: distance from the original: {missing}")
+    if comparison.cut:
+        err.print(
+            f"{comparison.tokens:,} of {comparison.asked:,} tokens were compared: {comparison.cut}",
+            soft_wrap=True,
+        )
     if json_output:
-        out.print_json(json.dumps([_plain(row) for row in rows], default=_record))
+        out.print_json(json.dumps([_plain(row) for row in comparison.rows], default=_record))
     else:
-        print_wide(_table(rows))
+        print_wide(_table(comparison.rows))
     if output is not None:
         with atomic_file(output, overwrite=overwrite) as temporary:
-            temporary.write_text(comparison_page(rows, Path(text_name).name), encoding="utf-8")
+            temporary.write_text(comparison_page(comparison), encoding="utf-8")
         out.print(f"page: {output}", soft_wrap=True)
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from edkm_export.api.formats import CoreMLFormat
 from edkm_export.cli.export import export_arguments, export_options, run_export
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from converters.coreml.write.export_plan import ExportPlan
     from edkm_export.checkpoint import Checkpoint
-    from edkm_export.model_card import FormatCard
 
 __all__ = ["command"]
 
@@ -93,7 +93,8 @@ def command(
     """Convert MODEL.PT to a Core ML package, bit for bit, and verify the files on disk.
 
     The folder holds the .mlpackage, the tokenizer, a model card and the verification report. --dry-run also shows
-    what devices are known to do with such a package. Exit status 1: it was made, but failed verification.
+    what devices are known to do with such a package. Exit status 1: it was made, but the export
+    is not proved faithful, or the quality is beyond its limit.
     """
     run_export(
         _CoreMLExporter(interface, target, sequence_length, prefill, chunks), checkpoint, output, **common
@@ -101,27 +102,10 @@ def command(
 
 
 @dataclass(frozen=True)
-class _CoreMLExporter:
-    """See `export.Exporter`; the attributes are the options of the command."""
+class _CoreMLExporter(CoreMLFormat):
+    """See `export.Exporter`."""
 
-    interface: str
-    target: str
-    sequence_length: int | None
-    prefill: int
-    chunks: int | Literal["auto"]
     suffix: str = "coreml"
-
-    def plan(self, checkpoint: Checkpoint) -> ExportPlan:
-        from converters.coreml.write.export_plan import plan_export
-
-        return plan_export(
-            checkpoint,
-            interface=self.interface,
-            target=self.target,
-            sequence_length=self.sequence_length,
-            prefill=self.prefill,
-            chunks=self.chunks,
-        )
 
     def show(self, checkpoint: Checkpoint, plan: ExportPlan, name: str) -> None:
         from rich.table import Table
@@ -168,17 +152,6 @@ class _CoreMLExporter:
                     soft_wrap=True,
                     highlight=False,
                 )
-
-    def write(self, checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str) -> Path:
-        from converters.coreml.write.bundle import write_bundle
-
-        return write_bundle(checkpoint, plan, folder, name)
-
-    def card(self, checkpoint: Checkpoint, plan: ExportPlan, name: str) -> FormatCard:
-        from converters.coreml.write.card import coreml_card
-        from converters.coreml.write.lint import lint
-
-        return coreml_card(checkpoint, plan, name, lint(checkpoint, plan))
 
     def next_commands(self, plan: ExportPlan, folder: Path, checkpoint: Path) -> list[str]:
         from converters.coreml.write.card import mac_commands

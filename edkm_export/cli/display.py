@@ -150,7 +150,7 @@ def figure(activity: Activity, *, short: bool = False) -> str:
     percent = f"{share:.0%}"
     if not unit:
         return percent
-    done = min(activity.done, activity.total)
+    done = share * activity.total
     if unit == "bytes":
         total = f"{activity.total / 1e6:,.1f} MB"
         return (

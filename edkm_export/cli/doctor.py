@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edkm_export.cli.parameter_types import find_source
+
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.forecast import ModelSize, Step
     from edkm_export.machine import Library, Machine
@@ -35,9 +37,8 @@ def command(model: str | None, adapter: str | None, tokens: int) -> None:
     """
     from edkm_export._version import __version__
     from edkm_export.machine import Machine, find_libraries
-    from edkm_export.reference.source import Source
 
-    source = None if model is None else Source.parse(model, adapter)
+    source = None if model is None else find_source(model, adapter)
     if adapter is not None and source is None:
         raise click.UsageError("--adapter goes with a MODEL.")
 
@@ -47,8 +48,8 @@ def command(model: str | None, adapter: str | None, tokens: int) -> None:
         machine, libraries = Machine.look(Path.cwd()), find_libraries()
     out.print(f"edkm-export {__version__} on {machine.system}", soft_wrap=True)
     _print_rows(("back end", "version", "for"), [_library_row(each) for each in libraries])
-    _print_rows(("this machine", ""), list(_machine_rows(machine)))
-    _print_rows(("can it", "", ""), list(_abilities(machine, libraries)))
+    _print_rows(("this machine", "what there is"), list(_machine_rows(machine)))
+    _print_rows(("what it can do", "", "how, or why not"), list(_abilities(machine, libraries)))
     if source is None:
         return
 
@@ -80,6 +81,8 @@ def _machine_rows(machine: Machine) -> Iterator[tuple[str, str]]:
 
 def _abilities(machine: Machine, libraries: Sequence[Library]) -> Iterator[tuple[str, str, str]]:
     """What can be done, yes or no, and why or how."""
+    from converters.coreai.backend import missing_backend
+
     missing = {each.back_end.package: each.back_end.install for each in libraries if each.version is None}
 
     def needing(ability: str, packages: Sequence[str], how: str = "") -> tuple[str, str, str]:
@@ -107,6 +110,8 @@ def _abilities(machine: Machine, libraries: Sequence[Library]) -> Iterator[tuple
         yield "Apple's Core ML runtime", "no", "needs macOS; verify says NOT RUN"
     yield needing("onnx", ["onnx", "onnxruntime"])
     yield needing("verify of ONNX", ["onnx", "onnxruntime"], "run by onnxruntime")
+    reason = missing_backend()  # Apple publishes its packages for few platforms
+    yield "coreai, verify of Core AI", "no" if reason else "yes", reason or "run by Apple's Core AI runtime"
     yield needing("GGUF files as MODEL", ["gguf"])
     yield needing("--adapter", ["peft"])
 
@@ -116,6 +121,7 @@ def _print_model(reference: str, size: ModelSize, machine: Machine, tokens: int)
     from edkm_export.forecast import BASIS, GPU_BASIS, forecast_steps
     from edkm_export.recipe import PRESETS
 
+    out.print()
     out.print(
         f"{reference}: {size.parameters:,} parameters, {size.layers} layers, vocabulary of {size.vocabulary:,}; "
         f"{megabytes(size.float16_bytes)} in float16",
@@ -205,19 +211,12 @@ def _warnings(steps: Sequence[Step], machine: Machine) -> Iterator[str]:
 
 
 def _print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table in a terminal; in a pipe lines without boxes, in columns."""
     from rich.table import Table
 
     from edkm_export.cli.console import out
 
-    if out.is_terminal:
-        table = Table(*header, show_header=any(header[1:]))
-        for row in rows:
-            table.add_row(*row)
-        out.print(table)
-        return
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
     out.print()
-    for row in ([header] if any(header[1:]) else []) + list(rows):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        out.print(line.rstrip(), soft_wrap=True, markup=False)
+    out.print(table)

@@ -66,7 +66,7 @@ def command(
 ) -> None:
     """Write on after a prompt, token by token through the model's cache.
 
-    OUT is a folder that `edkm-export onnx` or `edkm-export coreml` made, or a part of one. The text goes to standard
+    OUT is a folder that `edkm-export onnx`, `coreml` or `coreai` made, or a part of one. The text goes to standard
     output, figures go to standard error.
 
     Without --temperature the most likely token is taken each time, so that every format of one model writes the same
@@ -191,7 +191,7 @@ def _sampling(temperature: float | None, top_p: float | None, seed: int | None) 
 
 def _open(path: Path) -> _Opened:
     """A session for whatever lies at `path`."""
-    from edkm_export.cli.artifacts import is_artifact, open_session
+    from edkm_export.api.artifacts import is_artifact, open_session
 
     return _with_tokenizer(*open_session(path)) if is_artifact(path) else _checkpoint(path)
 

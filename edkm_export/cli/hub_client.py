@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from edkm_export._version import __version__
+from edkm_export.cli.console import err
 from edkm_export.errors import EdkmExportError, InputError
 from edkm_export.model_card import FILE
 
@@ -82,7 +80,7 @@ class HubClient:
             CommitOperationAdd(file.name, upload.card.encode() if file.name == FILE else str(file.path))
             for file in upload.files
         ]
-        with self._explaining(revision), _warnings_as_lines(), _bars_in_terminals():
+        with self._explaining(revision), _warnings_as_lines(), _without_bars():
             api.create_repo(self.repo, private=private or None, exist_ok=True)
             if private and not api.repo_info(self.repo).private:
                 raise InputError(
@@ -151,22 +149,21 @@ def _warnings_as_lines() -> Iterator[None]:
         yield
     for each in caught:
         if issubclass(each.category, UserWarning):
-            click.echo(f"note: {' '.join(str(each.message).split())}", err=True)
+            err.print(f"note: {' '.join(str(each.message).split())}", soft_wrap=True, markup=False)
 
 
 @contextlib.contextmanager
-def _bars_in_terminals() -> Iterator[None]:
-    """The client draws bars while it sends; in a file they would be one long line."""
+def _without_bars() -> Iterator[None]:
+    """Those of the client would be drawn over our own display."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if sys.stderr.isatty() or are_progress_bars_disabled():
-        yield
-        return
+    shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        if shown:
+            enable_progress_bars()
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

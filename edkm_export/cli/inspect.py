@@ -33,9 +33,11 @@ def command(path: Path, adapter: str | None, as_json: bool) -> None:
     MODEL is a Hugging Face folder, a hub id, a GGUF file or a LoRA adapter: its account says which tensors and
     settings are used, which change no logit, and which are not understood, so that the model would be refused (exit
     status 2).
-    OUT is the folder that `edkm-export coreml` or `edkm-export onnx` made, or the model in it. Everything is read
-    from the bytes on disk.
+    OUT is the folder that `edkm-export coreml`, `onnx` or `coreai` made, or the model in it. Everything is read from
+    the bytes on disk.
     """
+    from converters.coreai.read.folder import is_coreai
+
     if not path.exists() or adapter is not None or _is_source(path):
         _show_source(path, adapter, as_json)
         return
@@ -43,6 +45,8 @@ def command(path: Path, adapter: str | None, as_json: bool) -> None:
 
     if is_onnx(path):
         description = _describe_onnx(path)
+    elif is_coreai(path):
+        description = _describe_coreai(path)
     else:
         description = _describe_package(path) if path.is_dir() else _describe_checkpoint(path)
     if as_json:
@@ -202,6 +206,46 @@ def _describe_onnx(path: Path) -> dict[str, Any]:
     }
 
 
+def _describe_coreai(path: Path) -> dict[str, Any]:
+    from converters.coreai import load_asset
+
+    found = load_asset(path)
+    functions = [
+        {
+            "name": name,
+            "opset": "aicode 5",
+            "inputs": {key: str(value) for key, value in function.inputs.items()},
+            "outputs": {key: str(value) for key, value in function.outputs.items()},
+            "states": {key: str(value) for key, value in function.states.items()},
+            "op_counts": function.op_counts(),
+        }
+        for name, function in found.program.public.items()
+    ]
+    described: dict[str, Any] = {
+        "path": str(found.path),
+        "kind": "Core AI model",
+        "size_bytes": found.size_bytes,
+        "weights_size_bytes": found.constants_size_bytes,
+        "functions": functions,
+    }
+    if not found.is_ours:  # the format keeps no names of weights
+        palettes = found.palettes()
+        named = [
+            palette.tensor(f"palette {place}", palette.dense_shape, palette.n_bits)
+            for place, palette in enumerate(palettes)
+        ]
+        return {**described, "palettized": [_describe_tensor(tensor) for tensor in named], "dense": {}}
+    told = found.description
+    return {
+        **described,
+        "interface": told.interface,
+        "context_length": told.context,
+        "tied": dict(told.tied),
+        "palettized": [_describe_tensor(tensor) for tensor in found.palettized().values()],
+        "dense": {name: list(tensor.shape) for name, tensor in found.dense().items()},
+    }
+
+
 def _describe_tensor(tensor: PalettizedTensor) -> dict[str, Any]:
     groups_out, groups_in = tensor.groups
     return {
@@ -250,6 +294,12 @@ def _print(description: Mapping[str, Any]) -> None:
     if description["kind"] == "ONNX folder":
         out.print(
             f"runtime profile {description['profile']}, context of {description['context_length']:,} positions, "
+            f"weights {megabytes(description['weights_size_bytes'])}",
+            soft_wrap=True,
+        )
+    if "interface" in description:
+        out.print(
+            f"interface {description['interface']}, context of {description['context_length']:,} positions, "
             f"weights {megabytes(description['weights_size_bytes'])}",
             soft_wrap=True,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib
 import os
 import sys
@@ -24,6 +26,7 @@ _COMMANDS = {
     "import": "Make a checkpoint of a model that another tool palettized.",
     "coreml": "Convert a palettized checkpoint to Core ML and verify the result.",
     "onnx": "Convert a palettized checkpoint to ONNX and verify the result.",
+    "coreai": "Convert a palettized checkpoint to Core AI and verify the result.",
     "verify": "Check that a package computes what its checkpoint does.",
     "push": "Upload an exported model, with its card and report, to a hub.",
     "compare": "Put several checkpoints and artifacts side by side.",
@@ -42,7 +45,10 @@ class _ReaderLeft(Exception):
     """The reader of a pipe, such as head, has left; click would call that a failure."""
 
 
-_MODULES = {"import": "import_"}  # a keyword cannot name a module
+_MODULES = {
+    "import": "import_",
+    "run": "run_package",
+}  # a keyword cannot name a module, and a run is one of training
 
 
 class _LazyGroup(click.Group):
@@ -88,6 +94,9 @@ def main() -> NoReturn:
 
     Exit status: 0 success, 1 verification failed, 2 a mistake that the user can mend, 70 one of ours, 130 interrupted.
     """
+    atexit.register(
+        gc.freeze
+    )  # else Python looks through all that torch has imported before it ends: a second
     try:
         with watching_signals():
             try:

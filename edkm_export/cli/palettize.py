@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from edkm_export.cli.parameter_types import RECIPE, find_source
-from edkm_export.cli.text_file import TextFile
 from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
 
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
@@ -55,7 +52,7 @@ _CONTEXT = 512
 )
 @click.option(
     "--calibration",
-    type=TextFile(enough=True),
+    type=click.Path(path_type=Path),
     help="Text whose activations weigh the clustering. Recommended: it is worth about a bit.",
 )
 @click.option(
@@ -93,115 +90,31 @@ def command(
     each; a --recipe decides otherwise.
     """
     from edkm_export.atomic import check_output
+    from edkm_export.text import check_text, read_text, token_ids
 
     source = find_source(model, adapter)
     check_output(output, overwrite=overwrite)
+    check_text(calibration)
     plan = _recipe(recipe, bits, group_size, lut_dtype)
 
-    text = None
-    if calibration is not None:
-        from edkm_export.text import read_text
-
-        text = read_text(calibration)
+    text = None if calibration is None else read_text(calibration)
 
     from edkm_export import checkpoint
-    from edkm_export.calibration import CalibrationText, check_vocabulary, input_energy
-    from edkm_export.cli.console import bar, err, megabytes, out
-    from edkm_export.cli.verification import read_evaluation_text
+    from edkm_export.api.calibration_data import CalibrationInput
+    from edkm_export.api.one_shot import palettize_language_model
+    from edkm_export.api.subjects import SourceSubject
+    from edkm_export.cli.console import err, megabytes, out
     from edkm_export.command_line import command_line
-    from edkm_export.decoder.build import decoder_config
-    from edkm_export.loss_estimate import ESTIMATE_CONTEXT, Predictions, estimate_tokens
-    from edkm_export.palettization import palettizable_shapes, palettize_model
-    from edkm_export.reference import source as sources
-    from edkm_export.reference.outline import outline
-    from edkm_export.reference.tokenizer_files import tokenizer_files
-    from edkm_export.text import in_windows, token_ids, token_windows
-    from edkm_export.versions import library_versions
 
-    held_out = None
-    with err.status(f"reading {model}"):  # what can be refused is, before the weights are loaded
-        # refuses a family that could not be exported
-        config = sources.load_config(source)
-        decoder_config(config.to_dict(), model)
-        account = sources.account(source)
-        account.require_understood()
-        known = outline(source)
-        shapes = palettizable_shapes(known)
-        rules = plan.plan(shapes, model)
-        estimate = estimate and bool(rules)
-        tokenizer = sources.load_tokenizer(source)
-        longest = config.max_position_embeddings
-        wanted = estimate_tokens(config.vocab_size) if estimate else 0
-        if text is not None:
-            read = CalibrationText.read(
-                text,
-                tokenizer,
-                tokens=calibration_tokens,
-                context=min(_CONTEXT, longest),
-                held_out=wanted,
-                source=str(calibration),
-            )
-            check_vocabulary(known, read.windows)
-            held_out = read.held_out
-        elif estimate:
-            sample, _ = read_evaluation_text(None)
-            held_out = token_windows(
-                sample, tokenizer, tokens=wanted, context=wanted, source="built-in sample"
-            ).flatten()
-        if held_out is not None:
-            held_out = in_windows(held_out, min(ESTIMATE_CONTEXT, longest))
-            check_vocabulary(known, held_out)
-        count = sources.value_count(source)
-    if count is None:
-        with err.status(f"loading {model}"):
-            loaded = sources.load_model(source)
-    else:
-        with bar(f"reading {Path(model).name}", count) as advance:
-            loaded = sources.load_model(source, advance=advance)
-
-    energy = predictions = found = None
-    provenance: dict[str, Any] = {
-        "versions": library_versions(),
-        "command": ["edkm-export", *sys.argv[1:]],
-        "seed": None,
-        "base_model": source.provenance(),
-        "source": account.provenance(),
-    }
-    if text is not None:
-        with bar("calibrating", len(read.windows)) as advance:
-            energy = input_energy(loaded, read.windows, advance=lambda: advance(1))
-        provenance["calibration"] = {
-            "text": str(calibration),
-            "sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "tokens": read.windows.numel(),
-        }
-    if held_out is not None:
-        with err.status("predicting with the original"):
-            predictions = Predictions(loaded, held_out)
-
-    files, config = tokenizer_files(tokenizer, loaded), loaded.config.to_dict()
-    total = sum(shapes[name][0] * shapes[name][1] for name in rules)
-    with bar("palettizing", total) as advance:
-        parts = palettize_model(
-            loaded, plan, energy=energy, source=model, advance=lambda _name, count: advance(count)
-        )
-    if predictions is not None:
-        with err.status("estimating the loss"):
-            found = predictions.compare(loaded, parts.palettized)
-        provenance["estimate"] = {
-            "text": "built-in sample" if calibration is None else calibration.name,
-            **found.record(),
-        }
-    del loaded
-    finished = checkpoint.Checkpoint(
-        config=config,
-        palettized=parts.palettized,
-        dense=parts.dense,
-        tied=parts.tied,
-        tokenizer=files,
-        recipe=plan.model_dump(mode="json"),
-        provenance=provenance,
+    done = palettize_language_model(
+        SourceSubject(source),
+        plan,
+        calibration=None if text is None else CalibrationInput(str(calibration), text=text),
+        calibration_tokens=calibration_tokens,
+        estimate=estimate,
+        command=["edkm-export", *sys.argv[1:]],
     )
+    finished, found = done.checkpoint, done.estimate
     with err.status(f"writing {output}"):
         checkpoint.save(finished, output, overwrite=overwrite)
 
@@ -211,14 +124,12 @@ def command(
         f"{weights:,} of {finished.numel:,} parameters",
         soft_wrap=True,
     )
-    for remark in account.remarks:
+    for remark in done.remarks:
         out.print(f"{model}: {remark}", soft_wrap=True)
     out.print(
         f"{megabytes(finished.size_bytes)}, {finished.bits_per_weight:.2f} bits a weight "
         f"(float16: {megabytes(finished.numel * 2)})"
     )
-    if regrouped := plan.regrouped(shapes):
-        out.print(regrouped, soft_wrap=True, markup=False)
     if text is None and finished.palettized:
         out.print(
             "No calibration text was given. With --calibration FILE, any ordinary text, clustering keeps the weights "
@@ -229,10 +140,9 @@ def command(
         on = "the built-in sample" if calibration is None else f"held-out tokens of {calibration.name}"
         out.print(_describe(found, on), soft_wrap=True, markup=False)
         if not found.is_tolerable:
-            tokens = 0 if text is None else len(token_ids(text, tokenizer, _CONTEXT))
-            for line in _remedy(finished, model, adapter, calibration, tokens):
-                out.print(line, soft_wrap=True, markup=False)
-    elif estimate and calibration is not None:
+            tokens = 0 if text is None else len(token_ids(text, done.tokenizer, _CONTEXT))
+            _print_remedy(finished, model, adapter, calibration, tokens)
+    elif estimate and calibration is not None and finished.palettized:
         out.print(
             f"No estimate of the loss: {calibration} has too few tokens to hold some out.",
             soft_wrap=True,
@@ -249,23 +159,24 @@ def _describe(found: LossEstimate, on: str) -> str:
     )
 
 
-def _remedy(
+def _print_remedy(
     made: Checkpoint, model: str, adapter: str | None, calibration: Path | None, tokens: int
-) -> list[str]:
-    """What to do about a loss that is too large."""
+) -> None:
+    """Say what to do about a loss that is too large."""
+    from edkm_export.cli.console import out
+    from edkm_export.command_line import command_line
     from edkm_export.loss_estimate import TOLERABLE_RATIO
 
-    sizes = [tensor.n_bits for tensor in made.palettized.values()]
-    bits = min(sizes)
-    lines = [f"That is a bad model: above x{TOLERABLE_RATIO:g} another way is worth a try."]
+    bits = min(tensor.n_bits for tensor in made.palettized.values())
+    out.print(f"Above x{TOLERABLE_RATIO:g} the model is much worse than the original.")
     if calibration is None:
-        lines.append("First give a --calibration text.")
+        out.print("First give a --calibration text.")
     if bits >= 4:
-        lines.append(f"Give it more bits, such as --bits {min(8, bits + 2)}, or train it:")
+        out.print(f"More bits help (--bits {8 if bits > 4 else 6}), and so does training:")
     else:
-        lines.append("Below 4 bits use train, which wins most of it back:")
+        out.print("Below 4 bits use train, which wins most of it back:")
     preset = {1: "2bit", 2: "2bit", 3: "3bit"}.get(bits, "4bit")
-    words = ["edkm-export", "train", model, "--data", str(calibration or "TEXT"), "--preset", preset]
+    words = ["train", model, "--data", str(calibration or "TEXT"), "--preset", preset]
     if bits == 1:
         words += ["--bits", "1"]
     if adapter is not None:
@@ -273,10 +184,9 @@ def _remedy(
     if calibration is not None and tokens < _CONTEXT:
         words += ["--context", str(tokens)]
     name = Path(model).stem.lower() if Path(model).is_file() else Path(model).name
-    lines.append(shlex.join([*words, "-o", _free(f"{name}-{preset}")]))
+    out.print_command("", command_line(*words, "-o", _free(f"{name}-{preset}")))
     if calibration is None:
-        lines.append("(TEXT: any ordinary text of some thousand words)")
-    return lines
+        out.print("(TEXT is any ordinary text of some thousand words.)")
 
 
 def _free(name: str) -> str:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edkm_export.command_line import command_line
 from edkm_export.errors import CheckpointError, EdkmExportError, InputError, PackageError, RecipeError
+from edkm_export.unfinished import unfinished_run
 
 if TYPE_CHECKING:
     from edkm_export.reference.source import Source
@@ -33,9 +35,11 @@ class _Existing(click.Path):
 
     Args:
         error: what is raised.
-        missing: what is said of a path to nothing; {name} stands for its last part.
-        folder: what is said of a folder; {path} stands for it. Without it folders are taken.
+        missing: what is said of a path to nothing.
+        folder: what is said of a folder. Without it folders are taken.
         file: what is said of a file. Without it files are taken.
+        command: a command that helps, for a path; {command} stands for it in what is said.
+        model: a model.pt is meant, or may be: of a run that has not finished more is said.
     """
 
     def __init__(
@@ -45,17 +49,25 @@ class _Existing(click.Path):
         *,
         folder: str | None = None,
         file: str | None = None,
+        command: Callable[[Path], str] = lambda _path: "",
+        model: bool = False,
     ) -> None:
         super().__init__(path_type=Path)
+        self._model = model
         self._error, self._missing, self._folder, self._file = error, missing, folder, file
+        self._command = command
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(value)
+        if self._model and (unfinished := unfinished_run(path)):
+            raise CheckpointError(f"{path}: {unfinished}")
+        if self._model and self._folder and (path / "model.pt").is_file():  # of a training run
+            raise self._error(f"{path}: is a folder; give the file in it, {path / 'model.pt'}.")
         reason = self._missing
         if path.exists():
             reason = (self._folder if path.is_dir() else self._file) or ""
         if reason:
-            raise self._error(f"{path}: {reason.format(name=path.name, path=path)}.")
+            raise self._error(f"{path}: {reason.format(command=self._command(path))}.")
         return path
 
 
@@ -69,17 +81,25 @@ class _Recipe(click.types.StringParamType):
         return value
 
 
+def _palettize(path: Path) -> str:
+    if path.is_dir():
+        return command_line("palettize", path, "-o", "model.pt")
+    return command_line("palettize", "MODEL", "-o", path.name)
+
+
 RECIPE = _Recipe()
 """A recipe."""
 FILE = _Existing(InputError, "no such file", folder="is a folder, expected a file")
 """Any other file that is read."""
 CHECKPOINT = _Existing(
     CheckpointError,
-    "no such file; make one with `edkm-export palettize MODEL -o {name}`",
-    folder="is a folder; to palettize it run `edkm-export palettize {path} -o model.pt`",
+    "no such file; make one with `{command}`",
+    folder="is a folder; to palettize it run `{command}`",
+    command=_palettize,
+    model=True,
 )
 """A model.pt."""
-ARTIFACT = _Existing(InputError, "no such file or folder")
+ARTIFACT = _Existing(InputError, "no such file or folder", model=True)
 """A model.pt, or what an export made."""
 PACKAGE = _Existing(PackageError, "no such package")
 """What an export made."""

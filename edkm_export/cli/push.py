@@ -37,9 +37,12 @@ def command(
     """Upload OUT to REPO, `owner/name` on the Hugging Face hub or the hub of HF_ENDPOINT.
 
     OUT is the folder that `edkm-export coreml` or `edkm-export onnx` made. Its report must say PASS of these very
-    files. All files arrive in one commit. You log in once with `hf auth login`, or set HF_TOKEN.
+    files, by their sha256. All files arrive in one commit. You log in once with `hf auth login`, or set HF_TOKEN.
     """
     from edkm_export._version import __version__
+    from edkm_export.activity import activity
+    from edkm_export.cli.common_options import answering
+    from edkm_export.cli.console import out
     from edkm_export.cli.hub_client import HubClient
     from edkm_export.cli.upload import Upload, size_words
     from edkm_export.errors import InputError
@@ -51,47 +54,50 @@ def command(
             f"give {known}" if known else "give your name there or your organization's, a slash, and a name"
         )
         raise InputError(f"{repo!r}: expected OWNER/NAME; {advice}.")
-    upload = Upload.of(folder, unverified=unverified)
+    with activity(f"comparing {folder} with its report"):
+        upload = Upload.of(folder, unverified=unverified)
     client = HubClient(repo)
     where = f"{client.address}" + (f", branch {revision}" if revision else "")
     if dry_run:
         kind = ", private if it is new" if private else ""
-        click.echo(f"would go to {where}{kind} (nothing was sent):")
-        _print_files(upload)
+        with answering():
+            out.print(f"would go to {where}{kind} (nothing was sent):", soft_wrap=True, markup=False)
+            _print_files(upload)
         return
     client.log_in()
     count, size = len(upload.files), size_words(upload.size_bytes)
-    click.echo(f"- uploading {count} files, {size}, to {where}", err=True)
     name = upload.folder.absolute().name
-    commit = client.send(
-        upload,
-        private=private,
-        revision=revision,
-        message=message or f"Upload {name} with edkm-export {__version__}",
-    )
-    click.echo(f"{where}: {count} files, {size}, {upload.verdict}, commit {commit[:8]}")
-    _note_license(upload.license, upload.folder)
+    with activity(f"uploading {count} files, {size}, to {where}"):
+        commit = client.send(
+            upload,
+            private=private,
+            revision=revision,
+            message=message or f"Upload {name} with edkm-export {__version__}",
+        )
+    told = f"{where}: {count} files, {size}, {upload.verdict}, commit {commit[:8]}"
+    out.print(told, soft_wrap=True, markup=False)
+    _note_license(upload)
 
 
 def _print_files(upload: Upload) -> None:
+    from edkm_export.cli.console import out
     from edkm_export.cli.upload import size_words
 
-    rows = [(size_words(file.size_bytes), file.name) for file in upload.files]
-    for size, name in rows:
-        click.echo(f"{size:>10}  {name}")
-    click.echo(f"{size_words(upload.size_bytes):>10}  in {len(rows)} files")
-    if upload.left_out:
-        click.echo("left out:")
-        for name, reason in upload.left_out.items():
-            click.echo(f"{'':10}  {name} ({reason})")
-    else:
-        click.echo("left out: nothing")
-    click.echo(f"verification: {upload.verdict}")
-    _note_license(upload.license, upload.folder)
+    lines = [f"{size_words(file.size_bytes):>10}  {file.name}" for file in upload.files]
+    lines.append(f"{size_words(upload.size_bytes):>10}  in {len(upload.files)} files")
+    lines.append("left out:" if upload.left_out else "left out: nothing")
+    lines += [f"{'':10}  {name} ({reason})" for name, reason in upload.left_out.items()]
+    for line in (*lines, f"verification: {upload.verdict}"):
+        out.print(line, soft_wrap=True, markup=False)
+    _note_license(upload)
 
 
-def _note_license(known: str | None, folder: Path) -> None:
-    if known is None:
-        click.echo(
-            f"note: the card names no licence; write it as `license:` at the head of {folder / 'README.md'}"
+def _note_license(upload: Upload) -> None:
+    from edkm_export.cli.console import out
+    from edkm_export.model_card import FILE
+
+    if upload.license is None:
+        words = (
+            f"note: the card names no licence; write it as `license:` at the head of {upload.folder / FILE}"
         )
+        out.print(words, soft_wrap=True, markup=False)

@@ -74,7 +74,7 @@ class Terminal(Console):
 
     def print_command(self, words: str, command: str) -> None:
         """Print a command that can be pasted, never broken, after some words about it."""
-        self.print(f"{words} {command}".lstrip(), soft_wrap=True)
+        self.print(f"{words} {command}" if words else command, soft_wrap=True)
 
     def status(self, status: Any, **_: Any) -> AbstractContextManager[Activity]:  # type: ignore[override]
         """Say what is done meanwhile; see `edkm_export.activity`."""

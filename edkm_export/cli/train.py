@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edkm_export.cli.parameter_types import FILE, RECIPE, find_source
-from edkm_export.cli.text_file import TextFile
 from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
@@ -28,7 +27,7 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 @click.command("train", short_help="Fine-tune a model while its weights are clustered (eDKM).")
 @click.argument("model")
 @click.option(
-    "--data", multiple=True, required=True, type=TextFile(),
+    "--data", multiple=True, required=True, type=click.Path(path_type=Path),
     help="Text, or JSONL with Alpaca fields or chat messages. May be given several times.",
 )  # fmt: skip
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
@@ -125,7 +124,7 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 @click.option(
     "--eval-text",
     multiple=True,
-    type=TextFile(enough=True),
+    type=click.Path(path_type=Path),
     help="Text to measure perplexity and the KL divergence from the original on; may be given several times.",
 )
 @click.option("--eval-tokens", type=int, help="Tokens of each text.")
@@ -168,9 +167,15 @@ def command(
         )
 
     from edkm_export.atomic import check_output
+    from edkm_export.text import check_text
 
     source = find_source(model, adapter)
     check_output(output, overwrite=overwrite or resume, folder=True)
+    for path in data:
+        if path.suffix != ".tokens":  # text that is tokenized already
+            check_text(path, least_characters=1)
+    for path in eval_text:
+        check_text(path)
 
     import torch
 
@@ -188,12 +193,10 @@ def command(
     if config_file is not None:
         changes |= load_config_file(config_file)
     changes |= {name: value for name, value in settings.items() if value is not None}
-    if recipe is not None and "target_bits" not in changes:
-        changes["target_bits"] = None
-    if settings["bits"] is not None and settings["target_bits"] is None:
-        changes["target_bits"] = None
+    if recipe is not None or "bits" in changes:
+        changes.setdefault("target_bits", None)  # the preset's own belongs to its bits
     config = PRESETS[preset].updated(changes)
-    if settings["target_bits"] is not None and settings["bits"] is None and recipe is None:
+    if config.target_bits is not None and config.strict_target and "bits" not in changes and recipe is None:
         config = _widest(source, config)
     rules = None if recipe is None else load_recipe(recipe)
     accounted = account(source)

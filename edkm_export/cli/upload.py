@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edkm_export.atomic import GENERATOR, MARKER
-from edkm_export.cli.cards import NOT_VERIFIED
+from edkm_export.command_line import command_line
 from edkm_export.digest import file_sha256
 from edkm_export.errors import InputError
-from edkm_export.model_card import FILE, card_license, card_verdict, with_verification
+from edkm_export.model_card import (
+    BEYOND,
+    FILE,
+    NOT_VERIFIED,
+    PASS,
+    card_license,
+    card_verdict,
+    plain,
+    verdict_of,
+    with_verification,
+)
 
 __all__ = ["File", "Upload", "size_words"]
 
 _REPORT = "report.json"
-_PASS = "PASS"
 
 
 @dataclass(frozen=True)
@@ -68,18 +76,20 @@ class Upload:
         files, left_out = _sort_files(folder)
         reason = _why_unverified(folder, {file.name for file in files})
         if reason and not unverified:
+            again = command_line("verify", folder, "--report", folder)
             raise InputError(
-                f"{folder}: {reason}, or push it as it is with --unverified, which its card will say."
+                f"{folder}: {reason}; push it as it is with --unverified, which its card will say, or verify it: "
+                f"{again}"
             )
         card = _read_card(folder)
         if reason:
-            words = f"**{NOT_VERIFIED}**: {reason.partition(';')[0]}. It was pushed with --unverified."
+            words = f"**{NOT_VERIFIED}**: {plain(reason)}. It was pushed with --unverified."
             card = with_verification(card, NOT_VERIFIED, words)
-        elif card_verdict(card) not in (None, _PASS):
-            card = with_verification(card, _PASS, f"Verdict: **{_PASS}**. report.md has the details.")
+        elif card_verdict(card) not in (None, PASS):
+            card = with_verification(card, PASS, f"Faithful export: **{PASS}**. report.md has the details.")
         size = len(card.encode())
         files = [File(FILE, file.path, size) if file.name == FILE else file for file in files]
-        return cls(folder, tuple(files), left_out, card, NOT_VERIFIED if reason else _PASS)
+        return cls(folder, tuple(files), left_out, card, NOT_VERIFIED if reason else PASS)
 
     @property
     def size_bytes(self) -> int:
@@ -109,7 +119,7 @@ def _exported_folder(path: Path) -> Path:
     if model.is_file() and model.suffix == ".pt":
         raise InputError(
             f"{path}: {'is' if path.is_file() else 'holds'} a checkpoint, which apps cannot load; export it first: "
-            f"edkm-export coreml {shlex.quote(str(model))}, or edkm-export onnx {shlex.quote(str(model))}"
+            f"{command_line('coreml', model)}, or {command_line('onnx', model)}"
         )
     made = _object(path / MARKER) if path.is_dir() else {}
     if not str(made.get("generator", "")).startswith(GENERATOR) or not {"package", "model"} & made.keys():
@@ -139,25 +149,24 @@ def _sort_files(folder: Path) -> tuple[list[File], dict[str, str]]:
 
 
 def _why_unverified(folder: Path, names: set[str]) -> str:
-    """Empty when the report says that these very files passed; else the reason, and after a semicolon what to do."""
-    again = f"edkm-export verify {shlex.quote(str(folder))} --report {shlex.quote(str(folder))}"
+    """Empty when the report says that these very files passed."""
     if not (folder / _REPORT).is_file():
-        return f"it holds no verification report; verify it: {again}"
+        return "it holds no verification report"
     report = _object(folder / _REPORT)
-    verdict = report.get("verdict")
-    if verdict != _PASS:
-        found = (
-            f"the verdict of its report is {verdict}"
-            if isinstance(verdict, str)
-            else "its report cannot be read"
-        )
-        return f"{found}; report.md says why, and this verifies it again: {again}"
+    verdict = verdict_of(report)
+    if verdict == BEYOND:
+        return "by its report the quality is beyond its limit"
+    if verdict != PASS:
+        return f"the verdict of its report is {verdict}" if verdict else "its report cannot be read"
+    digests = _digests(report)
+    if not digests:
+        return "its report does not say which files it is about"
     artifact = report.get("artifact")
     inner = f"{artifact}/" if isinstance(artifact, str) and (folder / artifact).is_dir() else ""
-    for name, digest in _digests(report).items():
+    for name, digest in digests.items():
         whole = f"{inner}{name}"
         if whole != FILE and (whole not in names or file_sha256(folder / whole) != digest):
-            return f"{whole} is not the file that its report is about; verify it again: {again}"
+            return f"{whole} is not the file that its report is about"
     return ""
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
-from edkm_export.cli.artifacts import checkpoint_and_artifact, find_artifact
-from edkm_export.cli.verification import climb, prepare, verification_options
+from edkm_export.api.artifacts import find_artifact, is_artifact
+from edkm_export.api.climbing import climb
+from edkm_export.cli.parameter_types import CHECKPOINT, PACKAGE
+from edkm_export.cli.verification import prepare, verification_options
 
 __all__ = ["command"]
 
@@ -32,20 +34,25 @@ def command(
 ) -> None:
     """Compare what OUT computes with the PyTorch model of MODEL.PT.
 
-    OUT is the folder that `edkm-export coreml` or `edkm-export onnx` made, or the model in it. It knows its MODEL.PT by
-    the sha256: without it, the file is looked for near OUT and in the working folder. Exit status 0: passed, 1: failed.
-    With --quiet it is one line.
-    """
-    checkpoint, package = checkpoint_and_artifact(paths)  # before torch is imported
+    OUT is the folder that `edkm-export coreml`, `onnx` or `coreai` made, or the model in it. It knows its MODEL.PT by
+    the sha256: without it, the file is looked for near OUT and in the working folder.
 
+    Two verdicts come of it: faithful export, whether OUT computes the model that was trained or palettized, and
+    quality, how far palettization moved that from the original. Exit status 0: faithful export PASS, and quality not
+    BEYOND its limit; 1: otherwise. With --quiet it is one line.
+    """
+    from edkm_export.text import check_text
+
+    check_text(verification["text"])
+    checkpoint, package = _checkpoint_and_artifact(paths)  # before torch is imported
+
+    from edkm_export.api.cards import refresh_card
     from edkm_export.atomic import atomic_file, check_output
     from edkm_export.checkpoint import load
-    from edkm_export.cli.cards import refresh_card
     from edkm_export.cli.common_options import answering, is_quiet
     from edkm_export.cli.console import err, fault_lines, out, print_report, summary_line
     from edkm_export.errors import InputError
     from edkm_export.verify.junit import junit
-    from edkm_export.verify.report import Verdict
     from edkm_export.verify.write import write_report
 
     found = find_artifact(package)
@@ -76,5 +83,52 @@ def command(
             out.print(line, soft_wrap=True)
         if report_folder is not None:
             out.print(f"report: {report_folder / 'report.html'}", soft_wrap=True)
-    if report.verdict is Verdict.FAIL:
+    if report.failed:
         sys.exit(1)
+
+
+def _checkpoint_and_artifact(paths: tuple[Path, ...]) -> tuple[Path, Path]:
+    """The model.pt and the exported model of a command line that may leave the first one out.
+
+    Args:
+        paths: one or two, in any order.
+
+    Returns:
+        The model.pt, which the record in the exported folder agrees with if there is one, and the exported model.
+
+    Raises:
+        InputError: there are others than these, the model.pt is found nowhere, or it is not the one that was exported.
+        PackageError: the exported model is missing.
+    """
+    from edkm_export.checkpoint_record import CheckpointRecord
+    from edkm_export.command_line import command_line
+    from edkm_export.errors import CheckpointError, InputError
+    from edkm_export.unfinished import unfinished_run
+
+    for path in paths:
+        if unfinished := unfinished_run(path):
+            raise CheckpointError(f"{path}: {unfinished}")
+    if len(paths) == 1:
+        (exported,) = paths
+        if exported.is_file() and not is_artifact(exported):
+            raise InputError(
+                f"{exported}: is no exported model; name it too: {command_line('verify', exported, 'OUT')}"
+            )
+        PACKAGE.convert(exported, None, None)
+        record = CheckpointRecord.read(exported)
+        if record is None:
+            raise InputError(
+                f"{exported}: does not say which model.pt it was exported from; name it: "
+                f"{command_line('verify', 'MODEL.PT', exported)}"
+            )
+        return record.find(exported), exported
+    if len(paths) > 2:
+        raise InputError(f"expected MODEL.PT and OUT, got {len(paths)} paths.")
+    checkpoint, exported = paths
+    if is_artifact(checkpoint) and exported.is_file() and not is_artifact(exported):
+        checkpoint, exported = exported, checkpoint
+    CHECKPOINT.convert(checkpoint, None, None)
+    PACKAGE.convert(exported, None, None)
+    if (record := CheckpointRecord.read(exported)) is not None:
+        record.require(checkpoint, exported)
+    return checkpoint, exported

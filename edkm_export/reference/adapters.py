@@ -57,13 +57,13 @@ class Adapter:
     path: Path
 
     @classmethod
-    def open(cls, reference: str) -> Adapter:
+    def open(cls, reference: str | Path) -> Adapter:
         """Find an adapter.
 
         Raises:
             InputError: there is none, it is a pickle, or not a LoRA.
         """
-        found = cls(reference, Path(reference).absolute())
+        found = cls(str(reference), Path(reference).absolute())
         if not found.path.is_dir():
             is_file = found.path.is_file()
             raise InputError(

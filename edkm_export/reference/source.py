@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edkm_export.activity import Activity, activity
 from edkm_export.command_line import command_line
 from edkm_export.digest import file_sha256
 from edkm_export.errors import InputError
@@ -23,6 +24,7 @@ from edkm_export.reference.gguf.gguf_file import part_paths
 from edkm_export.reference.hf_folder import HfFolder
 from edkm_export.reference.hub import commit_of, fetch
 from edkm_export.reference.load_errors import explained, without_bars
+from edkm_export.reference.origin import Origin, gguf_origin
 from edkm_export.reference.stored_tensors import ADAPTER_CONFIG
 from edkm_export.reference.weight_range import check_weight_range
 
@@ -39,6 +41,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "read_generation_settings",
+    "read_origin",
     "value_count",
 ]
 
@@ -75,7 +78,7 @@ class Source:
     adapter: Adapter | None = None
 
     @classmethod
-    def parse(cls, reference: str, adapter: str | None = None) -> Source:
+    def parse(cls, reference: str | Path, adapter: str | Path | None = None) -> Source:
         """Tell the forms apart.
 
         Args:
@@ -87,7 +90,7 @@ class Source:
             InputError: nothing is there, it is none of the forms, or it holds an adapter that was not asked for.
         """
         merged = None if adapter is None else Adapter.open(adapter)
-        path = Path(reference)
+        reference, path = str(reference), Path(reference)
         if path.is_file():
             if path.suffix.lower() != ".gguf":
                 made = (
@@ -280,7 +283,8 @@ def load_model(
     """
     import torch
 
-    with _explaining(source), without_bars():
+    with _explaining(source), without_bars(), _counted(source) as counted:
+        advance = advance or counted.advance
         if source.adapter is None:
             model = _reader(source).load_model(dtype, advance)
         else:
@@ -297,6 +301,12 @@ def value_count(source: Source) -> int | None:
         return _gguf(source).values if source.gguf_file else None
 
 
+def _counted(source: Source) -> contextlib.AbstractContextManager[Activity]:
+    """What is shown while a model is read: how many of its values are, where they are read one by one."""
+    total = value_count(source)
+    return activity(f"reading {Path(source.reference).name}", total, "values" if total else "")
+
+
 def load_tokenizer(source: Source) -> Any:
     """The tokenizer that belongs to the model: the adapter's, where it has one. Remote code is never run.
 
@@ -309,6 +319,16 @@ def load_tokenizer(source: Source) -> Any:
             if own.has_tokenizer():
                 return own.load_tokenizer()
         return _reader(source).load_tokenizer()
+
+
+def read_origin(source: Source) -> Origin:
+    """Licence and hub id, as far as the source names them; the account of a source holds the same.
+
+    Raises:
+        InputError: its files are missing or damaged.
+    """
+    with _explaining(source):
+        return gguf_origin(_gguf(source).file.metadata) if source.gguf_file else _folder(source).origin()
 
 
 def read_generation_settings(source: Source) -> dict[str, Any] | None:

@@ -177,7 +177,7 @@ class Show(TrainerCallback):  # type: ignore[misc]
             left = round(seconds / share * (1 - share))
             parts += [
                 f"{step * self.step_tokens / seconds:,.0f} tokens/s",
-                f"{left // 60} min {left % 60} s left",
+                f"{left // 60} min {left % 60} s left" if left >= 60 else f"{left} s left",
             ]
         self.shown.done, self.shown.detail = share, ", ".join(parts)
 

@@ -85,23 +85,24 @@ class Run:
     def __init__(
         self,
         source: Source,
-        data: Sequence[Path],
-        folder: Path,
+        data: Sequence[str | Path],
+        folder: str | Path,
         config: TrainConfig,
         *,
         recipe: Recipe | None = None,
-        eval_texts: Sequence[Path] = (),
+        eval_texts: Sequence[str | Path] = (),
         provenance: Mapping[str, Any] | None = None,
         announce: Callable[[str], None] = lambda _name: None,
         tell: Callable[[str], None] = lambda _line: None,
         advance: Callable[[float], None] | None = None,
     ) -> None:
         self.source = source
-        self.data = data
-        self.folder = RunFolder(folder)
+        self.data = [Path(path) for path in data]
+        self.folder = RunFolder(Path(folder))
         self.config = config
         self.recipe = recipe or base_recipe(config)
-        self.eval_texts, self.provenance = eval_texts, dict(provenance or {})
+        self.eval_texts = [Path(path) for path in eval_texts]
+        self.provenance = dict(provenance or {})
         self.announce, self.tell, self.advance = announce, tell, advance
 
     def complete(

@@ -198,12 +198,13 @@ PRESETS: dict[str, TrainConfig] = {
 """`paper` is eDKM as published (arXiv 2309.00964): 3 bits, one LUT a weight, soft DKM in both passes."""
 
 
-def load_config_file(path: Path) -> dict[str, Any]:
+def load_config_file(path: str | Path) -> dict[str, Any]:
     """Settings of a YAML file, unchecked.
 
     Raises:
         InputError: it cannot be read, or is not a mapping.
     """
+    path = Path(path)
     try:
         contents = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

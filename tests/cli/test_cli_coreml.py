@@ -42,7 +42,10 @@ def test_whole_job(edkm, tiny_export, held_out, work):
     """Trained model, default output name, verification against the original, files of the folder."""
     shutil.copy(tiny_export.model, "tiny.pt")
     Path("text").write_text(held_out, encoding="utf-8")
-    result = edkm("coreml", "tiny.pt", "--sequence-length", 48, "--tokens", 96, "--text", "text")
+    text = Path("text").absolute()
+    result = edkm(
+        "coreml", Path("tiny.pt").absolute(), "--sequence-length", 48, "--tokens", 96, "--text", text
+    )
     assert result.status == 0, result.err
     assert "PASS" in result.out and "tiny-coreml: drag tiny.mlpackage into Xcode" in result.out
     folder = work / "tiny-coreml"
@@ -66,7 +69,12 @@ def test_whole_job(edkm, tiny_export, held_out, work):
     function = load_package(folder / "tiny.mlpackage").functions["main"]
     assert function.inputs["inputIds"].ranges == ((1, 1), (1, 48))
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "Verdict: **PASS**" in card and "LanguageModel.loadCompiled" in card
+    assert "Faithful export: **PASS**" in card and "Quality: **WITHIN**" in card
+    assert "LanguageModel.loadCompiled" in card
+    for name in ("README.md", "report.json", "report.md", "report.html", "metadata.json"):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert not re.search(r"(?<![\w./])/(home|root|tmp|work|Users)/", text), name
+        assert str(Path.cwd()) not in text and str(tiny_export.model.parent) not in text
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "coreml"
     assert metadata["checkpoint"]["file"] == "tiny.pt" and str(work) not in card
     told = edkm("push", "tiny-coreml", "some-one/tiny", "--dry-run")
@@ -116,8 +124,8 @@ def test_failed_verification_keeps_the_folder_and_exits_with_1(edkm, tiny_export
         "coreml", tiny_export.model, "-o", "bundle", "--sequence-length", 64, "--tokens", 64, "--text", "text",
         "--max-perplexity-ratio", 0.5,
     )  # fmt: skip
-    assert result.status == 1 and "FAIL" in result.out
-    assert "FAIL" in Path("bundle/report.md").read_text(encoding="utf-8").splitlines()[0]
+    assert result.status == 1 and "BEYOND" in result.out
+    assert "**Quality: BEYOND.**" in Path("bundle/report.md").read_text(encoding="utf-8")
 
 
 def test_shortest_sequence(edkm, tiny_export, held_out):

@@ -55,7 +55,9 @@ def test_whole_job(edkm, grids, held_out, work, grid, runtime):
     assert "next: edkm-export generate tiny-onnx --prompt 'Once upon a time'" in result.out
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert (
-        "Verdict: **PASS**" in card and f"| runtime profile | `{runtime}`" in card and str(work) not in card
+        "Faithful export: **PASS**" in card
+        and f"| runtime profile | `{runtime}`" in card
+        and str(work) not in card
     )
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "onnx"
     dry = edkm("push", "tiny-onnx", "some-one/tiny", "--dry-run")
@@ -70,8 +72,9 @@ def test_whole_job(edkm, grids, held_out, work, grid, runtime):
 def test_failed_verification_is_told(edkm, tiny_checkpoint, work):
     """Exit status 1, and the folder is there with its report."""
     result = edkm("onnx", tiny_checkpoint.path, "-o", "out", "--max-perplexity-ratio", 0.5, *TOKENS)
-    assert result.status == 1 and "FAIL" in result.out
-    assert json.loads(Path("out/report.json").read_text())["verdict"] == "FAIL"
+    assert result.status == 1 and "BEYOND" in result.out
+    found = json.loads(Path("out/report.json").read_text())
+    assert found["quality"] == "BEYOND" and found["faithful_export"] == "PASS"
 
 
 def test_without_verification(edkm, tiny_checkpoint, work):

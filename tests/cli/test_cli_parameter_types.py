@@ -16,7 +16,7 @@ MISSING = {
     "palettize a/b.gguf": "a/b.gguf: no such file or folder.",
     "palettize there.pt": "there.pt: expected a Hugging Face folder, a hub id or a .gguf file, not a .pt file.",
     "palettize model --calibration nope.txt": "nope.txt: no such text file.",
-    "palettize model --calibration model": "model: is a folder, expected a text file.",
+    "palettize model --calibration model": "model: is a folder and cannot be read as a text; name a file in it.",
     "palettize model --recipe nope.yaml": "nope.yaml: no such recipe file.",
     "palettize model --adapter nope": "nope: no such folder; --adapter takes the folder of an adapter",
     "palettize adapter": "adapter: holds a LoRA adapter (adapter_config.json), which changes the model",
@@ -67,7 +67,7 @@ def refusals(tmp_path_factory) -> dict[str, tuple[int, str, list[str]]]:
     """Status, what was said, and which slow packages were imported, for each line; one process for all."""
     folder = tmp_path_factory.mktemp("missing")
     for name in ("there.pt", "there.txt"):
-        (folder / name).touch()
+        (folder / name).write_text("Some words, so that it is a text and long enough to be one.")
     for name, file in (("model", "config.json"), ("adapter", "adapter_config.json")):
         (folder / name).mkdir()
         (folder / name / file).write_text("{}")

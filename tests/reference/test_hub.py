@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from edkm_export.errors import InputError
+from edkm_export.hub_id import is_hub_id
 from edkm_export.reference import hub as hub_module
 from edkm_export.reference.source import Source, account, load_config
 from tests.helpers.hub import Hub, running_hub
@@ -127,7 +128,7 @@ def test_download_that_breaks_off(hub, uploaded):
     ["nope", "a/b/c", "models/x.gguf", "a/x.safetensors", "./a/b", "../a", "a/", "/a", "-a/b", "a/model.pt"],
 )
 def test_what_is_no_hub_id_is_a_missing_path(hub, name):
-    assert not hub_module.is_hub_id(name)
+    assert not is_hub_id(name)
     with pytest.raises(InputError, match="no such file or folder"):
         Source.parse(name)
     assert asked(hub) == []

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from edkm_export.activity import Activity, watched_by
 from edkm_export.errors import EdkmExportError, InputError
 from edkm_export.reference.source import (
     Source,
@@ -86,7 +87,7 @@ def test_file_of_another_kind(tmp_path, name, kind):
 def test_checkpoint_is_told_from_a_model(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"")
     message = refused(lambda: Source.parse(str(tmp_path / "model.pt")), tmp_path / "model.pt")
-    assert "It looks like a finished checkpoint: takes it." in message
+    assert "It looks like a finished checkpoint: `" in message and message.endswith("` takes it.")
 
 
 def test_provenance_identifies_the_weights(folder, monkeypatch):
@@ -316,3 +317,25 @@ def test_what_the_caller_draws_while_a_file_is_read_is_seen(tmp_path, capfd):
     load_model(source, advance=lambda count: print(count, file=sys.stderr))
     shown = [int(line) for line in capfd.readouterr().err.splitlines()]
     assert len(shown) > 1 and sum(shown) == value_count(source)
+
+
+def test_reading_a_gguf_file_is_counted(tmp_path):
+    """Whoever watches sees every value, whichever command reads it."""
+    kind = KINDS["llama"]
+    source = Source.parse(str(kind.write(kind.model(), tmp_path)))
+    seen: list[Activity] = []
+
+    class Watcher:
+        def began(self, activity: Activity) -> None:
+            seen.append(activity)
+
+        def renamed(self, activity: Activity) -> None:
+            pass
+
+        def ended(self, activity: Activity) -> None:
+            pass
+
+    with watched_by(Watcher()):
+        load_model(source)
+    (reading,) = (each for each in seen if each.words.startswith("reading "))
+    assert reading.total == reading.done == value_count(source)

@@ -28,16 +28,23 @@ pytestmark = pytest.mark.usefixtures("work")
 
 
 @pytest.fixture
-def train(edkm) -> Callable[..., Any]:
+def train(edkm, tmp_path) -> Callable[..., Any]:
     """`edkm-export train MODEL --data ... -o run` of two short steps; further options after the model."""
 
+    quick = tmp_path / "quick.yaml"
+    quick.write_text("calibration_tokens: 64")
+
     def call(model: Path, *options: object, data: Path = DATA) -> Any:
-        return edkm("train", model, "--data", data, "-o", "run", *QUICK, *options)
+        return edkm("train", model, "--data", data, "-o", "run", "--config", quick, *QUICK, *options)
 
     return call
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+# the others with the slow tests: a run is 1 to 3 s
+@pytest.mark.parametrize(
+    "preset",
+    [name if name == "4bit" else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS],
+)
 def test_every_preset_takes_the_fixture(train, tiny_llama, preset):
     result = train(tiny_llama, "--preset", preset)
     assert result.status == 0, result.err
@@ -90,6 +97,17 @@ def test_what_was_set_and_cannot_be_met(train, tiny_llama, work, monkeypatch, op
     assert snapshot(work) == {}
 
 
+@pytest.mark.parametrize(("settings", "fewest"), [("target_bits: 3.5", 3), ("bits: 2", 2)])
+def test_bits_of_a_file_are_those_of_the_command_line(train, tiny_llama, tmp_path, settings, fewest):
+    """A target has the most bits that fit, and bits without a target are those of all layers."""
+    (tmp_path / "mine.yaml").write_text(f"calibration_tokens: 64\n{settings}")
+    assert train(tiny_llama, "--config", tmp_path / "mine.yaml").status == 0
+    made = load(Path("run/model.pt"))
+    sizes = {tensor.n_bits for name, tensor in made.palettized.items() if "embed_tokens" not in name}
+    assert min(sizes) == fewest and (len(sizes) > 1) == ("target" in settings)
+
+
+@pytest.mark.slow
 def test_the_least_that_is_named_can_be_met(train, tiny_llama):
     assert train(tiny_llama, "--target-bits", 4.11, "--bits", 4).status == 0
     assert train(tiny_llama, "--target-bits", 1.02, "--overwrite").status == 0

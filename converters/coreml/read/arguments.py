@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from converters.coreml.read.precision import Precision
 from converters.coreml.read.program import Function, FunctionInput
+from edkm_export.array_input import as_tensor
 from edkm_export.errors import InputError, PackageError
 
 __all__ = ["check_inputs", "check_states", "make_states"]
 
 
-def check_inputs(function: Function, given: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
+def check_inputs(function: Function, given: Mapping[str, Any], precision: Precision) -> dict[str, Tensor]:
     """Check the inputs of a run and bring them to the dtypes of the interpreter.
 
     Raises:
@@ -42,9 +44,8 @@ def _default(spec: FunctionInput) -> Tensor:
     return torch.full(spec.default_shape, spec.default).to(dtype)
 
 
-def _check_input(spec: FunctionInput, value: Tensor, precision: Precision) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise InputError(f"input {spec.name!r} is {type(value).__name__}, expected a torch tensor.")
+def _check_input(spec: FunctionInput, value: Any, precision: Precision) -> Tensor:
+    value = as_tensor(value, f"input {spec.name!r}")
     shape = tuple(value.shape)
     if not _shape_allowed(spec, shape):
         allowed = (

@@ -19,6 +19,7 @@ from edkm_export.artifact.protocol import Artifact, DamagedArtifact
 from edkm_export.artifact.thresholds import EXECUTION
 from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
+from edkm_export.quantities import short_size
 
 __all__ = ["KIND", "CoreMLArtifact", "open_artifact"]
 
@@ -51,13 +52,19 @@ class CoreMLArtifact:
             *(
                 Execution(
                     f"execution-{precision}",
-                    f"executed artifact, {threshold.words}{drawn}",
+                    f"our interpreter of Core ML programs, {threshold.words}{drawn}",
                     threshold,
                     self._interpreted(precision),
                 )
                 for precision, threshold in EXECUTION.items()
             ),
             self._apple_runtime(),
+        )
+
+    def __repr__(self) -> str:
+        """One line: package, interface, size."""
+        return (
+            f"CoreMLArtifact({self.path.name}, {self.description.interface}, {short_size(self.size_bytes())})"
         )
 
     def palettized(self) -> dict[str, PalettizedTensor]:
@@ -131,7 +138,9 @@ class CoreMLArtifact:
         if platform.system() == "Darwin":
             execute, missing = predicting([package.path for package in self._packages], self.description), ""
         why = "only Apple's own runtime shows what its compiler and compute units do"
-        return Execution("execution-apple", "Apple runtime", threshold.because(why), execute, missing)
+        return Execution(
+            "execution-apple", "Apple's Core ML runtime (macOS)", threshold.because(why), execute, missing
+        )
 
 
 def open_artifact(path: str | Path) -> Artifact:

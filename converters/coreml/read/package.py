@@ -20,6 +20,7 @@ from converters.coreml.read.values import BlobReference, Value
 from converters.coreml.read.weights import Weights, parameter_names
 from edkm_export.errors import InputError
 from edkm_export.palette import PalettizedTensor
+from edkm_export.quantities import short_size
 
 __all__ = ["Package", "load_package"]
 
@@ -44,6 +45,14 @@ class Package:
         self._decoded: dict[Hashable, Tensor] = {}
         self._constants: dict[str, Constants] = {}
         self._interpreters: dict[str, Interpreter] = {}
+
+    def __repr__(self) -> str:
+        """One line: name, functions with their inputs and outputs, size."""
+        functions = ", ".join(
+            f"{name}({', '.join(function.inputs)}) -> {', '.join(function.outputs)}"
+            for name, function in self.functions.items()
+        )
+        return f"Package({self.path.name}, {functions}, {short_size(self.size_bytes)})"
 
     @property
     def size_bytes(self) -> int:
@@ -110,7 +119,7 @@ class Package:
 
     def run(
         self,
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
         *,
         function: str | None = None,
         state: dict[str, Tensor] | None = None,
@@ -121,7 +130,8 @@ class Package:
         """Run a function in torch.
 
         Args:
-            inputs: by name; integers are narrowed to the declared type, floating point is converted.
+            inputs: tensors, numpy arrays or lists by name; integers are narrowed to the declared type, floating
+                point is converted.
             function: its name; the default function when None.
             state: of `new_state`; changed by the run. Needed when the function has states.
             precision: "float32", "rounded" (float32 arithmetic, rounded to float16 after each op that is

@@ -22,7 +22,7 @@ __all__ = ["write_bundle"]
 _OURS = ("config.json", MARKER, "report.json", "report.md", "report.html", FILE)
 
 
-def write_bundle(checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str) -> Path:
+def write_bundle(checkpoint: Checkpoint, plan: ExportPlan, folder: str | Path, name: str) -> Path:
     """Export into an existing, empty folder.
 
     Args:
@@ -37,6 +37,7 @@ def write_bundle(checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: s
     Raises:
         ConversionError: a tokenizer file has the name of one of ours, or see `export_packages`.
     """
+    folder = Path(folder)
     ours = {*plan.package_names(name), *_OURS}
     if taken := sorted(ours & checkpoint.tokenizer.keys()):
         raise ConversionError(

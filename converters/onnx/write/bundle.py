@@ -24,7 +24,7 @@ _GRAPH_FOLDER = "onnx"  # where transformers.js looks
 _OURS = ("config.json", "genai_config.json", MARKER, "report.json", "report.md", "report.html", FILE)
 
 
-def write_bundle(checkpoint: Checkpoint, plan: OnnxPlan, folder: Path) -> Path:
+def write_bundle(checkpoint: Checkpoint, plan: OnnxPlan, folder: str | Path) -> Path:
     """Export into an existing, empty folder.
 
     Args:
@@ -38,6 +38,7 @@ def write_bundle(checkpoint: Checkpoint, plan: OnnxPlan, folder: Path) -> Path:
     Raises:
         ConversionError: a tokenizer file has the name of one of ours.
     """
+    folder = Path(folder)
     if taken := sorted({*_OURS, _GRAPH_FOLDER} & checkpoint.tokenizer.keys()):
         raise ConversionError(
             f"{checkpoint.path}: its tokenizer file {taken[0]} would take the place of one of ours; palettize again."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,6 @@ if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait f
     from edkm_export.checkpoint import Checkpoint
 
 __all__ = [
-    "checkpoint_and_artifact",
     "find_artifact",
     "is_artifact",
     "open_artifact",
@@ -20,80 +18,50 @@ __all__ = [
 ]
 
 
-def is_artifact(path: Path) -> bool:
+def is_artifact(path: str | Path) -> bool:
     """True for what may be an exported model, false for what may be a checkpoint."""
     from converters.onnx.read.folder import is_onnx
 
-    return is_onnx(path) or path.is_dir()
+    return is_onnx(path) or Path(path).is_dir()
 
 
-def find_artifact(path: Path) -> Path:
+def find_artifact(path: str | Path) -> Path:
     """The artifact that a user means: itself, or the one inside a folder that we made.
 
     Raises:
         PackageError: there is none, or more than one.
     """
+    from converters.coreai.read.folder import find_asset, is_coreai
     from converters.coreml.read.folder import find_package
     from converters.onnx.read.folder import is_onnx
 
+    path = Path(path)
+    if is_coreai(path):
+        return find_asset(path)
     return path if is_onnx(path) else find_package(path)
 
 
-def checkpoint_and_artifact(paths: tuple[Path, ...]) -> tuple[Path, Path]:
-    """The model.pt and the exported model of a command line that may leave the first one out.
-
-    Args:
-        paths: one or two, in any order.
-
-    Returns:
-        The model.pt, which the record in the exported folder agrees with if there is one, and the exported model.
-
-    Raises:
-        InputError: there are others than these, the model.pt is found nowhere, or it is not the one that was exported.
-        PackageError: the exported model is missing.
-    """
-    from edkm_export.checkpoint_record import CheckpointRecord
-    from edkm_export.errors import InputError, PackageError
-
-    if len(paths) == 1:
-        (exported,) = paths
-        if exported.is_file() and not is_artifact(exported):
-            raise InputError(
-                f"{exported}: is no exported model; name it too: edkm-export verify {exported} OUT"
-            )
-        if not exported.exists():
-            raise PackageError(f"{exported}: no such package.")
-        record = CheckpointRecord.read(exported)
-        if record is None:
-            raise InputError(
-                f"{exported}: does not say which model.pt it was exported from; name it: "
-                f"edkm-export verify MODEL.PT {shlex.quote(str(exported))}"
-            )
-        return record.find(exported), exported
-    if len(paths) > 2:
-        raise InputError(f"expected MODEL.PT and OUT, got {len(paths)} paths.")
-    checkpoint, exported = paths
-    if is_artifact(checkpoint) and exported.is_file() and not is_artifact(exported):
-        checkpoint, exported = exported, checkpoint
-    if exported.exists() and (record := CheckpointRecord.read(exported)) is not None:
-        record.require(checkpoint, exported)
-    return checkpoint, exported
-
-
-def open_artifact(path: Path) -> Artifact:
+def open_artifact(path: str | Path) -> Artifact:
     """Open what `find_artifact` found, for the verifier."""
     from converters.onnx.read.folder import is_onnx
 
+    path = Path(path)
     if is_onnx(path):
         from converters.onnx.read.artifact import open_artifact as open_onnx
 
         return open_onnx(path)
+    from converters.coreai.read.folder import is_coreai
+
+    if is_coreai(path):
+        from converters.coreai.read.artifact import open_artifact as open_coreai
+
+        return open_coreai(path)
     from converters.coreml.read.artifact import open_artifact as open_coreml
 
     return open_coreml(path)
 
 
-def open_session(path: Path) -> tuple[Session, Path]:
+def open_session(path: str | Path) -> tuple[Session, Path]:
     """A session for an exported model, and the folder that holds its tokenizer.
 
     Raises:
@@ -101,10 +69,18 @@ def open_session(path: Path) -> tuple[Session, Path]:
     """
     from converters.onnx.read.folder import OnnxFolder, is_onnx
 
+    path = Path(path)
     if is_onnx(path):
         from converters.onnx.read.session import OnnxSession
 
         return OnnxSession.open(path), OnnxFolder.find(path).root
+    from converters.coreai.read.folder import find_asset, is_coreai, tokenizer_folder
+
+    if is_coreai(path):
+        from converters.coreai.read.session import open_session as open_coreai
+
+        asset = find_asset(path)
+        return open_coreai(asset), tokenizer_folder(asset)
     from converters.coreml.read.folder import find_package
     from converters.coreml.read.session import CoreMLSession
 
@@ -120,11 +96,22 @@ def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact) -> int | No
     Returns:
         None for a damaged artifact, and when the checkpoint cannot be exported in this form: other rungs say why.
     """
+    from converters.coreai.read.artifact import CoreAIArtifact
     from converters.coreml.read.artifact import CoreMLArtifact
     from converters.onnx.read.artifact import OnnxArtifact
     from edkm_export.errors import EdkmExportError
 
     try:
+        if isinstance(artifact, CoreAIArtifact):
+            from converters.coreai.write.export_plan import plan_coreai
+
+            told = artifact.description
+            return plan_coreai(
+                checkpoint,
+                interface=told.interface,
+                context=told.context,
+                pad_3bit=artifact.pads_3bit,
+            ).weights_size_bytes
         if isinstance(artifact, CoreMLArtifact):
             from converters.coreml.write.export_plan import plan_export
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edkm_export.model_card import FILE, card_verdict, with_verification
+from edkm_export.model_card import FILE, NOT_VERIFIED, card_verdict, with_verification
 
 if TYPE_CHECKING:  # importing it takes torch
     from edkm_export.verify.report import Report
 
-__all__ = ["NOT_VERIFIED", "refresh_card", "verification_words"]
-
-NOT_VERIFIED = "NOT VERIFIED"
+__all__ = ["refresh_card", "verification_words"]
 
 
 def verification_words(report: Report | None) -> tuple[str, str]:
-    """Verdict and Markdown; None: it was not verified."""
+    """The verdict that decides, and Markdown of both; None: it was not verified."""
     if report is None:
-        return NOT_VERIFIED, f"**{NOT_VERIFIED}**: it was exported with --no-verify."
+        return NOT_VERIFIED, f"**{NOT_VERIFIED}**: it was exported without a verification."
     from edkm_export.verify.write import quality
 
-    return report.verdict.value, quality(report)
+    worst = report.quality if report.faithful_export.is_good and report.failed else report.faithful_export
+    return worst.value, quality(report)
 
 
 def refresh_card(folder: Path, report: Report) -> None:

@@ -1,0 +1,138 @@
+"""An exported Core AI model as the verifier sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from converters.coreai.backend import missing_backend
+from converters.coreai.read.asset import Asset, load_asset
+from converters.coreai.read.running import RunningModel
+from converters.coreai.read.runtime import RUNTIME_NAME
+from converters.coreai.read.session import new_session
+from edkm_export.artifact.execution import Execute, Execution
+from edkm_export.artifact.protocol import Artifact, DamagedArtifact, Session
+from edkm_export.artifact.thresholds import FLOAT16_TWIN, float16_chains
+from edkm_export.errors import PackageError
+from edkm_export.palette import PalettizedTensor
+
+__all__ = ["KIND", "CoreAIArtifact", "open_artifact"]
+
+KIND = "Core AI model"
+
+_WINDOW = 512  # positions of one execution
+_FEW = 4  # positions of the file itself: it takes seconds for each
+
+
+class CoreAIArtifact:
+    """A model in an .aimodel.
+
+    Args:
+        asset: as read.
+
+    Raises:
+        PackageError: it has another interface than it says, or was not exported by us.
+    """
+
+    kind = KIND
+
+    def __init__(self, asset: Asset) -> None:
+        self.asset, self._model = asset, RunningModel(asset)
+        self.path: Path = asset.path
+        self.description = asset.description
+        self.context = min(_WINDOW, self.description.context)
+        missing = missing_backend()
+        self.executions = (
+            Execution(
+                "execution-coreai-twin",
+                f"{RUNTIME_NAME}, weights decoded once, products in float32",
+                FLOAT16_TWIN,
+                None if missing else self._execute(exact=False),
+                missing,
+            ),
+            Execution(
+                "execution-coreai",
+                f"{RUNTIME_NAME}, the file itself",
+                float16_chains(self._products()),
+                None if missing else self._execute(exact=True),
+                missing,
+                positions=_FEW,
+            ),
+        )
+
+    def palettized(self) -> dict[str, PalettizedTensor]:
+        """Palettized weights by parameter name, read from disk by our reader."""
+        return self.asset.palettized()
+
+    def dense(self) -> dict[str, Tensor]:
+        """Other parameters by name, read from disk by our reader."""
+        return self.asset.dense()
+
+    def weights_size_bytes(self) -> int:
+        """Size of all constants of the program."""
+        return self.asset.constants_size_bytes
+
+    def size_bytes(self) -> int:
+        """Size of the .aimodel."""
+        return self.asset.size_bytes
+
+    @property
+    def pads_3bit(self) -> bool:
+        """True when indices of 3 bits are held in 4.
+
+        Raises:
+            PackageError: a palette has a form that is not understood.
+        """
+        told = self.description.palettized.values()
+        three = {entry.digest for entry in told if entry.n_bits == 3}
+        return any(palette.n_bits == 4 for palette in self.asset.palettes() if palette.digest in three)
+
+    def session(self) -> Session | None:
+        """The twin with its cache; None without Apple's runtime."""
+        return None if missing_backend() else new_session(self._model)
+
+    def rounded_session(self) -> None:
+        """None: the twin rounds already."""
+        return None
+
+    def decoded_elsewhere(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights as Apple's runtime decodes them from the palettes on disk; see `artifact.protocol.Decoding`."""
+        return self._model.decoded()
+
+    @property
+    def decoder_name(self) -> str:
+        """Whose decoding that is."""
+        return RUNTIME_NAME
+
+    @property
+    def decoder_missing(self) -> str:
+        """Why it cannot be asked; empty when it can."""
+        return missing_backend()
+
+    def _products(self) -> Iterator[int]:
+        """Terms of a sum in the product with each weight; a tied embedding is the head, too."""
+        told = self.description
+        shapes = [entry.shape for entry in told.palettized.values()]
+        shapes += [tuple(entry.shape) for entry in told.dense.values() if len(entry.shape) == 2]
+        return (shape[1] for shape in shapes)
+
+    def _execute(self, *, exact: bool) -> Execute:
+        session: list[Session] = []  # made when it is first run, and kept
+
+        def execute(tokens: Tensor) -> Tensor:
+            if not session:
+                session.append(new_session(self._model, exact=exact))
+            session[0].reset()
+            return session[0].feed(tokens.long())
+
+        return execute
+
+
+def open_artifact(path: str | Path) -> Artifact:
+    """Open an .aimodel, or the folder that holds it, for the verifier; a broken one becomes a DamagedArtifact."""
+    try:
+        return CoreAIArtifact(load_asset(path))
+    except PackageError as error:
+        return DamagedArtifact(Path(path), KIND, str(error))

@@ -1,0 +1,127 @@
+"""Keys and values in states of the program: one functional update a layer, and one copy at the end.
+
+In-place assignment to a slice converts, but fails in Apple's runtime; the update is therefore an operator of our own,
+lowered to one `slice_update`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from converters.coreai.backend import load_authoring
+
+__all__ = ["ColumnCache", "FunctionalCache", "register_cache"]
+
+
+@torch.library.custom_op("edkm::cache_update", mutates_args=())
+def _cache_update(state: Tensor, new: Tensor, layer: int, begin: int, end: int) -> Tensor:
+    result = state.clone()
+    result[layer : layer + 1, :, :, begin:end] = new[None]
+    return result
+
+
+@_cache_update.register_fake
+def _(state: Tensor, new: Tensor, layer: int, begin: int, end: int) -> Tensor:
+    return torch.empty_like(state)
+
+
+@torch.library.custom_op("edkm::column_update", mutates_args=())
+def _column_update(state: Tensor, new: Tensor, layer: int, step: Tensor) -> Tensor:
+    begin, result = int(step), state.clone()
+    result[layer : layer + 1, :, :, :, begin : begin + new.shape[-1]] = new[None]
+    return result
+
+
+@_column_update.register_fake
+def _(state: Tensor, new: Tensor, layer: int, step: Tensor) -> Tensor:
+    return torch.empty_like(state)
+
+
+class FunctionalCache:
+    """The cache of one forward pass, for tracing; see `decoder.context.Cache`.
+
+    Args:
+        keys, values: the states, [layers, 1, kv_heads, length, head_dim].
+        begin: position of the first new token; a number or a traced integer.
+        end: position after the last new token.
+        visible: positions to return, from 0.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, begin: Any, end: Any, visible: Any) -> None:
+        self.keys, self.values = keys, values
+        self._begin, self._end, self._visible = begin, end, visible
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, kv_heads, new, head_dim] -> those of all visible positions."""
+        self.keys, all_keys = self._one(self.keys, layer, keys)
+        self.values, all_values = self._one(self.values, layer, values)
+        return all_keys, all_values
+
+    def _one(self, state: Tensor, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
+        state = torch.ops.edkm.cache_update(state, new.to(state.dtype), layer, self._begin, self._end)
+        seen = state.narrow(0, layer, 1).narrow(3, 0, self._visible).squeeze(0)
+        return state, seen.to(new.dtype)
+
+
+class ColumnCache:
+    """The cache of the static engine, for tracing: positions are on the last axis, and all are visible.
+
+    Args:
+        keys: the state, [layers, 1, kv_heads * head_dim, 1, length].
+        values: as the keys.
+        kv_heads: number of key/value heads.
+        step: int32 [1], position of the first new token.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, kv_heads: int, step: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self._heads, self._step = kv_heads, step
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, kv_heads, new, head_dim] -> those of all positions."""
+        self.keys, all_keys = self._one(self.keys, layer, keys)
+        self.values, all_values = self._one(self.values, layer, values)
+        return all_keys, all_values
+
+    def _one(self, state: Tensor, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
+        width = new.shape[1] * new.shape[3]
+        columns = new.transpose(2, 3).reshape(1, width, 1, new.shape[2]).to(state.dtype)
+        state = torch.ops.edkm.column_update(state, columns, layer, self._step)
+        seen = state.narrow(0, layer, 1).reshape(1, self._heads, width // self._heads, state.shape[4])
+        return state, seen.transpose(2, 3).to(new.dtype)
+
+
+def register_cache(converter: Any) -> None:
+    """Tell a `TorchConverter` how to update a state."""
+    ops = load_authoring().ops
+
+    @converter.register_torch_lowering("edkm::cache_update.default")  # type: ignore[untyped-decorator]
+    def lower(values: dict[Any, Any], node: Any, loc: Any) -> Any:
+        state, new = values[node.args[0].name], values[node.args[1].name]
+        layer, begin, end = node.args[2:]
+
+        def position(value: Any) -> Any:
+            if not hasattr(value, "name"):
+                return ops.constant([value])
+            found = values[value.name]
+            return found if found.type.shape else ops.reshape(found, np.array([1], np.uint32))
+
+        shape = state.type.shape
+        first = ops.concat(0, [ops.constant([layer, 0, 0]), position(begin), ops.constant([0])])
+        last = ops.concat(
+            0, [ops.constant([layer + 1, shape[1], shape[2]]), position(end), ops.constant([shape[4]])]
+        )
+        return ops.slice_update(state, first, last, [1] * 5, ops.expand_dims(new, [0]))
+
+    @converter.register_torch_lowering("edkm::column_update.default")  # type: ignore[untyped-decorator]
+    def lower_columns(values: dict[Any, Any], node: Any, loc: Any) -> Any:
+        state, new, step = (values[node.args[place].name] for place in (0, 1, 3))
+        layer, width = node.args[2], state.type.shape[2]
+        count = ops.slice_(ops.cast(ops.get_shape(new), dtype=np.int32), [3], [4], [1])
+        first = ops.concat(0, [ops.constant([layer, 0, 0, 0]), step])
+        last = ops.concat(0, [ops.constant([layer + 1, 1, width, 1]), ops.broadcasting_add(step, count)])
+        return ops.slice_update(state, first, last, [1] * 5, ops.expand_dims(new, [0]))

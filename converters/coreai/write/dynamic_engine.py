@@ -1,0 +1,112 @@
+"""The contract of Apple's dynamic engine: one function for prompts and single tokens of any length.
+
+From `swift/Sources/CoreAILanguageModels` and `python/src/coreai_models/export/macos.py` of apple/coreai-models, commit
+86b363d: inputs `input_ids` and `position_ids` in this order, both int32, the latter with all positions so far; states
+`keyCache` and `valueCache` that grow; first output `logits` in float16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from converters.coreai.format import INPUT_IDS, KEY_CACHE, LOGITS, MAIN, POSITION_IDS, VALUE_CACHE
+from converters.coreai.write.cache_ops import FunctionalCache
+from converters.coreai.write.traced_function import TracedFunction
+from edkm_export.decoder.config import FULL, SLIDING, DecoderConfig
+from edkm_export.decoder.context import Context, causal_mask, sliding_mask
+from edkm_export.decoder.decoder import Decoder
+from edkm_export.decoder.positions import PositionTables
+
+__all__ = ["DynamicDecoder", "dynamic_function"]
+
+_SHORTEST_CACHE = 64  # traced lower bound of a state; the engine begins with 256
+
+
+class DynamicDecoder(nn.Module):
+    """A decoder with its cache; the lengths of the inputs tell where the new tokens stand.
+
+    Args:
+        decoder: the model.
+        hf_config: Hugging Face configuration, for the position tables.
+        context: positions that the tables hold.
+
+    Raises:
+        ConversionError: see `PositionTables`.
+    """
+
+    def __init__(self, decoder: Decoder, hf_config: dict[str, Any], context: int) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.tables = PositionTables(decoder.config, hf_config, context)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Logits of the new tokens; the states are updated in place.
+
+        Args:
+            input_ids: int32 [1, new].
+            position_ids: int32 [1, total], 0 to total - 1; the new tokens are the last of them.
+            keys: [layers, 1, kv_heads, length, head_dim].
+            values: as the keys.
+
+        Returns:
+            [1, new, vocab_size].
+        """
+        new, total = input_ids.shape[-1], position_ids.shape[-1]
+        begin = total - new
+        positions = position_ids.narrow(-1, begin, new)
+        config = self.decoder.config
+        causal = causal_mask(positions, position_ids)
+        masks = {FULL: causal}
+        if config.sliding_window is not None and SLIDING in config.layer_kinds:
+            masks[SLIDING] = sliding_mask(causal, positions, position_ids, config.sliding_window)
+        masks = {kind: mask.to(keys.dtype) for kind, mask in masks.items() if kind in config.layer_kinds}
+        context = Context(positions, self.tables(positions), masks)
+        cache = FunctionalCache(keys, values, begin, total, visible=total)
+        logits = self.decoder(input_ids, context, cache)
+        keys.copy_(cache.keys)
+        values.copy_(cache.values)
+        return logits  # type: ignore[no-any-return]
+
+
+def dynamic_function(
+    decoder: Decoder, hf_config: dict[str, Any], context: int, dtype: torch.dtype
+) -> TracedFunction:
+    """The function `main`, to be traced.
+
+    Args:
+        decoder: with its weights, named or real.
+        hf_config: Hugging Face configuration.
+        context: most positions.
+        dtype: of activations and states.
+    """
+    shape = _state_shape(decoder.config, min(context, 2 * _SHORTEST_CACHE))
+    state = torch.zeros(shape, dtype=dtype)
+    new, total = min(16, context - 2), min(24, context - 1)
+    dim = torch.export.Dim
+    shortest = min(_SHORTEST_CACHE, context - 1)
+    return TracedFunction(
+        name=MAIN,
+        module=DynamicDecoder(decoder, hf_config, context).to(dtype).eval(),
+        examples=(
+            torch.zeros(1, new, dtype=torch.int32),
+            torch.arange(total, dtype=torch.int32)[None],
+            state,
+            state.clone(),
+        ),
+        dynamic_shapes=(
+            {1: dim("new", min=1, max=context)},
+            {1: dim("total", min=1, max=context)},
+            {3: dim("keys", min=shortest, max=context)},
+            {3: dim("values", min=shortest, max=context)},
+        ),
+        inputs=(INPUT_IDS, POSITION_IDS),
+        states=(KEY_CACHE, VALUE_CACHE),
+        outputs=(LOGITS,),
+    )
+
+
+def _state_shape(config: DecoderConfig, length: int) -> tuple[int, ...]:
+    return (config.num_layers, 1, config.num_kv_heads, length, config.head_dim)
