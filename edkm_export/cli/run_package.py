@@ -35,7 +35,9 @@ __all__ = ["command"]
     show_default=True,
     help="float32 throughout, float32 rounded to float16 after each op, or float16 arithmetic.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of ops that draw random numbers.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the ops that draw random numbers."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the output file.")
 def command(
     package: Path,

@@ -167,9 +167,10 @@ class Interpreter:
 
         Raises:
             PackageError, UnsupportedOpError, InputError: see `run`.
+            ValueError: it takes another number of values.
         """
         if len(given) != len(block.inputs):
-            raise PackageError(f"{len(given)} values for a nested block that takes {len(block.inputs)}.")
+            raise ValueError(f"{len(given)} values for a nested block that takes {len(block.inputs)}")
         values = {**around, **dict(zip(block.inputs, given, strict=True))}
         self._run_steps(block.steps, values, run)
         return tuple(

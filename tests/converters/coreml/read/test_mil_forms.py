@@ -13,7 +13,7 @@ from coremltools.converters.mil import Builder as mb
 from coremltools.proto import Model_pb2
 
 from converters.coreml import load_package
-from converters.coreml.read.program import Operation
+from converters.coreml.read.program import Block, Operation
 from edkm_export.errors import InputError, PackageError, UnsupportedOpError
 from tests.helpers.command import Result
 from tests.helpers.mil_build import lookup, save, save_program
@@ -141,6 +141,29 @@ def test_blocks_that_an_op_does_not_have() -> None:
     lonely = operation("cond", {"pred": "%p"}, [Output("y", any_shape("float32"))])
     with pytest.raises(PackageError, match="holds 0 nested blocks, expected 2"):
         run([lonely], {"p": np.array(True)}, ["y"])
+
+
+def test_blocks_of_other_values() -> None:
+    """A loop whose body returns one value too many, and an op in a branch that fails: both say where they are."""
+    given = Output("i", any_shape("float32"))
+    more = Block(
+        (given,), ("more",), (operation("less", {"x": "%i", "y": "%x"}, [Output("more", any_shape("bool"))]),)
+    )
+    body = Block((given,), ("i", "i"), ())
+    loop = operation(
+        "while_loop", {"loop_vars": ["%start"]}, [Output("y", any_shape("float32"))], (more, body)
+    )
+    inputs = {"start": np.float32(0), "x": np.float32(1)}
+    with pytest.raises(
+        PackageError, match=r"drawn: function main: while_loop 'y' .*2 values for a nested block"
+    ):
+        run([loop], inputs, ["y"])
+    made = Output("s", any_shape("float32"))
+    wrong = Block((), ("s",), (operation("slice_by_size", {"x": "%x", "begin": [0], "size": [1]}, [made]),))
+    branch = operation("cond", {"pred": "%p"}, [Output("y", any_shape("float32"))], (wrong, wrong))
+    with pytest.raises(PackageError) as raised:
+        run([branch], {"x": np.float32(1), "p": np.array(True)}, ["y"])
+    assert str(raised.value).startswith("drawn: function main: slice_by_size 's'")
 
 
 def test_a_palette_of_another_form(edkm: Callable[..., Result], tmp_path: Path) -> None:
