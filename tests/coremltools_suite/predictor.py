@@ -131,9 +131,9 @@ def _given(function: Function, name: str, value: Any) -> Any:
 
 
 def _types(function: Function) -> Iterator[TensorType]:
-    for operation in function.operations:
-        for output in operation.outputs:
-            yield output.type
+    yield from (given.type for given in function.inputs.values())
+    for operation in function.all_operations:
+        yield from (output.type for output in operation.outputs)
 
 
 def _returned(function: Function, name: str, value: Any) -> Any:
