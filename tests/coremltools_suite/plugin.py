@@ -42,8 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     every, seed = config.getoption("--suite-sample"), config.getoption("--suite-seed")
-    kept = [item for item in items if zlib.crc32(f"{seed}:{item.nodeid}".encode()) % every == 0]
-    dropped = [item for item in items if item not in set(kept)]
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
+    for item in items:
+        drawn = zlib.crc32(f"{seed}:{item.nodeid}".encode()) % every == 0
+        (kept if drawn else dropped).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
