@@ -154,9 +154,12 @@ def _describe_package(path: Path) -> dict[str, Any]:
     package = load_package(find_package(path))
     palettized: dict[str, PalettizedTensor] = {}
     dense: dict[str, Any] = {}
+    others: dict[str, str] = {}
     functions = []
     for name, function in package.functions.items():
-        palettized |= package.palettized(name)
+        held, apart = package.palettes(name)
+        palettized |= held
+        others |= apart
         dense |= package.dense(name)
         functions.append(
             {
@@ -174,6 +177,7 @@ def _describe_package(path: Path) -> dict[str, Any]:
         "size_bytes": package.size_bytes,
         "functions": functions,
         "palettized": [_describe_tensor(tensor) for tensor in palettized.values()],
+        "other_palettes": others,
         "dense": {name: list(tensor.shape) for name, tensor in dense.items()},
     }
 
@@ -312,6 +316,10 @@ def _print(description: Mapping[str, Any]) -> None:
         out.print(f"  ops: {counts}", soft_wrap=True)
     rows = description["palettized"]
     dense = description["dense"]
+    for reason in description.get("other_palettes", {}).values():
+        out.print(
+            f"a palette of another tool, which runs but is not listed: {reason}", soft_wrap=True, markup=False
+        )
     if rows:
         out.print(f"\n{len(rows)} palettized weights")
         table = Table(box=None, pad_edge=False)

@@ -66,7 +66,7 @@ class _Absent(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        pytest.skip(f"needs {self.__name__}: {self.__dict__['_why']}")
+        pytest.skip(f"needs {self.__name__}: {self.__dict__['_why']}", allow_module_level=True)
 
 
 def seed() -> None:

@@ -6,7 +6,7 @@ The ops run in the interpreter, in a function made here, without coremltools: th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from converters.coreml.read.arguments import check_inputs
 from converters.coreml.read.block import Block
 from converters.coreml.read.constants import Constants
 from converters.coreml.read.interpreter import Interpreter
@@ -123,7 +124,8 @@ def run(
     )
     layout: Any = SimpleNamespace(root=Path("drawn"))
     interpreter = Interpreter(function, Constants(layout, function, {}), "drawn")
-    found = interpreter.run(tensors, held, Precision.of(precision), seed=seed)
+    mode = Precision.of(precision)
+    found = interpreter.run(check_inputs(function, tensors, mode), held, mode, seed=seed)
     return [found[name] for name in outputs]
 
 
@@ -146,6 +148,22 @@ def run_drawn(op: str, drawn: Drawn, precision: str = "float32") -> list[Any]:
     ]
     made = operation(op, arguments, outputs, drawn.blocks)
     return run([made], arrays, [output.name for output in outputs], ios=drawn.ios, precision=precision)
+
+
+def in_float16(drawn: Drawn) -> Drawn:
+    """The same case as a float16 program."""
+
+    def narrow(value: Any) -> Any:
+        if isinstance(value, list):
+            return [narrow(one) for one in value]
+        array = np.asarray(value)
+        return array.astype(np.float16) if array.dtype == np.float32 else value
+
+    expected = [one.astype(np.float16) if one.dtype.kind == "f" else one for one in expected_arrays(drawn)]
+    inputs, params = (
+        {key: narrow(value) for key, value in part.items()} for part in (drawn.inputs, drawn.params)
+    )
+    return replace(drawn, inputs=inputs, params=params, expected=expected)
 
 
 def expected_arrays(drawn: Drawn) -> list[np.ndarray]:

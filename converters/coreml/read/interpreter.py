@@ -49,6 +49,7 @@ class _Run:
     """What stays the same during one run."""
 
     precision: Precision
+    bound: dict[Operation, _Bound]
     generator: torch.Generator
     observer: Observer | None
 
@@ -71,7 +72,7 @@ class Interpreter:
         self._constants = constants
         self._where = f"{where}: function {function.name}"
         self._schedule = schedule(function, where)
-        self._held: dict[tuple[Operation, Precision], _Bound] = {}
+        self._held: dict[Precision, dict[Operation, _Bound]] = {precision: {} for precision in Precision}
 
     @torch.no_grad()
     def run(
@@ -103,9 +104,8 @@ class Interpreter:
         values.update({name: StateCell(name, states) for name in self._function.states})
         if observer is not None:
             self._show_constants(precision, observer)
-        self._run_steps(
-            self._schedule, values, _Run(precision, torch.Generator().manual_seed(seed), observer)
-        )
+        generator = torch.Generator().manual_seed(seed)
+        self._run_steps(self._schedule, values, _Run(precision, self._held[precision], generator, observer))
         return {name: self._output(name, values, precision) for name in self._function.outputs}
 
     def _run_steps(self, steps: Sequence[Scheduled], values: dict[str, Any], run: _Run) -> None:
@@ -121,7 +121,7 @@ class Interpreter:
     def _run_one(self, scheduled: Scheduled, values: Mapping[str, Any], run: _Run) -> dict[str, Any]:
         operation, definition, precision = scheduled.operation, scheduled.definition, run.precision
         made: dict[str, Any] = {}
-        bound = self._bound(scheduled, precision)
+        bound = run.bound.get(operation) or self._bound(scheduled, run)
         call = bound.call
         if scheduled.blocks or definition.draws:
             blocks = tuple(_Nested(self, block, values, run) for block in scheduled.blocks)
@@ -177,24 +177,22 @@ class Interpreter:
             for name in block.outputs
         )
 
-    def _bound(self, scheduled: Scheduled, precision: Precision) -> _Bound:
+    def _bound(self, scheduled: Scheduled, run: _Run) -> _Bound:
         """Bind the constant arguments of an operation, once for each precision: a token takes thousands of them."""
-        operation = scheduled.operation
-        found = self._held.get((operation, precision))
-        if found is None:
-            constant: dict[str, Any] = {}
-            variable: list[tuple[str, tuple[str | _Constant, ...]]] = []
-            for key, bindings in operation.arguments.items():
-                values = tuple(self._constant(operation, binding, precision) for binding in bindings)
-                if any(isinstance(value, str) for value in values):
-                    variable.append((key, values))
-                else:
-                    held = [value.value for value in values if isinstance(value, _Constant)]
-                    with located(f"{self._where}: {operation.label}"):
-                        constant[key] = scheduled.definition.convert(key, held)
-            call = Call(operation, self._function.opset, precision, scheduled.in_place)
-            found = self._held[operation, precision] = _Bound(call, constant, tuple(variable))
-        return found
+        operation, precision = scheduled.operation, run.precision
+        constant: dict[str, Any] = {}
+        variable: list[tuple[str, tuple[str | _Constant, ...]]] = []
+        for key, bindings in operation.arguments.items():
+            values = tuple(self._constant(operation, binding, precision) for binding in bindings)
+            if any(isinstance(value, str) for value in values):
+                variable.append((key, values))
+            else:
+                held = [value.value for value in values if isinstance(value, _Constant)]
+                with located(f"{self._where}: {operation.label}"):
+                    constant[key] = scheduled.definition.convert(key, held)
+        call = Call(operation, self._function.opset, precision, scheduled.in_place)
+        run.bound[operation] = _Bound(call, constant, tuple(variable))
+        return run.bound[operation]
 
     def _constant(self, operation: Operation, binding: str | Value, precision: Precision) -> str | _Constant:
         """The value of a constant binding; the name of any other."""

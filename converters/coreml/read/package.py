@@ -88,6 +88,21 @@ class Package:
         """
         return self._weights(function).palettized()
 
+    def palettes(self, function: str | None = None) -> tuple[dict[str, PalettizedTensor], dict[str, str]]:
+        """Read what `palettized` does, and tell which sound palettes a PalettizedTensor cannot hold, and why.
+
+        Args:
+            function: its name; the default function when None.
+
+        Returns:
+            Palettized weights by name, and the reasons by name.
+
+        Raises:
+            PackageError: a palette is damaged.
+        """
+        found, others = self._weights(function).palettes()
+        return found, {name: str(error) for name, error in others.items()}
+
     def dense(self, function: str | None = None) -> dict[str, Tensor]:
         """Read the constants of a function that are not palettized and have at least 10 elements, as stored.
 

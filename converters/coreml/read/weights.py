@@ -71,20 +71,46 @@ class Weights:
         Raises:
             PackageError: a palette is damaged, or of a form that a PalettizedTensor cannot hold.
         """
+        found, others = self.palettes()
+        if others:
+            raise next(iter(others.values()))
+        return found
+
+    def palettes(self) -> tuple[dict[str, PalettizedTensor], dict[str, PackageError]]:
+        """Palettized weights, and those of a sound form that a PalettizedTensor cannot hold, with what it lacks.
+
+        Raises:
+            PackageError: a palette is damaged.
+        """
         found: dict[str, PalettizedTensor] = {}
+        others: dict[str, PackageError] = {}
         for output, operation in self._constants.operations.items():
             if operation.type != _LOOKUP:
                 continue
             for scaling in self._scalings(output):
                 final = output if scaling is None else scaling.outputs[0].name
                 key = self._names.get(final, self._names.get(output, final))
-                tensor = self._palette(operation, scaling, key)
+                try:
+                    tensor = self._palette(operation, scaling, key)
+                except PackageError as error:
+                    if not self._decodes(final):
+                        raise
+                    others[key] = error
+                    continue
                 if key in found and not found[key].same_bits(tensor):
                     raise PackageError(
                         f"{self._constants.where(operation)}: another weight {key!r} has other values."
                     )
                 found[key] = tensor
-        return found
+        return found, others
+
+    def _decodes(self, name: str) -> bool:
+        """Tell whether a constant is sound."""
+        try:
+            self._constants.stored(name)
+        except PackageError:
+            return False
+        return True
 
     def dense(self) -> dict[str, Tensor]:
         """Constants of at least 10 elements that are not palettized, as stored; other constexprs decoded.

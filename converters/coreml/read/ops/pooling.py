@@ -50,6 +50,11 @@ def _padded(x: Tensor, padding: list[int], extra: list[int], value: float) -> Te
     return F.pad(x, last_axis_first(wider), value=value) if any(wider) else x
 
 
+def _wide(x: Tensor) -> Tensor:
+    """torch has no mean of float16 over windows of three axes."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
 @op("max_pool")
 def max_pool(
     x: Tensor,
@@ -76,6 +81,7 @@ def avg_pool(
 ) -> Tensor:
     """Mean of each window; padding counts as zeros unless it is excluded, what lies beyond it never counts."""
     strides, padding, extra = _windows(x, kernel_sizes, pad_type, strides, pad, ceil_mode)
+    x = _wide(x)
     pool = _AVG_POOL[len(kernel_sizes)]
     mean = pool(_padded(x, padding, extra, 0.0), kernel_sizes, strides)
     if not any(extra) and not (exclude_padding_from_average and any(padding)):
@@ -98,5 +104,6 @@ def l2_pool(
 ) -> Tensor:
     """Square root of the sum of squares of each window."""
     strides, padding, extra = _windows(x, kernel_sizes, pad_type, strides, pad, ceil_mode)
+    x = _wide(x)
     mean = _AVG_POOL[len(kernel_sizes)](_padded(x * x, padding, extra, 0.0), kernel_sizes, strides)
     return (mean * math.prod(kernel_sizes)).sqrt()

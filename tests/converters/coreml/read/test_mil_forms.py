@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import coremltools as ct
@@ -15,7 +15,8 @@ from coremltools.proto import Model_pb2
 from converters.coreml import load_package
 from converters.coreml.read.program import Operation
 from edkm_export.errors import InputError, PackageError, UnsupportedOpError
-from tests.helpers.mil_build import save, save_program
+from tests.helpers.command import Result
+from tests.helpers.mil_build import lookup, save, save_program
 from tests.helpers.mil_draws import Output, any_shape, operation, run
 
 
@@ -140,3 +141,34 @@ def test_blocks_that_an_op_does_not_have() -> None:
     lonely = operation("cond", {"pred": "%p"}, [Output("y", any_shape("float32"))])
     with pytest.raises(PackageError, match="holds 0 nested blocks, expected 2"):
         run([lonely], {"p": np.array(True)}, ["y"])
+
+
+def test_a_palette_of_another_form(edkm: Callable[..., Result], tmp_path: Path) -> None:
+    """A float LUT with a scale for each channel, as coremltools writes with enable_per_channel_scale."""
+    rng = np.random.default_rng(0)
+    held = {
+        "indices": rng.integers(0, 4, (4, 6)).astype(np.uint8),
+        "lut": rng.random((1, 1, 4, 1), np.float32),
+    }
+    scale = rng.random((4, 1), np.float32)
+
+    def body(x):
+        plain = lookup("plain", None, **held)
+        scaled = lookup("scaled", None, **held, scale=scale)
+        return mb.add(x=mb.linear(x=x, weight=plain), y=mb.linear(x=x, weight=scaled), name="y")
+
+    held["lut"] = held["lut"].astype(np.float16).astype(np.float32)
+    path = save_program(tmp_path / "other.mlpackage", {"x": np.zeros((1, 6), np.float32)}, body)
+    package = load_package(path)
+    found, others = package.palettes()
+    assert len(found) == 1 and len(others) == 1
+    assert "only an int8 LUT can be held with a scale" in next(iter(others.values()))
+    with pytest.raises(PackageError, match="only an int8 LUT can be held with a scale"):
+        package.palettized()
+    weight = torch.from_numpy(held["lut"].reshape(-1)[held["indices"]])
+    x = torch.ones(1, 6)
+    torch.testing.assert_close(package.run({"x": x})["y"], x @ (weight + weight * torch.from_numpy(scale)).T)
+    result = edkm("inspect", path)
+    assert result.status == 0, result.err
+    assert "1 palettized weights" in result.out
+    assert "a palette of another tool, which runs but is not listed" in result.out
