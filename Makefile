@@ -16,7 +16,10 @@ CALIBRATION ?= fixtures/calibration.txt
 # Evaluation text of `make smollm2`; empty: the built-in sample.
 TEXT ?=
 
-.PHONY: demo test test-slow test-browser lint smollm2 clean
+# Of `make test-coremltools`: one test in so many; 1 runs all of coremltools' tests that predict.
+SAMPLE ?= 1
+
+.PHONY: demo test test-slow test-browser test-coremltools lint smollm2 clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)
@@ -34,6 +37,11 @@ test-slow: $(READY)
 # The report in headless Chromium, which `python -m playwright install chromium` brings.
 test-browser: $(READY)
 	$(BIN)/python -m pytest -m browser
+
+# coremltools' own tests with predictions by the interpreter.
+test-coremltools: $(READY)
+	$(BIN)/python -m pip install --quiet -e ".[coremltools-tests]"
+	$(BIN)/python -m benchmarks.coremltools_suite --sample $(SAMPLE) --workers $(WORKERS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from edkm_export.clustering import optimal_centroids, scale_free_temperature
 from edkm_export.clustering.dense import cluster_dense
-from edkm_export.clustering.fused import FusedHistogram, FusedStreaming
+from edkm_export.clustering.fused_histogram import FusedHistogram
+from edkm_export.clustering.fused_trace import FusedStreaming
 from edkm_export.clustering.histogram import Histogram
 from edkm_export.clustering.streaming import Streaming
 

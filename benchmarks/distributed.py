@@ -151,8 +151,9 @@ def memory(shape: Shape, gpus: int, tokens: int, token_bytes: int, *, dkm: bool)
         "decoded weight, bfloat16": 2 * max(shape.largest, shape.outer // 2),
         # of the layer in the backward pass and of the one that is being reduced, and the reduction's buffer
         "gradients of whole layers": 4 * 3 * shape.layer if gpus > 1 else 0,
-        "original, float32": 4 * (shape.inner / gpus + shape.outer) + 2 * shape.outer / 2,
-        "original, gathered layers": 4 * prefetched * shape.layer,
+        # matrices in bfloat16 (without evaluation texts), embedding and head in float32, the head in bfloat16 too
+        "original": 2 * shape.inner / gpus + 4 * shape.outer + 2 * shape.outer / 2,
+        "original, gathered layers": 2 * prefetched * shape.layer,
         "logits of a chunk": 4 * CHUNK_LOGITS * LOGITS_ALIVE,
         "activations": tokens * token_bytes * shape.layers,
         "activations, checkpointed": tokens * (4 * shape.hidden * shape.layers + token_bytes),
@@ -168,7 +169,7 @@ def traffic(shape: Shape, gpus: int, *, dkm: bool) -> dict[str, float]:
         "indices, backward": ring * (moved * shape.inner + shape.outer),
         "gradients, reduce-scatter": ring * 4 * shape.inner,
         "LUT gradients, all-reduce": 2 * ring * 4 * shape.lut_entries,
-        "original's layers": ring * 4 * shape.inner,
+        "original's layers": ring * 2 * shape.inner,
     }
 
 

@@ -71,7 +71,15 @@ class Case:
         failed = ", ".join(rung.id for rung in self.report.rungs if rung.verdict is Verdict.FAIL)
         harm = "yes" if self.mutation.harmful else "no"
         operation = self.report.faults[0].op if self.report.faults else ""
-        cells = (self.kind, self.mutation, harm, self.report.verdict.value, failed, self.named, operation)
+        cells = (
+            self.kind,
+            self.mutation,
+            harm,
+            self.report.faithful_export.value,
+            failed,
+            self.named,
+            operation,
+        )
         return f"| {' | '.join(map(str, cells))} | {self.seconds:.0f} |"
 
 
@@ -119,11 +127,13 @@ def in_fixture(work: Path, text: str) -> bool:
     for number, export in enumerate(UNHARMED):
         other, artifact = export.make(new(work / f"unharmed-{number}"))
         verdicts.append(
-            verify_artifact(other, artifact, VerificationInputs(text, "held-out text", **options)).verdict
+            verify_artifact(
+                other, artifact, VerificationInputs(text, "held-out text", **options)
+            ).faithful_export
         )
         print(f"| {export} | {verdicts[-1].value} |", flush=True)
-    harmful = [case.report.verdict for case in cases if case.mutation.harmful]
-    harmless = [case.report.verdict for case in cases if not case.mutation.harmful]
+    harmful = [case.report.faithful_export for case in cases if case.mutation.harmful]
+    harmless = [case.report.faithful_export for case in cases if not case.mutation.harmful]
     caught, alarms = harmful.count(Verdict.FAIL), harmless.count(Verdict.FAIL)
     others = len(verdicts) - verdicts.count(Verdict.PASS)
     print(f"\ncaught {caught} of {len(harmful)} harmful changes ({caught / len(harmful):.0%})")

@@ -7,17 +7,34 @@ meets it, so k-means weighted by that energy minimizes output error rather than 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edkm_export.activity import tracked
 from edkm_export.errors import InputError
 from edkm_export.memory import return_freed_memory
 from edkm_export.reference.conv1d import is_conv1d
+from edkm_export.text import LEAST_TOKENS, in_windows, token_ids, token_windows
+from edkm_export.token_ids import Ids, as_ids
 
-__all__ = ["input_energy"]
+__all__ = [
+    "Batch",
+    "CalibrationText",
+    "check_vocabulary",
+    "float32_activations",
+    "input_energy",
+    "module_energy",
+]
+
+Batch = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Positional and named arguments of one call of a module."""
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @torch.no_grad()
@@ -40,12 +57,7 @@ def input_energy(
     Raises:
         InputError: an activation is not finite, or a token is beyond the vocabulary.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if int(windows.max()) >= vocabulary:
-        raise InputError(
-            f"token {int(windows.max())} is beyond the model's vocabulary of {vocabulary}: "
-            "the tokenizer belongs to another model."
-        )
+    check_vocabulary(model, windows)
     sums: dict[str, Tensor] = {}
 
     def record(name: str, inputs: Tensor) -> None:
@@ -60,9 +72,10 @@ def input_energy(
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
     ]
     try:
-        with _float32_activations(model):
-            for window in windows:
-                hidden = model.base_model(input_ids=window[None], use_cache=False).last_hidden_state
+        with float32_activations(model):
+            for window in tracked(windows, "calibration text", "windows"):
+                ids = window[None].to(model.device)
+                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
                 if head_name is not None:  # its own product, a whole vocabulary wide, is not needed
                     record(head_name, hidden)
                 if advance is not None:
@@ -74,13 +87,155 @@ def input_energy(
     for name, energy in sums.items():
         if not bool(torch.isfinite(energy).all()):
             raise InputError(f"{name}: its input is not finite on the calibration text; the model is broken.")
-        sums[name] = energy / windows.numel()
+        sums[name] = energy.cpu() / windows.numel()
     return sums
 
 
+@torch.no_grad()
+def module_energy(
+    model: nn.Module, batches: Iterable[Batch], *, advance: Callable[[], None] | None = None
+) -> dict[str, Tensor]:
+    """Mean square of what meets each weight of linear and convolution layers, in any module.
+
+    Args:
+        model: is run in eval mode, in its own dtype, and left as it was.
+        batches: arguments of its calls.
+        advance: called after each batch.
+
+    Returns:
+        {module name: float32}: [in] of a linear layer; of a convolution [in * kernel], or [out, in * kernel] where
+        rows meet different channels (groups, transposed). Layers that were not called are left out.
+
+    Raises:
+        InputError: the module cannot be called so, or an activation is not finite.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def record(name: str, layer: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        inputs = next(found for found in (*args, *named.values()) if isinstance(found, Tensor))
+        values = inputs.detach().float()
+        spatial = (
+            len(getattr(layer, "kernel_size", ())) if isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED)) else 0
+        )
+        values = values.movedim(-1 - spatial, -1) if spatial else values
+        values = values.reshape(-1, values.shape[-1])
+        sums[name] = sums.get(name, torch.zeros(())) + values.square().sum(0).cpu()
+        counts[name] = counts.get(name, 0) + len(values)
+
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)) or is_conv1d(module)
+    }
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda module, args, named, name=name: record(name, module, args, named), with_kwargs=True
+        )
+        for name, layer in layers.items()
+    ]
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for number, (args, named) in enumerate(batches):
+            try:
+                model(*args, **named)
+            except (TypeError, ValueError, RuntimeError, IndexError) as error:
+                raise InputError(
+                    f"{type(model).__name__} cannot be called with calibration batch {number}: "
+                    f"{str(error).splitlines()[0][:300]}"
+                ) from error
+            if advance is not None:
+                advance()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, was in training.items():
+            module.training = was
+    found = {}
+    for name, energy in sums.items():
+        if not bool(torch.isfinite(energy).all()):
+            raise InputError(f"{name}: its input is not finite on the calibration data; the model is broken.")
+        found[name] = _of_weights(layers[name], energy / counts[name])
+    return found
+
+
+def _of_weights(layer: nn.Module, energy: Tensor) -> Tensor:
+    """From the energy of each input channel [in] to that of each column, or of each weight [rows, columns]."""
+    if not isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED)):
+        return energy
+    rows, columns = len(layer.weight), layer.weight[0].numel()
+    if isinstance(layer, _TRANSPOSED):
+        return energy[:, None].expand(rows, columns)
+    kernel = columns // layer.weight.shape[1]
+    by_group = energy.view(layer.groups, -1).repeat_interleave(kernel, dim=1)  # [groups, columns]
+    return by_group[0] if layer.groups == 1 else by_group.repeat_interleave(rows // layer.groups, dim=0)
+
+
+def check_vocabulary(model: Any, windows: Tensor) -> None:
+    """Refuse tokens that a model has no embedding for.
+
+    Raises:
+        InputError: there is one.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(windows.max()) >= vocabulary:
+        raise InputError(
+            f"token {int(windows.max())} is beyond the model's vocabulary of {vocabulary}: "
+            "the tokenizer belongs to another model."
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The tokens of a calibration text.
+
+    Attributes:
+        windows: to calibrate on, int64 [windows, context].
+        held_out: tokens that calibration does not see, int64 [tokens]; None: the text is too short to spare any.
+    """
+
+    windows: Tensor
+    held_out: Tensor | None
+
+    @classmethod
+    def read(
+        cls, text: str | Ids, tokenizer: Any, *, tokens: int, context: int, held_out: int = 0, source: str
+    ) -> CalibrationText:
+        """Tokenize a text, and hold some of it out.
+
+        Args:
+            text: the text, or its token ids.
+            tokenizer: a transformers tokenizer; not used for ids.
+            tokens: to calibrate on; fewer where the text has fewer.
+            context: tokens of a window.
+            held_out: tokens that are wanted behind those; of a text that has not as many, a fifth. 0: none.
+            source: where the text is from, for messages.
+
+        Raises:
+            InputError: the text has too few tokens.
+        """
+        windows = token_windows(
+            text, tokenizer, tokens=tokens, context=context, source=source, least=LEAST_TOKENS
+        )
+        if not held_out:
+            return cls(windows, None)
+        if isinstance(text, str):
+            ids = torch.tensor(token_ids(text, tokenizer, tokens + held_out), dtype=torch.int64)
+        else:
+            ids = as_ids(text, source)[: tokens + held_out]
+        rest = ids[tokens:]
+        if len(rest) >= min(held_out, 4 * LEAST_TOKENS):
+            return cls(windows, rest)
+        share = max(LEAST_TOKENS, len(ids) // 5)
+        if len(ids) - share < LEAST_TOKENS:
+            return cls(windows, None)
+        return cls(in_windows(ids[: len(ids) - share][:tokens], context), ids[len(ids) - share :])
+
+
 @contextlib.contextmanager
-def _float32_activations(model: nn.Module) -> Iterator[None]:
-    """Run a 16-bit model with float32 activations."""
+def float32_activations(model: nn.Module) -> Iterator[None]:
+    """Run a 16-bit model with float32 activations; each module widens its parameters while it runs."""
     kept: dict[nn.Parameter, Tensor] = {}
 
     def widen(module: nn.Module, _args: Any) -> None:

@@ -11,7 +11,8 @@ never runs code. Keys:
     tied            {name: name of the parameter that it shares}
     tokenizer       {file name: its bytes, as a uint8 tensor}
     recipe          the recipe, a dict
-    provenance      versions, command, seed, base model, sha256 of the three groups of tensors
+    provenance      versions, command, seed, base model, sha256 of the three groups of tensors; no absolute path:
+                    the base model is named as seen from the folder of the checkpoint
 
 Version 1 had no "lut_dtype". It is then the dtype of the LUT: an int4 grid of version 1 reads as int8.
 """
@@ -29,9 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.atomic import atomic_file
+from edkm_export.command_line import command_line
 from edkm_export.errors import CheckpointError, PaletteError
+from edkm_export.local_paths import without_folders
 from edkm_export.palette import PalettizedTensor, all_finite
+from edkm_export.quantities import bit_range, short_count, short_size
+from edkm_export.unfinished import unfinished_run
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "Checkpoint", "load", "save"]
 
@@ -66,6 +72,27 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
+    def __repr__(self) -> str:
+        """One line: family, parameters, what is palettized, size."""
+        parts = [f"{short_count(self.numel)} parameters"]
+        if family := self.config.get("model_type"):
+            parts.insert(0, str(family))
+        if self.palettized:
+            bits = bit_range(tensor.n_bits for tensor in self.palettized.values())
+            parts.append(f"{len(self.palettized)} palettized at {bits}")
+        else:
+            parts.append("none palettized")
+        return f"Checkpoint({', '.join([*parts, short_size(self.size_bytes)])})"
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write it, whole or not at all; see the function `save`.
+
+        Raises:
+            OutputExistsError: `path` exists and `overwrite` is false.
+            OSError: the disk is full or not writable; no partial file is left.
+        """
+        save(self, path, overwrite=overwrite)
+
     @property
     def size_bytes(self) -> int:
         """Bytes of all weights: palettized ones as stored, the others as float16."""
@@ -85,7 +112,8 @@ class Checkpoint:
 
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Every parameter decoded, `dtype`, tied ones under each of their names (one tensor)."""
-        state = {name: tensor.decode().to(dtype) for name, tensor in self.palettized.items()}
+        stored = tracked(self.palettized.items(), "decoding", "weights")
+        state = {name: tensor.decode().to(dtype) for name, tensor in stored}
         state.update({name: tensor.to(dtype) for name, tensor in self.dense.items()})
         state.update({name: state[target] for name, target in self.tied.items()})
         return state
@@ -141,12 +169,26 @@ def save(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool = False) -
         "recipe": _plain(checkpoint.recipe),
     }
     digests = {key: _digest(contents[key]) for key in ("palettized", "dense", "tokenizer")}
-    contents["provenance"] = {**_plain(checkpoint.provenance), "sha256": digests}
-    with atomic_file(path, overwrite=overwrite) as temporary:
+    contents["provenance"] = {**_provenance(_plain(checkpoint.provenance)), "sha256": digests}
+    with atomic_file(path, overwrite=overwrite, needed_bytes=checkpoint.size_bytes) as temporary:
         try:
             torch.save(contents, temporary)
         except RuntimeError as error:  # torch reports a failed write so, without an errno
             raise OSError(f"{path}: writing failed, is the disk full? ({_first_line(error)})") from error
+
+
+def _provenance(given: dict[str, Any]) -> dict[str, Any]:
+    """Without local paths, but for where the original and its adapter lie: they are looked for there.
+
+    A checkpoint is a working file; what an export leaves names files without their folders.
+    """
+    found: dict[str, Any] = without_folders(given)
+    base, named = given.get("base_model"), found.get("base_model")
+    if isinstance(base, dict) and isinstance(named, dict):
+        for whole, short in ((base, named), (base.get("adapter"), named.get("adapter"))):
+            if isinstance(whole, dict) and isinstance(short, dict) and "reference" in whole:
+                short["reference"] = whole["reference"]
+    return found
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -164,7 +206,7 @@ def load(path: str | Path) -> Checkpoint:
     _require(
         isinstance(contents, dict) and contents.get("format") == FORMAT,
         path,
-        f"is not an edkm-export checkpoint; {_MAKE_ONE}",
+        f"is not an edkm-export checkpoint; {_make_one()}",
     )
     version = contents.get("format_version")
     _require(
@@ -179,9 +221,8 @@ def load(path: str | Path) -> Checkpoint:
             path,
             f"'{key}' is missing or not a dict; write the file again",
         )
-    palettized = {
-        name: _unpack_palettized(path, name, parts, version) for name, parts in contents["palettized"].items()
-    }
+    stored = tracked(contents["palettized"].items(), "validating", "weights")
+    palettized = {name: _unpack_palettized(path, name, parts, version) for name, parts in stored}
     dense = contents["dense"]
     for name, tensor in dense.items():
         _check_dense(path, name, tensor)
@@ -215,29 +256,32 @@ def load(path: str | Path) -> Checkpoint:
     )
 
 
-_MAKE_ONE = "make one with `edkm-export palettize MODEL -o model.pt`"
+def _make_one(path: str | Path = "model.pt") -> str:
+    return f"make one with `{command_line('palettize', 'MODEL', '-o', path)}`"
 
 
 def _read(path: Path) -> Any:
+    if unfinished := unfinished_run(path):
+        raise CheckpointError(f"{path}: {unfinished}")
     if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such file; make one with `edkm-export palettize MODEL -o {path.name}`."
-        )
+        raise CheckpointError(f"{path}: no such file; {_make_one(path)}.")
     if path.is_dir():
+        if (path / "model.pt").is_file():
+            raise CheckpointError(f"{path}: is a folder; give the file in it, {path / 'model.pt'}.")
         raise CheckpointError(
-            f"{path}: is a folder; to palettize it run `edkm-export palettize {path} -o model.pt`."
+            f"{path}: is a folder; to palettize it run `{command_line('palettize', path, '-o', 'model.pt')}`."
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, since it holds more than plain tensors, and loading it could run code; {_MAKE_ONE}."
+            f"{path}: refused, since it holds more than plain tensors, and loading it could run code; {_make_one()}."
         ) from error
     except PermissionError as error:
         raise CheckpointError(f"{path}: no permission to read it.") from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: is truncated or not an edkm-export checkpoint; {_MAKE_ONE}."
+            f"{path}: is truncated or not an edkm-export checkpoint; {_make_one()}."
         ) from error
 
 
@@ -319,7 +363,7 @@ def _check_dense(path: Path, name: Any, tensor: Any) -> None:
 def _digest(group: Mapping[str, Any]) -> str:
     """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
     sha = hashlib.sha256()
-    for name in sorted(group):
+    for name in tracked(sorted(group), "hashing", "tensors"):
         value = group[name]
         parts = value if isinstance(value, dict) else {"": value}
         for key in sorted(parts):

@@ -10,6 +10,7 @@ __all__ = [
     "BackendMissingError",
     "CheckpointError",
     "ConversionError",
+    "DiskFullError",
     "EdkmExportError",
     "InputError",
     "OutputExistsError",
@@ -48,6 +49,10 @@ class SourceError(InputError):
 
 class OutputExistsError(EdkmExportError):
     """The output is already there and overwriting it was not asked for."""
+
+
+class DiskFullError(EdkmExportError, OSError):
+    """There is no space for the output; the message names what is needed and what is free."""
 
 
 class ConversionError(EdkmExportError):

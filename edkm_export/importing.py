@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import decoder_config, empty_decoder
 from edkm_export.errors import CheckpointError, PaletteError
@@ -30,8 +31,9 @@ from edkm_export.reference.source import (
     load_config,
     load_tokenizer,
     read_generation_settings,
-    tokenizer_files,
+    read_origin,
 )
+from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.versions import library_versions
 
 __all__ = ["Imported", "as_checkpoint", "import_state", "read_state"]
@@ -56,12 +58,13 @@ class Imported:
     dense: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict, `torch.save`d or safetensors; no code of the file is run.
 
     Raises:
         CheckpointError: missing, damaged, or more than a dict of tensors.
     """
+    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file.")
     try:
@@ -105,7 +108,7 @@ def import_state(state: Mapping[str, Tensor], source: str, group_size: int = 0) 
     described = _descriptions(state, source)
     found = Imported(palettized=finalized)
     whole = bool(described or finalized)  # then a weight without a palette was left dense on purpose
-    for name, value in state.items():
+    for name, value in tracked(state.items(), "looking for palettes", "tensors"):
         if _MARK in name:
             continue
         if not value.is_floating_point():
@@ -277,7 +280,7 @@ def _built(
     )
 
 
-def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[str]) -> Checkpoint:
+def as_checkpoint(imported: Imported, model: Source, file: str | Path, command: list[str]) -> Checkpoint:
     """Complete what was imported with the configuration and tokenizer of the model that was palettized.
 
     Args:
@@ -291,6 +294,7 @@ def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[s
         CheckpointError: the parameters are not those of the model.
         ConversionError: its family is not supported.
     """
+    file = Path(file)
     import accelerate
     import transformers
 
@@ -319,7 +323,8 @@ def as_checkpoint(imported: Imported, model: Source, file: Path, command: list[s
             "versions": library_versions(),
             "command": command,
             "seed": None,
-            "base_model": {"reference": model.reference},
+            "base_model": {"reference": model.place},
+            "origin": read_origin(model).provenance(),
         },
         path=file,
     )

@@ -14,6 +14,7 @@ from edkm_export.errors import PaletteError
 from edkm_export.lut_dtypes import LUT_DTYPES, LutDtype, stored_as
 from edkm_export.lut_grid import int8_scale
 from edkm_export.packing import SUPPORTED_BITS, pack, packed_size_bytes, unpack
+from edkm_export.quantities import bit_range
 
 __all__ = ["PalettizedTensor", "all_finite", "check_grouping", "int8_scale"]
 
@@ -75,6 +76,15 @@ class PalettizedTensor:
     indices: Tensor
     lut_scale: Tensor | None = None
     lut_dtype: LutDtype = None  # type: ignore[assignment]  # replaced on construction
+
+    def __repr__(self) -> str:
+        """One line: name, shape, bits, LUTs, storage."""
+        shape, luts = "x".join(map(str, self.shape)), math.prod(self.groups)
+        vectors = f", vectors of {self.dim}" if self.dim > 1 else ""
+        return (
+            f"PalettizedTensor({self.name}, {shape}, {bit_range([self.n_bits])}, {luts} {self.lut_dtype} "
+            f"LUT{'s' if luts > 1 else ''}{vectors}, {self.bits_per_weight:.2f} bits a weight)"
+        )
 
     def __post_init__(self) -> None:
         """Validate; the fields come from files."""

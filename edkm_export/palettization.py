@@ -10,15 +10,34 @@ import torch
 from torch import Tensor, nn
 
 from edkm_export.clustering import hard_assign, optimal_centroids
-from edkm_export.errors import InputError
+from edkm_export.errors import InputError, PaletteError
 from edkm_export.lut_dtypes import LUT_DTYPES
 from edkm_export.lut_grid import round_to_grid
 from edkm_export.memory import return_freed_memory
-from edkm_export.palette import PalettizedTensor, all_finite
+from edkm_export.palette import PalettizedTensor, all_finite, check_grouping
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.reference.conv1d import as_linear, held_weight, is_conv1d
 
-__all__ = ["PalettizedModel", "compact", "palettizable_shapes", "palettize_model", "palettize_weight"]
+__all__ = [
+    "PALETTIZABLE",
+    "PalettizedModel",
+    "compact",
+    "palettizable_shapes",
+    "palettize_model",
+    "palettize_weight",
+]
+
+PALETTIZABLE = (
+    nn.Linear,
+    nn.Embedding,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+"""Layers whose weight can be palettized; transformers' Conv1D is one too."""
 
 _BLOCK_WEIGHTS = 1 << 22  # weights clustered at a time; bounds the float32 copies
 
@@ -31,15 +50,30 @@ class PalettizedModel:
     dense: dict[str, Tensor]
     tied: dict[str, str]
 
+    def __repr__(self) -> str:
+        """One line: how many of each."""
+        return f"PalettizedModel({len(self.palettized)} palettized, {len(self.dense)} dense, {len(self.tied)} tied)"
+
 
 def palettizable_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """{module name: weight shape (out, in)} of linear and embedding layers; tied ones under their first name."""
+    """{module name: weight shape (out, in, *kernel)} of linear, embedding and convolution layers.
+
+    Tied ones are under their first name. A transposed convolution's weight is (in, out, *kernel), as torch holds it.
+
+    Raises:
+        InputError: the weight of a layer is no parameter, since something computes it.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, nn.Embedding)) and not is_conv1d(module):
+        if not isinstance(module, PALETTIZABLE) and not is_conv1d(module):
             continue
-        weight = module.get_parameter("weight")
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise InputError(
+                f"{name or type(module).__name__}: its weight is no parameter but computed, as by weight_norm; make "
+                "it one first (torch.nn.utils.parametrize.remove_parametrizations, merge_and_unload)."
+            )
         if id(weight) not in seen:
             seen.add(id(weight))
             shapes[name] = tuple(weight.shape)[::-1] if is_conv1d(module) else tuple(weight.shape)
@@ -53,31 +87,36 @@ def palettize_model(
     energy: Mapping[str, Tensor] | None = None,
     source: str = "model",
     advance: Callable[[str, int], None] | None = None,
+    consume: bool = True,
+    buffers: bool = False,
 ) -> PalettizedModel:
-    """Palettize a model as its recipe says. The model's own weights are freed one by one, so it is used up.
+    """Palettize a model as its recipe says.
 
     Args:
-        model: a causal language model of transformers.
+        model: of transformers, or any other module.
         recipe: bits, groups and LUT dtype by module name.
-        energy: {module name: float32 [in]} mean square of the layer's inputs, see `calibration.input_energy`.
+        energy: {module name: float32 [in]} mean square of the layer's inputs, see `calibration`; or as `importance` of
+            `palettize_weight`.
         source: name of the model, for messages.
         advance: called with a module's name and its number of weights when it is done.
+        consume: free the model's own weights one by one, so that it is used up; False leaves it as it is.
+        buffers: keep the model's floating-point buffers too, such as the statistics of a batch norm.
 
     Returns:
         Palettized and dense parameters. Parameters that are tied stay so.
 
     Raises:
         RecipeError, PaletteError: the recipe does not fit the model.
-        InputError: a weight holds NaN or infinity.
+        InputError: a weight holds NaN or infinity, or is not floating point.
     """
     plan = recipe.plan(palettizable_shapes(model), source)
     aliases = _tied_names(model)
     palettized: dict[str, PalettizedTensor] = {}
     for module_name, rule in plan.items():
         name = f"{module_name}.weight"
+        name = name.removeprefix(".")  # the model is the layer itself
         parameter = model.get_parameter(name)
-        if not all_finite(parameter):
-            raise InputError(f"{source}: {name} holds NaN or infinity; the model is broken.")
+        _check_values(name, parameter, source)
         # A tied embedding is read as the head's weight too, where a channel's energy matters.
         users = [
             module_name,
@@ -87,20 +126,39 @@ def palettize_model(
         weight = held_weight(model.get_submodule(module_name))
         palettized[name] = palettize_weight(name, weight, rule, importance=importance)
         del weight
-        parameter.data = torch.empty(0, dtype=parameter.dtype)
-        return_freed_memory()
+        if consume:
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+            return_freed_memory()
         if advance is not None:
             advance(module_name, palettized[name].numel)
     left = {name: parameter.data for name, parameter in model.named_parameters() if name not in palettized}
-    dense = {name: compact(tensor) for name, tensor in as_linear(model, left).items()}
-    for name, tensor in dense.items():
-        if not all_finite(tensor):
-            raise InputError(f"{source}: {name} holds NaN or infinity; the model is broken.")
+    if buffers:
+        known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        left |= {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if name not in known and isinstance(tensor, Tensor) and tensor.is_floating_point()
+        }
+    dense = {}
+    for name, tensor in as_linear(model, left).items():
+        _check_values(name, tensor, source)
+        dense[name] = compact(tensor)
     return PalettizedModel(palettized, dense, aliases)
 
 
+def _check_values(name: str, tensor: Tensor, source: str) -> None:
+    if tensor.is_meta or not tensor.is_floating_point():
+        found = "has no values (it is on the meta device)" if tensor.is_meta else f"is {tensor.dtype}"
+        raise InputError(
+            f"{source}: {name} {found}, expected floating point; load or dequantize the model first."
+        )
+    if not all_finite(tensor):
+        raise InputError(f"{source}: {name} holds NaN or infinity; the model is broken.")
+
+
 def compact(tensor: Tensor) -> Tensor:
-    """A copy in 16 bits where that changes no value, else in float32."""
+    """A copy on the CPU, in 16 bits where that changes no value, else in float32."""
+    tensor = tensor.detach().cpu()
     for dtype in (torch.float16, torch.bfloat16):
         if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
             return tensor.to(dtype, copy=True)
@@ -127,21 +185,35 @@ def palettize_weight(
 
     Args:
         name: of the parameter.
-        weight: float [out, in].
+        weight: float [out, in], or [out, in, *kernel] of a convolution; it is clustered on the CPU.
         rule: bits, groups and LUT dtype.
-        importance: nonnegative [in], weight of each input channel in the k-means error; None: all the same.
+        importance: nonnegative, weight of each column in the k-means error: [in * kernel], or one for each weight
+            [out, in * kernel]; None: all the same.
 
     Returns:
         The weight with the best LUT of each group (eDKM's initialization is k-means as well; here it is exact),
         rounded to the LUT's dtype before weights are assigned to its entries.
+
+    Raises:
+        PaletteError: the group size does not divide the rows, or the weight is not finite or has no two axes.
     """
+    if weight.dim() < 2 or not weight.numel() or not weight.is_floating_point():
+        raise PaletteError(
+            f"{name}: is {weight.dtype} {list(weight.shape)}, expected floating point with at least two axes; others "
+            "stay dense."
+        )
+    shape = weight.shape
+    weight = weight.detach().cpu().flatten(1)
     out, columns = weight.shape
+    check_grouping(name, out, rule.group_size)
     group_size = rule.group_size or out
     groups = out // group_size
     entries = 1 << rule.bits
     grouped = weight.reshape(groups, group_size * columns)
     if importance is not None:
-        importance = importance.float()  # [in], repeated for each row of a group
+        importance = importance.float().cpu()  # [columns] is repeated for each row of a group
+        if importance.dim() == 2:
+            importance = importance.reshape(groups, group_size * columns)
     grid = LUT_DTYPES[rule.lut_dtype]
     lut = torch.empty(groups, 1, entries, 1, dtype=grid.storage)
     scale = torch.empty(groups, 1, dtype=torch.float16) if grid.scaled else None
@@ -149,12 +221,15 @@ def palettize_weight(
     count = max(1, _BLOCK_WEIGHTS // (group_size * columns))  # groups at a time
     for start in range(0, groups, count):
         block = grouped[start : start + count]
-        centroids, _ = optimal_centroids(block, entries, importance=importance)  # [count, entries]
+        share = importance
+        if importance is not None and importance.dim() == 2:
+            share = importance[start : start + count]
+        centroids, _ = optimal_centroids(block, entries, importance=share)  # [count, entries]
         rounded = round_to_grid(centroids, rule.lut_dtype)
         lut[start : start + count, 0, :, 0] = rounded.lut
         if scale is not None and rounded.scale is not None:
             scale[start : start + count, 0] = rounded.scale
         indices[start : start + count] = hard_assign(block, rounded.values)
     return PalettizedTensor.from_indices(
-        name, lut, indices.view(out, columns), lut_scale=scale, lut_dtype=rule.lut_dtype
+        name, lut, indices.view(out, columns), shape=shape, lut_scale=scale, lut_dtype=rule.lut_dtype
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,25 @@ import torch
 from torch import Tensor
 
 from edkm_export.errors import InputError
+from edkm_export.library_logs import silence
 
-__all__ = ["encode_prompt", "read_settings", "read_tokenizer"]
+__all__ = ["encode_prompt", "encode_turns", "read_settings", "read_tokenizer"]
 
 
-def read_tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of an exported folder. Remote code is never run.
 
     Raises:
         InputError: there is none, or one that transformers cannot read.
     """
+    folder = Path(folder)
     import transformers
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise InputError(
             f"{folder}: holds no tokenizer; give the folder that `edkm-export` made, not a file of it."
         )
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    silence("transformers")
     try:
         return transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
@@ -66,26 +68,52 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool, where: str) -> Ten
     Raises:
         InputError: the prompt is no Unicode text or gives no tokens, or there is no usable chat template.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InputError("--prompt: is not valid text in the encoding of this terminal.") from error
     if chat:
-        if not tokenizer.chat_template:
-            raise InputError(f"{where}: its tokenizer has no chat template; leave --chat out.")
-        turns = [{"role": "user", "content": prompt}]
-        try:
-            prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program, with errors of its own
-            raise InputError(f"{where}: its chat template fails: {_first_line(error)}") from error
-    # The template writes the special tokens itself.
+        return encode_turns(tokenizer, [{"role": "user", "content": prompt}], where)
+    return _encode(tokenizer, prompt, where, special=True)
+
+
+def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], where: str) -> Tensor:
+    """Tokens of a conversation, up to where the model is to answer.
+
+    Args:
+        tokenizer: of transformers.
+        turns: {"role": "user" or "assistant", "content": text} each, the last one of the user.
+        where: the model, for messages.
+
+    Returns:
+        int64 [tokens].
+
+    Raises:
+        InputError: as for `encode_prompt`.
+    """
+    for turn in turns:
+        _require_text(turn["content"])
+    if not tokenizer.chat_template:
+        raise InputError(f"{where}: its tokenizer has no chat template; leave --chat out.")
     try:
-        tokens = tokenizer(prompt, add_special_tokens=not chat, return_attention_mask=False)["input_ids"]
+        text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, with errors of its own
+        raise InputError(f"{where}: its chat template fails: {_first_line(error)}") from error
+    return _encode(tokenizer, text, where, special=False)  # the template writes the special tokens itself
+
+
+def _encode(tokenizer: Any, text: str, where: str, *, special: bool) -> Tensor:
+    _require_text(text)
+    try:
+        tokens = tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"]
     except Exception as error:  # a tokenizer is a program too
         raise InputError(f"{where}: its tokenizer cannot encode the prompt: {_first_line(error)}") from error
     if not tokens:
         raise InputError("--prompt: gives no tokens; write at least one word.")
     return torch.tensor(tokens, dtype=torch.int64)
+
+
+def _require_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError("--prompt: is not valid text in the encoding of this terminal.") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ A recipe is a list of rules; the first one whose pattern matches a module's name
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,6 +40,8 @@ class Rule(_Strict):
         match: shell pattern (`*`, `?`, `[...]`) for the module's name, such as "model.layers.*.mlp.*".
         bits: bits of an index, one of 1, 2, 3, 4, 6, 8.
         group_size: output rows that share a LUT; 0: one LUT for the whole weight.
+        fit_groups: where `group_size` does not divide the rows of a weight, take the divisor nearest to it; otherwise
+            such a weight is refused.
         lut_dtype: key of `lut_dtypes.LUT_DTYPES`: "float16", or "int8" or "int4", whose entries are integers with one
             float16 scale a LUT. "int4" has 16 levels, -8 to 7, for indices of at most 3 bits; it is stored as int8.
         skip: leave the weight as it is, in float16.
@@ -48,6 +51,7 @@ class Rule(_Strict):
     match: str = "*"
     bits: int = 4
     group_size: int = pydantic.Field(default=16, ge=0)
+    fit_groups: bool = False
     lut_dtype: LutDtype = "float16"
     skip: bool = False
     optional: bool = False
@@ -71,6 +75,14 @@ class Rule(_Strict):
         """The same at other bits; the grid is int8 where int4 would leave nothing to choose."""
         return self.model_copy(update={"bits": bits, "lut_dtype": suited(self.lut_dtype, bits)})
 
+    def fitted(self, rows: int) -> Rule:
+        """The same for a weight of so many rows: with `fit_groups`, a group size that divides them."""
+        if not self.fit_groups or not self.group_size or rows % self.group_size == 0:
+            return self
+        divisors = [size for size in range(1, rows + 1) if rows % size == 0]
+        nearest = min(divisors, key=lambda size: abs(math.log(size / self.group_size)))
+        return self.model_copy(update={"group_size": 0 if nearest == rows else nearest})
+
 
 class Recipe(_Strict):
     """An ordered list of rules."""
@@ -93,7 +105,7 @@ class Recipe(_Strict):
             source: name of the model, for messages.
 
         Returns:
-            {module name: rule} of those that will be.
+            {module name: rule} of those that will be, with the group sizes that they get.
 
         Raises:
             RecipeError: a rule matches nothing, or a group size does not divide.
@@ -109,9 +121,26 @@ class Recipe(_Strict):
             rule_found = self.rule_for(module)
             if rule_found is None:
                 continue
-            check_grouping(f"{source}: {module}.weight", shape[0], rule_found.group_size)
+            rule_found = rule_found.fitted(shape[0])
+            weight = f"{module}.weight" if module else "weight"  # the model is the layer itself
+            check_grouping(f"{source}: {weight}", shape[0], rule_found.group_size)
             plan[module] = rule_found
         return plan
+
+    def regrouped(self, shapes: Mapping[str, Sequence[int]]) -> str:
+        """What to tell of weights whose groups `fit_groups` changed; empty when there are none."""
+        found = []
+        for module, shape in shapes.items():
+            rule = self.rule_for(module)
+            if rule is not None and (size := rule.fitted(shape[0]).group_size) != rule.group_size:
+                found.append((module, rule.group_size, size or shape[0]))
+        if not found:
+            return ""
+        module, asked, size = found[0]
+        return (
+            f"{len(found)} weights have LUTs for other numbers of rows than {asked}, which does not divide theirs "
+            f"(the first: {module}, {size})"
+        )
 
 
 # Embeddings and output heads, by the names that the supported families use.
@@ -120,16 +149,18 @@ _OUTER = ("*embed_tokens", "*lm_head", "*transformer.wte")
 _DENSE = ("*transformer.wpe",)
 
 
-def uniform_recipe(bits: int = 4, group_size: int = 16, lut_dtype: LutDtype = "float16") -> Recipe:
+def uniform_recipe(
+    bits: int = 4, group_size: int = 16, lut_dtype: LutDtype = "float16", *, fit_groups: bool = False
+) -> Recipe:
     """The default: linear layers at `bits` in groups, embedding and output head at 8 bits with one LUT each.
 
-    With an int4 grid in the linear layers, embedding and output head have an int8 one.
+    With an int4 grid in the linear layers, embedding and output head have an int8 one. `fit_groups` as in `Rule`.
 
     Raises:
         RecipeError: `bits` or `group_size` is not supported, or not with this LUT dtype.
     """
     try:
-        inner = Rule(match="*", bits=bits, group_size=group_size, lut_dtype=lut_dtype)
+        inner = Rule(match="*", bits=bits, group_size=group_size, fit_groups=fit_groups, lut_dtype=lut_dtype)
         wide = suited(lut_dtype, 8)
         outer = [
             Rule(match=pattern, bits=8, group_size=0, lut_dtype=wide, optional=True) for pattern in _OUTER
@@ -141,28 +172,33 @@ def uniform_recipe(bits: int = 4, group_size: int = 16, lut_dtype: LutDtype = "f
     return Recipe(name=f"{bits}bit{suffix}", rules=(*outer, *dense, inner))
 
 
+def _preset(name: str, bits: int, group_size: int = 16, lut_dtype: LutDtype = "float16") -> Recipe:
+    recipe = uniform_recipe(bits, group_size, lut_dtype, fit_groups=True)
+    return recipe.model_copy(update={"name": name})
+
+
 PRESETS: dict[str, Recipe] = {
-    "8bit": uniform_recipe(8),
-    "6bit": uniform_recipe(6),
-    "4bit": uniform_recipe(4),
-    "3bit": uniform_recipe(3),
-    "2bit": uniform_recipe(2),
-    "4bit-per-tensor": uniform_recipe(4, 0).model_copy(update={"name": "4bit-per-tensor"}),
-    "4bit-int8": uniform_recipe(4, lut_dtype="int8").model_copy(update={"name": "4bit-int8"}),
-    "3bit-int8": uniform_recipe(3, lut_dtype="int8").model_copy(update={"name": "3bit-int8"}),
-    "3bit-int4": uniform_recipe(3, lut_dtype="int4").model_copy(update={"name": "3bit-int4"}),
-    "2bit-int4": uniform_recipe(2, lut_dtype="int4").model_copy(update={"name": "2bit-int4"}),
+    "8bit": _preset("8bitg16", 8),
+    "6bit": _preset("6bitg16", 6),
+    "4bit": _preset("4bitg16", 4),
+    "3bit": _preset("3bitg16", 3),
+    "2bit": _preset("2bitg16", 2),
+    "4bit-per-tensor": _preset("4bit-per-tensor", 4, 0),
+    "4bit-int8": _preset("4bit-int8", 4, lut_dtype="int8"),
+    "3bit-int8": _preset("3bit-int8", 3, lut_dtype="int8"),
+    "3bit-int4": _preset("3bit-int4", 3, lut_dtype="int4"),
+    "2bit-int4": _preset("2bit-int4", 2, lut_dtype="int4"),
     "dense": Recipe(name="dense", rules=(Rule(match="*", skip=True),)),
 }
 
 
-def load_recipe(reference: str) -> Recipe:
+def load_recipe(reference: str | Path) -> Recipe:
     """A preset by its name, or a YAML file.
 
     Raises:
         RecipeError: unknown preset, unreadable file, or a field that is wrong; the message names it.
     """
-    if reference in PRESETS:
+    if isinstance(reference, str) and reference in PRESETS:
         return PRESETS[reference]
     path = Path(reference)
     if not path.is_file():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edkm_export.calibration import input_energy
+from edkm_export.calibration import CalibrationText, input_energy
 from edkm_export.errors import InputError
 from tests.helpers.odd_models import build, inject_outliers
 
@@ -168,3 +168,34 @@ def test_broken_model_is_refused_by_the_layer_that_it_reaches(value):
         input_energy(model, windows_of())
     assert not str(caught.value).startswith(before_the_break)
     assert_unchanged(model, before)
+
+
+# Text that is held out
+
+
+class Letters:
+    """A tokenizer of one token a character."""
+
+    def __call__(self, text, **_options):
+        return {"input_ids": [ord(character) for character in text]}
+
+
+@pytest.mark.parametrize(
+    ("length", "tokens", "wanted", "used", "held"),
+    [
+        (1000, 256, 100, 256, 100),  # behind what is calibrated on
+        (384, 256, 512, 256, 128),  # fewer than were wanted, but enough
+        (383, 256, 512, 256, 76),  # a fifth of all
+        (100, 256, 512, 68, 32),
+        (64, 256, 512, 32, 32),
+        (63, 256, 512, 63, None),  # none to spare
+        (1000, 256, 0, 256, None),
+    ],
+)
+def test_what_is_held_out_is_not_calibrated_on(length, tokens, wanted, used, held):
+    text = "".join(chr(1000 + place) for place in range(length))
+    read = CalibrationText.read(text, Letters(), tokens=tokens, context=512, held_out=wanted, source="text")
+    assert read.windows.shape == (1, used)
+    assert (None if read.held_out is None else len(read.held_out)) == held
+    if held is not None:
+        assert int(read.windows.max()) < int(read.held_out.min())

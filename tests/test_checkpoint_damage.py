@@ -20,9 +20,8 @@ from tests.helpers.checkpoint_files import EMBED, HEAD, LAYER, NORM, make_checkp
 
 
 def test_missing_file(tmp_path):
-    assert "no such file; make one with `edkm-export palettize MODEL -o model.pt`" in refused(
-        tmp_path / "model.pt"
-    )
+    path = tmp_path / "model.pt"
+    assert f"no such file; make one with `edkm-export palettize MODEL -o {path}`" in refused(path)
 
 
 def test_folder(tmp_path):

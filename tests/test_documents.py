@@ -14,6 +14,7 @@ import yaml
 
 from edkm_export._version import __version__
 from edkm_export.cli.main import cli
+from edkm_export.errors import EdkmExportError
 from edkm_export.recipe import PRESETS
 from tests.helpers.paths import ROOT
 
@@ -176,6 +177,8 @@ def test_commands_parse(document):
                 assert exit.exit_code == 0
             except click.UsageError as error:
                 pytest.fail(f"{line}: {error.format_message()}")
+            except EdkmExportError as error:
+                assert "no such" in str(error), line
 
 
 @each_document

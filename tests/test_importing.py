@@ -14,6 +14,7 @@ from torch import nn
 from edkm_export import checkpoint
 from edkm_export.errors import CheckpointError
 from edkm_export.importing import import_state, read_state
+from edkm_export.model_card import License, base_models, license_of
 from tests.helpers.odd_models import build
 
 pytest.importorskip("coremltools")
@@ -134,9 +135,13 @@ def test_from_a_finalized_llama_to_a_checkpoint(edkm, small_folder, tmp_path, mo
     from tests.helpers.odd_models import save
 
     folder = save(build("untied_and_biased").half(), tmp_path / "source")
+    (Path(folder) / "README.md").write_text("---\nlicense: mit\nbase_model: some-one/Small\n---\n")
     result = edkm("import", "finalized.pt", "--model", folder, "-o", "model.pt")
     assert result.status == 0, result.err
     made = checkpoint.load(Path("model.pt"))
+    assert license_of(made) == License("mit", "", "", "its model card") and base_models(made) == [
+        "some-one/Small"
+    ]
     state = model.state_dict()
     assert made.palettized and all(
         torch.equal(tensor.decode(), state[name].half()) for name, tensor in made.palettized.items()

@@ -150,7 +150,29 @@ def test_int4_luts_are_the_linear_layers_alone(bits):
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_int4_presets(bits):
-    assert PRESETS[f"{bits}bit-int4"].rules == uniform_recipe(bits, 16, "int4").rules
+    assert PRESETS[f"{bits}bit-int4"].rules == uniform_recipe(bits, 16, "int4", fit_groups=True).rules
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"),
+    [(64, 16), (24, 12), (36, 18), (20, 0), (17, 0), (100, 20), (8, 0), (2, 0), (1, 0), (1009, 1)],
+)
+def test_groups_that_are_fitted(rows, size):
+    """The divisor nearest to 16, as a factor; 0 when that is all rows. 1009 is prime: a LUT a row is nearer."""
+    rule = Rule(bits=4, group_size=16, fit_groups=True)
+    assert rule.fitted(rows).group_size == size
+    shapes = {"odd": (rows, 8)}
+    recipe = Recipe(rules=(rule,))
+    assert recipe.plan(shapes, "model")["odd"].group_size == size
+    assert ("odd" in recipe.regrouped(shapes)) == (rows != 64)
+
+
+def test_groups_are_fitted_only_where_they_may_be():
+    assert Rule(group_size=0, fit_groups=True).fitted(7).group_size == 0
+    assert Rule(group_size=16).fitted(24).group_size == 16
+    with pytest.raises(PaletteError, match="group_size 16 does not divide its 24 output rows"):
+        uniform_recipe(4).plan({"odd": (24, 8)}, "model")
+    assert PRESETS["4bit"].plan({"odd": (24, 8)}, "model")["odd"].group_size == 12
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])

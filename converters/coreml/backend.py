@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Iterator
+from operator import length_hint
 from typing import Any
 
+from edkm_export.activity import tracked
 from edkm_export.errors import BackendMissingError
+from edkm_export.library_logs import quiet_logs
 
 __all__ = ["load_coremltools", "model_message", "quiet"]
 
@@ -34,20 +35,39 @@ def load_coremltools() -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence coremltools' progress bars and its warnings about library versions it was not tested with."""
-    logger = logging.getLogger("coremltools")
-    level, logger.level = logger.level, logging.ERROR
+    """Silence coremltools' warnings about library versions it was not tested with; its bars become activities."""
     from tqdm import tqdm  # coremltools and transformers depend on it
 
-    shown = tqdm.__init__
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    init, iterate = tqdm.__init__, tqdm.__iter__
+
+    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **{**kwargs, "disable": True})
+        self.counted = (
+            _words(kwargs.get("desc")),
+            str(kwargs.get("unit", "")).strip(),
+        )  # disabled, it forgets them
+
+    def count(self: Any) -> Iterator[Any]:
+        words, unit = self.counted
+        return tracked(self.iterable, words, unit, total=length_hint(self.iterable) or None)
+
+    with quiet_logs("coremltools"):
         try:
-            tqdm.__init__ = lambda self, *args, **kwargs: shown(self, *args, **{**kwargs, "disable": True})
+            tqdm.__init__, tqdm.__iter__ = begin, count
             yield
         finally:
-            logger.level = level
-            tqdm.__init__ = shown
+            tqdm.__init__, tqdm.__iter__ = init, iterate
+
+
+def _words(description: Any) -> str:
+    """What coremltools does, in words; its own name intermediate forms."""
+    known = {
+        "Converting PyTorch": "converting operations of PyTorch",
+        "Running MIL frontend": "passes over the converted operations",
+        "Running MIL default": "optimization passes",
+        "Running MIL backend": "passes for the package",
+    }
+    return next((words for start, words in known.items() if str(description).startswith(start)), "converting")
 
 
 def model_message() -> Any:

@@ -11,9 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from edkm_export.activity import activity, tracked
 from edkm_export.artifact.protocol import Session
 from edkm_export.artifact.thresholds import NEAR_TIE_NATS
 from edkm_export.errors import InputError
+from edkm_export.token_ids import Ids, as_ids
 
 __all__ = [
     "GREEDY",
@@ -24,6 +26,8 @@ __all__ = [
     "first_difference",
     "generate",
 ]
+
+Finish = Literal["stop", "told", "length", "context"]
 
 _PREFILL = 256  # tokens fed at once: logits of a whole long prompt would take hundreds of megabytes
 
@@ -84,23 +88,35 @@ class Generation:
 
     Attributes:
         choices: its tokens.
-        finish: why it ended: a stop token (which is not among the choices), as many tokens as asked for, or a
-            context without room for another.
+        finish: why it ended: a stop token (which is not among the choices), `on_token`, as many tokens as asked for,
+            or a context without room for another.
         prompt_tokens: length of the prompt.
         prefill_s: seconds from the prompt to its logits.
         decode_s: seconds for everything after.
     """
 
     choices: tuple[Choice, ...]
-    finish: Literal["stop", "length", "context"]
+    finish: Finish
     prompt_tokens: int
     prefill_s: float
     decode_s: float
+
+    def __repr__(self) -> str:
+        """One line: tokens, why it ended, speed."""
+        rate = f", {len(self.choices) / self.decode_s:.1f} tokens/s" if self.decode_s > 0 else ""
+        return (
+            f"Generation({len(self.choices)} tokens after {self.prompt_tokens}, ended by {self.finish}{rate})"
+        )
 
     @property
     def tokens(self) -> list[int]:
         """The generated tokens."""
         return [choice.token for choice in self.choices]
+
+    @property
+    def read(self) -> list[int]:
+        """The generated tokens that the session has read: all that were followed by another choice."""
+        return self.tokens if self.finish == "stop" else self.tokens[:-1]
 
     @property
     def near_ties(self) -> list[int]:
@@ -149,60 +165,65 @@ def first_difference(reference: Sequence[Choice], candidate: Sequence[Choice]) -
 
 def generate(
     session: Session,
-    prompt: Tensor,
+    prompt: Ids,
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     stop: Collection[int] = (),
-    on_token: Callable[[int], None] | None = None,
+    on_token: Callable[[int], bool | None] | None = None,
+    cached: int = 0,
 ) -> Generation:
     """Write on after a prompt.
 
     Args:
-        session: the model; its text is forgotten first.
-        prompt: int64 [tokens], at least one and at most as many as the context holds.
+        session: the model; its text is forgotten first, unless `cached` says otherwise.
+        prompt: ids [tokens], in any form that `as_ids` takes; at least one, at most as many as the context holds.
         max_new_tokens: at most this many tokens, at least 1.
         sampling: how tokens are chosen.
         stop: tokens that end the text.
-        on_token: called with each token that does not end the text, as soon as it is known.
+        on_token: called with each token that does not end the text, as soon as it is known; true ends the text.
+        cached: so many tokens of the prompt the session has read already, fewer than all.
 
     Raises:
         InputError: the prompt is empty or does not fit, or a logit is not finite.
     """
-    if not len(prompt):
-        raise InputError("the prompt gives no tokens; write at least one word.")
-    if len(prompt) > session.context:
+    ids = as_ids(prompt, "the prompt")
+    if len(ids) > session.context:
         raise InputError(
-            f"the prompt has {len(prompt):,} tokens, but the context holds {session.context:,}; shorten it."
+            f"the prompt has {len(ids):,} tokens, but the context holds {session.context:,}; shorten it."
         )
     if max_new_tokens < 1:
         raise InputError(f"{max_new_tokens} new tokens were asked for; use at least 1.")
-    session.reset()
+    if not cached:
+        session.reset()
     generator = torch.Generator().manual_seed(sampling.seed)
     started = time.perf_counter()
     logits = torch.empty(0)
-    for start in range(0, len(prompt), _PREFILL):
-        logits = session.feed(prompt[start : start + _PREFILL])
+    for start in tracked(range(cached, len(ids), _PREFILL), "reading the prompt", "parts"):
+        logits = session.feed(ids[start : start + _PREFILL])
     prefilled = time.perf_counter()
     choices: list[Choice] = []
-    finish: Literal["stop", "length", "context"]
-    while True:
-        choice = _choose(logits[-1], sampling, generator)
-        if choice.token in stop:
-            finish = "stop"
-            break
-        choices.append(choice)
-        if on_token is not None:
-            on_token(choice.token)
-        if len(choices) == max_new_tokens:
-            finish = "length"
-            break
-        if len(prompt) + len(choices) > session.context:
-            finish = "context"
-            break
-        logits = session.feed(torch.tensor([choice.token]))
+    finish: Finish
+    with activity("writing", max_new_tokens, "tokens") as writing:
+        while True:
+            choice = _choose(logits[-1], sampling, generator)
+            if choice.token in stop:
+                finish = "stop"
+                break
+            choices.append(choice)
+            writing.advance()
+            if on_token is not None and on_token(choice.token):
+                finish = "told"
+                break
+            if len(choices) == max_new_tokens:
+                finish = "length"
+                break
+            if len(ids) + len(choices) > session.context:
+                finish = "context"
+                break
+            logits = session.feed(torch.tensor([choice.token]))
     ended = time.perf_counter()
-    return Generation(tuple(choices), finish, len(prompt), prefilled - started, ended - prefilled)
+    return Generation(tuple(choices), finish, len(ids), prefilled - started, ended - prefilled)
 
 
 def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Choice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated
 
 import pydantic
@@ -17,10 +18,13 @@ __all__ = [
     "Divergence",
     "Number",
     "Perplexity",
+    "Positions",
     "Record",
+    "compare_positions",
     "divergence",
     "perplexity",
     "snr_db",
+    "summarize",
     "token_losses",
 ]
 
@@ -109,8 +113,44 @@ def perplexity(losses: Iterable[Tensor]) -> Perplexity:
     return Perplexity(value=value, standard_error=value * spread, tokens=len(values))
 
 
-def divergence(pairs: Iterable[tuple[Tensor, Tensor]]) -> Divergence:
+@dataclass(frozen=True)
+class Positions:
+    """Distance between two next-token distributions at each position of a window.
+
+    Attributes:
+        kl: float64 [positions], KL(reference || candidate) in nats.
+        agree: bool [positions], both have the same most likely token.
+        ties: bool [positions], they do not, but the reference holds both tokens equally likely.
+    """
+
+    kl: Tensor
+    agree: Tensor
+    ties: Tensor
+
+
+def compare_positions(reference: Tensor, candidate: Tensor) -> Positions:
     """Compare next-token distributions, position by position.
+
+    Args:
+        reference: logits, float [positions, vocab_size].
+        candidate: likewise. Logits that are not finite count as infinitely far and as disagreeing.
+    """
+    p = reference.double().log_softmax(-1)
+    q = candidate.double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    finite = torch.isfinite(candidate).all(-1)
+    best, chosen = p.argmax(-1, keepdim=True), candidate.argmax(-1, keepdim=True)
+    agree = (best == chosen)[:, 0] & finite
+    gap = (p.gather(-1, best) - p.gather(-1, chosen))[:, 0]
+    return Positions(
+        kl=torch.where(finite & ~kl.isnan(), kl.clamp_min(0), torch.inf),
+        agree=agree,
+        ties=~agree & finite & (gap <= NEAR_TIE_NATS),
+    )
+
+
+def divergence(pairs: Iterable[tuple[Tensor, Tensor]]) -> Divergence:
+    """Compare next-token distributions over windows.
 
     Args:
         pairs: (reference, candidate) logits, float [positions, vocab_size], of each window.
@@ -120,19 +160,13 @@ def divergence(pairs: Iterable[tuple[Tensor, Tensor]]) -> Divergence:
         of the disagreements are near ties: the reference holds both tokens equally likely, within NEAR_TIE_NATS. A
         candidate that is not finite counts as infinitely far and as disagreeing.
     """
-    kl_parts, agree_parts, tie_parts = [], [], []
-    for reference, candidate in pairs:
-        p = reference.double().log_softmax(-1)
-        q = candidate.double().log_softmax(-1)
-        kl = (p.exp() * (p - q)).sum(-1)
-        finite = torch.isfinite(candidate).all(-1)
-        kl_parts.append(torch.where(finite & ~kl.isnan(), kl.clamp_min(0), torch.inf))
-        best, chosen = p.argmax(-1, keepdim=True), candidate.argmax(-1, keepdim=True)
-        agree = (best == chosen)[:, 0] & finite
-        gap = (p.gather(-1, best) - p.gather(-1, chosen))[:, 0]
-        agree_parts.append(agree)
-        tie_parts.append(~agree & finite & (gap <= NEAR_TIE_NATS))
-    kl, agree, ties = torch.cat(kl_parts), torch.cat(agree_parts), torch.cat(tie_parts)
+    return summarize(compare_positions(reference, candidate) for reference, candidate in pairs)
+
+
+def summarize(windows: Iterable[Positions]) -> Divergence:
+    """The same of windows that were compared already."""
+    parts = list(windows)
+    kl, agree, ties = (torch.cat([getattr(part, name) for part in parts]) for name in ("kl", "agree", "ties"))
     ordered = kl.sort().values
     return Divergence(
         tokens=len(kl),

@@ -15,6 +15,7 @@ from edkm_export.artifact.execution import DAMAGED, Execution
 from edkm_export.artifact.thresholds import EXECUTION
 from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
+from edkm_export.token_ids import Ids
 
 __all__ = ["Artifact", "DamagedArtifact", "Decoding", "Session", "Traceable"]
 
@@ -25,14 +26,17 @@ class Session(Protocol):
     context: int
     """Most positions that it can hold."""
 
+    has_cache: bool
+    """False: each token runs the whole text again."""
+
     def reset(self) -> None:
         """Forget the text."""
 
-    def feed(self, tokens: Tensor) -> Tensor:
+    def feed(self, tokens: Ids) -> Tensor:
         """Go on with the text; the cache then holds these tokens too.
 
         Args:
-            tokens: int64 [new].
+            tokens: ids [new], in any form that `as_ids` takes.
 
         Returns:
             Logits of these tokens, float32 [new, vocab_size].
@@ -153,8 +157,8 @@ class DamagedArtifact:
 
     context = 512  # what the original and hard PyTorch are measured with
 
-    def __init__(self, path: Path, kind: str, reason: str) -> None:
-        self.path = path
+    def __init__(self, path: str | Path, kind: str, reason: str) -> None:
+        self.path = Path(path)
         self.kind = kind
         self.reason = reason
         self.executions = tuple(

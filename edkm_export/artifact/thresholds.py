@@ -15,22 +15,60 @@ __all__ = [
     "FLOAT16_TWIN",
     "INT8_ACTIVATIONS",
     "LOCAL_TOLERANCE",
-    "MAX_PERPLEXITY_RATIO",
+    "DENSE_PERPLEXITY_RATIO",
     "NEAR_TIE_NATS",
-    "ROUNDED_TIE_NATS",
+    "PERPLEXITY_RATIO",
     "RATIO_WHY",
+    "ROUNDED_TIE_NATS",
     "SIZE_TOLERANCE",
     "SOFT_WHY",
     "SOURCE_RUNTIME",
     "ExecutionThreshold",
+    "QualityLimit",
     "decode_limit",
     "float16_chains",
+    "quality_limit",
 ]
 
-MAX_PERPLEXITY_RATIO = 2.0
-"""Worst allowed perplexity of hard PyTorch, as a multiple of the original's."""
+PERPLEXITY_RATIO: dict[int, float | None] = {8: 1.03, 6: 1.05, 4: 1.7, 3: 1.7, 2: 2.5, 1: None}
+"""Worst allowed perplexity of hard PyTorch as a multiple of the original's, by the fewest bits of a palettized weight;
+None: there is none. docs/report.md has what was measured at each."""
 
-RATIO_WHY = "a doubled perplexity is one more bit of surprise a token: it is no longer the same model"
+DENSE_PERPLEXITY_RATIO = 1.01
+"""The same where nothing is palettized: the weights are only rounded to float16."""
+
+RATIO_WHY = (
+    "a sound model of so few bits stays below it, and one whose clustering or training went wrong does not; both "
+    "models ran on the same text"
+)
+
+
+@dataclass(frozen=True)
+class QualityLimit:
+    """What the quality is measured against.
+
+    Attributes:
+        ratio: worst allowed perplexity, as a multiple of the original's; None: it is only reported.
+        source: who set it, in words.
+    """
+
+    ratio: float | None
+    source: str
+
+
+def quality_limit(bits: int | None, recipe: str = "") -> QualityLimit:
+    """The limit that a preset sets.
+
+    Args:
+        bits: fewest bits of an index among the palettized weights; None: nothing is palettized.
+        recipe: its name, for the words.
+    """
+    named = f", recipe {recipe}" if recipe else ""
+    if bits is None:
+        return QualityLimit(DENSE_PERPLEXITY_RATIO, f"the default where nothing is palettized{named}")
+    many = f"{bits} bit{'s' if bits > 1 else ''}"
+    return QualityLimit(PERPLEXITY_RATIO.get(bits), f"the default for {many}{named}")
+
 
 SOFT_WHY = (
     "nothing of it ships; it splits the distance between the original and hard PyTorch, which has a threshold, into "
@@ -102,7 +140,7 @@ EXECUTION = {
         "both sides compute in float32 with the same weights; a wrong weight, table or op shows at once",
     ),
     "rounded": ExecutionThreshold(
-        "float32 rounded to float16 after each op",
+        "rounded to float16 after each op",
         0.99,
         1e-3,
         "rounding every result to float16 is the least that a phone does; an overflow or lost precision shows here",
@@ -154,14 +192,15 @@ def float16_chains(lengths: Iterable[int]) -> ExecutionThreshold:
 
 SOURCE_RUNTIME = {
     False: EXECUTION["rounded"].because(
-        "llama.cpp reads the file on its own; it computes in float32 or float16"
+        "llama.cpp reads the file on its own, and unpacks quantized weights on its own; it then computes in float32 or "
+        "float16"
     ),
     True: INT8_ACTIVATIONS.because(
         "llama.cpp reads the file on its own; with quantized weights it rounds activations to 8 bits in blocks: with "
         "SmolLM2-135M in Q4_1 that alone costs 3% of the top tokens, and none with the same weights in F32"
     ),
 }
-"""For the original against llama.cpp, by whether the GGUF file holds quantized weights."""
+"""For the original against llama.cpp, by whether it rounds activations: where it cannot unpack quantized weights."""
 
 DECODE_MEDIANS = 10
 """In coarse arithmetic the largest KL of decoding is compared with the median that its execution may have. KL

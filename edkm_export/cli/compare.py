@@ -9,14 +9,16 @@ from typing import Any
 
 import click
 
-from edkm_export.cli.artifacts import find_artifact, open_artifact
-from edkm_export.cli.verification import find_original, read_evaluation_text
+from edkm_export.api.artifacts import find_artifact, open_artifact
+from edkm_export.api.originals import check_length, find_original, read_evaluation_text
+from edkm_export.cli.parameter_types import ARTIFACT, find_named_original, original_options
+from edkm_export.cli.verification import minutes_option
 
 __all__ = ["command"]
 
 
 @click.command("compare", short_help="Put several checkpoints and artifacts side by side.")
-@click.argument("models", metavar="A B ...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("models", metavar="A B ...", nargs=-1, required=True, type=ARTIFACT)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Write the table as a page, such as compare.html."
 )
@@ -31,7 +33,8 @@ __all__ = ["command"]
     show_default=True,
     help="Tokens of the text to use.",
 )
-@click.option("--original", help="The float model, when no checkpoint says where it is.")
+@original_options
+@minutes_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 def command(
     models: tuple[Path, ...],
@@ -40,6 +43,8 @@ def command(
     text: Path | None,
     tokens: int,
     original: str | None,
+    adapter: str | None,
+    minutes: float | None,
     overwrite: bool,
 ) -> None:
     """Compare A, B, ...: each a MODEL.PT, or a folder or package that was exported.
@@ -47,9 +52,10 @@ def command(
     Perplexity on one text, and the distance from the original float model, if it is there.
     """
     from edkm_export.atomic import atomic_file, check_output
-    from edkm_export.reference.source import Source
+    from edkm_export.text import check_text
 
-    named = None if original is None else Source.parse(original)
+    check_text(text)
+    named = find_named_original(original, adapter)
 
     from edkm_export.checkpoint import load
     from edkm_export.cli.console import err, out, print_wide, stages
@@ -57,6 +63,7 @@ def command(
 
     if output is not None:
         check_output(output, overwrite=overwrite)
+    content, text_name = read_evaluation_text(text)
     contestants, source, missing = [], None, "no checkpoint is among them; name it with --original"
     for path in models:
         if path.suffix == ".pt":
@@ -64,24 +71,33 @@ def command(
                 loaded = load(path)
             contestants.append(Contestant.of_checkpoint(loaded, _name(path, models), path.stat().st_size))
             if source is None:
-                source, missing = find_original(loaded, original)
+                source, missing = find_original(loaded, named)
         else:
             found = find_artifact(path)
             folder = found.parent if found.suffix in (".mlpackage", ".onnx") else found
             contestants.append(Contestant.of_artifact(open_artifact(found), _name(path, models), folder))
+    if text is not None:
+        for entry in contestants:
+            check_length(content, entry.tokenizer(), tokens, text_name)
     source = named or source
-    content, text_name = read_evaluation_text(text)
     with stages(len(contestants) + (source is not None)) as advance:
-        rows = compare(contestants, content, text_name, tokens=tokens, original=source, advance=advance)
+        comparison = compare(
+            contestants, content, text_name, tokens=tokens, original=source, minutes=minutes, advance=advance
+        )
     if source is None:
         err.print(f"NOT RUN: distance from the original: {missing}")
+    if comparison.cut:
+        err.print(
+            f"{comparison.tokens:,} of {comparison.asked:,} tokens were compared: {comparison.cut}",
+            soft_wrap=True,
+        )
     if json_output:
-        out.print_json(json.dumps([_plain(row) for row in rows], default=_record))
+        out.print_json(json.dumps([_plain(row) for row in comparison.rows], default=_record))
     else:
-        print_wide(_table(rows))
+        print_wide(_table(comparison.rows))
     if output is not None:
         with atomic_file(output, overwrite=overwrite) as temporary:
-            temporary.write_text(comparison_page(rows, text_name), encoding="utf-8")
+            temporary.write_text(comparison_page(comparison), encoding="utf-8")
         out.print(f"page: {output}", soft_wrap=True)
 
 

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.measure import Measurement
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
-from edkm_export.verify.report import Report, Verdict
+from edkm_export.activity import activity, stages
+from edkm_export.cli.terminal import Terminal
+
+if TYPE_CHECKING:  # importing it takes a while, which a refusal must not wait for
+    from edkm_export.verify.report import Report, Verdict
 
 __all__ = [
     "bar",
@@ -35,56 +30,29 @@ __all__ = [
     "verdict_text",
 ]
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Terminal()
+err = Terminal(stderr=True)
 
 _STYLES = {
-    Verdict.PASS: "bold green",
-    Verdict.FAIL: "bold red",
-    Verdict.REPORTED: "blue",
-    Verdict.NOT_RUN: "yellow",
+    "PASS": "bold green",
+    "FAIL": "bold red",
+    "WITHIN": "bold green",
+    "BEYOND": "bold red",
+    "REPORTED": "blue",
+    "NOT RUN": "yellow",
 }
 
 
 @contextlib.contextmanager
-def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; yields the function that advances it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err, transient=not err.is_terminal) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda amount: progress.advance(task, amount)
-
-
-@contextlib.contextmanager
-def stages(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar over named stages; yields the function that announces the next one."""
-    columns = (
-        SpinnerColumn(),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task("starting", total=total, completed=-1)
-
-        def advance(name: str) -> None:
-            progress.update(task, advance=1, description=name)
-            if not err.is_terminal:
-                err.print(f"- {name}", markup=False)
-
-        yield advance
+def bar(description: str, total: float, unit: str = "") -> Iterator[Callable[[float], None]]:
+    """Show how far something has come; yields the function that advances it. See `edkm_export.activity`."""
+    with activity(description, total, unit) as counted:
+        yield counted.advance
 
 
 def print_wide(table: Table) -> None:
-    """Print a table at its full width, for the terminal to wrap: names that are cut are of no use."""
-    width = Measurement.get(out, out.options.update(max_width=10_000), table).maximum
-    Console(highlight=False, width=max(out.width, width)).print(table)
+    """Print a table so that nothing of it is lost, whatever the width of the terminal."""
+    out.print(table)
 
 
 def megabytes(size_bytes: float) -> str:
@@ -94,18 +62,31 @@ def megabytes(size_bytes: float) -> str:
 
 def verdict_text(verdict: Verdict) -> Text:
     """The verdict in its colour."""
-    return Text(verdict.value, style=_STYLES[verdict])
+    return Text(verdict.value, style=_STYLES[verdict.value])
+
+
+def _verdict(verdict: Verdict, words: str) -> Text:
+    return Text.assemble(verdict_text(verdict), ": ", words)
 
 
 def summary_table(report: Report) -> Table:
     """The table that a person reads in ten seconds."""
+    from edkm_export.verify.verdicts import budget_words, faithful_words, quality_words, tally
+    from edkm_export.verify.words import readable
+
     table = Table(title=report.artifact, title_justify="left", show_header=False)
+    table.add_row("faithful export", _verdict(report.faithful_export, faithful_words(report)))
+    table.add_row("quality", _verdict(report.quality, quality_words(report)))
+    if report.top1_agreement is not None:
+        table.add_row("top-1 agreement", f"{report.top1_agreement:.1%} of positions, with the original")
     table.add_row("size", f"{megabytes(report.size_bytes)} (float16: {megabytes(report.parameters * 2)})")
     table.add_row("bits a weight", f"{report.bits_per_weight:.2f}, LUTs and unpalettized weights included")
     table.add_row("bit-exact tensors", f"{report.bit_exact_tensors} of {len(report.tensors)}")
     for name, found in report.perplexities.items():
-        table.add_row(f"perplexity, {name}", f"{found.value:.2f} ± {found.standard_error:.2f}")
-    table.add_row("verdict", verdict_text(report.verdict))
+        table.add_row(f"perplexity, {readable(name)}", f"{found.value:.2f} ± {found.standard_error:.2f}")
+    table.add_row("comparisons", tally(report))
+    if report.time_budget is not None:
+        table.add_row("time budget", budget_words(report.time_budget))
     return table
 
 
@@ -121,24 +102,19 @@ def ladder_table(report: Report) -> Table:
 
 
 def print_report(report: Report) -> None:
-    """The two tables of a verification."""
+    """The two tables of a verification, and the words that the second one needs."""
+    from edkm_export.verify.words import FIRST_WORDS
+
     out.print(summary_table(report))
+    out.print(f"Words of the ladder: {FIRST_WORDS}.", soft_wrap=True)
     out.print(ladder_table(report))
 
 
 def summary_line(report: Report) -> str:
-    """Verdict, artifact, and what failed or what was proved, in one line."""
-    failed = [f"{rung.candidate}: {rung.detail}" for rung in report.rungs if rung.verdict is Verdict.FAIL]
-    if failed:
-        found = "; ".join(failed)
-    else:
-        passed = sum(rung.verdict is Verdict.PASS for rung in report.rungs)
-        judged = sum(rung.verdict is not Verdict.REPORTED for rung in report.rungs)
-        found = (
-            f"{report.bit_exact_tensors} of {len(report.tensors)} tensors bit-exact, "
-            f"{passed} of {judged} rungs passed, {len(report.not_run)} not run"
-        )
-    return " ".join(f"{report.verdict.value} {report.artifact}: {found}".split())
+    """Both verdicts, artifact, and what failed or what was proved, in one line."""
+    from edkm_export.verify.verdicts import one_line
+
+    return one_line(report)
 
 
 def fault_lines(report: Report) -> list[str]:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edkm_export.api.formats import CoreAIFormat
 from edkm_export.cli.export import export_arguments, export_options, run_export
+from edkm_export.command_line import command_line
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from converters.coreai.write.export_plan import CoreAIPlan
     from edkm_export.checkpoint import Checkpoint
-    from edkm_export.verify.report import Report
 
 __all__ = ["command"]
 
@@ -22,6 +23,7 @@ __all__ = ["command"]
 @export_arguments
 @click.option(
     "--interface",
+    type=click.Choice(["dynamic", "neural-engine"]),
     default="dynamic",
     show_default=True,
     help="Which of Apple's engines runs it: dynamic (one function for texts of any length; GPU) or neural-engine "
@@ -50,20 +52,10 @@ def command(
 
 
 @dataclass(frozen=True)
-class _CoreAIExporter:
-    """See `export.Exporter`; the attributes are the options of the command."""
+class _CoreAIExporter(CoreAIFormat):
+    """See `export.Exporter`."""
 
-    interface: str
-    context_length: int | None
-    pad_3bit: bool
     suffix: str = "coreai"
-
-    def plan(self, checkpoint: Checkpoint) -> CoreAIPlan:
-        from converters.coreai.write.export_plan import plan_coreai
-
-        return plan_coreai(
-            checkpoint, interface=self.interface, context=self.context_length, pad_3bit=self.pad_3bit
-        )
 
     def show(self, checkpoint: Checkpoint, plan: CoreAIPlan, name: str) -> None:
         from rich.table import Table
@@ -101,19 +93,9 @@ class _CoreAIExporter:
                     highlight=False,
                 )
 
-    def write(self, checkpoint: Checkpoint, plan: CoreAIPlan, folder: Path, name: str) -> Path:
-        from converters.coreai.write.bundle import write_bundle
-
-        return write_bundle(checkpoint, plan, folder, name)
-
-    def finish(
-        self, checkpoint: Checkpoint, plan: CoreAIPlan, folder: Path, name: str, report: Report | None
-    ) -> None:
-        """Nothing: the report says it all."""
-
-    def next_commands(self, plan: CoreAIPlan, folder: Path, name: str) -> list[str]:
+    def next_commands(self, plan: CoreAIPlan, folder: Path, checkpoint: Path) -> list[str]:
         return [
-            f"{folder}: try it with `edkm-export generate {folder} --prompt TEXT`; "
-            "report.md says what was proved and what was not.",
+            f"{folder}: report.md says what was proved and what was not.",
+            f"next: {command_line('generate', folder, '--prompt', 'Once upon a time')}",
             "on a Mac with macOS 27, where this was not run: open the folder with the runner of apple/coreai-models",
         ]

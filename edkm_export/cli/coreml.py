@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from edkm_export.api.formats import CoreMLFormat
 from edkm_export.cli.export import export_arguments, export_options, run_export
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from converters.coreml.write.export_plan import ExportPlan
     from edkm_export.checkpoint import Checkpoint
-    from edkm_export.verify.report import Report
 
 __all__ = ["command"]
 
@@ -34,17 +34,35 @@ class _Chunks(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return int(value)
 
 
+class _Target(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A deployment target in any usual spelling."""
+
+    name = "target"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Read it."""
+        from converters.coreml.write.deployment_target import parse_target
+
+        return parse_target(str(value))
+
+
 @click.command("coreml", short_help="Convert a palettized checkpoint to Core ML and verify the result.")
 @export_arguments
 @click.option(
     "--interface",
+    type=click.Choice(["swift-transformers", "neural-engine", "logits"]),
     default="swift-transformers",
     show_default=True,
     help="How an app calls it: swift-transformers (cache, any length), neural-engine (cache, static prefill and "
     "decode functions) or logits (whole texts, no cache).",
 )
 @click.option(
-    "--target", default="iOS18", show_default=True, help="Oldest system to run on: iOS16, iOS17 or iOS18."
+    "--target",
+    type=_Target(),
+    metavar="iOS16|iOS17|iOS18",
+    default="iOS18",
+    show_default=True,
+    help="Oldest system to run on; macOS13, macOS14 and macOS15 mean the same.",
 )
 @click.option(
     "--sequence-length",
@@ -75,7 +93,8 @@ def command(
     """Convert MODEL.PT to a Core ML package, bit for bit, and verify the files on disk.
 
     The folder holds the .mlpackage, the tokenizer, a model card and the verification report. --dry-run also shows
-    what devices are known to do with such a package. Exit status 1: it was made, but failed verification.
+    what devices are known to do with such a package. Exit status 1: it was made, but the export
+    is not proved faithful, or the quality is beyond its limit.
     """
     run_export(
         _CoreMLExporter(interface, target, sequence_length, prefill, chunks), checkpoint, output, **common
@@ -83,27 +102,10 @@ def command(
 
 
 @dataclass(frozen=True)
-class _CoreMLExporter:
-    """See `export.Exporter`; the attributes are the options of the command."""
+class _CoreMLExporter(CoreMLFormat):
+    """See `export.Exporter`."""
 
-    interface: str
-    target: str
-    sequence_length: int | None
-    prefill: int
-    chunks: int | Literal["auto"]
     suffix: str = "coreml"
-
-    def plan(self, checkpoint: Checkpoint) -> ExportPlan:
-        from converters.coreml.write.export_plan import plan_export
-
-        return plan_export(
-            checkpoint,
-            interface=self.interface,
-            target=self.target,
-            sequence_length=self.sequence_length,
-            prefill=self.prefill,
-            chunks=self.chunks,
-        )
 
     def show(self, checkpoint: Checkpoint, plan: ExportPlan, name: str) -> None:
         from rich.table import Table
@@ -151,28 +153,15 @@ class _CoreMLExporter:
                     highlight=False,
                 )
 
-    def write(self, checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str) -> Path:
-        from converters.coreml.write.bundle import write_bundle
+    def next_commands(self, plan: ExportPlan, folder: Path, checkpoint: Path) -> list[str]:
+        from converters.coreml.write.card import mac_commands
+        from edkm_export.command_line import command_line
 
-        return write_bundle(checkpoint, plan, folder, name)
-
-    def finish(
-        self, checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str, report: Report | None
-    ) -> None:
-        from converters.coreml.write.lint import lint
-        from converters.coreml.write.model_card import model_card
-        from edkm_export.verify.write import quality
-
-        found = "NOT VERIFIED: it was exported with --no-verify." if report is None else quality(report)
-        card = model_card(checkpoint, plan, name, lint(checkpoint, plan), found)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-
-    def next_commands(self, plan: ExportPlan, folder: Path, name: str) -> list[str]:
-        from converters.coreml.write.model_card import mac_commands
-
+        name = checkpoint.stem
         packages = " and ".join(plan.package_names(name))
         return [
             f"{folder}: drag {packages} into Xcode; report.md says what was proved and what was not.",
             "on a Mac, where this was not run:",
-            *(f"    {line}" for line in mac_commands(plan, name)),
+            *(f"    {line}" for line in mac_commands(plan, name, folder, checkpoint)),
+            f"next: {command_line('generate', folder, '--prompt', 'Once upon a time')}",
         ]

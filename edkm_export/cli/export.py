@@ -9,35 +9,26 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
-from edkm_export.cli.verification import climb, prepare, verification_options
+from edkm_export.api.climbing import climb
+from edkm_export.api.formats import Format, Plan, write_folder
+from edkm_export.cli.parameter_types import CHECKPOINT
+from edkm_export.cli.verification import prepare, verification_options
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
-    from edkm_export.verify.report import Report
 
 __all__ = ["Exporter", "export_arguments", "export_options", "run_export"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_Plan = TypeVar("_Plan", bound="Plan")
+_Plan = TypeVar("_Plan", bound=Plan)
 
 
-class Plan(Protocol):
-    """What an export will make."""
-
-    @property
-    def weights_size_bytes(self) -> int:
-        """Predicted size of all weights on disk."""
-
-
-class Exporter(Protocol[_Plan]):
-    """What a format does in each of them."""
+class Exporter(Format[_Plan], Protocol[_Plan]):
+    """What a format does in its command."""
 
     @property
     def suffix(self) -> str:
         """Of the folder that is made when none is named: MODEL-`suffix`."""
-
-    def plan(self, checkpoint: Checkpoint) -> _Plan:
-        """Check that a checkpoint can be exported, before the long work."""
 
     def show(self, checkpoint: Checkpoint, plan: _Plan, name: str) -> None:
         """Print what `--dry-run` promises."""
@@ -45,16 +36,8 @@ class Exporter(Protocol[_Plan]):
     def warn(self, checkpoint: Checkpoint, plan: _Plan) -> None:
         """Print what the user should know before the long work."""
 
-    def write(self, checkpoint: Checkpoint, plan: _Plan, folder: Path, name: str) -> Path:
-        """Write everything but the report into an empty folder; the artifact in it that is to be verified."""
-
-    def finish(
-        self, checkpoint: Checkpoint, plan: _Plan, folder: Path, name: str, report: Report | None
-    ) -> None:
-        """Add what tells of the verification; `report` is None when it was not run."""
-
-    def next_commands(self, plan: _Plan, folder: Path, name: str) -> list[str]:
-        """What the user can do with the folder, a line each."""
+    def next_commands(self, plan: _Plan, folder: Path, checkpoint: Path) -> list[str]:
+        """What the user can do with the folder that was made of a model.pt, a line each."""
 
 
 def export_arguments(function: _F) -> _F:
@@ -62,7 +45,7 @@ def export_arguments(function: _F) -> _F:
     function = click.option(
         "-o", "--output", type=click.Path(path_type=Path), help="Folder to make.  [default: MODEL-FORMAT]"
     )(function)
-    return click.argument("checkpoint", metavar="MODEL.PT", type=click.Path(path_type=Path))(function)
+    return click.argument("checkpoint", metavar="MODEL.PT", type=CHECKPOINT)(function)
 
 
 def export_options(function: _F) -> _F:
@@ -99,13 +82,18 @@ def run_export(
         verification: see `verification.prepare`.
 
     Raises:
-        SystemExit: status 1 when it was made, but failed verification.
+        SystemExit: status 1 when it was made, but is not proved faithful, or its quality is beyond the limit.
     """
-    from edkm_export.atomic import atomic_folder, check_output
+    from edkm_export.atomic import check_output
+    from edkm_export.text import check_text
+
+    check_text(verification["text"])
+
     from edkm_export.checkpoint import load
-    from edkm_export.cli.console import err, megabytes, out, print_report
-    from edkm_export.verify.report import Verdict
-    from edkm_export.verify.write import write_report
+    from edkm_export.cli.common_options import answering, is_quiet
+    from edkm_export.cli.console import err, megabytes, out, print_report, summary_line
+    from edkm_export.command_line import command_line
+    from edkm_export.disk_space import require_space
 
     folder = output or path.with_name(f"{path.stem}-{exporter.suffix}")
     if not dry_run:
@@ -115,29 +103,35 @@ def run_export(
     with err.status("planning"):
         plan = exporter.plan(checkpoint)
     if dry_run:
-        exporter.show(checkpoint, plan, path.stem)
+        with answering():
+            exporter.show(checkpoint, plan, path.stem)
         return
+    require_space(folder, plan.weights_size_bytes)
     inputs = None if no_verify else prepare(checkpoint, **verification)
     exporter.warn(checkpoint, plan)
-    report = None
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
-        with err.status(f"converting {len(checkpoint.palettized)} palettized weights"):
-            artifact = exporter.write(checkpoint, plan, temporary, path.stem)
-        if inputs is not None:
-            report = climb(checkpoint, artifact, inputs, plan.weights_size_bytes)
-            if artifact == temporary:
-                report = report.model_copy(
-                    update={"artifact": folder.absolute().name}
-                )  # as it will be called
-            write_report(report, temporary)
-        exporter.finish(checkpoint, plan, temporary, path.stem, report)
+    report = write_folder(
+        exporter,
+        checkpoint,
+        plan,
+        folder,
+        path.stem,
+        overwrite=overwrite,
+        judge=None
+        if inputs is None
+        else lambda artifact: climb(checkpoint, artifact, inputs, plan.weights_size_bytes),
+    )
     if report is None:
         size = megabytes(plan.weights_size_bytes)
         out.print(f"{folder}: {size} of weights, NOT VERIFIED (--no-verify)", soft_wrap=True)
-        out.print(f"verify it with: edkm-export verify {path} {folder}", soft_wrap=True)
+        out.print_command("verify it with:", command_line("verify", path, folder))
         return
-    print_report(report)
-    for line in exporter.next_commands(plan, folder, path.stem):
+    if is_quiet():
+        with answering():
+            out.print(summary_line(report), soft_wrap=True)
+    else:
+        print_report(report)
+    for line in exporter.next_commands(plan, folder, path):
         out.print(line, soft_wrap=True)
-    if report.verdict is Verdict.FAIL:
+    if report.failed:
         sys.exit(1)
+    out.print_command("share it with:", command_line("push", folder, "OWNER/NAME"))

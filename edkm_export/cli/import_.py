@@ -7,11 +7,14 @@ from pathlib import Path
 
 import click
 
+from edkm_export.cli.parameter_types import FILE, find_source
+from edkm_export.errors import InputError
+
 __all__ = ["command"]
 
 
 @click.command("import", short_help="Make a checkpoint of a model that another tool palettized.")
-@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("file", metavar="FILE", type=FILE)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The model.pt to write.")
 @click.option(
     "--model",
@@ -32,13 +35,18 @@ def command(file: Path, output: Path, model: str | None, group_size: int, overwr
     coreai-opt has finalized, or of one whose weights take few values each. LUTs are rounded to float16, as every
     export holds them.
     """
-    from edkm_export.reference.source import Source
-
-    source = Source.parse(model or str(file.parent))
+    folder = Path(model or file.parent)
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder}: holds a LoRA adapter, and a palettized model has no weights left to merge it into; give the "
+            "folder of the merged model."
+        )
+    source = find_source(str(folder))
 
     from edkm_export import checkpoint
     from edkm_export.atomic import check_output
     from edkm_export.cli.console import err, out
+    from edkm_export.command_line import command_line
     from edkm_export.importing import as_checkpoint, import_state, read_state
 
     check_output(output, overwrite=overwrite)
@@ -52,4 +60,4 @@ def command(file: Path, output: Path, model: str | None, group_size: int, overwr
         f"{made.bits_per_weight:.2f} bits a weight",
         soft_wrap=True,
     )
-    out.print(f"next: edkm-export coreml {output}", soft_wrap=True)
+    out.print_command("next:", command_line("coreml", output))

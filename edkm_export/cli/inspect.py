@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edkm_export.cli.parameter_types import find_source
+
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
     from edkm_export.palette import PalettizedTensor
     from edkm_export.reference.account import Account
@@ -28,20 +30,19 @@ _WIDEST = 160  # characters of a setting; vocabularies have 260,000 entries
 def command(path: Path, adapter: str | None, as_json: bool) -> None:
     """Show what would be used of a source, or functions, inputs, states, op counts and every palettized weight.
 
-    MODEL is a Hugging Face folder, a GGUF file or a LoRA adapter: its account says which tensors and settings are
-    used, which change no logit, and which are not understood, so that the model would be refused (exit status 2).
+    MODEL is a Hugging Face folder, a hub id, a GGUF file or a LoRA adapter: its account says which tensors and
+    settings are used, which change no logit, and which are not understood, so that the model would be refused (exit
+    status 2).
     OUT is the folder that `edkm-export coreml`, `onnx` or `coreai` made, or the model in it. Everything is read from
     the bytes on disk.
     """
     from converters.coreai.read.folder import is_coreai
-    from converters.onnx.read.folder import is_onnx
-    from edkm_export.errors import InputError
 
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder.")
-    if adapter is not None or _is_source(path):
+    if not path.exists() or adapter is not None or _is_source(path):
         _show_source(path, adapter, as_json)
         return
+    from converters.onnx.read.folder import is_onnx
+
     if is_onnx(path):
         description = _describe_onnx(path)
     elif is_coreai(path):
@@ -64,16 +65,23 @@ def _is_source(path: Path) -> bool:
     return named and not (path / MARKER).is_file()
 
 
+def _is_adapter(path: Path) -> bool:
+    """A folder with nothing else."""
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+
+
 def _show_source(path: Path, adapter: str | None, as_json: bool) -> None:
     from edkm_export.errors import SourceError
-    from edkm_export.reference.adapters import Adapter
-    from edkm_export.reference.source import Source, account
 
-    has_model = path.is_file() or (path / "config.json").is_file()
-    if adapter is None and not has_model:
+    if adapter is None and _is_adapter(path):
+        from edkm_export.reference.adapters import Adapter
+
         found = Adapter.open(str(path)).account()
     else:
-        found = account(Source.parse(str(path), adapter))
+        source = find_source(str(path), adapter)
+        from edkm_export.reference.source import account
+
+        found = account(source)
     if as_json:
         click.echo(json.dumps({"path": str(path), **asdict(found)}, indent=2, default=str))
     else:
@@ -84,19 +92,24 @@ def _show_source(path: Path, adapter: str | None, as_json: bool) -> None:
 
 
 def _print_account(found: Account) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     from edkm_export.cli.console import out, print_wide
 
-    out.print(f"{found.source}: {found.kind}", soft_wrap=True, markup=False)
+    out.print(f"{found.source}: {found.kind}", soft_wrap=True)
     out.print(
         f"{len(found.tensors)} tensors and {len(found.settings)} settings are used, {len(found.without_effect)} are "
         f"without effect, {len(found.not_understood)} are not understood",
         soft_wrap=True,
     )
+    if found.origin.license:
+        named = found.origin.license_name or found.origin.license
+        out.print(f"  licence: {named} ({found.origin.license_from})", soft_wrap=True, markup=False)
+    if found.origin.base_models:
+        bases = ", ".join(found.origin.base_models)
+        out.print(f"  model on the hub: {bases} ({found.origin.base_from})", soft_wrap=True, markup=False)
     for remark in found.remarks:
-        out.print(f"  {remark}", soft_wrap=True, markup=False)
+        out.print(f"  {remark}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for column in ("setting or tensor", "what becomes of it", "value or reason"):
         table.add_column(column, no_wrap=True)
@@ -108,10 +121,10 @@ def _print_account(found: Account) -> None:
         for name, value in rows.items():
             shown = value if isinstance(value, str) else json.dumps(value, default=str)
             cut = shown if len(shown) <= _WIDEST else f"{shown[:_WIDEST]}... (--json has it all)"
-            table.add_row(escape(name), words, escape(cut))
+            table.add_row(name, words, cut)
     stems = Counter(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in found.tensors)
     for stem, count in stems.items():  # layers that are alike are one line
-        table.add_row(escape(stem), "used", f"{count} tensor{'s' if count > 1 else ''}")
+        table.add_row(stem, "used", f"{count} tensor{'s' if count > 1 else ''}")
     print_wide(table)
 
 
@@ -294,7 +307,7 @@ def _print(description: Mapping[str, Any]) -> None:
         out.print(f"\nfunction {function['name']} ({function['opset']})")
         for kind in ("inputs", "outputs", "states"):
             for name, form in _by_layer(function[kind]).items():
-                out.print(f"  {kind.removesuffix('s')} {name}: {form}", markup=False, soft_wrap=True)
+                out.print(f"  {kind.removesuffix('s')} {name}: {form}", soft_wrap=True)
         counts = ", ".join(f"{name} {count}" for name, count in function["op_counts"].items())
         out.print(f"  ops: {counts}", soft_wrap=True)
     rows = description["palettized"]

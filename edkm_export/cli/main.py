@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import errno
+import atexit
+import contextlib
+import gc
 import importlib
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 import click
 
 from edkm_export._version import __version__
+from edkm_export.disk_space import explain
 from edkm_export.errors import EdkmExportError
 from edkm_export.interrupts import check_interrupt, watching_signals
 
@@ -24,17 +28,27 @@ _COMMANDS = {
     "onnx": "Convert a palettized checkpoint to ONNX and verify the result.",
     "coreai": "Convert a palettized checkpoint to Core AI and verify the result.",
     "verify": "Check that a package computes what its checkpoint does.",
+    "push": "Upload an exported model, with its card and report, to a hub.",
     "compare": "Put several checkpoints and artifacts side by side.",
     "generate": "Let a checkpoint or an exported model write text.",
     "inspect": "Show what is inside a source, a checkpoint or an exported model.",
+    "run": "Run any Core ML package on arrays or images.",
+    "doctor": "Show what this machine can do, and what a model would take on it.",
 }
+
+
+_ANSWERS = frozenset({"compare", "doctor", "generate", "inspect"})
+"""Commands whose standard output is what the user wants; the others make files, and tell of them."""
 
 
 class _ReaderLeft(Exception):
     """The reader of a pipe, such as head, has left; click would call that a failure."""
 
 
-_MODULES = {"import": "import_"}  # a keyword cannot name a module
+_MODULES = {
+    "import": "import_",
+    "run": "run_package",
+}  # a keyword cannot name a module, and a run is one of training
 
 
 class _LazyGroup(click.Group):
@@ -46,10 +60,12 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
+        from edkm_export.cli.common_options import CommonCommand
+
         command: click.Command = importlib.import_module(
             f"edkm_export.cli.{_MODULES.get(cmd_name, cmd_name)}"
         ).command
-        return command
+        return CommonCommand(command, answers=cmd_name in _ANSWERS)
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -74,11 +90,18 @@ def cli() -> None:
 
 
 def main() -> NoReturn:
-    """Run; exit status 0 success, 1 verification failed, 2 a mistake that the user can mend, 130 interrupted."""
+    """Run the command line.
+
+    Exit status: 0 success, 1 verification failed, 2 a mistake that the user can mend, 70 one of ours, 130 interrupted.
+    """
+    atexit.register(
+        gc.freeze
+    )  # else Python looks through all that torch has imported before it ends: a second
     try:
         with watching_signals():
             try:
                 status = cli(standalone_mode=False)
+                sys.stdout.flush()
             except Exception:
                 check_interrupt()  # an error after a swallowed signal is not one
                 raise
@@ -90,22 +113,38 @@ def main() -> NoReturn:
     except EdkmExportError as error:
         _fail(str(error), 2)
     except (BrokenPipeError, _ReaderLeft):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         sys.exit(0)
     except OSError as error:
-        _fail(_explain(error), 2)
+        _close_output()
+        _fail(explain(error), 2)
     except MemoryError:
         _fail("out of memory; use a machine with more, or a smaller --tokens.", 2)
+    except Exception as error:
+        _fail(_our_mistake(error), 70)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _explain(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    if error.errno == errno.ENOSPC:
-        return (
-            f"{where}no space left on the device; nothing was left behind. Free some, or choose another -o."
-        )
-    return f"{where}{error.strerror or error}"
+def _close_output() -> None:
+    """Let nothing that could not be written be tried again when Python ends."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _our_mistake(error: Exception) -> str:
+    from edkm_export.cli.common_options import is_verbose
+
+    if is_verbose():
+        traceback.print_exception(error)
+    first = (str(error).strip().splitlines() or [""])[0]
+    how = "" if is_verbose() else " run the command again with --verbose to see where, and"
+    return (
+        f"a mistake of edkm-export, not yours: {type(error).__name__}: {first}\n"
+        f"Please{how} report it with `edkm-export --version`."
+    )
 
 
 def _fail(message: str, status: int) -> NoReturn:

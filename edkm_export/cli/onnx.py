@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edkm_export.api.formats import OnnxFormat
 from edkm_export.cli.export import export_arguments, export_options, run_export
+from edkm_export.command_line import command_line
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from converters.onnx.write.export_plan import OnnxPlan
     from edkm_export.checkpoint import Checkpoint
-    from edkm_export.verify.report import Report
 
 __all__ = ["command"]
 
@@ -51,35 +52,19 @@ def command(
 ) -> None:
     """Convert MODEL.PT to an ONNX decoder with cache, bit for bit, and verify the files on disk.
 
-    The folder holds the graph, its weights, the tokenizer and the verification report; onnxruntime-genai, optimum and
-    transformers.js load it as it is. Exit status 1: it was made, but failed verification.
+    The folder holds the graph, its weights, the tokenizer, a model card and the verification report;
+    onnxruntime-genai, optimum and transformers.js load it as it is. Exit status 1: it was made, but the export is not
+    proved faithful, or the quality is beyond its limit.
     """
     exporter = _OnnxExporter(runtime, dtype, opset, context_length, standard_ops)
     run_export(exporter, checkpoint, output, **common)
 
 
 @dataclass(frozen=True)
-class _OnnxExporter:
-    """See `export.Exporter`; the attributes are the options of the command."""
+class _OnnxExporter(OnnxFormat):
+    """See `export.Exporter`."""
 
-    runtime: str
-    dtype: str
-    opset: int | None
-    context_length: int | None
-    standard_ops: bool
     suffix: str = "onnx"
-
-    def plan(self, checkpoint: Checkpoint) -> OnnxPlan:
-        from converters.onnx.write.export_plan import plan_onnx
-
-        return plan_onnx(
-            checkpoint,
-            runtime=self.runtime,
-            dtype=self.dtype,
-            opset=self.opset,
-            context=self.context_length,
-            standard_ops=self.standard_ops,
-        )
 
     def show(self, checkpoint: Checkpoint, plan: OnnxPlan, name: str) -> None:
         from rich.table import Table
@@ -97,19 +82,8 @@ class _OnnxExporter:
     def warn(self, checkpoint: Checkpoint, plan: OnnxPlan) -> None:
         """Nothing: what a profile cannot hold is refused by its plan."""
 
-    def write(self, checkpoint: Checkpoint, plan: OnnxPlan, folder: Path, name: str) -> Path:
-        from converters.onnx.write.bundle import write_bundle
-
-        write_bundle(checkpoint, plan, folder)
-        return folder
-
-    def finish(
-        self, checkpoint: Checkpoint, plan: OnnxPlan, folder: Path, name: str, report: Report | None
-    ) -> None:
-        """Nothing: the report says it all."""
-
-    def next_commands(self, plan: OnnxPlan, folder: Path, name: str) -> list[str]:
+    def next_commands(self, plan: OnnxPlan, folder: Path, checkpoint: Path) -> list[str]:
         return [
-            f"{folder}: try it with `edkm-export generate {folder} --prompt TEXT`; "
-            "report.md says what was proved and what was not."
+            f"{folder}: report.md says what was proved and what was not.",
+            f"next: {command_line('generate', folder, '--prompt', 'Once upon a time')}",
         ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from edkm_export.cli.parameter_types import RECIPE, find_source
 from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
 
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
+    from edkm_export.checkpoint import Checkpoint
+    from edkm_export.loss_estimate import LossEstimate
     from edkm_export.lut_dtypes import LutDtype
     from edkm_export.recipe import Recipe
 
@@ -22,10 +25,19 @@ _CONTEXT = 512
 
 @click.command("palettize", short_help="Cluster a model's weights into lookup tables, in one shot.")
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("model.pt"), show_default=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("model.pt"),
+    show_default=True,
+    help="The checkpoint to write.",
+)
 @click.option("--bits", type=int, help="Bits of an index: 1, 2, 3, 4, 6 or 8.  [default: 4]")
 @click.option(
-    "--group-size", type=int, help="Output rows that share a LUT; 0: one for the weight.  [default: 16]"
+    "--group-size",
+    type=int,
+    help="Output rows that share a lookup table (LUT); 0: one for the weight.  [default: 16]",
 )
 @click.option(
     "--lut-dtype",
@@ -34,6 +46,7 @@ _CONTEXT = 512
 )
 @click.option(
     "--recipe",
+    type=RECIPE,
     help="YAML file or preset (8bit, 6bit, 4bit, 3bit, 2bit, 4bit-per-tensor, 4bit-int8, 3bit-int8, 3bit-int4, "
     "2bit-int4, dense).",
 )
@@ -42,7 +55,19 @@ _CONTEXT = 512
     type=click.Path(path_type=Path),
     help="Text whose activations weigh the clustering. Recommended: it is worth about a bit.",
 )
-@click.option("--calibration-tokens", type=click.IntRange(min=2), default=1024, show_default=True)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=2),
+    default=1024,
+    show_default=True,
+    help="Tokens of the calibration text to use.",
+)
+@click.option(
+    "--estimate/--no-estimate",
+    default=True,
+    show_default=True,
+    help="End with an estimate of the loss, on text that calibration did not see; takes seconds.",
+)
 @click.option("--adapter", help="Folder of a LoRA adapter that is merged into MODEL first; needs peft.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 def command(
@@ -54,6 +79,7 @@ def command(
     recipe: str | None,
     calibration: Path | None,
     calibration_tokens: int,
+    estimate: bool,
     adapter: str | None,
     overwrite: bool,
 ) -> None:
@@ -64,72 +90,31 @@ def command(
     each; a --recipe decides otherwise.
     """
     from edkm_export.atomic import check_output
-    from edkm_export.reference import source as sources
+    from edkm_export.text import check_text, read_text, token_ids
 
-    source = sources.Source.parse(model, adapter)
+    source = find_source(model, adapter)
     check_output(output, overwrite=overwrite)
+    check_text(calibration)
     plan = _recipe(recipe, bits, group_size, lut_dtype)
 
+    text = None if calibration is None else read_text(calibration)
+
     from edkm_export import checkpoint
-    from edkm_export.cli.console import bar, err, megabytes, out
-    from edkm_export.decoder.build import decoder_config
-    from edkm_export.palettization import palettizable_shapes, palettize_model
-    from edkm_export.text import read_text, token_windows
-    from edkm_export.versions import library_versions
+    from edkm_export.api.calibration_data import CalibrationInput
+    from edkm_export.api.one_shot import palettize_language_model
+    from edkm_export.api.subjects import SourceSubject
+    from edkm_export.cli.console import err, megabytes, out
+    from edkm_export.command_line import command_line
 
-    text = read_text(calibration) if calibration is not None else None
-    with err.status(f"loading {model}"):
-        # refuses a family that could not be exported
-        decoder_config(sources.load_config(source).to_dict(), model)
-        account = sources.account(source)
-        account.require_understood()
-        tokenizer = sources.load_tokenizer(source)
-        count = sources.value_count(source)
-        loaded = sources.load_model(source) if count is None else None
-    if count is not None:
-        with bar(f"reading {Path(model).name}", count) as advance:
-            loaded = sources.load_model(source, advance=advance)
-    assert loaded is not None
-    rules = plan.plan(palettizable_shapes(loaded), model)
-
-    energy = None
-    provenance: dict[str, Any] = {
-        "versions": library_versions(),
-        "command": ["edkm-export", *sys.argv[1:]],
-        "seed": None,
-        "base_model": source.provenance(),
-        "source": account.provenance(),
-    }
-    if text is not None:
-        from edkm_export.calibration import input_energy
-
-        windows = token_windows(
-            text, tokenizer, tokens=calibration_tokens, context=_CONTEXT, source=str(calibration)
-        )
-        with bar("calibrating", len(windows)) as advance:
-            energy = input_energy(loaded, windows, advance=lambda: advance(1))
-        provenance["calibration"] = {
-            "text": str(calibration),
-            "sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "tokens": windows.numel(),
-        }
-
-    shapes = palettizable_shapes(loaded)
-    files, config = sources.tokenizer_files(tokenizer, loaded), loaded.config.to_dict()
-    total = sum(shapes[name][0] * shapes[name][1] for name in rules)
-    with bar("palettizing", total) as advance:
-        parts = palettize_model(
-            loaded, plan, energy=energy, source=model, advance=lambda _name, count: advance(count)
-        )
-    finished = checkpoint.Checkpoint(
-        config=config,
-        palettized=parts.palettized,
-        dense=parts.dense,
-        tied=parts.tied,
-        tokenizer=files,
-        recipe=plan.model_dump(mode="json"),
-        provenance=provenance,
+    done = palettize_language_model(
+        SourceSubject(source),
+        plan,
+        calibration=None if text is None else CalibrationInput(str(calibration), text=text),
+        calibration_tokens=calibration_tokens,
+        estimate=estimate,
+        command=["edkm-export", *sys.argv[1:]],
     )
+    finished, found = done.checkpoint, done.estimate
     with err.status(f"writing {output}"):
         checkpoint.save(finished, output, overwrite=overwrite)
 
@@ -139,8 +124,8 @@ def command(
         f"{weights:,} of {finished.numel:,} parameters",
         soft_wrap=True,
     )
-    for remark in account.remarks:
-        out.print(f"{model}: {remark}", soft_wrap=True, markup=False)
+    for remark in done.remarks:
+        out.print(f"{model}: {remark}", soft_wrap=True)
     out.print(
         f"{megabytes(finished.size_bytes)}, {finished.bits_per_weight:.2f} bits a weight "
         f"(float16: {megabytes(finished.numel * 2)})"
@@ -151,7 +136,66 @@ def command(
             "that matter: at 4 bits and below this makes the difference between usable and not.",
             soft_wrap=True,
         )
-    out.print(f"next: edkm-export coreml {output}", soft_wrap=True)
+    if found is not None:
+        on = "the built-in sample" if calibration is None else f"held-out tokens of {calibration.name}"
+        out.print(_describe(found, on), soft_wrap=True, markup=False)
+        if not found.is_tolerable:
+            tokens = 0 if text is None else len(token_ids(text, done.tokenizer, _CONTEXT))
+            _print_remedy(finished, model, adapter, calibration, tokens)
+    elif estimate and calibration is not None and finished.palettized:
+        out.print(
+            f"No estimate of the loss: {calibration} has too few tokens to hold some out.",
+            soft_wrap=True,
+            markup=False,
+        )
+    out.print_command("next:", command_line("coreml", output))
+
+
+def _describe(found: LossEstimate, on: str) -> str:
+    return (
+        f"estimated loss, on {found.tokens} {'tokens of ' if on.startswith('the') else ''}{on}: perplexity "
+        f"{found.perplexity_original:.2f} -> {found.perplexity_palettized:.2f} (x{found.ratio:.2f}), "
+        f"KL to the original {found.kl:.3f} nats a token, same top token {found.top1:.1%}"
+    )
+
+
+def _print_remedy(
+    made: Checkpoint, model: str, adapter: str | None, calibration: Path | None, tokens: int
+) -> None:
+    """Say what to do about a loss that is too large."""
+    from edkm_export.cli.console import out
+    from edkm_export.command_line import command_line
+    from edkm_export.loss_estimate import TOLERABLE_RATIO
+
+    bits = min(tensor.n_bits for tensor in made.palettized.values())
+    out.print(f"Above x{TOLERABLE_RATIO:g} the model is much worse than the original.")
+    if calibration is None:
+        out.print("First give a --calibration text.")
+    if bits >= 4:
+        out.print(f"More bits help (--bits {8 if bits > 4 else 6}), and so does training:")
+    else:
+        out.print("Below 4 bits use train, which wins most of it back:")
+    preset = {1: "2bit", 2: "2bit", 3: "3bit"}.get(bits, "4bit")
+    words = ["train", model, "--data", str(calibration or "TEXT"), "--preset", preset]
+    if bits == 1:
+        words += ["--bits", "1"]
+    if adapter is not None:
+        words += ["--adapter", adapter]
+    if calibration is not None and tokens < _CONTEXT:
+        words += ["--context", str(tokens)]
+    name = Path(model).stem.lower() if Path(model).is_file() else Path(model).name
+    out.print_command("", command_line(*words, "-o", _free(f"{name}-{preset}")))
+    if calibration is None:
+        out.print("(TEXT is any ordinary text of some thousand words.)")
+
+
+def _free(name: str) -> str:
+    """A name that nothing has yet."""
+    numbers = itertools.count(2)
+    found = name
+    while Path(found).exists():
+        found = f"{name}-{next(numbers)}"
+    return found
 
 
 def _recipe(
@@ -164,7 +208,10 @@ def _recipe(
 
     if reference is None:
         return uniform_recipe(
-            4 if bits is None else bits, 16 if group_size is None else group_size, lut_dtype or "float16"
+            4 if bits is None else bits,
+            16 if group_size is None else group_size,
+            lut_dtype or "float16",
+            fit_groups=group_size is None,
         )
     if bits is not None or group_size is not None or lut_dtype is not None:
         raise click.UsageError(

@@ -8,11 +8,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edkm_export.cli.parameter_types import FILE, RECIPE, find_source
 from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
+
+if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
+    from edkm_export.reference.source import Source
+    from edkm_export.training.train_config import TrainConfig
 
 __all__ = ["command"]
 
@@ -31,15 +36,19 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
     type=click.Choice(_PRESETS),
     default="4bit",
     show_default=True,
-    help="Where settings start from.",
+    help="Where settings start from; any other option changes one of them.",
+)
+@click.option("--config", "config_file", type=FILE, help="YAML with any of the settings.")
+@click.option("--recipe", type=RECIPE, help="YAML file or preset: bits, groups and LUT dtype by layer.")
+@click.option("--bits", type=int, help="Bits of an index: 1, 2, 3, 4, 6 or 8.")
+@click.option(
+    "--target-bits",
+    type=float,
+    help="Average bits a weight of the decoder, LUTs included; sensitive layers get more.",
 )
 @click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="YAML with any of the settings."
+    "--group-size", type=int, help="Output rows that share a lookup table (LUT); 0: one for the weight."
 )
-@click.option("--recipe", help="YAML file or preset: bits, groups and LUT dtype by layer.")
-@click.option("--bits", type=int, help="Bits of an index: 1, 2, 3, 4, 6 or 8.")
-@click.option("--target-bits", type=float, help="Average bits a weight; sensitive layers get more.")
-@click.option("--group-size", type=int, help="Output rows that share a LUT; 0: one for the weight.")
 @click.option(
     "--lut-dtype",
     type=click.Choice(LUT_DTYPE_NAMES),
@@ -48,12 +57,22 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 @click.option(
     "--backward",
     type=click.Choice(["straight-through", "soft", "dkm"]),
-    help="How gradients pass the clustering.",
+    help="How gradients pass the clustering: past it, to weights and LUTs (straight-through), through soft "
+    "assignments (soft), or through the differentiable k-means of the DKM paper (dkm).",
 )
-@click.option("--objective", type=click.Choice(["distillation", "cross-entropy"]), help="Loss.")
-@click.option("--temperature", type=float, help="Of the distillation.")
 @click.option(
-    "--importance", type=click.Choice(["fisher", "energy", "none"]), help="What weighs the first clusters."
+    "--objective",
+    type=click.Choice(["distillation", "cross-entropy"]),
+    help="Loss: repeat the original's predictions, or the text.",
+)
+@click.option(
+    "--temperature", type=float, help="Of the distillation: above 1, less likely tokens count more."
+)
+@click.option(
+    "--importance",
+    type=click.Choice(["fisher", "energy", "none"]),
+    help="What decides which weights matter when they are clustered first: gradients and activations (fisher), "
+    "activations (energy), or nothing.",
 )
 @click.option("--fold-scales/--no-fold-scales", default=None, help="Fold activation outliers into the norms.")
 @click.option(
@@ -72,31 +91,50 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 @click.option("--context", type=int, help="Tokens of a window.")
 @click.option("--batch-size", type=int, help="Windows of a micro-batch.")
 @click.option("--accumulate", type=int, help="Micro-batches of a step.")
-@click.option("--weight-rate", type=float, help="Learning rate of weights, as a share of their size.")
-@click.option("--lut-rate", type=float, help="Learning rate of LUTs, likewise.")
+@click.option(
+    "--weight-rate",
+    type=float,
+    help="Learning rate of weights: change a step, as a share of their typical size.",
+)
+@click.option("--lut-rate", type=float, help="Learning rate of LUT entries, likewise.")
 @click.option("--norm-rate", type=float, help="Learning rate of norms and biases, likewise.")
 @click.option("--warmup", type=float, help="Share of the run in which the rates rise.")
 @click.option("--decay", type=click.Choice(["linear", "cosine", "none"]), help="How the rates fall.")
 @click.option(
-    "--refit-every", type=int, help="Steps between moves of centroids to their weights' mean; 0: never."
+    "--refit-every",
+    type=int,
+    help="Steps between moves of LUT entries to the mean of their weights; 0: never.",
 )
-@click.option("--bf16/--float32", default=None, help="Products in bfloat16.  [default: on CUDA]")
-@click.option("--gradient-checkpointing/--keep-activations", default=None)
+@click.option(
+    "--bf16/--float32",
+    default=None,
+    help="Matrix products in bfloat16 or float32.  [default: bfloat16 on CUDA]",
+)
+@click.option(
+    "--gradient-checkpointing/--keep-activations",
+    default=None,
+    help="Compute activations again in the backward pass: less memory, about a third slower.",
+)
 @click.option(
     "--record-steps/--launch-steps",
     default=None,
     help="On CUDA, run steps as a recorded CUDA graph.  [default: record, where the model allows it]",
 )
-@click.option("--seed", type=int)
+@click.option("--seed", type=int, help="Of the order of the data, and of sampling.  [default: 0]")
 @click.option(
-    "--eval-text", multiple=True, type=click.Path(path_type=Path), help="Text for perplexity and KL."
+    "--eval-text",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Text to measure perplexity and the KL divergence from the original on; may be given several times.",
 )
-@click.option("--eval-tokens", type=int, help="Tokens of each.")
+@click.option("--eval-tokens", type=int, help="Tokens of each text.")
 @click.option("--eval-every", type=int, help="Steps between evaluations; 0: first and last only.")
 @click.option("--save-every", type=int, help="Steps between checkpoints; 0: none.")
 @click.option("--log-every", type=int, help="Steps between lines of the log.")
 @click.option("--adapter", help="Folder of a LoRA adapter that is merged into MODEL first; needs peft.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]))
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Where to train.  [default: cuda, if there is one]"
+)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing run.")
 def command(
@@ -128,9 +166,16 @@ def command(
             "--recipe decides bits, groups and LUT dtype; leave --bits, --group-size and --lut-dtype out."
         )
 
-    from edkm_export.reference.source import Source
+    from edkm_export.atomic import check_output
+    from edkm_export.text import check_text
 
-    source = Source.parse(model, adapter)
+    source = find_source(model, adapter)
+    check_output(output, overwrite=overwrite or resume, folder=True)
+    for path in data:
+        if path.suffix != ".tokens":  # text that is tokenized already
+            check_text(path, least_characters=1)
+    for path in eval_text:
+        check_text(path)
 
     import torch
 
@@ -148,13 +193,11 @@ def command(
     if config_file is not None:
         changes |= load_config_file(config_file)
     changes |= {name: value for name, value in settings.items() if value is not None}
-    if recipe is not None and "target_bits" not in changes:
-        changes["target_bits"] = None
-    if settings["target_bits"] is not None and settings["bits"] is None and recipe is None:
-        changes["bits"] = _below(settings["target_bits"])
-    elif settings["bits"] is not None and settings["target_bits"] is None:
-        changes["target_bits"] = None
+    if recipe is not None or "bits" in changes:
+        changes.setdefault("target_bits", None)  # the preset's own belongs to its bits
     config = PRESETS[preset].updated(changes)
+    if config.target_bits is not None and config.strict_target and "bits" not in changes and recipe is None:
+        config = _widest(source, config)
     rules = None if recipe is None else load_recipe(recipe)
     accounted = account(source)
     accounted.require_understood()
@@ -164,7 +207,7 @@ def command(
         "data": _digests(data),
         "source": accounted.provenance(),
     }
-    with _shown(output) as (announce, advance):
+    with _shown(output, config.save_every, resume=resume) as (announce, tell, advance):
         run = Run(
             source,
             data,
@@ -174,6 +217,7 @@ def command(
             eval_texts=eval_text,
             provenance=provenance,
             announce=announce,
+            tell=tell,
             advance=advance,
         )
         outcome = run.complete(device=chosen, resume=resume, overwrite=overwrite)
@@ -186,53 +230,75 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _below(target: float) -> int:
-    """The largest size that fits below a target."""
-    from edkm_export.errors import InputError
-    from edkm_export.packing import SUPPORTED_BITS
+def _widest(source: Source, config: TrainConfig) -> TrainConfig:
+    """The settings with the most bits that fit their target."""
+    from edkm_export.reference.outline import outline
+    from edkm_export.training.preparation import largest_bits
 
-    sizes = [bits for bits in SUPPORTED_BITS if bits < target]
-    if not sizes:
-        raise InputError(f"--target-bits {target:g}: is below 1 bit and its LUTs.")
-    return max(sizes)
+    assert config.target_bits is not None
+    bits = largest_bits(
+        outline(source),
+        config.target_bits,
+        config.group_size,
+        config.lut_dtype,
+        fit_groups=not config.strict_groups,
+        source=source.reference,
+    )
+    return config.model_copy(update={"bits": bits})
 
 
 @contextlib.contextmanager
-def _shown(output: Path) -> Iterator[tuple[Callable[[str], None], Callable[[float], None]]]:
-    """A bar for what is done meanwhile: give it the name of each stage, and the shares of the training."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+def _shown(
+    output: Path, save_every: int, *, resume: bool
+) -> Iterator[tuple[Callable[[str], None], Callable[[str], None], Callable[[float], None]]]:
+    """Show what is done meanwhile: give it the name of each stage, lines to keep, and shares of the training."""
+    from edkm_export.activity import activity
     from edkm_export.cli.console import err
 
-    share = TextColumn("{task.percentage:>3.1f}%")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        share,
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=err, transient=not err.is_terminal, disable=not err.is_terminal or not _is_first()
-    ) as progress:
-        task = progress.add_task("starting", total=1.0)
+    stepped = resume
 
-        def announce(name: str) -> None:
-            progress.update(task, description=name)
-            if not err.is_terminal and _is_first():
-                err.print(f"- {name}", markup=False)
+    def tell(line: str) -> None:
+        if _is_first():
+            err.print(line, markup=False, soft_wrap=True)
 
+    def advance(_share: float) -> None:
+        nonlocal stepped
+        stepped = True
+
+    with activity("starting") as stage:
         try:
-            yield announce, lambda share: progress.advance(task, share)
+            yield stage.rename, tell, advance
         except KeyboardInterrupt:
-            err.print(f"stopped; the same command with --resume goes on from the last checkpoint in {output}")
+            tell(_stopped(output, save_every) if stepped else _NO_STEP)
             sys.exit(130)
+
+
+_NO_STEP = "stopped before the first step; nothing was left behind"
+
+
+def _stopped(output: Path, save_every: int) -> str:
+    """What an interrupted run left, and what can be done with it."""
+    from edkm_export.training import run_checkpoints
+    from edkm_export.training.run_folder import RunFolder
+
+    last = run_checkpoints.last_complete(RunFolder(output).checkpoints)
+    if last is not None:
+        step = run_checkpoints.read_state(last)["step"]
+        return f"stopped; the same command with --resume goes on from step {step} ({last})"
+    if not RunFolder(output).log.exists():
+        return _NO_STEP
+    often = f"one is saved every {save_every} steps" if save_every else "--save-every 0 saves none"
+    return (
+        f"stopped before the first checkpoint ({often}), so that there is nothing to go on from; "
+        f"to start again, add --overwrite"
+    )
 
 
 def _print(outcome: Any) -> None:
     from rich.table import Table
 
     from edkm_export.cli.console import out, print_wide
+    from edkm_export.command_line import command_line
 
     if outcome.evaluations:
         table = Table("text", "model", "perplexity", "KL to the original", "same top token")
@@ -249,7 +315,7 @@ def _print(outcome: Any) -> None:
         f"{outcome.average_bits:.2f} bits a weight of the decoder, LUTs included",
         soft_wrap=True,
     )
-    out.print(f"next: edkm-export coreml {outcome.path}", soft_wrap=True)
+    out.print_command("next:", command_line("coreml", outcome.path))
 
 
 def _digests(data: tuple[Path, ...]) -> dict[str, str]:

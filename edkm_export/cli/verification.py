@@ -2,53 +2,94 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import sys
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
+from edkm_export.cli.parameter_types import RUN, find_named_original, original_options
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
-    from edkm_export.reference.soft_model import SoftWeights
     from edkm_export.reference.source import Source
     from edkm_export.verify.inputs import VerificationInputs
-    from edkm_export.verify.report import Report
 
-__all__ = [
-    "climb",
-    "find_original",
-    "find_soft",
-    "prepare",
-    "read_evaluation_text",
-    "verification_options",
-]
+__all__ = ["minutes_option", "prepare", "verification_options"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+class _Ratio(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A number above 0, "preset" or "none"."""
+
+    name = "RATIO|preset|none"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | Literal["preset", "none"]:
+        """Read it."""
+        text = str(value).lower()
+        if text == "preset":
+            return "preset"
+        if text == "none":
+            return "none"
+        try:
+            ratio = float(text)
+        except ValueError:
+            ratio = math.nan
+        if not 0 < ratio < math.inf:
+            self.fail(f"{value!r} is neither a number above 0, nor 'preset' or 'none'.", param, ctx)
+        return ratio
+
+
+minutes_option = click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Time for comparing models: fewer tokens are compared then, and it is said how many.  [default: no limit]",
+)
+
+
 def verification_options(function: _F) -> _F:
-    """Add --text, --tokens, --prompt, --original, --run, --localize and --max-perplexity-ratio to a command."""
+    """Add --text, --tokens, --prompt, --original, --adapter, --run, --localize and others to a command.
+
+    Its parameter `original` is a Source, or None.
+    """
+    return _with_options(_with_named_original(function))
+
+
+def _with_named_original(function: _F) -> _F:
+    @functools.wraps(function)
+    def run(*arguments: Any, original: str | None, adapter: str | None, **others: Any) -> Any:
+        return function(*arguments, original=find_named_original(original, adapter), **others)
+
+    return run  # type: ignore[return-value]
+
+
+def _with_options(function: _F) -> _F:
     for option in (
+        minutes_option,
         click.option(
             "--localize", is_flag=True, help="When an execution fails, find the first operation that is off."
         ),
         click.option(
             "--max-perplexity-ratio",
-            type=float,
-            default=MAX_PERPLEXITY_RATIO,
+            type=_Ratio(),
+            default="preset",
             show_default=True,
-            help="Worst allowed perplexity of the palettized model, as a multiple of the original's.",
+            help="Worst allowed perplexity of the palettized model, as a multiple of the original's; beyond it the "
+            "exit status is 1. preset: what is usual for its bits; none: no limit.",
         ),
         click.option(
             "--run",
-            type=click.Path(path_type=Path),
-            help="Folder of the training run, when MODEL.PT is not in it: its soft model is compared too.",
+            type=RUN,
+            help="Folder of the training run, when MODEL.PT is not in it: the model as training held it, before each "
+            "weight was rounded to its lookup table (soft model), is compared too.",
         ),
-        click.option("--original", help="The float model, when it is not where it was palettized from."),
+        original_options,
         click.option(
             "--tokens",
             type=click.IntRange(min=2),
@@ -77,126 +118,30 @@ def prepare(
     *,
     text: Path | None,
     tokens: int,
-    original: str | None,
+    original: Source | None,
     run: Path | None,
-    max_perplexity_ratio: float,
+    max_perplexity_ratio: float | Literal["preset", "none"],
     prompts: tuple[str, ...],
     localize: bool,
+    minutes: float | None,
 ) -> VerificationInputs:
     """Read what the options name, before the long work.
 
     Raises:
         InputError: the text, the original or the run that was asked for cannot be used.
     """
-    from edkm_export.reference import llamacpp
-    from edkm_export.verify.inputs import VerificationInputs
+    from edkm_export.api.climbing import verification_inputs
+    from edkm_export.api.originals import read_evaluation_text
 
-    content, name = read_evaluation_text(text)
-    source, missing = find_original(checkpoint, original)
-    soft, no_soft = find_soft(checkpoint, run)
-    return VerificationInputs(
-        text=content,
-        text_name=name,
+    return verification_inputs(
+        checkpoint,
+        text=None if text is None else read_evaluation_text(text),
         tokens=tokens,
-        original=source,
-        original_missing=missing,
-        original_required=original is not None,
-        runtime=llamacpp,
-        max_perplexity_ratio=max_perplexity_ratio,
+        original=original,
+        run=run,
+        max_perplexity_ratio=None if max_perplexity_ratio == "none" else max_perplexity_ratio,
         prompts=prompts,
         localize=localize,
-        soft=soft,
-        soft_missing=no_soft,
-        soft_required=run is not None,
+        minutes=minutes,
+        command=("edkm-export", *sys.argv[1:]),
     )
-
-
-def climb(
-    checkpoint: Checkpoint,
-    path: Path,
-    evaluation: VerificationInputs,
-    predicted_size_bytes: int | None = None,
-) -> Report:
-    """Climb the ladder with a progress bar.
-
-    Args:
-        checkpoint: what the artifact should hold.
-        path: of the artifact, as `find_artifact` gives it.
-        evaluation: from `prepare`.
-        predicted_size_bytes: what the exporter promised; None: what a plan of the same export says.
-    """
-    from edkm_export.cli import artifacts
-    from edkm_export.cli.console import err, stages
-    from edkm_export.verify.ladder import count_stages, verify_artifact
-
-    with err.status("reading the artifact"):
-        artifact = artifacts.open_artifact(path)
-        if predicted_size_bytes is None:
-            predicted_size_bytes = artifacts.predicted_size_bytes(checkpoint, artifact)
-    with stages(count_stages(artifact, evaluation)) as advance:
-        return verify_artifact(
-            checkpoint, artifact, evaluation, predicted_size_bytes=predicted_size_bytes, advance=advance
-        )
-
-
-def read_evaluation_text(path: Path | None) -> tuple[str, str]:
-    """A text and what to call it; the built-in sample when no file is named."""
-    from edkm_export.text import read_text
-
-    if path is None:
-        return (files("edkm_export.verify") / "sample.txt").read_text(encoding="utf-8"), "built-in sample"
-    return read_text(path), str(path)
-
-
-def find_original(checkpoint: Checkpoint, asked: str | None) -> tuple[Source | None, str]:
-    """The float model, or the reason why there is none. One that was asked for must be there."""
-    from edkm_export.errors import InputError
-    from edkm_export.reference.source import Source
-
-    if asked is not None:
-        return Source.parse(asked), ""
-    base = checkpoint.provenance.get("base_model")
-    reference = base.get("reference") if isinstance(base, dict) else None
-    if not isinstance(reference, str):
-        return None, "the checkpoint does not say what it was made from; name it with --original"
-    if not Path(reference).exists():
-        return None, f"{reference} is not here; name it with --original"
-    try:
-        adapter = base.get("adapter") if isinstance(base, dict) else None
-        source = Source.parse(reference, adapter.get("reference") if isinstance(adapter, dict) else None)
-        if not _is_unchanged(source, base):
-            return (
-                None,
-                f"{reference} has changed since it was palettized; name the right one with --original",
-            )
-    except InputError as error:
-        return None, str(error)
-    return source, ""
-
-
-def _is_unchanged(source: Source, recorded: Any) -> bool:
-    """Whether the weights of a source, and of its adapter, are those that were recorded."""
-    found = source.provenance()
-    added, before = found.get("adapter", {}), recorded.get("adapter") or {}
-    return bool(found["sha256"] == recorded.get("sha256") and added.get("sha256") == before.get("sha256"))
-
-
-def find_soft(checkpoint: Checkpoint, asked: Path | None) -> tuple[SoftWeights | None, str]:
-    """What the run of a checkpoint left of its soft model, or the reason why there is none.
-
-    Without `asked` the run is looked for where the checkpoint lies. One that was asked for must be there.
-    """
-    from edkm_export.errors import InputError
-
-    folder = asked or (checkpoint.path.parent if checkpoint.path is not None else None)
-    if asked is None and (folder is None or "training" not in checkpoint.provenance):
-        return None, "the checkpoint was palettized in one shot: there is no soft model"
-    assert folder is not None
-    from edkm_export.training.soft_weights import read_soft_weights
-
-    try:
-        return read_soft_weights(folder, checkpoint), ""
-    except InputError as error:
-        if asked is not None:
-            raise
-        return None, str(error)

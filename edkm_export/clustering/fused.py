@@ -1,4 +1,4 @@
-"""DKM on the GPU with fused kernels: no attention in memory.
+"""Launches of the fused kernels of DKM on a GPU: no attention in memory.
 
 Same mathematics and same saved tensors as `histogram` and `streaming`, whose plain torch code remains the
 fallback and the oracle.
@@ -14,24 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from edkm_export.clustering.recurrence import least_mass
 
-__all__ = ["FusedHistogram", "FusedStreaming", "bins_of", "can_fuse"]
+__all__ = ["LEAST", "WARPS", "Passes", "bins_of", "can_fuse", "cores", "kernels", "room"]
 
-_TILE = 2048  # entries of an attention tile over bins: 16 a thread, which 4 warps hold in registers
 _WEIGHT_TILE = 4096  # over weights: 32 a thread, measured 4-15% faster there
 _PROGRAMS = 8  # a multiprocessor
-_WARPS = 4
-_FLAT_BLOCK = 2048  # weights that a program counts or looks up
-_WORTH_SAVING = 512  # the share of the weight that saved counts may take: 1 / 512
-_COPIES = 64  # of the bins, at most, to count in at the same time
-_LEAST = least_mass(torch.float32)
+WARPS = 4
+LEAST = least_mass(torch.float32)
 
 
 @cache
-def _kernels(name: str) -> ModuleType:
+def kernels(name: str) -> ModuleType:
+    """A module of kernels of this package, imported when it is needed."""
     return importlib.import_module(f"edkm_export.clustering.{name}")
 
 
@@ -58,12 +54,12 @@ def bins_of(dtype: torch.dtype) -> int:
 
 
 @cache
-def _cores(device: torch.device) -> int:
+def cores(device: torch.device) -> int:
     """Multiprocessors; 1 for the CPU, where Triton's interpreter can run the kernels."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-class _Passes:
+class Passes:
     """Launches of passes over weights [groups, m], `parts` programs a group."""
 
     def __init__(self, weight: Tensor, tau: Tensor, k: int) -> None:
@@ -72,7 +68,7 @@ class _Passes:
         self.width = 1 << (k - 1).bit_length()
         self.block = max(16, _WEIGHT_TILE // self.width)
         blocks = -(-self.m // self.block)
-        self.parts = max(1, min(-(-_PROGRAMS * _cores(weight.device) // self.groups), blocks))
+        self.parts = max(1, min(-(-_PROGRAMS * cores(weight.device) // self.groups), blocks))
         self.chunk = -(-blocks // self.parts) * self.block
 
     @property
@@ -92,11 +88,24 @@ class _Passes:
         tail: tuple[float, ...] = (self.m, self.chunk, self.groups, self.k, self.parts)
         options: dict[str, Any] = {"K": self.width, "BLOCK": self.block, **choices}
         if reduces:
-            tail, options["ROWS"] = (*tail, _LEAST), self.rows
+            tail, options["ROWS"] = (*tail, LEAST), self.rows
         if name == "iterate":
             options["FIRST"] = arguments[-1] == 0
-        kernel = getattr(_kernels("kernels"), name)
-        kernel[(self.groups * self.parts,)](self.weight, *arguments, *tail, **options, num_warps=_WARPS)
+        kernel = getattr(kernels("kernels"), name)
+        kernel[(self.groups * self.parts,)](self.weight, *arguments, *tail, **options, num_warps=WARPS)
+
+    def reduce(self, name: str, *arguments: Tensor | int) -> None:
+        """Launch what only adds up the sums of a pass: one program a group."""
+        getattr(kernels("kernels"), name)[(self.groups,)](
+            *arguments,
+            self.groups,
+            self.k,
+            self.parts,
+            LEAST,
+            K=self.width,
+            ROWS=self.rows,
+            num_warps=WARPS,
+        )
 
     def apply_sums(self, upstream: Tensor, iterates: Tensor, collected: Tensor | None) -> Tensor:
         """Sums for the gradients of c^T and c^{T-1} through the soft weight; G d goes to `collected`."""
@@ -109,163 +118,9 @@ class _Passes:
         return applied
 
 
-def _room(centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+def room(centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Tensors for the centroids, c^0 filled in, and the masses of each iteration."""
     groups, k = centroids.shape
     iterates = centroids.new_empty(iterations + 1, groups, k)
     iterates[0] = centroids
     return iterates, centroids.new_empty(iterations, groups, k)
-
-
-class FusedStreaming(torch.autograd.Function):
-    """Soft weight and last centroids, by passes over the weights.
-
-    apply(weight [groups, m], centroids float32 [groups, k], tau float32 [groups], iterations)
-    -> (weight's dtype [groups, m], float32 [groups, k]). The backward pass of a 16-bit weight takes a float32
-    tensor of its shape meanwhile.
-    """
-
-    @staticmethod
-    def forward(  # noqa: D102
-        ctx: Any, weight: Tensor, centroids: Tensor, tau: Tensor, iterations: int
-    ) -> tuple[Tensor, Tensor]:
-        weight, tau = weight.contiguous(), tau.contiguous()
-        iterates, masses = _room(centroids, iterations)
-        soft = torch.empty_like(weight)
-        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
-            passes = _Passes(weight, tau, centroids.shape[1])
-            before, sums = passes.sums(), passes.sums()
-            for t in range(iterations):
-                before, sums = sums, before
-                passes.launch("iterate", tau, iterates, masses, before, sums, t)
-            passes.launch("soften", tau, iterates, masses, sums, soft, iterations)
-        ctx.save_for_backward(weight, tau, iterates, masses)
-        return soft, iterates[-1].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_soft: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        weight, tau, iterates, masses = ctx.saved_tensors
-        last, grad_soft = len(masses), grad_soft.contiguous()
-        gradients, out = torch.empty_like(iterates), torch.empty_like(weight)
-        gradients[-1] = grad_last
-        collected = out if weight.dtype == torch.float32 else torch.empty_like(weight, dtype=torch.float32)
-        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
-            passes = _Passes(weight, tau, iterates.shape[2])
-            applied = passes.apply_sums(grad_soft, iterates, collected)
-            before, sums = passes.sums(), passes.sums()
-            trace = (iterates, masses, gradients, applied)
-            for t in range(last - 1, -1, -1):
-                before, sums = sums, before
-                target = out if t == 0 else collected
-                passes.launch("pull_iteration", tau, *trace, before, sums, collected, target, t, last)
-            _kernels("kernels").close[(passes.groups,)](
-                tau, masses, gradients, applied, sums, last, passes.groups, passes.k, passes.parts, _LEAST,
-                K=passes.width, ROWS=passes.rows, num_warps=_WARPS,
-            )  # fmt: skip
-        return out, gradients[0], None, None
-
-
-class _Bins:
-    """The histogram of a 16-bit weight, and what is looked up in tables over its bins.
-
-    Attributes:
-        largest: largest magnitude pattern of each group, int32 [groups].
-        counts: how many weights fall into each bin, int32 [groups, bins].
-    """
-
-    def __init__(self, weight: Tensor, known: tuple[Tensor, ...] = ()) -> None:
-        """`known`: what `memory` gave earlier."""
-        self.weight = weight
-        self.groups, self.m = weight.shape
-        self.number = bins_of(weight.dtype)
-        self.kernels = _kernels("histogram_kernels")
-        if known:
-            self.largest, self.counts = known
-            return
-        self.largest = torch.zeros(self.groups, dtype=torch.int32, device=weight.device)
-        self._flat("find_largest", self.largest, windowed=False)
-        self.counts = self._count()
-
-    @property
-    def memory(self) -> tuple[Tensor, ...]:
-        """What to save for the backward pass: the counts where they are next to nothing."""
-        small = self.counts.nbytes * _WORTH_SAVING <= self.weight.nbytes
-        return (self.largest, self.counts) if small else ()
-
-    def _count(self) -> Tensor:
-        copies = max(1, min(_COPIES, _cores(self.weight.device) // self.groups))
-        shape = (self.groups, copies, self.number)
-        counts = torch.zeros(shape, dtype=torch.int32, device=self.weight.device)
-        self._flat("count", self.largest, counts, copies=copies)
-        return counts[:, 0] if copies == 1 else counts.sum(1, dtype=torch.int32)
-
-    def look_up(self, table: Tensor, out: Tensor) -> None:
-        """Entry of the table [groups, bins] for each weight."""
-        self._flat("look_up", self.largest, table, out)
-
-    def combine(self, grad: Tensor, own: Tensor, shared: Tensor, out: Tensor) -> None:
-        """grad * own + shared, the tables looked up."""
-        self._flat("combine", self.largest, grad, own, shared, out)
-
-    def recurrence(self, name: str, *arguments: Any, width: int, **options: int) -> None:
-        """Launch `settle` or `unsettle`, one program a group."""
-        getattr(self.kernels, name)[(self.groups,)](
-            *arguments, _LEAST, HALF=self.number // 2, K=width, BLOCK=max(16, _TILE // width), num_warps=_WARPS,
-            **options,
-        )  # fmt: skip
-
-    def _flat(self, name: str, *tensors: Tensor, windowed: bool = True, copies: int | None = None) -> None:
-        blocks = -(-self.m // _FLAT_BLOCK)
-        sizes = (self.m, blocks) if copies is None else (self.m, blocks, copies)
-        options = {"HALF": self.number // 2} if windowed else {}
-        getattr(self.kernels, name)[(self.groups * blocks,)](
-            self.weight, *tensors, *sizes, BLOCK=_FLAT_BLOCK, **options
-        )
-
-
-class FusedHistogram(torch.autograd.Function):
-    """Soft weight and last centroids of 16-bit weights, by the recurrence on their histogram.
-
-    apply(weight [groups, m], centroids float32 [groups, k], tau float32 [groups], iterations)
-    -> (weight's dtype [groups, m], float32 [groups, k]). Saved are references to the weight and the
-    temperature, the centroids and masses of each iteration, and the counts where the groups are large (32 KiB for
-    bfloat16); otherwise these are counted again.
-    """
-
-    @staticmethod
-    def forward(  # noqa: D102
-        ctx: Any, weight: Tensor, centroids: Tensor, tau: Tensor, iterations: int
-    ) -> tuple[Tensor, Tensor]:
-        weight, tau = weight.contiguous(), tau.contiguous()
-        groups, k = centroids.shape
-        iterates, masses = _room(centroids, iterations)
-        soft = torch.empty_like(weight)
-        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
-            bins = _Bins(weight)
-            table = weight.new_empty(groups, bins.number)
-            bins.recurrence(
-                "settle", bins.counts, bins.largest, tau, iterates, masses, table, iterations, groups, k,
-                width=1 << (k - 1).bit_length(),
-            )  # fmt: skip
-            bins.look_up(table, soft)
-        ctx.save_for_backward(weight, tau, iterates, masses, *bins.memory)
-        return soft, iterates[-1].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_soft: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        weight, tau, iterates, masses, *known = ctx.saved_tensors
-        grad_soft, out = grad_soft.contiguous(), torch.empty_like(weight)
-        gradients = torch.empty_like(iterates)
-        gradients[-1] = grad_last
-        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
-            passes, bins = _Passes(weight, tau, iterates.shape[2]), _Bins(weight, tuple(known))
-            applied = passes.apply_sums(grad_soft, iterates, None)
-            own, shared = (tau.new_empty(passes.groups, bins.number) for _ in range(2))
-            bins.recurrence(
-                "unsettle", weight, bins.counts, bins.largest, tau, iterates, masses, gradients, applied, own, shared,
-                len(masses), passes.groups, passes.k, passes.parts, width=passes.width, ROWS=passes.rows,
-            )  # fmt: skip
-            bins.combine(grad_soft, own, shared, out)
-        return out, gradients[0], None, None

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["close", "iterate", "pull_apply", "pull_iteration", "soften"]
+__all__ = ["close", "conclude", "iterate", "pull_apply", "pull_iteration", "soften"]
 
 _FAR = tl.constexpr(1e18)  # a centroid that attracts nothing: its square is finite, and 2**-square is zero
 
@@ -136,6 +136,17 @@ def iterate(
         moment += power * (inverse * y)[None, :]
     _leave(partial, 0, group, part, parts, tl.sum(mass, 1), K)
     _leave(partial, 1, group, part, parts, tl.sum(moment, 1), K)
+
+
+@triton.jit(do_not_specialize=["t"])
+def conclude(
+    tau, centroids, masses, before, t, groups, k, parts, least,
+    K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Keep c^T and S^{T-1}, t = T, from the sums of the last pass `before`; one program a group."""
+    group = tl.program_id(0).to(tl.int64)
+    scale, _ = scale_of(tau, group)
+    _next(centroids, masses, before, t, group, groups, k, parts, least, scale, True, K, ROWS)
 
 
 @triton.jit(do_not_specialize=["t"])

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from edkm_export.clustering.dense import cluster_dense
-from edkm_export.clustering.fused import FusedHistogram, FusedStreaming, bins_of, can_fuse
+from edkm_export.clustering.fused import bins_of, can_fuse
+from edkm_export.clustering.fused_histogram import FusedHistogram
+from edkm_export.clustering.fused_trace import FusedStreaming
 from edkm_export.clustering.histogram import Histogram
 from edkm_export.clustering.marshaling import MarshaledTensors
 from edkm_export.clustering.streaming import Streaming

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from edkm_export.command_line import command_line
 from edkm_export.errors import SourceError
+from edkm_export.reference.origin import Origin
 
 __all__ = ["Account"]
 
@@ -27,6 +29,7 @@ class Account:
         without_effect: {tensor or setting that changes no logit: why not}.
         not_understood: {tensor or setting: what is missing to use it}.
         remarks: what was done to the weights on the way, such as a dequantization, in words.
+        origin: licence and hub id, as far as the source names them.
     """
 
     source: str
@@ -36,6 +39,7 @@ class Account:
     without_effect: Mapping[str, str] = field(default_factory=dict)
     not_understood: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    origin: Origin = field(default_factory=Origin)
 
     def require_understood(self) -> None:
         """Refuse a source with a part that is not understood.
@@ -52,7 +56,7 @@ class Account:
         )
         raise SourceError(
             f"{self.source}: {name}: {why}{others}. Without it this would be another model; "
-            f"`edkm-export inspect {self.source}` shows the whole account."
+            f"`{command_line('inspect', self.source)}` shows the whole account."
         )
 
     def provenance(self) -> dict[str, Any]:
@@ -63,4 +67,5 @@ class Account:
             "settings_used": len(self.settings),
             "without_effect": dict(self.without_effect),
             "remarks": list(self.remarks),
+            **self.origin.provenance(),
         }

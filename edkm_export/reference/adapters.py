@@ -57,13 +57,19 @@ class Adapter:
     path: Path
 
     @classmethod
-    def open(cls, reference: str) -> Adapter:
+    def open(cls, reference: str | Path) -> Adapter:
         """Find an adapter.
 
         Raises:
             InputError: there is none, it is a pickle, or not a LoRA.
         """
-        found = cls(reference, Path(reference).absolute())
+        found = cls(str(reference), Path(reference).absolute())
+        if not found.path.is_dir():
+            is_file = found.path.is_file()
+            raise InputError(
+                f"{reference}: {'is a file' if is_file else 'no such folder'}; --adapter takes the folder of an "
+                f"adapter, with {ADAPTER_CONFIG} in it."
+            )
         if not (found.path / ADAPTER_CONFIG).is_file():
             raise InputError(f"{reference}: holds no {ADAPTER_CONFIG}, so it is no adapter.")
         if not (found.path / _WEIGHTS).is_file():

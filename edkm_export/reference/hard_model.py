@@ -6,13 +6,13 @@ share a mistake.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import CheckpointError
+from edkm_export.library_logs import silence
 from edkm_export.reference.conv1d import as_linear
 
 __all__ = ["load_hard_model", "load_hard_tokenizer"]
@@ -32,7 +32,7 @@ def load_hard_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
     import transformers
 
     source = str(checkpoint.path or "checkpoint")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    silence("transformers")
     settings = {key: value for key, value in checkpoint.config.items() if key != "dtype"}
     try:
         config = transformers.AutoConfig.for_model(**settings)

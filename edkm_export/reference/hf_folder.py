@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from edkm_export.errors import InputError
 from edkm_export.reference.account import Account
 from edkm_export.reference.config_fields import ConfigFields, sort_fields
+from edkm_export.reference.origin import Origin, folder_origin
 from edkm_export.reference.placement import CONSTANTS, Placement
-from edkm_export.reference.quantized_weights import check_quantized, loading_arguments
+from edkm_export.reference.quantized_weights import check_quantized, finer_scales, loading_arguments
 from edkm_export.reference.stored_tensors import StoredTensors, read_stored
 
 if TYPE_CHECKING:
@@ -49,19 +50,30 @@ class HfFolder:
         fields = sort_fields(config)
         stored = read_stored(self.path, self.reference)
         dequantized = check_quantized(config, stored.tensors)
-        refused = {**fields.not_understood, **stored.not_understood, **dequantized.not_understood}
-        without_effect = {**fields.without_effect, **stored.without_effect}
+        # how weights are quantized comes first: the rest may follow from it
+        refused = dequantized.not_understood | stored.not_understood | fields.not_understood
+        refused |= dequantized.not_understood
+        without_effect = {
+            **fields.without_effect,
+            **stored.without_effect,
+            **dequantized.without_effect,
+        }
         remarks = list(dequantized.remarks)
         used = fields.used
         names = tuple(stored.tensors)
         if not fields.not_understood:
             skeleton = self._skeleton(self._built_config(config, fields, untied=False))
-            placed = Placement.of(skeleton, stored, dequantized.scales)
+            others = dequantized.scales | dequantized.without_effect.keys()
+            placed = Placement.of(skeleton, stored.unpacked(dequantized.shapes), others)
             if config.get(_TIED, skeleton.config.tie_word_embeddings):
                 remarks += self._account_for_head(placed, stored)
-            refused |= placed.not_understood | placed.missing()
+            refused |= {
+                name: why
+                for name, why in {**placed.not_understood, **placed.missing()}.items()
+                if name not in refused
+            }
             without_effect |= placed.without_effect
-            names = tuple(name for name in names if name not in placed.without_effect)
+            names = tuple(name for name in names if name not in without_effect)
         if any(tensor.dtype == "F64" for tensor in stored.tensors.values()):
             remarks.append("float64 weights were rounded to float32")
         return Account(
@@ -72,6 +84,7 @@ class HfFolder:
             without_effect=without_effect,
             not_understood=refused,
             remarks=tuple(remarks),
+            origin=self.origin(),
         )
 
     def config(self, *, weights: bool = True) -> Any:
@@ -112,17 +125,28 @@ class HfFolder:
         if "quantization_config" in raw:
             config.quantization_config = raw["quantization_config"]
         stored = read_stored(self.path, self.reference)
+        arguments = {
+            "config": config,
+            "dtype": dtype or _stored_dtype(stored),
+            "use_safetensors": True,
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+            **loading_arguments(raw),
+        }
         with self._staged(stored) as folder:
-            model, found = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype or _stored_dtype(stored),
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **loading_arguments(raw),
-            )
+            finer = finer_scales(raw, stored)
+            if finer:
+                with stored.slices() as slices:
+                    model, found = type(self._skeleton(config)).from_pretrained(
+                        None, trust_remote_code=False, state_dict={**slices, **finer}, **arguments
+                    )
+                model.generation_config = transformers.GenerationConfig.from_pretrained(
+                    folder, trust_remote_code=False
+                )
+            else:
+                model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                    folder, trust_remote_code=False, **arguments
+                )
         _check_loaded(self.reference, found)
         model.config._name_or_path = ""  # a temporary folder
         if "quantization_config" in raw:
@@ -146,6 +170,10 @@ class HfFolder:
     def has_tokenizer(self) -> bool:
         """Whether there is a file of a tokenizer."""
         return any((self.path / name).is_file() for name in _TOKENIZERS)
+
+    def origin(self) -> Origin:
+        """Licence and hub id, as far as its files name them."""
+        return folder_origin(self.path, self._read_config())
 
     def generation_settings(self) -> dict[str, Any] | None:
         """Contents of generation_config.json; None without one.

@@ -6,12 +6,13 @@ The package is found in the folder that the variable EDKM_LLAMACPP names, or whe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 
 from edkm_export.errors import BackendMissingError, InputError
+from edkm_export.reference.llamacpp_unpacking import libraries, unpack
 
-__all__ = ["INSTALL", "VARIABLE", "available", "log_probabilities", "tokenize", "version"]
+__all__ = ["INSTALL", "VARIABLE", "available", "log_probabilities", "tokenize", "unpacked", "version"]
 
 VARIABLE = "EDKM_LLAMACPP"
 """Names a folder with node_modules/node-llama-cpp in it."""
@@ -30,6 +32,7 @@ INSTALL = (
 )
 """How it is installed."""
 
+_METADATA_BYTES = 1 << 28  # vocabularies and what else a file holds
 _PACKAGE = "node-llama-cpp"
 _SCRIPT = Path(__file__).with_suffix(".js")
 
@@ -93,6 +96,35 @@ def log_probabilities(
         # read into memory: the file goes with its folder
         logits = torch.from_file(str(answer), shared=False, size=count, dtype=torch.float32)
         return logits.reshape(len(tokens), -1).log_softmax(-1)
+
+
+@contextlib.contextmanager
+def unpacked(path: Path | str, size_bytes: int) -> Iterator[Path | None]:
+    """The same file with its weights in float32, as llama.cpp unpacks them; it is gone after the context.
+
+    Args:
+        path: a GGUF file; of a split one the first part.
+        size_bytes: that the float32 weights take.
+
+    Yields:
+        The file; None where llama.cpp's libraries are not there, or the disk has no room for it.
+
+    Raises:
+        InputError: llama.cpp refuses the file.
+    """
+    package = _installed()
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "float32.gguf"
+        room = shutil.disk_usage(folder).free
+        try:
+            libraries(package)
+        except BackendMissingError:
+            room = 0
+        if room < size_bytes * 1.1 + _METADATA_BYTES:
+            yield None
+            return
+        unpack(package, Path(path), made)
+        yield made
 
 
 def tokenize(

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import logging
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edkm_export.end_tokens import as_setting, end_tokens
-from edkm_export.errors import BackendMissingError, EdkmExportError, InputError
+from edkm_export.activity import Activity, activity
+from edkm_export.command_line import command_line
+from edkm_export.digest import file_sha256
+from edkm_export.errors import InputError
+from edkm_export.hub_id import is_hub_id
 from edkm_export.reference.account import Account
 from edkm_export.reference.adapters import Adapter
 from edkm_export.reference.gguf.gguf_file import part_paths
 from edkm_export.reference.hf_folder import HfFolder
+from edkm_export.reference.hub import commit_of, fetch
+from edkm_export.reference.load_errors import explained, without_bars
+from edkm_export.reference.origin import Origin, gguf_origin
 from edkm_export.reference.stored_tensors import ADAPTER_CONFIG
+from edkm_export.reference.weight_range import check_weight_range
 
 if TYPE_CHECKING:
     import torch
@@ -38,14 +41,9 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "read_generation_settings",
-    "tokenizer_files",
+    "read_origin",
     "value_count",
 ]
-
-_HASH_CHUNK = 1 << 24
-_FLOAT16_LIMIT = 65504.0
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_NOT_FROM_HUB = ["*/*", "consolidated*", "adapter_model*"]
 
 
 class SourceReader(Protocol):
@@ -80,7 +78,7 @@ class Source:
     adapter: Adapter | None = None
 
     @classmethod
-    def parse(cls, reference: str, adapter: str | None = None) -> Source:
+    def parse(cls, reference: str | Path, adapter: str | Path | None = None) -> Source:
         """Tell the forms apart.
 
         Args:
@@ -92,11 +90,11 @@ class Source:
             InputError: nothing is there, it is none of the forms, or it holds an adapter that was not asked for.
         """
         merged = None if adapter is None else Adapter.open(adapter)
-        path = Path(reference)
+        reference, path = str(reference), Path(reference)
         if path.is_file():
             if path.suffix.lower() != ".gguf":
                 made = (
-                    " It looks like a finished checkpoint: `edkm-export coreml` takes it."
+                    f" It looks like a finished checkpoint: `{command_line('coreml', path)}` takes it."
                     if path.suffix == ".pt"
                     else ""
                 )
@@ -107,9 +105,10 @@ class Source:
             return cls(reference, str(path.absolute().parent), path.name, merged)
         if path.is_dir():
             return cls(reference, str(_model_folder(path.absolute(), reference, merged)), None, merged)
-        if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
-            raise InputError(f"{reference}: no such file or folder.")
-        return cls(reference, reference, None, merged)
+        if is_hub_id(reference):
+            return cls(reference, reference, None, merged)
+        named = "" if "/" in reference or path.suffix else "; models of the hub are named OWNER/NAME"
+        raise InputError(f"{reference}: no such file or folder{named}.")
 
     @property
     def is_quantized(self) -> bool:
@@ -129,6 +128,21 @@ class Source:
         """False for a hub id."""
         return Path(self.location).is_dir()
 
+    @property
+    def place(self) -> str:
+        """Absolute path of what the user gave; a hub id as it is."""
+        return str(Path(self.reference).absolute()) if self.is_local else self.reference
+
+    def locate(self) -> Source:
+        """Itself, when the hub, which is asked once, has a hub model.
+
+        Raises:
+            InputError: there is no such model, or the hub cannot be reached and its cache does not hold it.
+        """
+        if not self.is_local:
+            commit_of(self.location)
+        return self
+
     def weight_files(self) -> list[Path]:
         """Files that hold the weights; empty for a hub id."""
         if not self.is_local:
@@ -141,13 +155,13 @@ class Source:
     def provenance(self) -> dict[str, Any]:
         """The reference and, for a local model, the sha256 of each weight file; those of an adapter likewise."""
         found: dict[str, Any] = {
-            "reference": str(Path(self.reference).absolute()) if self.is_local else self.reference,
-            "sha256": {path.name: _sha256(path) for path in self.weight_files()},
+            "reference": self.place,
+            "sha256": {path.name: file_sha256(path) for path in self.weight_files()},
         }
         if self.adapter is not None:
             found["adapter"] = {
                 "reference": str(self.adapter.path),
-                "sha256": {path.name: _sha256(path) for path in self.adapter.weight_files()},
+                "sha256": {path.name: file_sha256(path) for path in self.adapter.weight_files()},
             }
         return found
 
@@ -180,42 +194,9 @@ def _model_folder(path: Path, reference: str, adapter: Adapter | None) -> Path:
     return path
 
 
-def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            sha.update(chunk)
-    return sha.hexdigest()
-
-
-@contextlib.contextmanager
-def _explaining(source: Source) -> Iterator[None]:
-    """Turn what transformers raises for a bad model into one line that says what to do."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    except EdkmExportError:
-        raise
-    except ImportError as error:
-        needed = "gguf" if source.gguf_file else "all"
-        raise BackendMissingError(
-            f"{source.reference}: {_first_line(error)}; pip install 'edkm-export[{needed}]'"
-        ) from error
-    except Exception as error:  # what a damaged model raises has no common base
-        if source.is_local:
-            advice = "check that the folder holds config.json, *.safetensors and the tokenizer of one model"
-        else:
-            advice = "no such local folder; to use a hub model, check the name and the network"
-        raise InputError(f"{source.reference}: cannot be loaded ({_first_line(error)}); {advice}.") from error
-    finally:
-        logger.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+def _explaining(source: Source) -> contextlib.AbstractContextManager[None]:
+    advice = "check that the folder holds config.json, *.safetensors and the tokenizer of one model"
+    return explained(source.reference, needed="gguf" if source.gguf_file else "all", advice=advice)
 
 
 def _reader(source: Source) -> SourceReader:
@@ -229,15 +210,11 @@ def _gguf(source: Source) -> GgufModel:
 
 
 def _folder(source: Source, files: list[str] | None = None) -> HfFolder:
-    """The folder of a source; a hub model is fetched, pickles and code excepted."""
+    """The folder of a source; a hub model is fetched."""
     if source.is_local:
         return HfFolder(source.reference, Path(source.location))
-    import huggingface_hub
-
-    fetched = huggingface_hub.snapshot_download(
-        source.location, allow_patterns=files or _HUB_FILES, ignore_patterns=_NOT_FROM_HUB
-    )
-    return HfFolder(source.reference, Path(fetched))
+    fetched = fetch(source.location, files)
+    return HfFolder(source.reference, _model_folder(fetched, source.reference, source.adapter))
 
 
 def account(source: Source) -> Account:
@@ -247,7 +224,7 @@ def account(source: Source) -> Account:
         InputError: files are missing or damaged.
         BackendMissingError: a package that reads this form is not installed.
     """
-    with _explaining(source), _quiet_progress():
+    with _explaining(source), without_bars():
         found = _reader(source).account()
         if source.adapter is None:
             return found
@@ -278,11 +255,11 @@ def load_config(source: Source, *, weights: bool = True) -> Any:
         SourceError: a field is not understood.
         InputError: it cannot be loaded.
     """
-    with _explaining(source), _quiet_progress():
+    with _explaining(source), without_bars():
         if source.gguf_file:
             return _gguf(source).config()
         if not source.is_local:  # before the weights are fetched
-            return _folder(source, ["config.json"]).config(weights=False)
+            return _folder(source, ["config.json", ADAPTER_CONFIG]).config(weights=False)
         return _folder(source).config(weights=weights)
 
 
@@ -306,45 +283,16 @@ def load_model(
     """
     import torch
 
-    with _explaining(source), _quiet_progress():
+    with _explaining(source), without_bars(), _counted(source) as counted:
+        advance = advance or counted.advance
         if source.adapter is None:
             model = _reader(source).load_model(dtype, advance)
         else:
             model = source.adapter.merge(_reader(source).load_model(torch.float32, advance))
             if dtype is not None:
                 model = model.to(dtype)
-    _check_values(model, source)
+    check_weight_range(model, source.reference)
     return model
-
-
-def _check_values(model: Any, source: Source) -> None:
-    """Every export computes in float16: a weight beyond it would become infinity there."""
-    import torch
-
-    for name, parameter in model.named_parameters():
-        least, most = (float(each) for each in torch.aminmax(parameter.data))
-        extreme = most if abs(most) >= abs(least) else least
-        if not abs(least) + abs(most) < float("inf"):
-            raise InputError(f"{source.reference}: {name} holds NaN or infinity; the model is broken.")
-        if abs(extreme) > _FLOAT16_LIMIT:
-            raise InputError(
-                f"{source.reference}: {name} holds {extreme:,.9g}, beyond {_FLOAT16_LIMIT:,.0f}, the largest float16 "
-                "value, and lookup tables are float16; scale this weight down in the model, or mend it."
-            )
-
-
-@contextlib.contextmanager
-def _quiet_progress() -> Iterator[None]:
-    """Without the bars of transformers. Standard error stays open: the caller's own bar is drawn there."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def value_count(source: Source) -> int | None:
@@ -353,18 +301,34 @@ def value_count(source: Source) -> int | None:
         return _gguf(source).values if source.gguf_file else None
 
 
+def _counted(source: Source) -> contextlib.AbstractContextManager[Activity]:
+    """What is shown while a model is read: how many of its values are, where they are read one by one."""
+    total = value_count(source)
+    return activity(f"reading {Path(source.reference).name}", total, "values" if total else "")
+
+
 def load_tokenizer(source: Source) -> Any:
     """The tokenizer that belongs to the model: the adapter's, where it has one. Remote code is never run.
 
     Raises:
         InputError: there is none, or one that transformers cannot read.
     """
-    with _explaining(source), _quiet_progress():
+    with _explaining(source), without_bars():
         if source.adapter is not None:
             own = HfFolder(source.adapter.reference, source.adapter.path)
             if own.has_tokenizer():
                 return own.load_tokenizer()
         return _reader(source).load_tokenizer()
+
+
+def read_origin(source: Source) -> Origin:
+    """Licence and hub id, as far as the source names them; the account of a source holds the same.
+
+    Raises:
+        InputError: its files are missing or damaged.
+    """
+    with _explaining(source):
+        return gguf_origin(_gguf(source).file.metadata) if source.gguf_file else _folder(source).origin()
 
 
 def read_generation_settings(source: Source) -> dict[str, Any] | None:
@@ -373,64 +337,3 @@ def read_generation_settings(source: Source) -> dict[str, Any] | None:
         return None
     with _explaining(source):
         return _folder(source).generation_settings()
-
-
-def tokenizer_files(tokenizer: Any, model: Any) -> dict[str, bytes]:
-    """What an app needs beside the weights: tokenizer, chat template and generation settings, {name: bytes}.
-
-    The end tokens in generation_config.json are all that the tokenizer, the model's configuration and its generation
-    settings name; the model's configuration is given the same ones.
-    """
-    generation = getattr(model, "generation_config", None)
-    known = {} if generation is None else generation.to_dict()
-    ends = end_tokens(known, model.config.to_dict(), {"eos_token_id": tokenizer.eos_token_id})
-    model.config.eos_token_id = as_setting(ends)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        if generation is not None:
-            generation.save_pretrained(folder)
-        files = {
-            path.name: path.read_bytes()
-            for path in sorted(Path(folder).iterdir())
-            if path.is_file() and path.name != "config.json"
-        }
-    name = "generation_config.json"
-    settings = json.loads(files[name]) if name in files else {}
-    if ends:
-        settings["eos_token_id"] = as_setting(ends)
-    if settings:
-        files[name] = _as_json(settings)
-    _make_portable(files, tokenizer.chat_template)
-    return files
-
-
-def _as_json(settings: dict[str, Any]) -> bytes:
-    return (json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
-
-
-def _make_portable(files: dict[str, bytes], template: str | dict[str, str] | None) -> None:
-    """Keep the maker's folders out of what is shipped, and say what every runtime knows.
-
-    transformers writes a chat template into a file of its own; older readers and apps look for it in
-    tokenizer_config.json, where several have their names.
-    """
-    name = "tokenizer_config.json"
-    if name in files:
-        settings = json.loads(files[name])
-        for key in (
-            "name_or_path",
-            "tokenizer_file",
-            "vocab_file",
-            "local_files_only",
-            "is_local",
-            "backend",
-        ):
-            settings.pop(key, None)
-        if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 5 only
-            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(template, str):
-            settings["chat_template"] = template
-        elif template:
-            settings["chat_template"] = [{"name": key, "template": text} for key, text in template.items()]
-            files.pop("chat_template.jinja", None)  # the others would be lost beside it
-        files[name] = _as_json(settings)

@@ -5,8 +5,10 @@ Only headers are read here, and a tensor when it is asked for.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +73,23 @@ class StoredTensors:
         with safe_open(self.tensors[name].file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+    def unpacked(self, shapes: Mapping[str, tuple[int, ...]]) -> StoredTensors:
+        """The same, where packed tensors have the shape of what they hold."""
+        tensors = {
+            name: dataclasses.replace(tensor, shape=shapes.get(name, tensor.shape))
+            for name, tensor in self.tensors.items()
+        }
+        return dataclasses.replace(self, tensors=tensors)
+
+    @contextlib.contextmanager
+    def slices(self) -> Iterator[dict[str, Any]]:
+        """Every tensor by name, not read yet: `[...]` of it reads it, as long as the context lasts."""
+        from safetensors import safe_open
+
+        with contextlib.ExitStack() as stack:
+            files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in self.files}
+            yield {name: files[tensor.file].get_slice(name) for name, tensor in self.tensors.items()}
 
 
 def read_stored(folder: Path, reference: str) -> StoredTensors:

@@ -12,6 +12,7 @@ from edkm_export.context_window import require_room
 from edkm_export.errors import CheckpointError
 from edkm_export.reference.caching import new_cache, run_cached
 from edkm_export.reference.hard_model import load_hard_model
+from edkm_export.token_ids import Ids
 
 __all__ = ["TorchSession"]
 
@@ -25,7 +26,10 @@ class TorchSession:
 
     Attributes:
         context: most positions that it can hold.
+        has_cache: true.
     """
+
+    has_cache = True
 
     def __init__(self, model: Any, where: str = "the model") -> None:
         self._model = model
@@ -49,19 +53,24 @@ class TorchSession:
             )
         return cls(model, where)
 
+    def __repr__(self) -> str:
+        """One line: model, positions taken."""
+        name = type(self._model).__name__
+        return f"TorchSession({name}, {self._used:,} of {self.context:,} positions taken)"
+
     def reset(self) -> None:
         """Forget the text."""
         self._cache = new_cache(self._model)
         self._used = 0
 
     @torch.no_grad()
-    def feed(self, tokens: Tensor) -> Tensor:
-        """Go on with the text: int64 [new] -> logits float32 [new, vocab_size].
+    def feed(self, tokens: Ids) -> Tensor:
+        """Go on with the text: ids [new], in any form that `as_ids` takes -> logits float32 [new, vocab_size].
 
         Raises:
             InputError: there is no room for the tokens, or one is outside the vocabulary.
         """
-        require_room(tokens, self._used, self.context, self._vocab_size, self._where)
-        logits = run_cached(self._model, tokens[None], self._cache)[0].float()
-        self._used += len(tokens)
+        ids = require_room(tokens, self._used, self.context, self._vocab_size, self._where)
+        logits = run_cached(self._model, ids[None], self._cache)[0].float()
+        self._used += len(ids)
         return logits

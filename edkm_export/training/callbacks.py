@@ -11,12 +11,24 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from edkm_export.activity import Activity
 from edkm_export.training.distributed.processes import ALONE, Processes
 from edkm_export.training.palettized.batch import ClusterBatch
 from edkm_export.training.palettized.clusters import Clusters
 from edkm_export.training.progress import Progress
 
-__all__ = ["Clock", "Evaluate", "Finite", "Log", "Refit", "Refresh", "dead_centroids", "moved_share"]
+__all__ = [
+    "Clock",
+    "Evaluate",
+    "Finite",
+    "FirstStep",
+    "Log",
+    "Refit",
+    "Refresh",
+    "Show",
+    "dead_centroids",
+    "moved_share",
+]
 
 
 def moved_share(clusters: list[Clusters], processes: Processes = ALONE) -> float:
@@ -65,6 +77,18 @@ class Clock(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         with self.progress.paused():
             self.progress.elapsed += self.progress.lap()
+
+
+class FirstStep(TrainerCallback):  # type: ignore[misc]
+    """Does something once a step has been made."""
+
+    def __init__(self, task: Callable[[], None]) -> None:
+        self._task: Callable[[], None] | None = task
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        if self._task is not None:
+            self._task()
+            self._task = None
 
 
 class Refresh(TrainerCallback):  # type: ignore[misc]
@@ -131,6 +155,38 @@ class Log(TrainerCallback):  # type: ignore[misc]
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, sort_keys=True) + "\n")
+
+
+class Show(TrainerCallback):  # type: ignore[misc]
+    """Shows steps, loss, rate, speed and the time that is left. To be added after the clock, which counts them.
+
+    Args:
+        shown: whose share and figures are kept up to date.
+        progress: of the run.
+        step_tokens: tokens of a step.
+    """
+
+    def __init__(self, shown: Activity, progress: Progress, step_tokens: int) -> None:
+        self.shown, self.progress, self.step_tokens = shown, progress, step_tokens
+        self._logged = ""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        step, seconds, share = self.progress.step, self.progress.elapsed, self.progress.share
+        parts = [f"step {step:,}{self._logged}"]
+        if seconds > 0 and share > 0:
+            left = round(seconds / share * (1 - share))
+            parts += [
+                f"{step * self.step_tokens / seconds:,.0f} tokens/s",
+                f"{left // 60} min {left % 60} s left" if left >= 60 else f"{left} s left",
+            ]
+        self.shown.done, self.shown.detail = share, ", ".join(parts)
+
+    def on_log(  # noqa: D102
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            rate = logs.get("learning_rate")
+            self._logged = f", loss {logs['loss']:.4g}" + ("" if rate is None else f", rate {rate:.2e}")
 
 
 class Evaluate(TrainerCallback):  # type: ignore[misc]

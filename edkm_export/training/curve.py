@@ -9,12 +9,13 @@ from typing import Any
 __all__ = ["draw"]
 
 
-def draw(log: Path, output: Path) -> None:
+def draw(log: str | Path, output: str | Path) -> None:
     """Draw training loss and perplexities over tokens from log.jsonl, one above the other.
 
     Raises:
         ImportError: matplotlib is not installed (pip install 'edkm-export[train]').
     """
+    log, output = Path(log), Path(output)
     from matplotlib.figure import Figure  # no window system is touched
 
     records: list[dict[str, Any]] = [

@@ -50,27 +50,28 @@ class Document:
 
 
 def read_tokens(
-    paths: Sequence[Path], tokenizer: Any, *, answers_only: bool = False, chat: bool = False
+    paths: Sequence[str | Path], tokenizer: Any, *, answers_only: bool = False, chat: bool = False
 ) -> Tokens:
     """All data: first what has to be tokenized, see `tokenize`, then `.tokens` files as they are.
 
     Raises:
         InputError: a file or line that cannot be used, or no data at all.
     """
-    parts = [Tokens.load(path) for path in paths if path.suffix == SUFFIX]
-    texts = [path for path in paths if path.suffix != SUFFIX]
+    files = [Path(path) for path in paths]
+    parts = [Tokens.load(path) for path in files if path.suffix == SUFFIX]
+    texts = [path for path in files if path.suffix != SUFFIX]
     if texts or not parts:
         parts.insert(0, tokenize(read_documents(texts), tokenizer, answers_only=answers_only, chat=chat))
     return Tokens.join(parts)
 
 
-def read_documents(paths: Sequence[Path]) -> Iterator[Document]:
+def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
     """Documents of all files; `.jsonl` and `.json` files hold one a line, other files are one plain text.
 
     Raises:
         InputError: a file or line that cannot be used; the message names both.
     """
-    for path in paths:
+    for path in map(Path, paths):
         if path.suffix.lower() not in (".jsonl", ".json"):
             yield Document(where=str(path), text=read_text(path))
             continue

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.metrics import divergence, perplexity, token_losses
 
 __all__ = ["Evaluation", "Evaluations", "evaluate"]
@@ -52,7 +53,7 @@ def evaluate(
     device = next(model.parameters()).device
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for window in windows:
+        for window in tracked(windows, "evaluation text", "windows"):
             ids = window.to(device)
             logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
             losses.append(token_losses(logits, ids).cpu())

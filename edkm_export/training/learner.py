@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edkm_export.reference.conv1d import is_conv1d
 from edkm_export.training.distillation import Head, cross_entropy, distillation, has_plain_head, head_of
 
-__all__ = ["Learner", "Student"]
+__all__ = ["Learner", "Student", "hold_in_bfloat16"]
 
 Objective = Literal["distillation", "cross-entropy"]
 
@@ -95,6 +96,19 @@ class Learner(nn.Module):
         q = (flat / self.temperature).log_softmax(-1)
         loss: Tensor = (p.exp() * (p - q)).sum(-1).mean() * self.temperature**2
         return loss
+
+
+def hold_in_bfloat16(original: Any) -> None:
+    """Round the matrices of a frozen model's linear layers to what autocast makes of them in every pass, in place.
+
+    For bfloat16 training: products are the same to the last bit, and weights are half as large, on each GPU and when
+    they are gathered. Embedding, head and norms stay as they are.
+    """
+    outer = {id(original.get_input_embeddings()), id(original.get_output_embeddings())}
+    for module in original.modules():
+        if id(module) not in outer and (type(module) is nn.Linear or is_conv1d(module)):
+            weight: Any = module.weight
+            weight.data = weight.data.to(torch.bfloat16)
 
 
 class Student:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from edkm_export.activity import activity
 from edkm_export.calibration import input_energy
+from edkm_export.errors import InputError
+from edkm_export.lut_dtypes import LUT_DTYPES, LutDtype
+from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.recipe import Recipe, Rule, uniform_recipe
 from edkm_export.reference.conv1d import held_weight
 from edkm_export.training.palettized.clusters import ClusterMethod
@@ -17,26 +22,85 @@ from edkm_export.training.scaling import fold_scales
 from edkm_export.training.sensitivity import (
     Sensitivity,
     allocate_bits,
-    average_bits,
     fisher_factors,
     mixed_recipe,
 )
 from edkm_export.training.train_config import TrainConfig
+from edkm_export.weight_storage import average_bits, storage_bits
 
-__all__ = ["base_recipe", "decoder_bits", "insert", "prepare"]
+__all__ = ["base_recipe", "check_target", "decoder_bits", "insert", "largest_bits", "prepare"]
 
 Announce = Callable[[str], None]
 
 
 def base_recipe(config: TrainConfig) -> Recipe:
     """The recipe of the settings, before bits are mixed."""
-    return uniform_recipe(config.bits, config.group_size, config.lut_dtype)
+    return uniform_recipe(
+        config.bits, config.group_size, config.lut_dtype, fit_groups=not config.strict_groups
+    )
 
 
 def _inner_plan(model: Any, plan: dict[str, Rule]) -> dict[str, Rule]:
     """The part of a plan that is neither embedding nor output head."""
     outer = (model.get_input_embeddings(), model.get_output_embeddings())
     return {name: rule for name, rule in plan.items() if model.get_submodule(name) not in outer}
+
+
+def check_target(model: Any, recipe: Recipe, config: TrainConfig, *, source: str) -> None:
+    """Refuse a recipe or a target that does not fit a model; values of the weights are not looked at.
+
+    Args:
+        model: of transformers; an outline will do.
+        recipe: bits, groups and LUT dtype by module name, before bits are mixed.
+        config: settings.
+        source: name of the model, for messages.
+
+    Raises:
+        RecipeError, PaletteError: the recipe does not fit.
+        InputError: the target is strict, and below what the recipe takes; the message names the least that it can be.
+    """
+    shapes = trainable_shapes(model)
+    plan = _inner_plan(model, recipe.plan(shapes, source))
+    if config.target_bits is None or not config.strict_target:
+        return
+    plan = {name: rule for name, rule in plan.items() if len(shapes[name]) == 2}
+    if average_bits(shapes, plan) > config.target_bits:
+        raise InputError(
+            f"--target-bits {config.target_bits:g}: recipe {recipe.name} takes {_at_least(shapes, plan)} bits a weight "
+            f"in the decoder of {source}, LUTs included; use --target-bits {_at_least(shapes, plan)} or more, fewer "
+            "--bits, or a larger --group-size."
+        )
+
+
+def largest_bits(
+    model: Any, target: float, group_size: int, lut_dtype: LutDtype, *, fit_groups: bool, source: str
+) -> int:
+    """The most bits that all layers can have within an average over the decoder, LUTs included.
+
+    Raises:
+        InputError: not even one bit can; the message names the least average that a model can have.
+        PaletteError: the groups do not fit.
+    """
+    shapes = trainable_shapes(model)
+    least = ""
+    for bits in sorted(SUPPORTED_BITS, reverse=True):
+        if bits > LUT_DTYPES[lut_dtype].max_bits:
+            continue
+        recipe = uniform_recipe(bits, group_size, lut_dtype, fit_groups=fit_groups)
+        plan = _inner_plan(model, recipe.plan(shapes, source))
+        plan = {name: rule for name, rule in plan.items() if len(shapes[name]) == 2}
+        if average_bits(shapes, plan) <= target:
+            return bits
+        least = _at_least(shapes, plan)
+    raise InputError(
+        f"--target-bits {target:g}: {source} takes at least {least} bits a weight in the decoder, 1 bit and its LUTs; "
+        f"use --target-bits {least} or more, or a larger --group-size."
+    )
+
+
+def _at_least(shapes: Mapping[str, tuple[int, ...]], plan: Mapping[str, Rule]) -> str:
+    """The average of a plan in two decimals, rounded up: as a target it can be met."""
+    return f"{math.ceil(average_bits(shapes, plan) * 100 - 1e-9) / 100:.2f}"
 
 
 def _importance(model: Any, windows: Tensor, config: TrainConfig) -> dict[str, Importance]:
@@ -83,7 +147,15 @@ def prepare(
         }
         found = Sensitivity(weights, plan, known)
         budget = int(config.target_bits * sum(weights[name].numel() for name in found.sizes))
-        recipe = mixed_recipe(recipe, allocate_bits(found.sizes, found.loss, budget), plan)
+        if not config.strict_target:  # LUTs of small layers may take more than what a preset leaves for them
+            budget = max(budget, sum(storage_bits(shapes[name], plan[name]) for name in found.sizes))
+        with activity("trying sizes", unit="sizes") as tried:
+
+            def loss(name: str, bits: int) -> float:
+                tried.done = len(found.seeds)
+                return found.loss(name, bits)
+
+            recipe = mixed_recipe(recipe, allocate_bits(found.sizes, loss, budget), plan)
         seeds = found.seeds
     announce("clustering")
     insert(model, recipe, config, importance=importance, seeds=seeds, source=source)

@@ -11,21 +11,24 @@ from typing import Any
 import torch
 
 from edkm_export import checkpoint
+from edkm_export.activity import activity
 from edkm_export.errors import InputError
 from edkm_export.recipe import Recipe
 from edkm_export.reference.hard_model import load_hard_model
-from edkm_export.reference.source import Source, load_model, load_tokenizer, tokenizer_files
-from edkm_export.text import read_text, token_windows
+from edkm_export.reference.outline import outline
+from edkm_export.reference.source import Source, load_model, load_tokenizer
+from edkm_export.reference.tokenizer_files import tokenizer_files
+from edkm_export.text import LEAST_TOKENS, read_text, token_windows
 from edkm_export.training import run_checkpoints
-from edkm_export.training.callbacks import Clock, Evaluate, Log, Refit
+from edkm_export.training.callbacks import Clock, Evaluate, FirstStep, Log, Refit, Show
 from edkm_export.training.curve import draw
 from edkm_export.training.data import read_tokens
 from edkm_export.training.distributed.processes import ALONE, Processes
 from edkm_export.training.evaluation import Evaluation, Evaluations
-from edkm_export.training.learner import Learner, Student
+from edkm_export.training.learner import Learner, Student, hold_in_bfloat16
 from edkm_export.training.optimizer import freeze
 from edkm_export.training.palettized.surgery import clusters_of, to_checkpoint
-from edkm_export.training.preparation import base_recipe, decoder_bits, insert, prepare
+from edkm_export.training.preparation import base_recipe, check_target, decoder_bits, insert, prepare
 from edkm_export.training.progress import Progress
 from edkm_export.training.run_folder import RunFolder, identify
 from edkm_export.training.run_weights import load_weights
@@ -34,7 +37,7 @@ from edkm_export.training.tokens import Tokens
 from edkm_export.training.train_config import TrainConfig
 from edkm_export.training.trainer import PaletteTrainer
 from edkm_export.training.trainer_arguments import training_arguments
-from edkm_export.training.windows import PackedWindows
+from edkm_export.training.windows import PackedWindows, check_length
 
 __all__ = ["Outcome", "Run"]
 
@@ -70,6 +73,7 @@ class Run:
         eval_texts: evaluation texts.
         provenance: is stored in model.pt.
         announce: called with the name of each stage before it starts.
+        tell: called with a line that the user should be able to read afterwards.
         advance: called with the share of the training that each step adds.
     """
 
@@ -81,30 +85,33 @@ class Run:
     def __init__(
         self,
         source: Source,
-        data: Sequence[Path],
-        folder: Path,
+        data: Sequence[str | Path],
+        folder: str | Path,
         config: TrainConfig,
         *,
         recipe: Recipe | None = None,
-        eval_texts: Sequence[Path] = (),
+        eval_texts: Sequence[str | Path] = (),
         provenance: Mapping[str, Any] | None = None,
         announce: Callable[[str], None] = lambda _name: None,
+        tell: Callable[[str], None] = lambda _line: None,
         advance: Callable[[float], None] | None = None,
     ) -> None:
         self.source = source
-        self.data = data
-        self.folder = RunFolder(folder)
+        self.data = [Path(path) for path in data]
+        self.folder = RunFolder(Path(folder))
         self.config = config
         self.recipe = recipe or base_recipe(config)
-        self.eval_texts, self.provenance = eval_texts, dict(provenance or {})
-        self.announce, self.advance = announce, advance
+        self.eval_texts = [Path(path) for path in eval_texts]
+        self.provenance = dict(provenance or {})
+        self.announce, self.tell, self.advance = announce, tell, advance
 
     def complete(
         self, *, device: str | None = None, resume: bool = False, overwrite: bool = False
     ) -> Outcome:
         """Train, and write model.pt.
 
-        Under torchrun or accelerate launch the processes do it together, each with its share of the weights.
+        Under torchrun or accelerate launch the processes do it together, each with its share of the weights. Of a run
+        that ends before its first step nothing is left, and what it was to replace is there again.
 
         Args:
             device: "cuda" or "cpu"; None: cuda if there is one.
@@ -119,9 +126,25 @@ class Run:
         with Processes.join(device) as self.processes:
             self.processes.share(self.config.batch_size)
             last = self.processes.first(lambda: self.folder.open(resume=resume, overwrite=overwrite))
-            tokens = self.prepare(last)
-            trainer = self.train(tokens, last)
+            if resume:
+                self._tell_start(last)
+            try:
+                tokens = self.prepare(last)
+                trainer = self.train(tokens, last)
+            except BaseException:  # Ctrl-C as well
+                self.folder.discard()
+                raise
             return self.finish(trainer)
+
+    def _tell_start(self, last: Path | None) -> None:
+        """Say what --resume goes on from."""
+        folder = self.folder.path
+        if last is not None:
+            self.tell(f"{folder}: goes on from step {run_checkpoints.read_state(last)['step']} ({last})")
+        elif folder.exists():
+            self.tell(f"{folder}: there is no checkpoint to go on from, so the run starts anew")
+        else:
+            self.tell(f"{folder}: there is no run to go on with, so a new one starts")
 
     def prepare(self, last: Path | None) -> Tokens:
         """Read data and model, and palettize the model.
@@ -133,9 +156,16 @@ class Run:
             What to train on.
         """
         self.announce("reading the data")
+        if last is None:
+            check_target(outline(self.source), self.recipe, self.config, source=self.source.reference)
         self.tokenizer = load_tokenizer(self.source)
         tokens = read_tokens(
             self.data, self.tokenizer, answers_only=self.config.answers_only, chat=self.config.chat
+        )
+        check_length(
+            len(tokens) + self.config.self_generated,
+            self.config.context,
+            ", ".join(str(path) for path in self.data),
         )
         self.evaluations = Evaluations(
             self._eval_windows(), self.folder.log if self.processes.is_first else None, self.announce
@@ -157,7 +187,12 @@ class Run:
         tokens, context = self.config.eval_tokens, self.config.context
         return {
             path.name: token_windows(
-                read_text(path), self.tokenizer, tokens=tokens, context=context, source=str(path)
+                read_text(path),
+                self.tokenizer,
+                tokens=tokens,
+                context=context,
+                source=str(path),
+                least=LEAST_TOKENS,
             )
             for path in self.eval_texts
         }
@@ -189,7 +224,7 @@ class Run:
             return written, Recipe.model_validate(started["recipe"]), started["evaluations"]
         recipe = self._palettize(data if written is None else Tokens.join([data, written]))
         found = self.evaluations.stored()
-        self.folder.write(identity, self.config, recipe, found)
+        self.folder.write(identity, self.config, recipe, found, self.provenance.get("command", ()))
         return written, recipe, found
 
     def _write_text(self, data: Tokens) -> Tokens:
@@ -217,8 +252,21 @@ class Run:
         recipe = prepare(
             self.student, self.recipe, config, windows, source=self.source.reference, announce=self.announce
         )
+        self._tell_bits()
         evaluations.measure(self.student, "one-shot", 0)
         return recipe
+
+    def _tell_bits(self) -> None:
+        """Say what the choice of bits came to, and which groups are not of the size that was aimed at."""
+        target, found = self.config.target_bits, decoder_bits(self.student)
+        digits = 2 if target is None or round(found, 2) > target or found <= target else 3
+        line = f"{found:.{digits}f} bits a weight of the decoder, LUTs included"
+        if target is not None and found > target:
+            line += f" ({target:g} was aimed at: the LUTs of this model's small layers take more)"
+        self.tell(line)
+        shapes = {name: tuple(each.weight.shape) for name, each in clusters_of(self.student).items()}
+        if regrouped := self.recipe.regrouped(shapes):
+            self.tell(regrouped)
 
     def _share(self, last: Path | None) -> None:
         """Give all processes the student that the first one prepared, or that of a checkpoint."""
@@ -238,6 +286,8 @@ class Run:
         if config.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         distilling = config.objective == "distillation"
+        if distilling and config.bf16 and not self.eval_texts:  # evaluations are in float32
+            hold_in_bfloat16(original)
         learner = Learner(
             student,
             original if distilling else None,
@@ -251,6 +301,8 @@ class Run:
             samples=progress.steps * config.step_windows,
             seed=config.seed,
         )
+        if last is not None and (done := int(run_checkpoints.read_state(last)["step"])) >= progress.steps:
+            self.tell(f"all {done:,} steps are done; model.pt is written again")
         arguments = training_arguments(
             config,
             self.folder.checkpoints,
@@ -265,6 +317,7 @@ class Run:
         evaluated = Student(learner) if self.processes.are_many else student
         for callback in (
             Clock(progress, self.advance, self.processes),
+            FirstStep(self.folder.keep),
             Refit(clusters, config.refit_every),
             Log(
                 self.folder.log,
@@ -282,7 +335,9 @@ class Run:
         ):
             trainer.add_callback(callback)
         self.announce("training")
-        trainer.run(last)
+        with activity("steps", 1.0) as shown:
+            trainer.add_callback(Show(shown, progress, config.step_tokens))
+            trainer.run(last)
         return trainer
 
     def finish(self, trainer: PaletteTrainer) -> Outcome:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,23 @@ def identify(source: Source, data: Sequence[Path], tokens: Tokens) -> dict[str, 
     }
 
 
-@dataclass(frozen=True)
+_REPLACED = ".replaced"  # what lay in the folder, until the new run has made a step
+
+
+@dataclass
 class RunFolder:
     """Paths and metadata of a run.
+
+    A run that ends before its first step leaves nothing: between `start` and `keep`, what it replaces is set aside,
+    and `discard` puts it back.
 
     Attributes:
         path: holds metadata.json, log.jsonl, curve.png, generated.tokens, checkpoints and model.pt.
     """
 
     path: Path
+    _started: bool = field(default=False, init=False, repr=False)
+    _made: bool = field(default=False, init=False, repr=False)
 
     @property
     def log(self) -> Path:
@@ -79,12 +88,42 @@ class RunFolder:
         return run_checkpoints.last_complete(self.checkpoints)
 
     def start(self) -> None:
-        """Make the folder, without what an older run left in it."""
+        """Make the folder, or set aside what an older run left in it."""
+        self._started, self._made = True, not self.path.exists()
         self.path.mkdir(exist_ok=True)
+        replaced = self.path / _REPLACED
+        if replaced.is_dir():  # a run that was killed before its first step had set it aside
+            self._empty()
+        elif found := list(self.path.iterdir()):
+            replaced.mkdir()
+            for path in found:
+                path.rename(replaced / path.name)
         self._write({})  # from here on it is known as ours
-        for path in (self.log, self.model, self.curve, self.generated):
-            path.unlink(missing_ok=True)
-        run_checkpoints.clear(self.checkpoints)
+
+    def keep(self) -> None:
+        """Keep what the run writes, since it has made a step; what it replaces goes."""
+        if self._started:
+            self._started = False
+            shutil.rmtree(self.path / _REPLACED, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Undo `start`, unless the run was to be kept."""
+        if not self._started:
+            return
+        self._started = False
+        replaced = self.path / _REPLACED
+        self._empty()
+        if replaced.is_dir():
+            for path in list(replaced.iterdir()):
+                path.rename(self.path / path.name)
+            replaced.rmdir()
+        if self._made:
+            self.path.rmdir()
+
+    def _empty(self) -> None:
+        for path in self.path.iterdir():
+            if path.name != _REPLACED:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def write(
         self,
@@ -92,10 +131,12 @@ class RunFolder:
         config: TrainConfig,
         recipe: Recipe,
         evaluations: Mapping[str, Any],
+        command: Sequence[str] = (),
     ) -> None:
-        """Record what the run is, before its first step; `evaluations` as JSON holds them."""
+        """Record what the run is, before its first step; `evaluations` as JSON holds them, `command` started it."""
         self._write(
             {
+                "command": list(command),
                 "identity": identity,
                 "config": config.model_dump(mode="json"),
                 "recipe": recipe.model_dump(mode="json"),

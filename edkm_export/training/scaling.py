@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edkm_export.activity import tracked
 from edkm_export.recipe import Rule
 from edkm_export.training.palettized.surgery import Importance, seed_centroids
 
@@ -77,7 +78,7 @@ def fold_scales(
     """
     before = model(input_ids=window[None], use_cache=False).logits.float()
     updated = dict(importance)
-    for norm, layers in norm_readers(model, window).items():
+    for norm, layers in tracked(norm_readers(model, window).items(), "folding", "norms"):
         if all(layer in plan and layer in importance for layer in layers):
             scale = _best_scale(model, layers, plan, importance)
             if scale is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.activity import activity
 from edkm_export.errors import InputError
 from edkm_export.reference.caching import new_cache, run_cached
 from edkm_export.training.tokens import Tokens
@@ -73,7 +74,14 @@ def generate(
     remaining = -(-tokens // context)
     length = min(_PROMPT, context)
     # Autocast would convert the weights again for every token.
-    with _in_dtype(model, torch.bfloat16) if on_gpu else contextlib.nullcontext():
+    narrow = _in_dtype(model, torch.bfloat16) if on_gpu else contextlib.nullcontext()
+    with narrow, activity("writing", remaining * context, "tokens") as writing:
+
+        def add(count: int) -> None:
+            writing.advance(count)
+            if advance is not None:
+                advance(count)
+
         while remaining > 0:
             count = min(batch, remaining)
             begin = torch.randint(max(1, len(data) - length), (count,), generator=places)
@@ -81,7 +89,7 @@ def generate(
             # A row that starts a text has one known token, the others sample theirs from the same position on.
             fresh = torch.arange(count) % 2 == 0
             made.append(
-                _sample(model, prompts.to(device), fresh.to(device), context, start, generator, advance).cpu()
+                _sample(model, prompts.to(device), fresh.to(device), context, start, generator, add).cpu()
             )
             remaining -= count
     return Tokens(torch.cat(made).reshape(-1).to(torch.int32))
@@ -94,7 +102,7 @@ def _sample(
     context: int,
     start: int,
     generator: torch.Generator,
-    advance: Callable[[int], None] | None,
+    advance: Callable[[int], None],
 ) -> Tensor:
     """Rows [count, context]; `fresh` ones [count] begin with `start` and ignore their prompt."""
     count, known = prompts.shape
@@ -105,8 +113,7 @@ def _sample(
         logits = run_cached(model, ids[:, place - 1 : place], cache)
         drawn = torch.multinomial(logits[:, -1].float().softmax(-1), 1, generator=generator)[:, 0]
         ids[:, place] = torch.where(fresh, drawn, prompts[:, place]) if place < known else drawn
-        if advance is not None:
-            advance(count)
+        advance(count)
     return ids
 
 

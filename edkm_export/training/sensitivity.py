@@ -8,27 +8,25 @@ Martens & Grosse 2015, arXiv 1503.05671, of which only the diagonals are needed 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edkm_export.activity import tracked
 from edkm_export.errors import InputError
-from edkm_export.lut_dtypes import LUT_DTYPES
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.reference.conv1d import is_conv1d
 from edkm_export.training.palettized.surgery import Importance, seed_centroids
+from edkm_export.weight_storage import storage_bits
 
 __all__ = [
     "Sensitivity",
     "allocate_bits",
-    "average_bits",
     "fisher_factors",
     "mixed_recipe",
-    "storage_bits",
 ]
 
 
@@ -77,7 +75,7 @@ def fisher_factors(
     )
     generator = torch.Generator(device=windows.device).manual_seed(seed)
     try:
-        for window in windows:
+        for window in tracked(windows, "calibration text", "windows"):
             with torch.enable_grad():
                 logits = model(input_ids=window[None], use_cache=False).logits[0].float()
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
@@ -172,8 +170,8 @@ def allocate_bits(
     left = budget_bits - sum(sizes[name][bits] for name, bits in chosen.items())
     if left < 0:
         raise InputError(
-            f"{budget_bits} bits are not enough: the smallest choice takes {budget_bits - left}. "
-            "Use a larger --target-bits or fewer --bits."
+            f"{budget_bits} bits are not enough: the smallest choice takes {budget_bits - left}; allow that many, or "
+            "start from fewer bits."
         )
     while True:
         larger = []
@@ -205,23 +203,3 @@ def mixed_recipe(base: Recipe, chosen: Mapping[str, int], plan: Mapping[str, Rul
         if bits != plan[name].bits
     ]
     return Recipe(name=f"{base.name}-mixed", rules=(*rules, *base.rules))
-
-
-def average_bits(shapes: Mapping[str, tuple[int, ...]], plan: Mapping[str, Rule]) -> float:
-    """Bits a weight over the layers of a plan, LUTs included.
-
-    Args:
-        shapes: {module name: weight shape}, at least of the plan's layers.
-        plan: {module name: rule}.
-    """
-    size = sum(storage_bits(shapes[name], rule) for name, rule in plan.items())
-    return size / max(1, sum(math.prod(shapes[name]) for name in plan))
-
-
-def storage_bits(shape: Sequence[int], rule: Rule) -> int:
-    """Bits that a weight of this shape takes under a rule: indices, LUTs, and the scales of int8 and int4 LUTs.
-
-    An entry of an int4 LUT is stored in 8 bits, too.
-    """
-    groups = shape[0] // (rule.group_size or shape[0])
-    return math.prod(shape) * rule.bits + groups * LUT_DTYPES[rule.lut_dtype].lut_bits(rule.bits)

@@ -31,7 +31,7 @@ _USED: dict[Backward, str] = {
 }
 
 
-def read_soft_weights(run: Path, checkpoint: Checkpoint) -> SoftWeights:
+def read_soft_weights(run: str | Path, checkpoint: Checkpoint) -> SoftWeights:
     """Find the state of a run that a checkpoint was made from.
 
     The soft weight is what the forward pass of one more step with "dkm" would use. A run that was straight-through set
@@ -47,6 +47,7 @@ def read_soft_weights(run: Path, checkpoint: Checkpoint) -> SoftWeights:
     Raises:
         InputError: the state is gone, damaged or of another step, or nothing in it has a soft form.
     """
+    run = Path(run)
     config, recipe, step = _settings(checkpoint)
     state = _read_state(run, config, recipe, step, checkpoint)
     soft = {

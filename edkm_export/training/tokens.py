@@ -59,13 +59,13 @@ class Tokens:
         starts = torch.linspace(0, len(self) - context, wanted).long()
         return torch.stack([self.ids[start : start + context] for start in starts.tolist()]).long()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the ids, whole or not at all; that some do not count is not kept."""
         with atomic_file(path, overwrite=True) as temporary:
             torch.save({"ids": self.ids}, temporary)
 
     @classmethod
-    def load(cls, path: Path) -> Tokens:
+    def load(cls, path: str | Path) -> Tokens:
         """Read what `save` wrote.
 
         Raises:

@@ -30,6 +30,9 @@ Kept = Annotated[_T, OnResume(may_change=False)]
 Free = Annotated[_T, OnResume(may_change=True)]
 
 
+_STRICT = {"target_bits": "strict_target", "group_size": "strict_groups"}
+
+
 class TrainConfig(pydantic.BaseModel):
     """Settings of a run. Learning rates are shares of a tensor's root mean square, the same for every model.
 
@@ -42,6 +45,9 @@ class TrainConfig(pydantic.BaseModel):
             embedding and output head, are on an int8 grid.
         target_bits: average over the decoder's weights, LUTs included, that layers of more bits may fill up,
             the most sensitive first; None: all layers take `bits`.
+        strict_target, strict_groups: refuse a `target_bits` that is below what `bits` take with their LUTs, or a
+            `group_size` that does not divide a layer's rows; otherwise the run comes as near as the model allows, as
+            presets do. What the user set is strict. Of no effect on a run that goes on.
         backward, alpha, iterations: see `ClusterMethod`.
         objective: "distillation" from the frozen original, or "cross-entropy" on the data.
         temperature: of the distillation.
@@ -78,6 +84,8 @@ class TrainConfig(pydantic.BaseModel):
     group_size: Kept[int] = pydantic.Field(default=16, ge=0)
     lut_dtype: Kept[LutDtype] = "float16"
     target_bits: Kept[float | None] = pydantic.Field(default=None, gt=0, le=8.5)
+    strict_target: Free[bool] = True
+    strict_groups: Free[bool] = True
     backward: Kept[Backward] = "straight-through"
     alpha: Kept[float] = pydantic.Field(default=1.0, gt=0)
     iterations: Kept[int] = pydantic.Field(default=1, ge=1, le=50)
@@ -131,12 +139,13 @@ class TrainConfig(pydantic.BaseModel):
         return self.step_windows * self.context
 
     def updated(self, changes: dict[str, Any]) -> TrainConfig:
-        """These settings with some changed.
+        """These settings with some changed; a target or a group size among them is strict from then on.
 
         Raises:
             InputError: naming the setting that is unknown or wrong.
         """
-        return self.parse({**self.model_dump(), **changes})
+        strict = {mark: True for name, mark in _STRICT.items() if name in changes}
+        return self.parse({**self.model_dump(), **strict, **changes})
 
     @classmethod
     def parse(cls, settings: Any) -> TrainConfig:
@@ -168,23 +177,34 @@ class TrainConfig(pydantic.BaseModel):
                 yield name
 
 
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "4bit": {"bits": 4, "target_bits": 4.1, "weight_rate": 1e-3, "lut_rate": 1e-3},
+    "3bit": {"bits": 3, "target_bits": 3.25, "weight_rate": 2e-3, "lut_rate": 2e-3},
+    "2bit": {"bits": 2, "target_bits": 2.3, "weight_rate": 4e-3, "lut_rate": 3e-3},
+    "paper": {
+        "bits": 3,
+        "group_size": 0,
+        "backward": "dkm",
+        "iterations": 3,
+        "importance": "none",
+        "train_embedding": True,
+    },
+}
+
 PRESETS: dict[str, TrainConfig] = {
-    "4bit": TrainConfig(bits=4, target_bits=4.1, weight_rate=1e-3, lut_rate=1e-3),
-    "3bit": TrainConfig(bits=3, target_bits=3.25, weight_rate=2e-3, lut_rate=2e-3),
-    "2bit": TrainConfig(bits=2, target_bits=2.3, weight_rate=4e-3, lut_rate=3e-3),
-    "paper": TrainConfig(
-        bits=3, group_size=0, backward="dkm", iterations=3, importance="none", train_embedding=True
-    ),
+    name: TrainConfig(**settings, strict_target=False, strict_groups=False)
+    for name, settings in _SETTINGS.items()
 }
 """`paper` is eDKM as published (arXiv 2309.00964): 3 bits, one LUT a weight, soft DKM in both passes."""
 
 
-def load_config_file(path: Path) -> dict[str, Any]:
+def load_config_file(path: str | Path) -> dict[str, Any]:
     """Settings of a YAML file, unchecked.
 
     Raises:
         InputError: it cannot be read, or is not a mapping.
     """
+    path = Path(path)
     try:
         contents = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

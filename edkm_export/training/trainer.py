@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from edkm_export.disk_space import disk_full, stopped_by_disk
 from edkm_export.errors import InputError, PaletteError, TrainingError
 from edkm_export.training import run_checkpoints
 from edkm_export.training.callbacks import Finite, Refresh
@@ -111,7 +112,7 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         if self.accelerator.sync_gradients:
             self.clusters.gradients()
             if self.sharding is not None:
-                self.sharding.finish_gradients()
+                self.sharding.finish_gradients(self.clusters)
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -174,7 +175,9 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             if last
             else "there is no checkpoint yet"
         )
-        return TrainingError(f"step {self.state.global_step + 1}: {reason}. {found[0].upper()}{found[1:]}.")
+        return TrainingError(
+            f"step {self.state.global_step + 1}: {reason.removesuffix('.')}. {found[0].upper()}{found[1:]}."
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Check the loss before it is logged."""
@@ -214,6 +217,8 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
                 run_checkpoints.retire(self.folder, _KEPT)
             self.processes.wait()
         except (OSError, RuntimeError) as error:
+            if stopped_by_disk(error, path):
+                raise self.failure(f"the checkpoint could not be written: {disk_full(path)}") from error
             if isinstance(error, OSError) and error.errno not in _FULL:
                 raise
             reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__

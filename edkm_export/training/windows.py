@@ -9,7 +9,19 @@ from torch.utils.data import Dataset
 from edkm_export.errors import InputError
 from edkm_export.training.tokens import Tokens
 
-__all__ = ["PackedWindows"]
+__all__ = ["PackedWindows", "check_length"]
+
+
+def check_length(tokens: int, context: int, source: str) -> None:
+    """Refuse data that does not fill one window.
+
+    Raises:
+        InputError: it does not; the message names `source`.
+    """
+    if tokens < context:
+        raise InputError(
+            f"{source}: {tokens} tokens, but a window takes {context}; give more text, or a smaller --context."
+        )
 
 
 class PackedWindows(Dataset[dict[str, Tensor]]):
@@ -22,10 +34,7 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
     def __init__(
         self, tokens: Tokens, *, context: int, samples: int, seed: int, source: str = "training data"
     ) -> None:
-        if len(tokens) < context:
-            raise InputError(
-                f"{source}: {len(tokens)} tokens, but a window takes {context}; give more text or a smaller context."
-            )
+        check_length(len(tokens), context, source)
         self.tokens, self.context, self.samples, self.seed = tokens, context, samples, seed
         self.windows = len(tokens) // context
         self._pass: tuple[int, int, Tensor] | None = None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.protocol import Artifact
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
@@ -39,7 +40,7 @@ def compare_bytes(checkpoint: Checkpoint, artifact: Artifact) -> tuple[Rung, dic
 
     exact = {
         name: name in palettized and tensor.same_bits(palettized[name])
-        for name, tensor in checkpoint.palettized.items()
+        for name, tensor in tracked(checkpoint.palettized.items(), "comparing", "weights")
     }
     faults = [
         f"{name} {'differs' if name in palettized else 'is dense' if name in dense else 'is missing'}"

@@ -94,11 +94,8 @@ def layer_lines(series: Mapping[str, Sequence[LayerError]]) -> str:
     x, y = _across(0, max(1, count - 1)), _up(low, high)
     parts = [
         *_vertical_axis(y, _ticks(low, high, 5), lambda value: f"{value:g}"),
-        *(
-            _text(x(place), y.start + 16, str(place), "tick", "middle")
-            for place in range(0, count, max(1, math.ceil(count / 8)))
-        ),
-        _text((x.start + x.end) / 2, _HEIGHT - 6, "layer", "label", "middle"),
+        *(_text(x(place), y.start + 16, str(place), "tick", "middle") for place in _places(count)),
+        _text((x.start + x.end) / 2, _HEIGHT - 6, f"layer, 0 to {count - 1}", "label", "middle"),
         _text(_LEFT - 38, _TOP - 2, "dB", "label", "start"),
     ]
     for number, (name, rows) in enumerate(series.items()):
@@ -112,7 +109,7 @@ def layer_lines(series: Mapping[str, Sequence[LayerError]]) -> str:
             )
     worst = min(values, default=math.nan)
     told = (
-        f"Signal to noise ratio of the hidden states after each of {count} layers: {', '.join(series)}; "
+        f"Signal to noise ratio of the hidden states after layers 0 to {count - 1}: {', '.join(series)}; "
         f"lowest {worst:.1f} dB"
     )
     return _svg(told, parts)
@@ -218,6 +215,15 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     spacing = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
     first = math.ceil(low / spacing)
     return [round(place * spacing, 12) for place in range(first, math.floor(high / spacing) + 1)]
+
+
+def _places(count: int) -> list[int]:
+    """Layers that the axis names, counted from 0: about eight, and the last one."""
+    apart = max(1, math.ceil(count / 8))
+    last = count - 1
+    return [place for place in range(0, count, apart) if last - place >= apart / 2 or place == last] + (
+        [last] if count > 1 and last % apart else []
+    )
 
 
 def _decade(exponent: float) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,28 @@ from markupsafe import Markup
 from torch import Tensor
 
 from edkm_export.artifact.execution import Execute
-from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
+from edkm_export.artifact.metrics import (
+    Divergence,
+    Perplexity,
+    Positions,
+    compare_positions,
+    perplexity,
+    summarize,
+    token_losses,
+)
 from edkm_export.artifact.protocol import Artifact, DamagedArtifact
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import InputError, PackageError
+from edkm_export.local_paths import without_folders
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
 from edkm_export.reference.source import Source, load_model
 from edkm_export.text import token_windows
 from edkm_export.verify import charts
 from edkm_export.verify.html import page
+from edkm_export.verify.time_budget import WINDOW, Budget, run_windows
 from edkm_export.verify.torch_runs import transformers_model
 
-__all__ = ["Compared", "Contestant", "compare", "comparison_page"]
+__all__ = ["Compared", "Comparison", "Contestant", "compare", "comparison_page"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class Contestant:
         )
 
     @classmethod
-    def of_artifact(cls, artifact: Artifact, name: str, folder: Path) -> Contestant:
+    def of_artifact(cls, artifact: Artifact, name: str, folder: str | Path) -> Contestant:
         """An artifact, run by its first execution.
 
         Args:
@@ -74,6 +85,7 @@ class Contestant:
         Raises:
             PackageError: it is damaged.
         """
+        folder = Path(folder)
         if isinstance(artifact, DamagedArtifact):
             raise PackageError(artifact.reason)
         execution = artifact.executions[0]
@@ -89,7 +101,7 @@ class Contestant:
         execute = execution.execute
         return cls(
             name=name,
-            kind=f"{artifact.kind}, {execution.words.removeprefix('executed artifact, ')}",
+            kind=f"{artifact.kind}, {execution.words}",
             bits_per_weight=bits / max(1, weights),
             size_bytes=artifact.size_bytes(),
             context=artifact.context,
@@ -110,6 +122,25 @@ class Compared:
     distance: Divergence | None
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Models side by side.
+
+    Attributes:
+        rows: the original first, if it was given; all on the same tokens.
+        text_name: what they read.
+        tokens: how many tokens of it were read.
+        asked: how many there were.
+        cut: why these are fewer, in words; empty: they are not.
+    """
+
+    rows: list[Compared]
+    text_name: str
+    tokens: int
+    asked: int
+    cut: str = ""
+
+
 def compare(
     contestants: Iterable[Contestant],
     text: str,
@@ -117,8 +148,9 @@ def compare(
     *,
     tokens: int = 1024,
     original: Source | None = None,
+    minutes: float | None = None,
     advance: Callable[[str], None] | None = None,
-) -> list[Compared]:
+) -> Comparison:
     """Run all of them on the same windows of one text.
 
     Args:
@@ -127,15 +159,18 @@ def compare(
         text_name: for messages.
         tokens: tokens of it to use.
         original: the float model; the first row of the result when it is given.
+        minutes: time for all of them; as many windows are compared as the slowest model had time for, one at least.
+            None: no limit.
         advance: called with the name of each model before it runs.
 
     Raises:
         InputError: the text is too short, the original cannot be used, or the tokenizers differ.
         PackageError: an artifact fails.
     """
-    entries, begin = list(contestants), advance or (lambda _name: None)
+    entries, begin, budget = list(contestants), advance or (lambda _name: None), Budget(minutes)
+    budget.expect(len(entries) + (original is not None))
     limits = [entry.context for entry in entries if entry.context is not None]
-    context = min(512, *limits) if limits else 512
+    context = min(512 if minutes is None else WINDOW, *limits)
     windows: Tensor | None = None
     for entry in entries:
         found = token_windows(text, entry.tokenizer(), tokens=tokens, context=context, source=text_name)
@@ -146,33 +181,57 @@ def compare(
             )
         windows = found
     assert windows is not None
-    rows: list[Compared] = []
+    asked, slowest = int(windows.numel()), ""
+    runs: list[_Run] = []
     reference: list[Tensor] | None = None
+
+    def run(name: str, execute: Execute) -> list[Tensor]:
+        nonlocal windows, slowest
+        assert windows is not None
+        logits = run_windows(execute, windows, budget.share())
+        if len(logits) < len(windows):
+            windows, slowest = windows[: len(logits)], name
+        losses = [token_losses(one, window) for one, window in zip(logits, windows, strict=True)]
+        pairs = [] if reference is None else zip(reference, logits, strict=False)
+        runs.append(_Run(losses, [compare_positions(before, after) for before, after in pairs]))
+        return logits
+
     if original is not None:
         begin("the original")
-        execute = transformers_model(load_model(original, torch.float32))
-        reference = [execute(window) for window in windows]
-        rows.append(Compared("original", "float model", None, None, _perplexity(reference, windows), None))
+        reference = run("the original", transformers_model(load_model(original, torch.float32)))
     for entry in entries:
         begin(entry.name)
-        execute = entry.load()
-        logits = [execute(window) for window in windows]
-        distance = None if reference is None else divergence(zip(reference, logits, strict=True))
-        rows.append(
-            Compared(
-                entry.name,
-                entry.kind,
-                entry.bits_per_weight,
-                entry.size_bytes,
-                _perplexity(logits, windows),
-                distance,
-            )
+        run(entry.name, entry.load())
+    count = len(windows)
+    listed: list[Contestant | None] = [*([] if original is None else [None]), *entries]
+    rows = [
+        Compared(
+            *(("original", "float model", None, None) if entry is None else _described(entry)),
+            perplexity(each.losses[:count]),
+            summarize(each.positions[:count]) if each.positions else None,
         )
-    return rows
+        for entry, each in zip(listed, runs, strict=True)
+    ]
+    read = int(windows.numel())
+    cut = f"{slowest} had no time for more in {minutes:g} minutes (--minutes)" if slowest and minutes else ""
+    return Comparison(rows, text_name, read, asked, cut)
 
 
-def comparison_page(rows: list[Compared], text_name: str) -> str:
-    """One self-contained page."""
+@dataclass(frozen=True)
+class _Run:
+    """Of each window: losses of its tokens, float64 [positions - 1], and distances from the original, if it ran."""
+
+    losses: list[Tensor]
+    positions: list[Positions]
+
+
+def _described(entry: Contestant) -> tuple[str, str, float | None, int | None]:
+    return entry.name, entry.kind, entry.bits_per_weight, entry.size_bytes
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """One self-contained page; files are called by their names, not by their paths."""
+    rows = [replace(row, name=without_folders(row.name)) for row in comparison.rows]
     points = [
         charts.Point(row.name, row.size_bytes, row.perplexity.value, row.perplexity.standard_error)
         for row in rows
@@ -184,13 +243,10 @@ def comparison_page(rows: list[Compared], text_name: str) -> str:
         rows=rows,
         plot=Markup(charts.size_against_quality(points)),
         original=original,
-        text_name=text_name,
-        tokens=rows[0].perplexity.tokens,
+        text_name=without_folders(comparison.text_name),
+        comparison=comparison,
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
-
-
-def _perplexity(logits: list[Tensor], windows: Tensor) -> Perplexity:
-    return perplexity(token_losses(one, window) for one, window in zip(logits, windows, strict=True))
 
 
 def _tokenizer_of(folder: Path) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.execution import Execute
 from edkm_export.artifact.generation import Choice, Difference, first_difference, generate
 from edkm_export.artifact.metrics import Divergence, divergence
@@ -16,10 +18,16 @@ from edkm_export.artifact.protocol import Artifact, Session
 from edkm_export.artifact.thresholds import NEAR_TIE_NATS
 from edkm_export.errors import InputError, PackageError
 from edkm_export.reference.torch_session import TorchSession
+from edkm_export.verify.quoting import quoted
+from edkm_export.verify.report import PromptTexts
+from edkm_export.verify.time_budget import DECODED, UNLIMITED, Share
 
-__all__ = ["Continuation", "compare_continuations", "prefill_against_decode"]
-
-_DECODED = 32  # tokens that are decoded one by one; a fault of the cache shows within a few
+__all__ = [
+    "Continuation",
+    "compare_continuations",
+    "prefill_against_decode",
+    "side_by_side",
+]
 
 
 @dataclass(frozen=True)
@@ -28,8 +36,9 @@ class Continuation:
 
     Attributes:
         prompt: the prompt.
-        text: its greedy continuation by hard PyTorch.
-        wanted: tokens of that.
+        tokens: its greedy continuation by hard PyTorch.
+        text: the same as text.
+        wanted: how many tokens that are.
         equal: how many of them the artifact gives too, before the texts part.
         difference: where they part; None: nowhere.
         tie_nats: how near two tokens must be for either to be right.
@@ -38,6 +47,7 @@ class Continuation:
     """
 
     prompt: str
+    tokens: tuple[int, ...]
     text: str
     wanted: int
     equal: int
@@ -79,24 +89,54 @@ class Continuation:
         first, second = reference.probabilities
         near = ", a near tie" if self.ok else ""
         return (
-            f"{self.prompt!r}: token {self.equal + 1} is {self.found!r}, hard PyTorch has {self.expected!r} "
-            f"(its two best have probabilities {first:.4f} and {second:.4f}{near})"
+            f"after {quoted(self.prompt)}, token {self.equal + 1} is {quoted(self.found)}, hard PyTorch has "
+            f"{quoted(self.expected)} (its two best have probabilities {first:.4f} and {second:.4f}{near})"
         )
 
 
-def prefill_against_decode(session: Session, tokens: Tensor) -> Divergence:
+def side_by_side(
+    palettized: Sequence[Continuation], original: Mapping[str, Sequence[int]], tokenizer: Any
+) -> list[PromptTexts]:
+    """The original's and the palettized model's continuation of each prompt.
+
+    Args:
+        palettized: of the rung, whose reference is hard PyTorch.
+        original: tokens of the original by prompt.
+        tokenizer: to put tokens into words.
+    """
+    found = []
+    for one in palettized:
+        theirs = None if one.prompt not in original else list(original[one.prompt][: one.wanted])
+        pairs = zip(theirs or (), one.tokens, strict=False)
+        found.append(
+            PromptTexts(
+                prompt=one.prompt,
+                tokens=one.wanted,
+                original=None if theirs is None else tokenizer.decode(theirs),
+                palettized=one.text,
+                shared_tokens=None
+                if theirs is None
+                else sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)),
+            )
+        )
+    return found
+
+
+def prefill_against_decode(session: Session, tokens: Tensor, share: Share = UNLIMITED) -> Divergence:
     """Feed a text at once, then token by token.
 
     Args:
         session: of the artifact.
-        tokens: int64 [positions]; the first 32 of them are used.
+        tokens: int64 [positions]; the first `DECODED` of them are used, or as many as there is time for.
+        share: of the time.
     """
-    text = tokens[: min(_DECODED, session.context)]
+    text = tokens[: min(DECODED, session.context)]
     session.reset()
     prefill = session.feed(text).clone()
     session.reset()
-    decode = torch.cat([session.feed(token[None]).clone() for token in text])
-    return divergence([(prefill, decode)])
+    decoded = share.within(tracked(text, "decoding", "tokens"))
+    decode = torch.cat([session.feed(token[None]).clone() for token in decoded])
+    return divergence([(prefill[: len(decode)], decode)])
 
 
 def compare_continuations(
@@ -106,6 +146,7 @@ def compare_continuations(
     tokenizer: Any,
     prompts: Mapping[str, Tensor],
     count: int,
+    share: Share = UNLIMITED,
     tie_nats: float = NEAR_TIE_NATS,
 ) -> list[Continuation]:
     """Continue each prompt greedily, in hard PyTorch and in the artifact.
@@ -120,6 +161,7 @@ def compare_continuations(
         tokenizer: to put tokens into words.
         prompts: int64 [length] by prompt.
         count: tokens to add to each, as far as the context allows.
+        share: of the time; prompts that it does not reach are missing in the result.
         tie_nats: how near two tokens must be for either to be right.
 
     Raises:
@@ -128,7 +170,7 @@ def compare_continuations(
     execute = None if session is not None else artifact.executions[0].execute
     context = artifact.context if session is None else session.context
     found = []
-    for prompt, ids in prompts.items():
+    for prompt, ids in share.within(tracked(prompts.items(), "continuing", "prompts")):
         wanted = min(count, context - len(ids))
         expected = generate(TorchSession(hard), ids, max_new_tokens=wanted)
         tokens = torch.tensor(expected.tokens)
@@ -140,6 +182,7 @@ def compare_continuations(
         difference = first_difference(expected.choices, chosen)
         one = Continuation(
             prompt=prompt,
+            tokens=tuple(expected.tokens),
             text=tokenizer.decode(tokens),
             wanted=wanted,
             equal=wanted if difference is None else difference.place,

@@ -21,7 +21,7 @@ __all__ = ["harness_model", "run_tasks"]
 
 
 def run_tasks(
-    model: Any, tasks: Sequence[str], *, folder: Path | None = None, limit: int | None = None
+    model: Any, tasks: Sequence[str], *, folder: str | Path | None = None, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Evaluate a model on tasks of the harness.
 

@@ -14,40 +14,58 @@ from markupsafe import Markup
 
 from edkm_export._version import __version__
 from edkm_export.verify import charts
+from edkm_export.verify.quoting import quoted
+from edkm_export.verify.ranking import decibels, ranked, ranking_words
 from edkm_export.verify.report import Report, Rung, Size, TensorReport, Verdict
+from edkm_export.verify.time_budget import WINDOW
+from edkm_export.verify.verdicts import budget_words, faithful_words, quality_words, tally
+from edkm_export.verify.words import GLOSSARY, LADDER, executed_words, readable
 
-__all__ = ["page", "report_page"]
+__all__ = ["notebook_view", "page", "report_page"]
 
 
 def report_page(report: Report) -> str:
-    """The whole page; verdict first, then what was not run, then the evidence."""
-    ranked = sorted(report.tensors, key=_badness)
-    by_output = any(row.output_snr_db is not None for row in ranked)
-    by_weight = any(row.weight_snr_db is not None for row in ranked)
+    """The whole page; verdicts first, then what was not run, then the evidence."""
+    rows = ranked(report.tensors)
+    by_output = any(row.output_snr_db is not None for row in rows)
     return page(
         "report.html.jinja",
         report=report,
-        summary=_summary(report),
+        date=_date(report),
+        tally=tally(report),
+        faithful=faithful_words(report),
+        quality=quality_words(report),
         tiles=_tiles(report),
+        glossary=GLOSSARY,
+        ladder=LADDER,
         not_run=[rung for rung in report.rungs if rung.verdict is Verdict.NOT_RUN],
-        continuations=[
-            one
-            for rung in report.rungs
-            if rung.id.startswith("continuation")
-            for one in rung.measures.get("continuations", [])
-        ],
+        budget=None if report.time_budget is None else budget_words(report.time_budget),
+        window=WINDOW,
+        executed={one.prompt: executed_words(report, one.prompt) for one in report.continuations},
+        read=_read(report),
         kl_plots=[plot for rung in report.rungs if (plot := _kl_plot(rung))],
         layer_plot=Markup(charts.layer_lines(report.layer_errors)) if report.layer_errors else None,
         weight_plots=[
             {**plot.model_dump(), "svg": Markup(charts.weight_histogram(plot))}
             for plot in report.weight_plots
         ],
-        tensors=[_Row(**row.model_dump(), numel=math.prod(row.shape)) for row in ranked],
+        tensors=[_Row(**row.model_dump(), numel=math.prod(row.shape)) for row in rows],
         by_output=by_output,
-        by_weight=by_weight,
-        ranked_by=_ranked_by(by_output, by_weight),
+        by_weight=any(row.weight_snr_db is not None for row in rows),
+        ranked_by=ranking_words(rows),
         facts=_facts(report.provenance),
         provenance=json.dumps(report.provenance, indent=2, sort_keys=True, default=str),
+    )
+
+
+def notebook_view(report: Report) -> str:
+    """One line, and the page below it in a frame, so that its styles stay its own."""
+    return str(
+        Markup(
+            "<div>{}</div><details><summary>report</summary>"
+            '<iframe srcdoc="{}" style="width:100%;height:40em;border:1px solid #888" title="report"></iframe>'
+            "</details>"
+        ).format(repr(report), report_page(report))
     )
 
 
@@ -71,65 +89,73 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
     )
     environment.filters.update(
-        bytes=_bytes, decibels=_decibels, difference=_difference, megabytes=_megabytes, sortable=_sortable
+        bytes=_bytes,
+        decibels=decibels,
+        quoted=quoted,
+        readable=readable,
+        difference=_difference,
+        megabytes=_megabytes,
+        sortable=_sortable,
     )
     return environment
 
 
-def _badness(row: TensorReport) -> tuple[bool, float]:
-    """Rank of a weight: one that is not bit-exact first, then by its signal to noise ratio."""
-    found = row.weight_snr_db if row.output_snr_db is None else row.output_snr_db
-    return row.bit_exact is not False, math.inf if found is None else found
-
-
-def _ranked_by(by_output: bool, by_weight: bool) -> str:
-    if by_output:
-        return (
-            "Ranked by the output SNR: what the layer computes with the decoded weight from the original's own "
-            "activations, against what it computes with the original weight."
-        )
-    if by_weight:
-        return "Ranked by the SNR of the weight itself, since no layer outputs were measured."
-    return "In the order of the model: without the original there is nothing to rank them by."
-
-
-def _summary(report: Report) -> str:
-    failed = [rung.candidate for rung in report.rungs if rung.verdict is Verdict.FAIL]
-    if failed:
-        return f"Failed: {', '.join(failed)}."
-    asked = [rung for rung in report.rungs if rung.verdict is not Verdict.REPORTED]
-    run = sum(rung.verdict is Verdict.PASS for rung in asked)
-    return f"{run} of {len(asked)} rungs with a threshold were run, and all of them passed."
+def _date(report: Report) -> str:
+    """The date for people: "2026-11-30 09:12 UTC"."""
+    if report.date is None:
+        return ""
+    day, _, time = report.date.partition("T")
+    return f"{day} {time[:5]} UTC".strip()
 
 
 def _tiles(report: Report) -> list[dict[str, str]]:
     float16 = report.parameters * 2
-    tiles = [
+    tiles = []
+    if report.top1_agreement is not None and report.perplexity_ratio is not None:
+        before, after = report.perplexities.get("original"), report.perplexities.get("hard PyTorch")
+        found = f": {before.value:.2f} → {after.value:.2f}" if before and after else ""
+        limit = "no limit" if report.perplexity_limit is None else f"limit ×{report.perplexity_limit:g}"
+        tiles = [
+            {
+                "value": f"{report.top1_agreement:.1%}",
+                "words": "top-1 agreement: positions with the original's most likely token",
+            },
+            {
+                "value": f"×{report.perplexity_ratio:.3g}",
+                "words": f"perplexity against the original's ({limit}){found}",
+            },
+        ]
+    tiles += [
         {
             "value": f"{report.bit_exact_tensors} of {len(report.tensors)}",
             "words": "palettized weights bit-exact on disk",
         },
         {"value": f"{report.bits_per_weight:.2f}", "words": "bits a weight, everything included"},
         {
-            "value": f"{report.size_bytes / 1e6:,.1f} MB",
-            "words": f"on disk; float16 would be {float16 / 1e6:,.1f} MB",
+            "value": _megabytes(report.size_bytes),
+            "words": f"on disk; float16 would be {_megabytes(float16)}",
         },
     ]
-    known = report.perplexities
-    if "hard PyTorch" in known:
-        after, before = known["hard PyTorch"], known.get("original")
-        words = "perplexity" if before is None else f"perplexity; the original has {before.value:.2f}"
-        tiles.append({"value": f"{after.value:.2f} ± {after.standard_error:.2f}", "words": words})
     for rung in report.rungs:
         if rung.id.startswith("execution-") and "top1_agreement" in rung.measures:
             share = float(rung.measures["top1_agreement"])
-            tiles.append(
-                {"value": f"{share:.2%}", "words": "of tokens as in hard PyTorch when executed in float32"}
-                if rung.id == "execution-float32"
-                else {"value": f"{share:.2%}", "words": f"of tokens as in hard PyTorch, {rung.candidate}"}
-            )
+            words = f"of tokens as the palettized model in PyTorch, when run in {rung.candidate}"
+            tiles.append({"value": f"{share:.2%}", "words": words})
             break
     return tiles
+
+
+def _read(report: Report) -> str:
+    """How many tokens each figure is of: those of the two kinds differ."""
+    used = _dict(report.provenance.get("evaluation"))
+    if not used:
+        return ""
+    return (
+        f"{used.get('tokens', 0):,} tokens ({used.get('text')}) were read, in windows of {used.get('context', 0):,}. "
+        "Perplexity counts the tokens that have one before them in their window; KL and top-1 agreement are of "
+        "every position. "
+        "The error is one standard error, tokens taken as independent."
+    )
 
 
 def _kl_plot(rung: Rung) -> dict[str, Any] | None:
@@ -151,13 +177,14 @@ def _facts(provenance: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     how = _dict(provenance.get("verification"))
     evaluation, base = _dict(provenance.get("evaluation")), _dict(provenance.get("base_model"))
     made = provenance.get("command")
+    tokens = f"{evaluation.get('tokens', 0):,} tokens in windows of {evaluation.get('context', 0):,}"
     found: list[tuple[str, Any, bool]] = [
         ("verified by", how.get("command"), True),
         ("palettized by", shlex.join(map(str, made)) if isinstance(made, list) else made, True),
         ("original", base.get("reference"), True),
         (
             "evaluation text",
-            f"{evaluation.get('text')}, {evaluation.get('tokens')} tokens in windows of {evaluation.get('context')}",
+            f"{evaluation.get('text')}, {tokens}" if evaluation else "",
             False,
         ),
         ("seed", "none was drawn" if provenance.get("seed") is None else provenance["seed"], False),
@@ -199,12 +226,6 @@ def _difference(size: Size) -> str:
     if size.predicted_bytes == size.actual_bytes:
         return "none"
     return f"{size.actual_bytes / size.predicted_bytes - 1:+.2%}" if size.predicted_bytes else "more"
-
-
-def _decibels(value: float | None) -> str:
-    if value is None:
-        return ""
-    return "exact" if value == math.inf else f"{value:.1f}"
 
 
 def _sortable(value: float | None) -> str:

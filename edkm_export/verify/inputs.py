@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shlex
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from edkm_export.artifact.thresholds import MAX_PERPLEXITY_RATIO
+from edkm_export.artifact.thresholds import QualityLimit, quality_limit
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.digest import file_sha256
 from edkm_export.errors import CheckpointError, InputError
+from edkm_export.local_paths import without_folders
 from edkm_export.reference.soft_model import SoftWeights
 from edkm_export.reference.source import Source
 from edkm_export.text import token_windows
+from edkm_export.token_ids import Ids
 from edkm_export.verify.source_rung import SourceRuntime
+from edkm_export.verify.time_budget import WINDOW
 from edkm_export.versions import library_versions
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "REPORT_FILES",
     "VerificationInputs",
     "evaluation_windows",
+    "limit_of",
     "prompt_tokens",
     "provenance",
 ]
@@ -44,52 +46,68 @@ class VerificationInputs:
     """What an artifact is verified with.
 
     Attributes:
-        text: evaluation text.
+        text: evaluation text, or its token ids.
         text_name: what to call it in the report.
         tokens: tokens of it to use.
         original: the float model; None: its rung is not run.
         original_missing: why there is none.
         original_required: the user named it: that it cannot be used is an error, not a rung that is not run.
         runtime: llama.cpp, with which a GGUF file is compared; None: that rung is not run.
-        max_perplexity_ratio: threshold of hard PyTorch against the original.
+        max_perplexity_ratio: worst allowed perplexity of hard PyTorch, as a multiple of the original's; "preset": the
+            limit of the checkpoint's bits; None: no limit, the quality is only reported.
         prompts: prompts of the user's own, beside the fixed ones.
         continuation: tokens to continue each prompt by.
         localize: find the first op that leaves the tolerance when an execution fails.
         soft: weights of the trained soft model; None: its rung is not run.
         soft_missing: why there are none.
         soft_required: as `original_required`.
+        minutes: time for the verification: fewer tokens are compared then; None: no limit.
+        command: words of the command that asks for it, for the provenance; empty: none, as from Python.
     """
 
-    text: str
+    text: str | Ids
     text_name: str
     tokens: int = 1024
     original: Source | None = None
     original_missing: str = "it was not given"
     original_required: bool = False
     runtime: SourceRuntime | None = None
-    max_perplexity_ratio: float = MAX_PERPLEXITY_RATIO
+    max_perplexity_ratio: float | Literal["preset"] | None = "preset"
     prompts: tuple[str, ...] = ()
     continuation: int = 24
     localize: bool = False
     soft: SoftWeights | None = None
     soft_missing: str = "no training run was given"
     soft_required: bool = False
+    minutes: float | None = None
+    command: tuple[str, ...] = ()
+
+
+def limit_of(checkpoint: Checkpoint, evaluation: VerificationInputs) -> QualityLimit:
+    """The user's limit of the perplexity ratio, or that of the checkpoint's fewest bits."""
+    if evaluation.max_perplexity_ratio is None:
+        return QualityLimit(None, "--max-perplexity-ratio none")
+    if evaluation.max_perplexity_ratio != "preset":
+        return QualityLimit(evaluation.max_perplexity_ratio, "--max-perplexity-ratio")
+    bits = min((tensor.n_bits for tensor in checkpoint.palettized.values()), default=None)
+    return quality_limit(bits, str(checkpoint.recipe.get("name", "")))
 
 
 def evaluation_windows(
     checkpoint: Checkpoint, evaluation: VerificationInputs, tokenizer: Any, context: int
 ) -> Tensor:
-    """Tokens of the evaluation text, int64 [windows, at most `context`].
+    """Tokens of the evaluation text, int64 [windows, at most `context`]; shorter windows where the time is limited.
 
     Raises:
         InputError: the text is too short, or the tokenizer is another model's.
         CheckpointError: the configuration makes no sense.
     """
+    longest = min(context, _positive(checkpoint, "max_position_embeddings", "n_positions"))
     windows = token_windows(
         evaluation.text,
         tokenizer,
         tokens=evaluation.tokens,
-        context=min(context, _positive(checkpoint, "max_position_embeddings", "n_positions")),
+        context=longest if evaluation.minutes is None else min(longest, WINDOW),
         source=evaluation.text_name,
     )
     _check_vocabulary(checkpoint, windows)
@@ -120,35 +138,17 @@ def prompt_tokens(
 def provenance(
     checkpoint: Checkpoint, evaluation: VerificationInputs, windows: Tensor, artifact: Path
 ) -> dict[str, Any]:
-    """Where the checkpoint is from, as it says itself, and how it was verified.
-
-    No folder is named: the report travels with the artifact.
-    """
-    known = dict(checkpoint.provenance)
-    base = known.get("base_model")
-    if isinstance(base, dict) and isinstance(base.get("reference"), str):
-        known["base_model"] = _named(base)
-        if isinstance(base.get("adapter"), dict):
-            known["base_model"]["adapter"] = _named(base["adapter"])
+    """Where the checkpoint is from, as it says itself, and how it was verified."""
     used = {"text": evaluation.text_name, "tokens": int(windows.numel()), "context": int(windows.shape[1])}
-    return {**known, "evaluation": used, "verification": _verification(artifact)}
-
-
-def _named(given: dict[str, Any]) -> dict[str, Any]:
-    """A reference without the folders above it."""
-    path = Path(given["reference"])
-    return {**given, "reference": path.name if path.is_absolute() else given["reference"]}
-
-
-def _verification(artifact: Path) -> Mapping[str, Any]:
-    """The command, with the names of files in place of whole paths, versions, platform, and what was verified."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
-    return {
-        "command": shlex.join(words),
+    verification = {
         "versions": library_versions(),
         "platform": f"{platform.system()} {platform.machine()}",
         "artifact": _digests(artifact),
     }
+    if evaluation.command:
+        # named before it is joined: quotes around a path with spaces would hide where it begins
+        verification["command"] = shlex.join(without_folders(list(evaluation.command)))
+    return {**checkpoint.provenance, "evaluation": used, "verification": verification}
 
 
 def _digests(artifact: Path) -> dict[str, str]:
@@ -158,16 +158,8 @@ def _digests(artifact: Path) -> dict[str, str]:
     for path in files:
         if path.is_file() and not path.is_symlink() and path.name not in REPORT_FILES:
             name = path.name if path == artifact else path.relative_to(artifact).as_posix()
-            found[name] = _sha256(path)
+            found[name] = file_sha256(path)
     return found
-
-
-def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
 
 
 def _check_vocabulary(checkpoint: Checkpoint, tokens: Tensor) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
-from edkm_export.verify.report import Report, Verdict
+from edkm_export.verify.report import Report, Rung, Verdict
+from edkm_export.verify.verdicts import faithful_words, quality_words
 
 __all__ = ["junit"]
 
@@ -15,29 +16,50 @@ _FORBIDDEN = re.compile(
 
 
 def junit(report: Report) -> str:
-    """One test case for each rung: FAIL is a failure, NOT RUN is skipped with its reason."""
-    verdicts = [rung.verdict for rung in report.rungs]
+    """One test case for each of the two verdicts and for each rung.
+
+    FAIL and BEYOND are failures, NOT RUN is skipped with its reason; a faithful export that is not proved is a failure.
+    """
+    cases = [*_verdicts(report), *(_rung(report, rung) for rung in report.rungs)]
     suite = ElementTree.Element(
         "testsuite",
         name=_clean(f"verification of {report.artifact}"),
-        tests=str(len(verdicts)),
-        failures=str(verdicts.count(Verdict.FAIL)),
-        skipped=str(verdicts.count(Verdict.NOT_RUN)),
+        tests=str(len(cases)),
+        failures=str(sum(case.find("failure") is not None for case in cases)),
+        skipped=str(sum(case.find("skipped") is not None for case in cases)),
         errors="0",
     )
-    for rung in report.rungs:
-        case = ElementTree.SubElement(
-            suite, "testcase", classname=_clean(report.artifact), name=f"{rung.id}: {rung.candidate}"
-        )
-        if rung.verdict is Verdict.FAIL:
-            failure = ElementTree.SubElement(case, "failure", message=_clean(rung.detail))
-            failure.text = _clean(f"{rung.detail}\n\nthreshold: {rung.threshold}\n({rung.why})")
-        elif rung.verdict is Verdict.NOT_RUN:
-            ElementTree.SubElement(case, "skipped", message=_clean(rung.detail))
-        else:
-            ElementTree.SubElement(case, "system-out").text = _clean(rung.detail)
+    if report.date:
+        suite.set("timestamp", report.date)
+    suite.extend(cases)
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=False) + "\n"
+
+
+def _verdicts(report: Report) -> list[ElementTree.Element]:
+    return [
+        _case(report, "faithful export", report.faithful_export, faithful_words(report), required=True),
+        _case(report, "quality", report.quality, quality_words(report)),
+    ]
+
+
+def _rung(report: Report, rung: Rung) -> ElementTree.Element:
+    more = f"threshold: {rung.threshold}\n({rung.why})"
+    return _case(report, f"{rung.id}: {rung.candidate}", rung.verdict, rung.detail, more)
+
+
+def _case(
+    report: Report, name: str, verdict: Verdict, words: str, more: str = "", *, required: bool = False
+) -> ElementTree.Element:
+    case = ElementTree.Element("testcase", classname=_clean(report.artifact), name=_clean(name))
+    if verdict.is_bad or (required and not verdict.is_good):
+        failure = ElementTree.SubElement(case, "failure", type=verdict.value, message=_clean(words))
+        failure.text = _clean(f"{words}\n\n{more}".strip())
+    elif verdict is Verdict.NOT_RUN:
+        ElementTree.SubElement(case, "skipped", message=_clean(words))
+    else:
+        ElementTree.SubElement(case, "system-out").text = _clean(f"{verdict.value}: {words}")
+    return case
 
 
 def _clean(text: str) -> str:

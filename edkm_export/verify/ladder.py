@@ -1,4 +1,4 @@
-"""The ladder: each rung is compared with the one before, so that training loss and converter bugs never mix.
+"""The ladder: comparisons, the rungs, each with the one before, so that training loss and converter bugs never mix.
 
 source files -> original float model -> trained soft model -> hard PyTorch -> decoded artifact (bytes on disk)
 -> executed artifact -> its cache
@@ -6,7 +6,8 @@ source files -> original float model -> trained soft model -> hard PyTorch -> de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 from torch import Tensor
@@ -19,11 +20,22 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
 from edkm_export.verify.bytes import compare_bytes
-from edkm_export.verify.continuation import compare_continuations, prefill_against_decode
+from edkm_export.verify.continuation import (
+    Continuation,
+    compare_continuations,
+    prefill_against_decode,
+    side_by_side,
+)
 from edkm_export.verify.foreign_decoding import compare_decoding
-from edkm_export.verify.inputs import VerificationInputs, evaluation_windows, prompt_tokens, provenance
+from edkm_export.verify.inputs import (
+    VerificationInputs,
+    evaluation_windows,
+    limit_of,
+    prompt_tokens,
+    provenance,
+)
 from edkm_export.verify.localize import find_faults
-from edkm_export.verify.report import LayerError, Report, Rung, Verdict, overall
+from edkm_export.verify.report import LayerError, Report, Rung, Verdict
 from edkm_export.verify.rungs import (
     continuation_rung,
     decode_rung,
@@ -33,6 +45,7 @@ from edkm_export.verify.rungs import (
     soft_rungs,
 )
 from edkm_export.verify.source_rung import compare_with_runtime, source_rung, source_runtime_rung
+from edkm_export.verify.time_budget import Budget, cuts, run_windows
 from edkm_export.verify.torch_runs import (
     hidden_states,
     layer_errors,
@@ -40,6 +53,7 @@ from edkm_export.verify.torch_runs import (
     measure_soft,
     transformers_model,
 )
+from edkm_export.verify.verdicts import faithful_export, quality
 from edkm_export.verify.weight_report import describe_tensors, measure_sizes, plot_weights
 
 __all__ = ["count_stages", "verify_artifact"]
@@ -48,10 +62,9 @@ Advance = Callable[[str], None]
 
 
 def count_stages(artifact: Artifact, evaluation: VerificationInputs) -> int:
-    """How often `verify_artifact` calls `advance`."""
-    executed = sum(execution.execute is not None for execution in artifact.executions)
-    executed += isinstance(artifact, Decoding)
-    return 6 + executed + (evaluation.soft is not None) + evaluation.localize
+    """How often `verify_artifact` calls `advance`, unless its time is used up before."""
+    decodes = isinstance(artifact, Decoding)
+    return 6 + _executed(artifact) + decodes + (evaluation.soft is not None) + evaluation.localize
 
 
 def verify_artifact(
@@ -67,7 +80,7 @@ def verify_artifact(
     Args:
         checkpoint: what the artifact should hold.
         artifact: what was read from disk.
-        evaluation: text, original, prompts and threshold.
+        evaluation: text, original, prompts, limit and time.
         predicted_size_bytes: what the weights should take on disk; None: not known, and not compared.
         advance: called with the name of each stage before it starts.
 
@@ -78,12 +91,20 @@ def verify_artifact(
         InputError, CheckpointError: the checkpoint, text or original cannot be used.
     """
     begin = advance or (lambda _name: None)
+    budget = Budget(evaluation.minutes)
+    # those that take long: transformers' models, each execution, decoding, continuing once or twice
+    budget.expect(
+        1 + (evaluation.original is not None) + (evaluation.soft is not None) + _executed(artifact) + 3
+    )
     tokenizer = load_hard_tokenizer(checkpoint)
     windows = evaluation_windows(checkpoint, evaluation, tokenizer, artifact.context)
     prompts = prompt_tokens(checkpoint, evaluation, tokenizer, artifact.context)
+    asked = int(windows.numel())
 
     begin("running the original")
-    original, missing = measure_original(checkpoint, evaluation, windows)
+    original, missing = measure_original(checkpoint, evaluation, windows, prompts, budget)
+    before = None if original is None else original.logits
+    windows = windows if before is None else windows[: len(before)]
     begin("decoding the weights")
     weights = {} if original is None else original.weights
     tensors = describe_tensors(checkpoint, weights, {} if original is None else original.output_snr_db)
@@ -91,24 +112,24 @@ def verify_artifact(
     weights.clear()
     if evaluation.soft is not None:
         begin("running the trained soft model")
-    soft, no_soft = measure_soft(checkpoint, evaluation, windows)
+    soft, no_soft = measure_soft(checkpoint, evaluation, windows, budget)
     begin("running hard PyTorch")
     model = load_hard_model(checkpoint)
+    execute = transformers_model(model)
     with hidden_states(model) as hidden:
-        hard = [transformers_model(model)(windows[0])]
-    hard += [transformers_model(model)(window) for window in windows[1:]]
-    before = None if original is None else original.logits
+        hard = [execute(windows[0])]
+    hard += run_windows(execute, windows[1:], budget.share())
+    windows = windows[: len(hard)]
+    before, soft = (None if logits is None else logits[: len(hard)] for logits in (before, soft))
     run = {"original": before, "trained soft model": soft, "hard PyTorch": hard}
     perplexities = {name: _perplexity(logits, windows) for name, logits in run.items() if logits is not None}
     rungs = [source_rung(checkpoint, evaluation.original, missing)]
     source = evaluation.original
     if source is not None and source.gguf_file is not None and source.adapter is None:
-        rungs.append(
-            source_runtime_rung(
-                compare_with_runtime(evaluation.runtime, source, before, windows),
-                quantized=before is not None and source.is_quantized,
-            )
-        )
+        runtime = None if budget.is_over else evaluation.runtime
+        ran, rounded = compare_with_runtime(runtime, source, before, windows, values=checkpoint.numel)
+        not_tried = budget.spent if budget.is_over else ""
+        rungs.append(source_runtime_rung(ran, rounded=rounded, missing=not_tried))
     rungs += soft_rungs(
         no_soft or f"no original to compare with: {missing}",
         "" if evaluation.soft is None else evaluation.soft.how,
@@ -116,11 +137,14 @@ def verify_artifact(
         _distance(soft, hard),
         perplexities,
     )
-    distance = _distance(before, hard)
-    rungs.append(palettization_rung(evaluation.max_perplexity_ratio, missing, distance, perplexities))
+    rungs.append(
+        palettization_rung(limit_of(checkpoint, evaluation), missing, _distance(before, hard), perplexities)
+    )
     errors: dict[str, list[LayerError]] = {}
+    continued: dict[str, list[int]] = {}
     if original is not None:
         errors["hard PyTorch against the original"] = layer_errors(original.hidden, hidden)
+        continued = original.continued
     original = before = soft = None
     run.clear()
 
@@ -136,26 +160,31 @@ def verify_artifact(
         rungs.append(decoding)
 
     for execution in artifact.executions:
-        if execution.execute is not None:
+        if execution.execute is not None and not budget.is_over:
             begin(f"running: {execution.words}")
-        rung, found = _execute(execution, hard, windows)
+        rung, found = _execute(execution, hard, windows, budget)
         rungs.append(rung)
         if found is not None:
-            perplexities[f"executed artifact ({execution.id.removeprefix('execution-')})"] = found
+            perplexities[execution.words] = found
     del hard
 
-    begin("decoding token by token")
-    rungs.append(_decode(artifact, windows))
-    begin("continuing prompts")
-    rungs += _continue(artifact, model, tokenizer, prompts, evaluation.continuation)
+    if not budget.is_over:
+        begin("decoding token by token")
+    rungs.append(_decode(artifact, windows, budget))
+    if not budget.is_over:
+        begin("continuing prompts")
+    texts, more = _continue(artifact, model, tokenizer, prompts, evaluation.continuation, budget)
+    rungs += more
     faults = []
     if evaluation.localize:
         begin("looking for the first value that is off")
-        faults = find_faults(model, artifact, rungs, windows[0])
+        faults = [] if budget.is_over else find_faults(model, artifact, rungs, windows[0])
     return Report(
         artifact=artifact.path.name,
         kind=artifact.kind,
-        verdict=overall(rungs),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        faithful_export=faithful_export(rungs),
+        quality=quality(rungs),
         not_run=[f"{rung.candidate}: {rung.detail}" for rung in rungs if rung.verdict is Verdict.NOT_RUN],
         rungs=rungs,
         perplexities=perplexities,
@@ -169,6 +198,15 @@ def verify_artifact(
         layer_errors=errors,
         weight_plots=plots,
         faults=faults,
+        continuations=side_by_side(texts, continued, tokenizer),
+        time_budget=cuts(
+            budget,
+            rungs,
+            asked,
+            len(prompts),
+            evaluation.localize,
+            {one.id: one.positions for one in artifact.executions if one.positions is not None},
+        ),
         provenance=provenance(checkpoint, evaluation, windows, artifact.path),
     )
 
@@ -191,17 +229,24 @@ def _weights_size(artifact: Artifact) -> int | None:
         return None
 
 
-def _execute(execution: Execution, hard: list[Tensor], windows: Tensor) -> tuple[Rung, Perplexity | None]:
+def _executed(artifact: Artifact) -> int:
+    return sum(execution.execute is not None for execution in artifact.executions)
+
+
+def _execute(
+    execution: Execution, hard: list[Tensor], windows: Tensor, budget: Budget
+) -> tuple[Rung, Perplexity | None]:
     """The rung, and the perplexity of what was run."""
-    if execution.execute is None:
-        return execution_rung(execution, execution.missing), None
+    if execution.execute is None or budget.is_over:
+        return execution_rung(execution, None, budget.spent), None
     if execution.positions is not None:
         windows = windows[:1, : execution.positions]
         hard = [hard[0][: execution.positions]]
     try:
-        logits = [execution.execute(window) for window in windows]
+        logits = run_windows(execution.execute, windows, budget.share())
     except AT_FAULT as error:
         return execution_rung(execution, str(error)), None
+    hard, windows = hard[: len(logits)], windows[: len(logits)]
     if any(one.shape != reference.shape for one, reference in zip(logits, hard, strict=True)):
         found = f"logits have shape {list(logits[0].shape)}, those of hard PyTorch {list(hard[0].shape)}"
         return execution_rung(execution, f"{found}: it is another model."), None
@@ -210,43 +255,66 @@ def _execute(execution: Execution, hard: list[Tensor], windows: Tensor) -> tuple
     return execution_rung(execution, distance), None if few else _perplexity(logits, windows)
 
 
-def _decode(artifact: Artifact, windows: Tensor) -> Rung:
+def _decode(artifact: Artifact, windows: Tensor, budget: Budget) -> Rung:
+    first = artifact.executions[0]
     try:
         session = artifact.session()
         if session is None:
-            return decode_rung(None, _no_session(artifact) or "this interface of the artifact has no cache")
-        limit = decode_limit(artifact.executions[0].threshold)
-        return decode_rung(prefill_against_decode(session, windows[0]), "", limit)
+            why = _no_session(artifact) or "this interface of the artifact has no cache"
+            return decode_rung(None, why, executor=first.words)
+        if budget.is_over:
+            return decode_rung(None, budget.spent, executor=first.words)
+        found = prefill_against_decode(session, windows[0], budget.share())
+        return decode_rung(found, "", decode_limit(first.threshold), first.words)
     except AT_FAULT as error:
-        return decode_rung(str(error), "")
+        return decode_rung(str(error), "", executor=first.words)
 
 
 def _continue(
-    artifact: Artifact, model: Any, tokenizer: Any, prompts: dict[str, Tensor], count: int
-) -> list[Rung]:
-    """In the arithmetic of the first execution, and rounded where the artifact can be run so."""
-    found = [_continue_in(artifact, model, tokenizer, prompts, count, rounded=False)]
+    artifact: Artifact, model: Any, tokenizer: Any, prompts: dict[str, Tensor], count: int, budget: Budget
+) -> tuple[Sequence[Continuation], list[Rung]]:
+    """In the arithmetic of the first execution, and rounded where the artifact can be run so.
+
+    Returns:
+        What hard PyTorch wrote, and the rungs.
+    """
+
+    def run(*, rounded: bool) -> tuple[Sequence[Continuation], Rung]:
+        executor = _executor(artifact, rounded=rounded)
+        try:
+            session = artifact.rounded_session() if rounded else artifact.session()
+            missing = _no_session(artifact) if session is None else ""
+            if missing or budget.is_over:
+                return (), continuation_rung(
+                    None, missing or budget.spent, rounded=rounded, executor=executor
+                )
+            coarse = artifact.executions[0].threshold.median_kl > EXECUTION["float32"].median_kl
+            ties = ROUNDED_TIE_NATS if rounded or coarse else NEAR_TIE_NATS
+            found = compare_continuations(
+                artifact, session, model, tokenizer, prompts, count, budget.share(), ties
+            )
+            return found, continuation_rung(found, "", rounded=rounded, executor=executor)
+        except AT_FAULT as error:
+            return (), continuation_rung(str(error), "", rounded=rounded, executor=executor)
+
+    texts, rung = run(rounded=False)
+    rungs = [rung]
     try:
         if artifact.rounded_session() is not None:
-            found.append(_continue_in(artifact, model, tokenizer, prompts, count, rounded=True))
+            rungs.append(run(rounded=True)[1])
     except AT_FAULT as error:
-        found.append(continuation_rung(str(error), "", rounded=True))
-    return found
+        words = _executor(artifact, rounded=True)
+        rungs.append(continuation_rung(str(error), "", rounded=True, executor=words))
+    return texts, rungs
 
 
-def _continue_in(
-    artifact: Artifact, model: Any, tokenizer: Any, prompts: dict[str, Tensor], count: int, *, rounded: bool
-) -> Rung:
-    coarse = artifact.executions[0].threshold.median_kl > EXECUTION["float32"].median_kl
-    ties = ROUNDED_TIE_NATS if rounded or coarse else NEAR_TIE_NATS
-    try:
-        session = artifact.rounded_session() if rounded else artifact.session()
-        if session is None and (missing := _no_session(artifact)):
-            return continuation_rung(None, missing, rounded=rounded)
-        continued = compare_continuations(artifact, session, model, tokenizer, prompts, count, ties)
-        return continuation_rung(continued, "", rounded=rounded)
-    except AT_FAULT as error:
-        return continuation_rung(str(error), "", rounded=rounded)
+def _executor(artifact: Artifact, *, rounded: bool) -> str:
+    """The execution in whose arithmetic a session runs, in words."""
+    first, *others = artifact.executions
+    if not rounded:
+        return first.words
+    found = (one.words for one in others if one.id == "execution-rounded")
+    return next(found, f"{first.words}, {EXECUTION['rounded'].words}")
 
 
 def _no_session(artifact: Artifact) -> str:

@@ -86,7 +86,7 @@ class Accuracy:
         return math.sqrt(value * (1 - value) / (self.items - 1)) if self.items > 1 else math.nan
 
 
-def load_items(path: Path, limit: int | None = None) -> list[Item]:
+def load_items(path: str | Path, limit: int | None = None) -> list[Item]:
     """Read questions, one a line.
 
     Args:
@@ -96,6 +96,7 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
     Raises:
         InputError: the file cannot be read, or a line is no question.
     """
+    path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,37 +1,58 @@
-"""The verification report: what was proved, with which threshold, and what was not run."""
+"""The verification report: two verdicts, what was proved with which threshold, and what was not run."""
 
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from edkm_export.artifact.metrics import Number, Perplexity, Record
+from edkm_export.errors import InputError
+from edkm_export.local_paths import without_folders
+from edkm_export.verify.older_reports import upgrade
 
 __all__ = [
     "SCHEMA_VERSION",
     "Fault",
     "LayerError",
+    "PromptTexts",
     "Report",
     "Rung",
     "Size",
     "TensorReport",
+    "TimeBudget",
     "Verdict",
     "WeightPlot",
-    "overall",
 ]
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 class Verdict(str, Enum):
-    """Outcome of a rung, or of the whole ladder. REPORTED: measured, but nothing is demanded of it."""
+    """Outcome of a rung, or one of the two of the report.
+
+    PASS, FAIL: the artifact computes what was trained, or not. WITHIN, BEYOND: the limit of the quality. REPORTED:
+    measured, but nothing is demanded of it. NOT RUN: not measured, and the rung says why.
+    """
 
     PASS = "PASS"
     FAIL = "FAIL"
+    WITHIN = "WITHIN"
+    BEYOND = "BEYOND"
     REPORTED = "REPORTED"
     NOT_RUN = "NOT RUN"
+
+    @property
+    def is_bad(self) -> bool:
+        """FAIL or BEYOND."""
+        return self in (Verdict.FAIL, Verdict.BEYOND)
+
+    @property
+    def is_good(self) -> bool:
+        """PASS or WITHIN."""
+        return self in (Verdict.PASS, Verdict.WITHIN)
 
 
 class Rung(Record):
@@ -41,7 +62,7 @@ class Rung(Record):
         id: stable name for programs.
         reference: what is taken as true.
         candidate: what is checked against it.
-        verdict: PASS, FAIL, REPORTED or NOT RUN.
+        verdict: PASS, FAIL, REPORTED or NOT RUN; of `palettization` WITHIN, BEYOND, REPORTED or NOT RUN.
         threshold: what had to hold, in words.
         why: the reason for that threshold.
         detail: what was found, or why it was not run.
@@ -159,13 +180,57 @@ class Fault(Record):
     candidates: list[str] = []
 
 
+class PromptTexts(Record):
+    """A prompt with the greedy continuations of the float model and of the palettized one.
+
+    Attributes:
+        prompt: the prompt.
+        tokens: tokens of each continuation.
+        original: the original's; None without the original.
+        palettized: that of hard PyTorch.
+        shared_tokens: so many tokens the two begin with alike; None without the original.
+    """
+
+    prompt: str
+    tokens: int
+    original: str | None
+    palettized: str
+    shared_tokens: int | None
+
+
+class TimeBudget(Record):
+    """What a limit of the time left out.
+
+    Attributes:
+        minutes: that the verification was given.
+        cut: what was compared on less than was asked for, or not at all, in words.
+    """
+
+    minutes: float
+    cut: list[str]
+
+
 class Report(Record):
-    """Everything that `report.json` holds."""
+    """Everything that `report.json` holds.
+
+    No absolute path of this machine is in it: construction calls `without_folders`. Reports of schema versions 2 to 4
+    are read, too.
+
+    Attributes:
+        date: when the verification ended, ISO 8601 in UTC; None in reports before version 5.
+        faithful_export: PASS, FAIL or NOT RUN: does the artifact compute what was trained?
+        quality: WITHIN, BEYOND, REPORTED or NOT RUN: how far did palettization move the model from the original?
+        not_run: what was not run, with the reason.
+        continuations: of each prompt, side by side.
+        time_budget: None: there was no limit of the time.
+    """
 
     schema_version: int = SCHEMA_VERSION
     artifact: str
     kind: str
-    verdict: Verdict
+    date: str | None = None
+    faithful_export: Verdict
+    quality: Verdict
     not_run: list[str]
     rungs: list[Rung]
     perplexities: dict[str, Perplexity]
@@ -179,17 +244,121 @@ class Report(Record):
     layer_errors: dict[str, list[LayerError]] = {}
     weight_plots: list[WeightPlot] = []
     faults: list[Fault] = []
+    continuations: list[PromptTexts] = []
+    time_budget: TimeBudget | None = None
     provenance: dict[str, Any]
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _prepared(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return _without_local_paths(upgrade(_plain(given), SCHEMA_VERSION))
+
+    def __repr__(self) -> str:
+        """One line: both verdicts, the artifact, and what was proved."""
+        from edkm_export.verify.verdicts import one_line
+
+        return f"Report({one_line(self)})"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the verdicts in a line, and the whole page in a frame of its own."""
+        from edkm_export.verify.html import notebook_view
+
+        return notebook_view(self)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a command ends with status 1: the export is not proved faithful, or the quality is BEYOND."""
+        return self.faithful_export is not Verdict.PASS or self.quality is Verdict.BEYOND
+
+    @property
+    def passed(self) -> bool:
+        """Whether the export is proved faithful and the quality within its limit, if there is one to compare with."""
+        return not self.failed
+
+    def write(self, folder: str | Path) -> Path:
+        """Write report.html, report.md and report.json into a folder, which is made if it is not there.
+
+        Returns:
+            Path of report.html.
+
+        Raises:
+            InputError: `folder` is a file.
+        """
+        from edkm_export.verify.write import write_report
+
+        place = Path(folder)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"{folder}: is a file; give a folder.") from error
+        write_report(self, place)
+        return place / "report.html"
 
     @property
     def bit_exact_tensors(self) -> int:
         """Palettized weights that are equal bit for bit on disk."""
         return sum(tensor.bit_exact is True for tensor in self.tensors)
 
+    @property
+    def top1_agreement(self) -> float | None:
+        """Share of positions at which the palettized model has the original's most likely token."""
+        return _number(self._of_palettization("top1_agreement"))
 
-def overall(rungs: list[Rung]) -> Verdict:
-    """FAIL if any rung failed; PASS if something was run and none failed."""
-    verdicts = [rung.verdict for rung in rungs]
-    if Verdict.FAIL in verdicts:
-        return Verdict.FAIL
-    return Verdict.PASS if Verdict.PASS in verdicts else Verdict.NOT_RUN
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """Perplexity of the palettized model over that of the original."""
+        return _number(self._of_palettization("perplexity_ratio"))
+
+    @property
+    def perplexity_limit(self) -> float | None:
+        """Largest allowed `perplexity_ratio`; None: there is none."""
+        return _number(self._of_palettization("perplexity_limit"))
+
+    @property
+    def perplexity_limit_source(self) -> str:
+        """Who set the limit, in words; empty in reports before version 5."""
+        return str(self._of_palettization("perplexity_limit_source") or "")
+
+    def _of_palettization(self, name: str) -> Any:
+        return next((rung.measures.get(name) for rung in self.rungs if rung.id == "palettization"), None)
+
+    def html(self) -> str:
+        """The page of report.html, one self-contained document."""
+        from edkm_export.verify.html import report_page  # it needs this module
+
+        return report_page(self)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _plain(value: Any) -> Any:
+    """Records as dicts, however deep."""
+    if isinstance(value, pydantic.BaseModel):
+        return value.model_dump()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _without_local_paths(given: dict[str, Any]) -> dict[str, Any]:
+    """Names in place of paths; what models wrote is left as it is, since a `/usr/bin` in it is theirs."""
+    rungs = given.get("rungs")
+    listed = rungs if isinstance(rungs, list) else []
+    texts = {place: rung for place, rung in enumerate(listed) if _tells_texts(rung)}
+    written = {"continuations": given["continuations"]} if "continuations" in given else {}
+    if isinstance(rungs, list):
+        given = {**given, "rungs": [None if place in texts else rung for place, rung in enumerate(rungs)]}
+    named = without_folders({key: value for key, value in given.items() if key not in written})
+    for place, rung in texts.items():
+        named["rungs"][place] = rung
+    return {**named, **written}
+
+
+def _tells_texts(rung: Any) -> bool:
+    return isinstance(rung, dict) and bool((rung.get("measures") or {}).get("continuations"))

@@ -15,6 +15,7 @@ from edkm_export.artifact.thresholds import (
     RATIO_WHY,
     SIZE_TOLERANCE,
     SOFT_WHY,
+    QualityLimit,
 )
 from edkm_export.verify.report import Rung, Verdict
 
@@ -53,7 +54,7 @@ def soft_rungs(
         **names,
         "id": "hardening",
         "reference": "trained soft model",
-        "candidate": "hard PyTorch, rounded from soft",
+        "candidate": "hard PyTorch, each weight rounded to its LUT entry",
     }
     rungs = []
     if from_original is None:
@@ -88,26 +89,37 @@ def _reported(
 
 
 def palettization_rung(
-    ratio: float, missing: str, distance: Divergence | None, perplexities: dict[str, Perplexity]
+    limit: QualityLimit, missing: str, distance: Divergence | None, perplexities: dict[str, Perplexity]
 ) -> Rung:
     """Hard PyTorch against the original; `distance` is None, and `missing` says why, when there is no original."""
     names: dict[str, Any] = {
         "id": "palettization",
         "reference": "original float model",
         "candidate": "hard PyTorch",
-        "threshold": f"perplexity at most {ratio:g} times the original's",
+        "threshold": f"perplexity at most {limit.ratio:g} times the original's ({limit.source})"
+        if limit.ratio is not None
+        else f"none ({limit.source})",
         "why": RATIO_WHY,
     }
     if distance is None:
         return Rung(**names, verdict=Verdict.NOT_RUN, detail=f"no original to compare with: {missing}")
     before, after = perplexities["original"], perplexities["hard PyTorch"]
     found = after.value / before.value
+    verdict = Verdict.REPORTED
+    if limit.ratio is not None:
+        verdict = Verdict.WITHIN if found <= limit.ratio else Verdict.BEYOND
     return Rung(
         **names,
-        verdict=Verdict.PASS if found <= ratio else Verdict.FAIL,
-        detail=f"perplexity {before.value:.2f} -> {after.value:.2f} (x{found:.2f}), "
-        f"top-1 agreement {distance.top1_agreement:.1%}, median KL {distance.kl_median:.2g}",
-        measures={"perplexity_ratio": found, **distance.model_dump()},
+        verdict=verdict,
+        detail=f"perplexity {before.value:.2f} -> {after.value:.2f} (x{found:.3g}), "
+        f"top-1 agreement {distance.top1_agreement:.1%}, median KL {distance.kl_median:.2g} over {distance.tokens:,} "
+        "tokens",
+        measures={
+            "perplexity_ratio": found,
+            "perplexity_limit": limit.ratio,
+            "perplexity_limit_source": limit.source,
+            **distance.model_dump(),
+        },
     )
 
 
@@ -132,8 +144,14 @@ def size_rung(actual: int | None, predicted: int | None) -> Rung:
     )
 
 
-def execution_rung(execution: Execution, found: Divergence | str) -> Rung:
-    """The executed artifact against hard PyTorch; `found` is the fault in words when it could not be executed."""
+def execution_rung(execution: Execution, found: Divergence | str | None, missing: str = "") -> Rung:
+    """The executed artifact against hard PyTorch.
+
+    Args:
+        execution: how it was executed.
+        found: the fault in words when it could not be; None: it was not tried, for the reason `missing`.
+        missing: why not.
+    """
     threshold = execution.threshold
     names: dict[str, Any] = {
         "id": execution.id,
@@ -142,12 +160,12 @@ def execution_rung(execution: Execution, found: Divergence | str) -> Rung:
         "threshold": str(threshold),
         "why": threshold.why,
     }
-    if execution.execute is None:
-        return Rung(**names, verdict=Verdict.NOT_RUN, detail=execution.missing)
+    if found is None or execution.execute is None:
+        return Rung(**names, verdict=Verdict.NOT_RUN, detail=execution.missing or missing)
     if isinstance(found, str):
         return Rung(**names, verdict=Verdict.FAIL, detail=found)
     ok = found.settled_agreement >= threshold.top1 and found.kl_median <= threshold.median_kl
-    ties = f" ({found.near_ties} near ties)" if found.near_ties else ""
+    ties = f" ({found.near_ties} near tie{'s' if found.near_ties > 1 else ''})" if found.near_ties else ""
     return Rung(
         **names,
         verdict=Verdict.PASS if ok else Verdict.FAIL,
@@ -157,12 +175,17 @@ def execution_rung(execution: Execution, found: Divergence | str) -> Rung:
     )
 
 
-def decode_rung(found: Divergence | str | None, missing: str, largest: float = DECODE_KL) -> Rung:
+def decode_rung(
+    found: Divergence | str | None,
+    missing: str,
+    largest: float = DECODE_KL,
+    executor: str = "executed artifact",
+) -> Rung:
     """Decoding against prefill; `found` is the fault in words, or None for the reason `missing`."""
     names: dict[str, Any] = {
         "id": "prefill-decode",
-        "reference": "executed artifact, the whole text at once",
-        "candidate": "executed artifact, token by token",
+        "reference": f"{executor}, the whole text at once",
+        "candidate": f"{executor}, token by token",
         "threshold": f"largest KL at most {largest:g}",
         "why": DECODE_WHY,
     }
@@ -179,7 +202,11 @@ def decode_rung(found: Divergence | str | None, missing: str, largest: float = D
 
 
 def continuation_rung(
-    found: Sequence[Continuation] | str | None, missing: str, *, rounded: bool = False
+    found: Sequence[Continuation] | str | None,
+    missing: str,
+    *,
+    rounded: bool = False,
+    executor: str = "executed artifact",
 ) -> Rung:
     """Greedy continuations against those of hard PyTorch; `found` as in `decode_rung`.
 
@@ -188,7 +215,7 @@ def continuation_rung(
     names: dict[str, Any] = {
         "id": "continuation-rounded" if rounded else "continuation",
         "reference": "hard PyTorch",
-        "candidate": "greedy continuation, rounded" if rounded else "greedy continuation",
+        "candidate": f"greedy continuation: {executor}",
         "threshold": CONTINUATION,
         "why": CONTINUATION_WHY,
     }
@@ -197,8 +224,10 @@ def continuation_rung(
     if isinstance(found, str):
         return Rung(**names, verdict=Verdict.FAIL, detail=found)
     whole = sum(one.difference is None for one in found)
-    equal = sum(one.equal for one in found)
-    parts = [f"{whole} of {len(found)} prompts continued alike, {equal} equal tokens"]
+    equal, wanted = sum(one.equal for one in found), sum(one.wanted for one in found)
+    parts = [
+        f"{whole} of {len(found)} prompts continued alike, {equal} of {wanted} tokens before any parting"
+    ]
     parts += [str(one) for one in found if one.difference is not None]
     return Rung(
         **names,

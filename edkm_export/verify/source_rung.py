@@ -5,6 +5,7 @@ Every later rung compares with the original as it was read, so what reading it l
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,9 @@ class SourceRuntime(Protocol):
 
     def log_probabilities(self, path: Path, tokens: Sequence[int]) -> Tensor:
         """Of the next token at each position: float32 [positions, vocab_size]."""
+
+    def unpacked(self, path: Path, size_bytes: int) -> contextlib.AbstractContextManager[Path | None]:
+        """The same file with float32 weights, as the runtime unpacks them; None where it cannot."""
 
 
 def source_rung(checkpoint: Checkpoint, original: Source | None, missing: str) -> Rung:
@@ -88,38 +92,54 @@ def _words(found: Account, digests: dict[str, str]) -> str:
 
 
 def compare_with_runtime(
-    runtime: SourceRuntime | None, original: Source | None, logits: list[Tensor] | None, windows: Tensor
-) -> Divergence | str | None:
+    runtime: SourceRuntime | None,
+    original: Source | None,
+    logits: list[Tensor] | None,
+    windows: Tensor,
+    *,
+    values: int = 0,
+) -> tuple[Divergence | str | None, bool]:
     """Run a GGUF file in a runtime of its own.
+
+    Quantized weights are unpacked by the runtime first, since it would round activations in front of them.
 
     Args:
         runtime: None: none was given.
         original: the source.
         logits: of the original on each window, float32 [positions, vocab_size]; None: it was not run.
         windows: int64 [windows, positions].
+        values: weights of the model.
 
     Returns:
         The distance of the original from the runtime on the first window; what failed, in words; None: not installed.
+        And whether activations were rounded, since quantized weights could not be unpacked.
     """
     if runtime is None or original is None or logits is None or not runtime.available():
-        return None
+        return None, False
+    path, tokens, rounded = original.weight_files()[0], windows[0].tolist(), False
     try:
-        expected = runtime.log_probabilities(original.weight_files()[0], windows[0].tolist())
+        if original.is_quantized:
+            with runtime.unpacked(path, 4 * values) as plain:
+                rounded = plain is None
+                expected = runtime.log_probabilities(plain or path, tokens)
+        else:
+            expected = runtime.log_probabilities(path, tokens)
     except EdkmExportError as error:
-        return str(error)
+        return str(error), rounded
     if expected.shape != logits[0].shape:
-        return f"it gives {list(expected.shape)} probabilities, the original {list(logits[0].shape)}"
-    return divergence([(expected, logits[0])])
+        return f"it gives {list(expected.shape)} probabilities, the original {list(logits[0].shape)}", rounded
+    return divergence([(expected, logits[0])]), rounded
 
 
-def source_runtime_rung(found: Divergence | str | None, *, quantized: bool) -> Rung:
+def source_runtime_rung(found: Divergence | str | None, *, rounded: bool, missing: str = "") -> Rung:
     """The original against llama.cpp.
 
     Args:
         found: from `compare_with_runtime`.
-        quantized: whether the file holds quantized weights.
+        rounded: whether activations were rounded, from there too.
+        missing: why it was not tried, where that is not for want of llama.cpp.
     """
-    threshold = SOURCE_RUNTIME[quantized]
+    threshold = SOURCE_RUNTIME[rounded]
     names: dict[str, Any] = {
         "id": "source-llama.cpp",
         "reference": "llama.cpp",
@@ -128,7 +148,10 @@ def source_runtime_rung(found: Divergence | str | None, *, quantized: bool) -> R
         "why": threshold.why,
     }
     if found is None:
-        detail = f"llama.cpp is not installed, or the original was not run; to install it: {llamacpp.INSTALL}"
+        detail = (
+            missing
+            or f"llama.cpp is not installed, or the original was not run; to install it: {llamacpp.INSTALL}"
+        )
         return Rung(**names, verdict=Verdict.NOT_RUN, detail=detail)
     if isinstance(found, str):
         return Rung(**names, verdict=Verdict.FAIL, detail=found)

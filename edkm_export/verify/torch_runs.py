@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edkm_export.artifact.execution import Execute
+from edkm_export.artifact.generation import generate
 from edkm_export.artifact.metrics import snr_db
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import EdkmExportError, InputError
@@ -18,8 +19,10 @@ from edkm_export.palette import PalettizedTensor
 from edkm_export.reference.conv1d import as_linear, is_conv1d
 from edkm_export.reference.soft_model import load_soft_model
 from edkm_export.reference.source import load_model
+from edkm_export.reference.torch_session import TorchSession
 from edkm_export.verify.inputs import VerificationInputs
 from edkm_export.verify.report import LayerError
+from edkm_export.verify.time_budget import Budget, Share, run_windows
 
 __all__ = [
     "Measured",
@@ -40,12 +43,14 @@ class Measured:
         hidden: states after each layer by module name, float32 [positions, hidden], of the first window.
         weights: the palettized parameters in float, by name.
         output_snr_db: what palettization does to each layer's output, by parameter name.
+        continued: tokens of the greedy continuation by prompt.
     """
 
     logits: list[Tensor]
     hidden: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     output_snr_db: dict[str, float] = field(default_factory=dict)
+    continued: dict[str, list[int]] = field(default_factory=dict)
 
 
 def transformers_model(model: Any) -> Execute:
@@ -60,9 +65,20 @@ def transformers_model(model: Any) -> Execute:
 
 
 def measure_original(
-    checkpoint: Checkpoint, evaluation: VerificationInputs, windows: Tensor
+    checkpoint: Checkpoint,
+    evaluation: VerificationInputs,
+    windows: Tensor,
+    prompts: Mapping[str, Tensor],
+    budget: Budget,
 ) -> tuple[Measured | None, str]:
     """Run the float model.
+
+    Args:
+        checkpoint: names the weights to compare.
+        evaluation: the original, and how far prompts are continued.
+        windows: int64 [windows, positions].
+        prompts: int64 [length] by prompt.
+        budget: of the time.
 
     Returns:
         What it gave; None and the reason when there is no such model.
@@ -85,16 +101,29 @@ def measure_original(
         if evaluation.original_required:
             raise
         return None, str(error)
-    execute = transformers_model(model)
-    logits = [execute(window) for window in windows[1:]]
+    execute, share = transformers_model(model), budget.share()
     with _comparing_outputs(model, checkpoint) as snr, hidden_states(model) as hidden:
-        logits.insert(0, execute(windows[0]))
+        first = execute(windows[0])
+    continued = _continue(model, prompts, evaluation.continuation, share)
+    logits = [first, *run_windows(execute, windows[1:], share)]
     weights = {name: state[name] for name in checkpoint.palettized}
-    return Measured(logits, hidden, weights, snr), ""
+    return Measured(logits, hidden, weights, snr, continued), ""
+
+
+def _continue(model: Any, prompts: Mapping[str, Tensor], count: int, share: Share) -> dict[str, list[int]]:
+    """Greedy continuations of as many prompts as there is time for."""
+    found = {}
+    for prompt, ids in share.within(prompts.items()):
+        session = TorchSession(model, "the original")
+        wanted = min(count, session.context - len(ids))
+        # a model whose logits are not finite has no continuation; its perplexity tells
+        with contextlib.suppress(InputError):
+            found[prompt] = generate(session, ids, max_new_tokens=wanted).tokens
+    return found
 
 
 def measure_soft(
-    checkpoint: Checkpoint, evaluation: VerificationInputs, windows: Tensor
+    checkpoint: Checkpoint, evaluation: VerificationInputs, windows: Tensor, budget: Budget
 ) -> tuple[list[Tensor] | None, str]:
     """Run the trained soft model.
 
@@ -112,7 +141,7 @@ def measure_soft(
         if evaluation.soft_required:
             raise
         return None, str(error)
-    return [execute(window) for window in windows], ""
+    return run_windows(execute, windows, budget.share()), ""
 
 
 def layer_errors(reference: dict[str, Tensor], candidate: dict[str, Tensor]) -> list[LayerError]:

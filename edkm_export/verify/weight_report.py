@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from edkm_export.activity import tracked
 from edkm_export.artifact.metrics import snr_db
 from edkm_export.artifact.protocol import Artifact
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
+from edkm_export.verify.ranking import ranked
 from edkm_export.verify.report import Size, TensorReport, WeightPlot
 
 __all__ = ["describe_tensors", "measure_sizes", "plot_weights"]
@@ -31,7 +33,7 @@ def describe_tensors(
         output_snr_db: of the layer's output by parameter name, where measured.
     """
     rows = []
-    for name, tensor in checkpoint.palettized.items():
+    for name, tensor in tracked(checkpoint.palettized.items(), "describing", "weights"):
         groups_out, groups_in = tensor.groups
         counts = _index_counts(tensor)
         rows.append(
@@ -103,17 +105,10 @@ def plot_weights(
 
     Of each weight the LUT is shown that errs most.
     """
-    able = [row for row in rows if row.dim == 1]
-    ranked = sorted(able, key=_quality)
-    places = [*range(min(_PLOTS - 2, len(ranked))), len(ranked) // 2, len(ranked) - 1]
-    chosen = list(dict.fromkeys(ranked[place].name for place in places)) if ranked else []
+    ordered = ranked(row for row in rows if row.dim == 1)
+    places = [*range(min(_PLOTS - 2, len(ordered))), len(ordered) // 2, len(ordered) - 1]
+    chosen = list(dict.fromkeys(ordered[place].name for place in places)) if ordered else []
     return [_plot(checkpoint.palettized[name], original.get(name)) for name in chosen]
-
-
-def _quality(row: TensorReport) -> float:
-    """Decibels by which layers are ranked; 0 when nothing was measured, which keeps their order."""
-    found = row.weight_snr_db if row.output_snr_db is None else row.output_snr_db
-    return 0.0 if found is None else found
 
 
 def _plot(tensor: PalettizedTensor, original: Tensor | None) -> WeightPlot:

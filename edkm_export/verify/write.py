@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 from edkm_export.verify.html import report_page
+from edkm_export.verify.quoting import quoted
+from edkm_export.verify.ranking import decibels, ranked, ranking_words
 from edkm_export.verify.report import Report, Verdict
+from edkm_export.verify.verdicts import budget_words, faithful_words, quality_words, tally
+from edkm_export.verify.words import FIRST_WORDS, GLOSSARY, LADDER, executed_words, readable
 
 __all__ = ["markdown", "quality", "write_report"]
 
 _WORST = 10
 
 
-def write_report(report: Report, folder: Path) -> None:
+def write_report(report: Report, folder: str | Path) -> None:
     """Write `report.json` (schema in docs/report.md), `report.md` and `report.html` into an existing folder."""
+    folder = Path(folder)
     for name, content in (
         ("report.json", report.model_dump_json(indent=2) + "\n"),
         ("report.md", markdown(report)),
@@ -28,93 +35,130 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def markdown(report: Report) -> str:
-    """The report for people: verdict first, then what was not run, then the evidence."""
+    """The report for people: verdicts first, then what was not run, then the evidence."""
     lines = [
-        f"# Palettization verification of {report.artifact}: {report.verdict.value}",
+        f"# Verification of {cell(report.artifact)}",
         "",
+        f"**Faithful export: {report.faithful_export.value}.** {faithful_words(report)}",
+        "",
+        f"**Quality: {report.quality.value}.** {quality_words(report)}",
+        "",
+    ]
+    if report.top1_agreement is not None:
+        lines.append(
+            f"- top-1 agreement with the original: {report.top1_agreement:.1%} of positions have the same most likely "
+            "token"
+        )
+    lines += [
         f"- {report.bit_exact_tensors} of {len(report.tensors)} palettized tensors bit-exact on disk",
         f"- {report.parameters:,} parameters at {report.bits_per_weight:.2f} bits a weight, LUTs and unpalettized "
         f"weights included; package {report.size_bytes / 1e6:.1f} MB (float16: {report.parameters * 2 / 1e6:.1f} MB)",
     ]
     lines += [
-        f"- perplexity of {name}: {found.value:.2f} ± {found.standard_error:.2f} ({found.tokens:,} tokens)"
+        f"- perplexity of {readable(name)}: {found.value:.2f} ± {found.standard_error:.2f} "
+        f"({found.tokens:,} tokens predicted)"
         for name, found in report.perplexities.items()
     ]
+    lines += [f"- {tally(report)}"]
+    lines += [f"- verified {report.date}"] if report.date else []
+    if report.time_budget is not None:
+        lines.append(f"- time budget: {budget_words(report.time_budget)}")
     for fault in report.faults:
         where = f"**{fault.module}**, operation {fault.op}" if fault.module else "not found"
         lines += ["", f"First fault: {where}. {fault.what[:1].upper()}{fault.what[1:]}."]
     lines += ["", "## Not run", ""]
     lines += [f"- {item}" for item in report.not_run] or ["Everything was run."]
+    lines += ["", "## Ladder", "", LADDER, f"Words: {FIRST_WORDS}.", ""]
+    lines += ["| checked | against | verdict | threshold | found |", "|---|---|---|---|---|"]
     lines += [
-        "",
-        "## Ladder",
-        "",
-        "| checked | against | verdict | threshold | found |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {rung.candidate} | {rung.reference} | **{rung.verdict.value}** | {rung.threshold} | {_cell(rung.detail)} |"
+        f"| {cell(rung.candidate)} | {cell(rung.reference)} | **{rung.verdict.value}** | {cell(rung.threshold)} | "
+        f"{cell(rung.detail)} |"
         for rung in report.rungs
     ]
     lines += ["", "Why these thresholds:", ""]
     lines += [
         f"- {rung.candidate}: {rung.why}." for rung in report.rungs if rung.verdict is not Verdict.NOT_RUN
     ]
+    if report.continuations:
+        lines += _text_section(report)
     if report.tensors:
         lines += _tensor_section(report)
+    lines += ["", "## Words", ""]
+    lines += [f"- *{word}*: {meaning}" for word, meaning in GLOSSARY.items()]
     lines += ["", "## Provenance", "", "```json", _provenance(report), "```", ""]
     return "\n".join(lines)
 
 
 def quality(report: Report) -> str:
-    """The verdict in short, in Markdown, for a model card."""
+    """Both verdicts in short, in Markdown, for a model card."""
     lines = [
-        f"Verdict: **{report.verdict.value}**. report.md has the details.",
+        f"Faithful export: **{report.faithful_export.value}**. {faithful_words(report)}",
+        "",
+        f"Quality: **{report.quality.value}**. {quality_words(report)}",
+        "",
+        "report.md has the details, and explains the words.",
         "",
         "| | perplexity |",
         "|---|---|",
     ]
     lines += [
-        f"| {name} | {found.value:.2f} ± {found.standard_error:.2f} |"
+        f"| {cell(readable(name))} | {found.value:.2f} ± {found.standard_error:.2f} |"
         for name, found in report.perplexities.items()
     ]
     lines += ["", "| checked | verdict |", "|---|---|"]
-    lines += [f"| {rung.candidate} | {rung.verdict.value} |" for rung in report.rungs]
+    lines += [f"| {cell(rung.candidate)} | {rung.verdict.value} |" for rung in report.rungs]
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """A text in one line that cannot end the cell of a table."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _provenance(report: Report) -> str:
-    import json
+def _text_section(report: Report) -> list[str]:
+    lines = ["", "## Prompts, continued", ""]
+    for number, one in enumerate(report.continuations):
+        lines += [f"{number + 1}. prompt: {_inline(one.prompt)}"]
+        original = "not run" if one.original is None else _inline(one.original)
+        lines += [f"    - original: {original}", f"    - palettized: {_inline(one.palettized)}"]
+        if one.shared_tokens is not None:
+            lines.append(f"    - they begin with {one.shared_tokens} of {one.tokens} tokens alike")
+        lines += [f"    - {line}" for line in executed_words(report, one.prompt)]
+    return lines
 
+
+def _inline(text: str) -> str:
+    """A text of a model as code in one line."""
+    words = quoted(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", words)), default=0))
+    return f"{fence}{words}{fence}"
+
+
+def _provenance(report: Report) -> str:
     return json.dumps(report.provenance, indent=2, sort_keys=True, default=str)
 
 
 def _tensor_section(report: Report) -> list[str]:
-    measured = [tensor for tensor in report.tensors if tensor.weight_snr_db is not None]
-    if measured:
-        title = f"## The {min(_WORST, len(measured))} weights furthest from the original"
-        rows = sorted(measured, key=lambda tensor: tensor.weight_snr_db or 0.0)[:_WORST]
-    else:
-        title, rows = "## Palettized weights", report.tensors[:_WORST]
+    rows = ranked(report.tensors)[:_WORST]
+    measured = any(tensor.weight_snr_db is not None for tensor in report.tensors)
+    title = f"## The {len(rows)} worst weights" if measured else "## Palettized weights"
     lines = [
         "",
         title,
         "",
-        "| weight | shape | bits | LUTs | used centroids | bits a weight | SNR dB | bit-exact |",
+        ranking_words(report.tensors),
+        "",
+        "| weight | shape | bits | LUTs | used centroids | bits a weight | output dB | weight dB | bit-exact |",
     ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for tensor in rows:
-        snr = "" if tensor.weight_snr_db is None else f"{tensor.weight_snr_db:.1f}"
         exact = {True: "yes", False: "**no**", None: "unknown"}[tensor.bit_exact]
         lines.append(
-            f"| {tensor.name} | {'x'.join(map(str, tensor.shape))} | {tensor.n_bits} | "
+            f"| {cell(tensor.name)} | {'x'.join(map(str, tensor.shape))} | {tensor.n_bits} | "
             f"{tensor.groups[0] * tensor.groups[1]} {tensor.lut_dtype} | "
             f"{tensor.used_centroids} of {tensor.centroids} | "
-            f"{tensor.bits_per_weight:.2f} | {snr} | {exact} |"
+            f"{tensor.bits_per_weight:.2f} | {decibels(tensor.output_snr_db)} | {decibels(tensor.weight_snr_db)} | "
+            f"{exact} |"
         )
     if len(report.tensors) > len(rows):
         lines += ["", f"All {len(report.tensors)} are in report.json."]

@@ -101,9 +101,9 @@ def test_reset_forgets(model):
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (torch.zeros(0, dtype=torch.int64), "expected int64 [new]"),
+        (torch.zeros(0, dtype=torch.int64), "there are no ids"),
         (torch.zeros(3), "torch.float32 [3]"),
-        (torch.zeros(1, 3, dtype=torch.int64), "[1, 3]"),
+        (torch.zeros(2, 3, dtype=torch.int64), "[2, 3]"),
         (torch.tensor([0, 320]), "token 320 is outside its vocabulary of 320"),
         (torch.tensor([-1, 5]), "token -1 is outside"),
         (torch.zeros(129, dtype=torch.int64), "holds 128 positions; 0 are taken, 129 more do not fit"),
@@ -153,7 +153,7 @@ def test_long_prompt_is_fed_in_parts():
 @pytest.mark.parametrize(
     ("tokens", "new", "message"),
     [
-        ([], 1, "the prompt gives no tokens"),
+        ([], 1, "the prompt: there are no ids"),
         ([0] * 9, 1, "the prompt has 9 tokens, but the context holds 8; shorten it"),
         ([0], 0, "0 new tokens were asked for"),
     ],

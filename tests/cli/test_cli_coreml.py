@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from converters.coreml import load_package
 from edkm_export import checkpoint
@@ -40,7 +42,10 @@ def test_whole_job(edkm, tiny_export, held_out, work):
     """Trained model, default output name, verification against the original, files of the folder."""
     shutil.copy(tiny_export.model, "tiny.pt")
     Path("text").write_text(held_out, encoding="utf-8")
-    result = edkm("coreml", "tiny.pt", "--sequence-length", 48, "--tokens", 96, "--text", "text")
+    text = Path("text").absolute()
+    result = edkm(
+        "coreml", Path("tiny.pt").absolute(), "--sequence-length", 48, "--tokens", 96, "--text", text
+    )
     assert result.status == 0, result.err
     assert "PASS" in result.out and "tiny-coreml: drag tiny.mlpackage into Xcode" in result.out
     folder = work / "tiny-coreml"
@@ -64,7 +69,18 @@ def test_whole_job(edkm, tiny_export, held_out, work):
     function = load_package(folder / "tiny.mlpackage").functions["main"]
     assert function.inputs["inputIds"].ranges == ((1, 1), (1, 48))
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "Verdict: **PASS**" in card and "LanguageModel.loadCompiled" in card
+    assert "Faithful export: **PASS**" in card and "Quality: **WITHIN**" in card
+    assert "LanguageModel.loadCompiled" in card
+    for name in ("README.md", "report.json", "report.md", "report.html", "metadata.json"):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert not re.search(r"(?<![\w./])/(home|root|tmp|work|Users)/", text), name
+        assert str(Path.cwd()) not in text and str(tiny_export.model.parent) not in text
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "coreml"
+    assert metadata["checkpoint"]["file"] == "tiny.pt" and str(work) not in card
+    told = edkm("push", "tiny-coreml", "some-one/tiny", "--dry-run")
+    assert told.status == 0 and "tiny.mlpackage/Data/com.apple.CoreML/weights/weight.bin" in told.out, (
+        told.err
+    )
     rungs = {rung.id: rung.verdict.value for rung in report.rungs}
     assert rungs["prefill-decode"] == rungs["continuation"] == rungs["continuation-rounded"] == "PASS", rungs
     assert not any(path.name.startswith(".") for path in work.iterdir())
@@ -108,8 +124,8 @@ def test_failed_verification_keeps_the_folder_and_exits_with_1(edkm, tiny_export
         "coreml", tiny_export.model, "-o", "bundle", "--sequence-length", 64, "--tokens", 64, "--text", "text",
         "--max-perplexity-ratio", 0.5,
     )  # fmt: skip
-    assert result.status == 1 and "FAIL" in result.out
-    assert "FAIL" in Path("bundle/report.md").read_text(encoding="utf-8").splitlines()[0]
+    assert result.status == 1 and "BEYOND" in result.out
+    assert "**Quality: BEYOND.**" in Path("bundle/report.md").read_text(encoding="utf-8")
 
 
 def test_shortest_sequence(edkm, tiny_export, held_out):
@@ -307,8 +323,15 @@ def test_target_that_cannot_hold_3_bits(edkm, work, small_folder):
 
 def test_unknown_target(edkm, work, model):
     assert refused(edkm, work, model, "--target", "iOS15") == (
-        "target 'iOS15' is unknown; use one of iOS16, iOS17, iOS18."
+        "target 'iOS15' is unknown; use one of iOS16, iOS17, iOS18, or macOS13, macOS14 or macOS15, which hold the "
+        "same."
     )
+
+
+@pytest.mark.parametrize("target", ["ios18", "iOS-18", "IOS 18", "macOS15", "ios_18.2"])
+def test_target_in_any_usual_spelling(edkm, model, target):
+    told = edkm("coreml", model, "--dry-run", "--interface", "logits", "--target", target)
+    assert told.status == 0 and re.search(r"target\W+iOS18\b", told.out)
 
 
 @pytest.mark.parametrize("length", [1, 0, -5, 129])
@@ -359,7 +382,7 @@ def test_output_in_a_folder_that_is_not_there(edkm, work, model):
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            "no space left on the device; nothing was left behind",
+            "no space left on the device, or a quota is reached",
         ),
         (OSError("model.mlpackage: writing failed, is the disk full?"), "is the disk full?"),
         (MemoryError(), "out of memory"),

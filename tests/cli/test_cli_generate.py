@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -221,3 +222,98 @@ def test_damaged_settings(edkm, onnx_folder, tmp_path, content):
     assert result.status == 2 and result.message.startswith(
         f"{folder / 'generation_config.json'}: is no JSON"
     )
+
+
+# Stop texts
+
+
+def test_stop_text_that_spans_tokens(edkm, onnx_folder, expected):
+    """It begins and ends within tokens, and neither it nor what comes after it is printed."""
+    cut = expected[7:12]
+    place = expected.index(cut)
+    arguments = (onnx_folder, "--prompt", PROMPT, "--max-new-tokens", TOKENS)
+    result = edkm("generate", *arguments, "--stop", "never in this text", "--stop", cut)
+    assert result.status == 0, result.err
+    assert result.out == expected[:place] + "\n" and "a --stop text came" in result.err
+    result = edkm("generate", *arguments, "--stop", "never in this text")
+    assert result.out == expected + "\n"
+
+
+def test_empty_stop_text(edkm, onnx_folder):
+    result = edkm("generate", onnx_folder, "--prompt", PROMPT, "--stop", "")
+    assert result.status == 2 and "--stop: is empty" in result.message and result.out == ""
+
+
+# Conversations
+
+TEMPLATE = (
+    "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+@pytest.fixture
+def talks(onnx_folder, tmp_path, edkm, monkeypatch):
+    """Hold a conversation: lines of standard input, then options."""
+    folder = with_template(onnx_folder, tmp_path / "chat", TEMPLATE)
+
+    def talk(lines: str, *options: object):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        return edkm("generate", folder, "--chat", *options)
+
+    return talk
+
+
+def test_conversation(talks, tiny_checkpoint):
+    """Each answer is that of transformers to all turns so far, and the cache is not read anew."""
+    model, tokenizer = load_hard_model(tiny_checkpoint), load_hard_tokenizer(tiny_checkpoint)
+    result = talks("Hello\n\nWho are you?\nAnd then?\n", "--max-new-tokens", 8)
+    assert result.status == 0, result.err
+    answers = result.out.removesuffix("\n").split("\n")
+    text, expected = "", []
+    for said in ("Hello", "Who are you?", "And then?"):
+        text += f"<user> {said}\n<assistant> "
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+        made = generate(TorchSession(model), ids, max_new_tokens=8, stop=[tokenizer.eos_token_id])
+        answer = tokenizer.decode(made.tokens, skip_special_tokens=True)
+        expected += answer.split("\n")
+        text += f"{answer}\n"
+    assert answers == expected
+    assert result.err.count("; text: ") == 3
+
+
+def test_first_turn_of_a_conversation_by_option(talks):
+    """Without a terminal the option is the only turn: a script does not wait for its standard input."""
+    result = talks("more\n", "--prompt", "Hello", "--max-new-tokens", 4)
+    assert result.status == 0 and result.err.count("; text: ") == 1
+
+
+def test_conversation_without_a_turn(talks):
+    result = talks("")
+    assert (result.status, result.out) == (0, "")
+
+
+def test_conversation_that_outgrows_the_context(talks):
+    """The oldest turns are forgotten, and that is said; one turn that does not fit alone is refused."""
+    result = talks("\n".join(["word " * 100] * 5), "--max-new-tokens", 4)
+    assert result.status == 0, result.err
+    assert result.err.count("; text: ") == 5
+    assert "the context of 512 positions is full: the first 2 of the turns so far are forgotten" in result.err
+    result = talks("word " * 600)
+    assert result.status == 2 and "but the context holds 512; shorten it" in result.message
+
+
+# Packages without a cache
+
+
+def test_warning_before_a_package_without_a_cache(edkm, tiny_checkpoint, tmp_path):
+    pytest.importorskip("coremltools")
+    folder = tmp_path / "logits"
+    options = ("--interface", "LOGITS", "--sequence-length", 16, "--no-verify")
+    assert edkm("coreml", tiny_checkpoint.path, "-o", folder, *options).status == 0
+    result = edkm("generate", folder, "--prompt", "The house", "--max-new-tokens", 2)
+    assert result.status == 0, result.err
+    assert f"warning: {folder} has no cache" in result.err and "which is slow" in result.err
+    assert "edkm-export coreml MODEL.PT --interface swift-transformers" in result.err
+    quiet = edkm("generate", folder, "--prompt", "The house", "--max-new-tokens", 2, "--quiet")
+    assert quiet.out == result.out and quiet.err == ""

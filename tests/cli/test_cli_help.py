@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests.helpers.paths import FIXTURES
+
 COMMANDS = ["palettize", "coreml", "verify", "generate", "inspect"]
 BACK_ENDS = ("torch", "transformers", "coremltools", "numba")
 
@@ -68,12 +70,12 @@ def test_help_of_a_command(edkm, command):
         (["palettize", "model", "--lut-dtype", "int2"], "'int2' is not one of 'float16', 'int8'"),
         (["palettize", "model", "--calibration-tokens", "1"], "1 is not in the range x>=2"),
         (
-            ["palettize", "model", "--recipe", "4bit", "--bits", "3"],
+            ["palettize", str(FIXTURES / "tiny-llama"), "--recipe", "4bit", "--bits", "3"],
             "leave --bits, --group-size and --lut-dtype out",
         ),
         (["coreml"], "Missing argument 'MODEL.PT'"),
-        (["coreml", "model.pt", "--tokens", "0"], "0 is not in the range x>=2"),
-        (["verify", "model.pt"], "Missing argument 'PACKAGE'"),
+        (["coreml", str(FIXTURES / "heldout.txt"), "--tokens", "0"], "0 is not in the range x>=2"),
+        (["verify"], "Missing argument '[MODEL.PT] OUT'"),
         (["inspect"], "Missing argument"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

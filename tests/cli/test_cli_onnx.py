@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from converters.onnx import load_graph
 from edkm_export.checkpoint import Checkpoint
@@ -51,7 +52,16 @@ def test_whole_job(edkm, grids, held_out, work, grid, runtime):
     }  # fmt: skip
     assert load_graph(folder).profile == runtime
     told = result.out + "".join(path.read_text(encoding="utf-8") for path in folder.glob("report.*"))
-    assert "tiny-onnx: try it with `edkm-export generate tiny-onnx --prompt TEXT`" in result.out
+    assert "next: edkm-export generate tiny-onnx --prompt 'Once upon a time'" in result.out
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert (
+        "Faithful export: **PASS**" in card
+        and f"| runtime profile | `{runtime}`" in card
+        and str(work) not in card
+    )
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "onnx"
+    dry = edkm("push", "tiny-onnx", "some-one/tiny", "--dry-run")
+    assert dry.status == 0 and "onnx/model.onnx_data" in dry.out, dry.err
     assert ".partial" not in told and str(work) not in told
     rungs = {rung.id: rung.verdict.value for rung in report.rungs}
     ran = ("bytes", "size", "execution-onnxruntime", "execution-onnxruntime-padded", "execution-reference")
@@ -62,8 +72,9 @@ def test_whole_job(edkm, grids, held_out, work, grid, runtime):
 def test_failed_verification_is_told(edkm, tiny_checkpoint, work):
     """Exit status 1, and the folder is there with its report."""
     result = edkm("onnx", tiny_checkpoint.path, "-o", "out", "--max-perplexity-ratio", 0.5, *TOKENS)
-    assert result.status == 1 and "FAIL" in result.out
-    assert json.loads(Path("out/report.json").read_text())["verdict"] == "FAIL"
+    assert result.status == 1 and "BEYOND" in result.out
+    found = json.loads(Path("out/report.json").read_text())
+    assert found["quality"] == "BEYOND" and found["faithful_export"] == "PASS"
 
 
 def test_without_verification(edkm, tiny_checkpoint, work):

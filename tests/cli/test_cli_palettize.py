@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from edkm_export import checkpoint
-from tests.helpers.odd_models import build, build_tokenizer
+from edkm_export.reference import source
+from tests.helpers.odd_models import build, build_tokenizer, save
+from tests.helpers.paths import FIXTURES
 from tests.helpers.snapshots import snapshot
 
 pytestmark = pytest.mark.usefixtures("work")  # what a command writes by default goes there
@@ -38,7 +41,7 @@ def test_defaults(edkm, small_folder, work):
     bits = {tensor.n_bits for name, tensor in made.palettized.items() if "embed" not in name}
     assert bits == {4} and made.palettized["model.embed_tokens.weight"].n_bits == 8
     assert made.config["model_type"] == "llama" and made.recipe["name"] == "4bitg16"
-    assert made.provenance["command"] == ["edkm-export", "palettize", str(small_folder)]
+    assert made.provenance["command"] == ["edkm-export", "palettize", small_folder.name]
     assert made.provenance["base_model"]["sha256"].keys() == {"model.safetensors"}
     assert made.provenance["versions"].keys() >= {"edkm-export", "python", "torch", "transformers", "numpy"}
     assert "tokenizer.json" in made.tokenizer
@@ -114,6 +117,58 @@ def test_overwrite(edkm, small_folder):
     checkpoint.load(Path("model.pt"))
 
 
+# The estimate of the loss
+
+
+def test_estimate_on_held_out_text(edkm, tiny_llama):
+    """At 2 bits in one shot the trained Llama loses much, and the command that is advised takes its options."""
+    calibration = FIXTURES / "calibration.txt"
+    result = edkm("palettize", tiny_llama, "--bits", 2, "--calibration", calibration)
+    assert result.status == 0, result.err
+    found = checkpoint.load(Path("model.pt")).provenance["estimate"]
+    assert found["text"] == "calibration.txt" and found["tokens"] == 512
+    assert found["perplexity_ratio"] > 1.5 and found["kl"] > 0.3 and found["top1"] < 0.8
+    said = f"(x{found['perplexity_ratio']:.2f}), KL to the original {found['kl']:.3f} nats a token"
+    assert "on 512 held-out tokens of calibration.txt" in result.out and said in result.out
+    assert "Below 4 bits use train" in result.out
+    advised = next(line for line in result.out.splitlines() if line.startswith("edkm-export train "))
+    options = ("--steps", 1, "--batch-size", 1, "--context", 32, "--device", "cpu")
+    done = edkm(*shlex.split(advised)[1:], *options)
+    assert done.status == 0, done.err
+    again = edkm("palettize", tiny_llama, "--bits", 2, "--calibration", calibration, "--overwrite").out
+    assert advised + "-2" in again  # the folder of the first one is there
+
+
+def test_an_estimate_that_is_good_advises_nothing(edkm, tiny_llama):
+    result = edkm("palettize", tiny_llama, "--bits", 6, "--calibration", FIXTURES / "calibration.txt")
+    assert "estimated loss" in result.out and "edkm-export train" not in result.out
+
+
+def test_estimate_without_calibration_is_on_the_sample(edkm, tiny_llama):
+    result = edkm("palettize", tiny_llama, "--bits", 1)
+    assert checkpoint.load(Path("model.pt")).provenance["estimate"]["text"] == "built-in sample"
+    assert "tokens of the built-in sample" in result.out and "First give a --calibration text" in result.out
+    assert "--preset 2bit --bits 1" in result.out
+
+
+def test_no_estimate(edkm, small_folder):
+    assert "estimate" not in edkm("palettize", small_folder, "--no-estimate").out
+    assert "estimate" not in checkpoint.load(Path("model.pt")).provenance
+
+
+def test_groups_that_do_not_divide_are_fitted_unless_they_were_asked_for(edkm, tmp_path):
+    model = save(build("hidden_not_16"), tmp_path / "odd")
+    result = edkm("palettize", model, "--no-estimate")
+    assert result.status == 0 and "have LUTs for other numbers of rows than 16" in result.out
+    assert (
+        checkpoint.load(Path("model.pt")).palettized["model.layers.0.mlp.down_proj.weight"].group_size == 18
+    )
+    result = edkm("palettize", model, "--no-estimate", "--recipe", "3bit", "--overwrite")
+    assert result.status == 0, result.err
+    result = edkm("palettize", model, "--group-size", 16, "-o", "other.pt")
+    assert result.status == 2 and "group_size 16 does not divide" in result.message
+
+
 # Bad input: status 2, one line that names what is wrong, nothing left behind
 
 
@@ -146,7 +201,7 @@ def test_folder_that_is_no_model(edkm, work, tmp_path):
 
 
 def test_checkpoint_instead_of_a_model(edkm, work, small_export):
-    assert "edkm-export coreml` takes it" in refused(edkm, work, small_export.model)
+    assert "takes it" in refused(edkm, work, small_export.model)
 
 
 @pytest.mark.parametrize("bits", [0, 5, 7, 16, -4])
@@ -181,8 +236,11 @@ def test_recipe_that_matches_nothing(edkm, work, small_folder, tmp_path):
     assert "no module matches 'transformer.*'" in message
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"a"])
-def test_calibration_text(edkm, work, small_folder, tmp_path, content):
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\xff\xfe", b"a", b"one short sentence, no more", b"\0" * 999]
+)
+def test_calibration_text(edkm, work, small_folder, tmp_path, monkeypatch, content):
+    monkeypatch.setattr(source, "load_model", lambda *_: pytest.fail("the model must not be loaded"))
     if content is not None:
         (tmp_path / "text").write_bytes(content)
     assert refused(edkm, work, small_folder, "--calibration", tmp_path / "text").startswith(
@@ -261,8 +319,6 @@ def test_output_that_is_a_folder(edkm, work, small_folder, small_export, ours, m
     else:
         Path("model.pt").mkdir()
         Path("model.pt/letter.txt").write_text("precious")
-    from edkm_export.reference import source
-
     monkeypatch.setattr(source, "load_model", lambda *_: pytest.fail("the model must not be loaded"))
     assert "model.pt" in refused(edkm, work, small_folder, "--overwrite")
 
@@ -290,7 +346,7 @@ def failing_save(failure: BaseException) -> Callable[[Any, Any], None]:
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            "no space left on the device; nothing was left behind",
+            "no space left on the device",
         ),
         (
             RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),

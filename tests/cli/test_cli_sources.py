@@ -61,10 +61,16 @@ def test_equal_twin_stays_tied(edkm, folder):
 @pytest.mark.parametrize(("command", "module"), [("onnx", "onnxruntime"), ("coreml", "coremltools")])
 def test_own_head_is_exported_and_verified(edkm, untied, command, module):
     pytest.importorskip(module)
-    palettized(edkm, untied)
+    text = untied.parent / "text.txt"
+    text.write_text("some words to read " * 400)
+    made = palettized(edkm, untied, "--calibration", text, "--calibration-tokens", 32)
     sizes = ("--sequence-length", 64) if command == "coreml" else ()
-    result = edkm(command, "model.pt", "-o", "out", "--tokens", 128, *sizes)
+    result = edkm(command, Path("model.pt").absolute(), "-o", "out", "--tokens", 128, "--text", text, *sizes)
     assert result.status == 0, result.out + result.err
+    words = made.provenance["command"]
+    assert words[2] == untied.name and words[words.index("--calibration") + 1] == "text.txt"
+    shipped = [Path("model.pt"), *(path for path in Path("out").rglob("*") if path.is_file())]
+    assert [path for path in shipped if str(untied.parent).encode() in path.read_bytes()] == []
     report = Report.model_validate_json(Path("out/report.json").read_text(encoding="utf-8"))
     first = report.rungs[0]
     assert first.id == "source" and first.verdict is Verdict.PASS, first
@@ -153,7 +159,8 @@ def test_adapter_is_merged(edkm, folder, adapter):
         for name in ("self_attn.q_proj", "mlp.down_proj")
     }
     known = merged.provenance["base_model"]["adapter"]
-    assert known["reference"] == str(adapter) and "adapter_model.safetensors" in known["sha256"]
+    assert Path(known["reference"]) == adapter.absolute()
+    assert "adapter_model.safetensors" in known["sha256"]
     assert "with a LoRA adapter" in merged.provenance["source"]["kind"]
 
 
@@ -167,6 +174,12 @@ def test_original_is_found_with_its_adapter(edkm, folder, adapter):
     ratio = next(rung for rung in report.rungs if rung.id == "palettization").measures["kl_mean"]
     assert ratio < 0.05
     assert report.provenance["base_model"]["adapter"]["reference"] == "adapter"  # no folder above it
+    words = ("compare", "model.pt", "--original", folder, "--tokens", 64, "--json")
+    merged, plain = (
+        json.loads(edkm(*words, *option).out)[1]["distance"]["kl_mean"]
+        for option in (("--adapter", adapter), ())
+    )
+    assert merged < 0.05 < plain
     with (adapter / "adapter_model.safetensors").open("ab") as file:
         file.write(b"x")
     edkm("verify", "model.pt", "out", "--tokens", 64, "--report", "report")

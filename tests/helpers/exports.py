@@ -9,7 +9,8 @@ from edkm_export import checkpoint
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.palettization import palettize_model
 from edkm_export.recipe import Recipe
-from edkm_export.reference.source import Source, load_model, load_tokenizer, tokenizer_files
+from edkm_export.reference.source import Source, load_model, load_tokenizer
+from edkm_export.reference.tokenizer_files import tokenizer_files
 
 __all__ = ["SEQUENCE_LENGTH", "Exported", "exported", "palettized_folder"]
 

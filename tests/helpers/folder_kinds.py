@@ -16,7 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["EXACT", "REFUSED", "Kind", "edit_config", "edit_weights", "in_blocks", "shard"]
+from edkm_export.reference.quantized_weights import REFUSED as QUANTIZATIONS
+from tests.helpers.quantized_folders import fp8_blocks, metal, one_scale
+
+__all__ = ["EXACT", "REFUSED", "Kind", "edit_config", "edit_weights", "shard"]
 
 UP = "model.layers.0.mlp.up_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -144,33 +147,7 @@ def older_names(folder: Path) -> None:
 BLOCK = 16
 
 
-def in_blocks(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """FP8 values, their scales in blocks of 16x16, and what they stand for, float32, block by block."""
-    rows, columns = (-(-side // BLOCK) for side in weight.shape)
-    scales = torch.zeros(rows, columns)
-    values, meant = torch.zeros_like(weight).to(torch.float8_e4m3fn), torch.zeros_like(weight)
-    for row in range(rows):
-        for column in range(columns):
-            place = (
-                slice(row * BLOCK, (row + 1) * BLOCK),
-                slice(column * BLOCK, (column + 1) * BLOCK),
-            )
-            scales[row, column] = weight[place].abs().max() / 448
-            values[place] = (weight[place] / scales[row, column]).to(torch.float8_e4m3fn)
-            meant[place] = values[place].float() * scales[row, column]
-    return values, scales, meant
-
-
-def fp8(weights: dict[str, Tensor]) -> None:
-    for name in [each for each in weights if "_proj" in each]:
-        weights[name], weights[f"{name}_scale_inv"], _ = in_blocks(weights[name])
-
-
-def as_fp8(weights: dict[str, Tensor]) -> None:
-    for name in [each for each in weights if "_proj" in each]:
-        weights[name] = in_blocks(weights[name])[2]
-
-
+fp8, as_fp8 = fp8_blocks(BLOCK, BLOCK)
 FP8 = {
     "quant_method": "fp8",
     "activation_scheme": "dynamic",
@@ -239,6 +216,29 @@ EXACT: dict[str, Kind] = {
     "constants of rotation": Kind(rotations(1.0)),
     "masks of GPT-2": Kind(edit_weights(masks), case="gpt2"),
     "FP8 blocks": Kind(both(edit_weights(fp8), edit_config(quantization_config=FP8)), weights=as_fp8),
+    **{
+        name: Kind(both(edit_weights(change), edit_config(quantization_config=settings)), weights=meant)
+        for name, (change, meant), settings in (
+            ("FP8 blocks that are cut off", fp8_blocks(20, 24), {**FP8, "weight_block_size": [20, 24]}),
+            (
+                "FP8 blocks with exponents, cut off", fp8_blocks(24, 20, scale=torch.float8_e8m0fnu),
+                {**FP8, "weight_block_size": [24, 20], "scale_fmt": "ue8m0"},
+            ),
+            ("FP8, one scale a weight", one_scale(()), {**FP8, "weight_block_size": None}),
+            (
+                "FP8, one scale a weight, as a matrix", one_scale((1, 1)),
+                {**FP8, "weight_block_size": None, "activation_scheme": "static"},
+            ),
+            (
+                "MXFP8", fp8_blocks(1, 16, scale=torch.uint8),
+                {"quant_method": "mxfp8", "weight_block_size": [1, 16], "scale_fmt": "ue8m0"},
+            ),
+            *(
+                (f"Metal, {bits} bits", metal(bits, 16), {"quant_method": "metal", "bits": bits, "group_size": 16})
+                for bits in (2, 4, 8)
+            ),
+        )
+    },
     "bfloat16": Kind(edit_weights(to(torch.bfloat16, "")), weights=rounded(torch.bfloat16, "")),
     "float16": Kind(edit_weights(to(torch.float16, "")), weights=rounded(torch.float16, "")),
     "two types": Kind(edit_weights(to(torch.bfloat16, "mlp")), weights=rounded(torch.bfloat16, "mlp")),
@@ -317,6 +317,11 @@ def narrow(weights: dict[str, Tensor]) -> None:
     weights[f"{UP}_scale_inv"] = weights[f"{UP}_scale_inv"][:, :1]
 
 
+def offsets_lost(weights: dict[str, Tensor]) -> None:
+    metal(4, 16)[0](weights)
+    del weights[UP.removesuffix("weight") + "qbiases"]
+
+
 def huge(value: float) -> Change:
     return edit_weights(lambda weights: weights[UP][0, 1:2].fill_(value))
 
@@ -386,12 +391,35 @@ REFUSED: dict[str, Kind] = {
     ),
     "vision": _refused(edit_config(model_type="gemma3", vision_config={}), "vision part"),
     "audio": _refused(edit_config(audio_config={}), "audio part"),
-    "GPTQ": _refused(method("gptq", bits=4), "GPTQ", "give the float model"),
-    "AWQ": _refused(method("awq", bits=4), "AWQ", "give the float model"),
+    **{
+        name: _refused(method(key, bits=4), f"quantized by {name}, which", "give the float model")
+        for key, (name, _) in QUANTIZATIONS.items()
+        if key not in ("mlx", "bitsandbytes")
+    },
     "bitsandbytes": _refused(method("bitsandbytes", load_in_4bit=True), "bitsandbytes", "give the float model"),
-    "compressed-tensors": _refused(method("compressed-tensors"), "compressed-tensors", "give the float model"),
-    "torchao": _refused(method("torchao"), "torchao", "give the float model"),
-    "MXFP4": _refused(method("mxfp4"), "MXFP4", "give the float model"),
+    "bitsandbytes of older files": _refused(
+        edit_config(quantization_config={"load_in_8bit": True}), "bitsandbytes", "give the float model"
+    ),
+    "MLX": _refused(
+        edit_config(quantization={"bits": 4, "group_size": 64}, quantization_config={"bits": 4, "group_size": 64}),
+        "MLX", "give the float model",
+    ),
+    "MLX, older": _refused(edit_config(quantization={"bits": 4, "group_size": 64}), "MLX", "give the float model"),
+    "Metal of 3 bits": _refused(method("metal", bits=3, group_size=16), "3", "give the float model"),
+    "Metal without offsets": _refused(
+        both(edit_weights(offsets_lost), method("metal", bits=4, group_size=16)), UP, "qbiases do not fit"
+    ),
+    "Metal of other groups": _refused(
+        both(edit_weights(metal(4, 8)[0]), method("metal", bits=4, group_size=16)), "do not fit", "groups of 16"
+    ),
+    "FP8 of several scales": _refused(
+        both(edit_weights(fp8), edit_config(quantization_config={**FP8, "weight_block_size": None})),
+        "no weight_block_size", "give the float model",
+    ),
+    "FP8 with exponents that nothing names": _refused(
+        both(edit_weights(fp8_blocks(16, 16, scale=torch.uint8)[0]), edit_config(quantization_config=FP8)),
+        "holds scales as U8", "give the float model",
+    ),
     "a method that nobody knows": _refused(method("seven"), "'seven'", "give the float model"),
     "int8 without scale": _refused(edit_weights(to_int8), UP, "I8", "give the float model"),
     "FP8 without a word": _refused(edit_weights(fp8), "F8_E4M3", "give the float model"),

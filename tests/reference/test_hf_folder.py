@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from edkm_export.artifact.metrics import divergence
 from edkm_export.decoder.build import build_decoder
 from edkm_export.decoder.whole_sequence import WholeSequence
 from edkm_export.errors import EdkmExportError, InputError
+from edkm_export.reference.quantized_weights import DEQUANTIZED
+from edkm_export.reference.quantized_weights import REFUSED as QUANTIZATIONS
 from edkm_export.reference.source import Source, account, load_config, load_model, load_tokenizer
 from tests.helpers import odd_families
 from tests.helpers.folder_kinds import EXACT, HEAD, REFUSED, UP, Kind, edit_config, edit_weights, own_head
@@ -203,3 +207,37 @@ def test_own_head_is_seen_in_half_precision(tmp_path):
         )
     )(folder)  # fmt: skip
     assert load_config(Source.parse(str(folder))).tie_word_embeddings
+
+
+# Weights that are quantized already
+
+
+def test_every_method_of_transformers_is_decided():
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    decided = DEQUANTIZED.keys() | QUANTIZATIONS.keys()
+    known = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING}
+    assert known <= decided, "transformers reads a method of quantization that nothing here decides about"
+
+
+def test_methods_are_documented():
+    """The table of docs/sources.md has each method once, with what becomes of it."""
+    text = (FIXTURES.parent / "docs" / "sources.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
+    assert {key: (name, what) for key, name, what in rows if key not in DEQUANTIZED} == {
+        key: (name, f"refused: {why}") for key, (name, why) in QUANTIZATIONS.items()
+    }
+    found = {key: (name, what) for key, name, what in rows if key in DEQUANTIZED}
+    assert {key: name for key, (name, _) in found.items()} == DEQUANTIZED
+    assert all(what.startswith("dequantized") for _, what in found.values())
+
+
+@pytest.mark.parametrize("name", ["FP8, one scale a weight", "Metal, 4 bits"])
+def test_dequantized_weights_are_accounted_for(tmp_path, name):
+    _, folder = write(EXACT[name], tmp_path / "model")
+    found = account(Source.parse(str(folder)))
+    assert "14 " in found.remarks[0] and "dequantized in float32" in found.remarks[0]
+    apart = {each for each in found.without_effect if each.endswith(".activation_scale")}
+    assert len(apart) == (14 if "FP8" in name else 0)
+    stored = set(load_file(folder / "model.safetensors"))
+    assert set(found.tensors) == stored - apart

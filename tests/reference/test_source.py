@@ -11,15 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from edkm_export.activity import Activity, watched_by
 from edkm_export.errors import EdkmExportError, InputError
 from edkm_export.reference.source import (
     Source,
     load_config,
     load_model,
     load_tokenizer,
-    tokenizer_files,
     value_count,
 )
+from edkm_export.reference.tokenizer_files import tokenizer_files
 from tests.helpers.gguf_kinds import KINDS
 from tests.helpers.odd_models import build, save
 
@@ -57,7 +58,7 @@ def test_gguf_file_is_a_source(tmp_path):
     assert source.weight_files() == [tmp_path / "model.Q4_0.GGUF"]
 
 
-@pytest.mark.parametrize("reference", ["gpt2", "HuggingFaceTB/SmolLM2-135M"])
+@pytest.mark.parametrize("reference", ["openai-community/gpt2", "HuggingFaceTB/SmolLM2-135M"])
 def test_hub_id_is_a_source(reference, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = Source.parse(reference)
@@ -86,7 +87,7 @@ def test_file_of_another_kind(tmp_path, name, kind):
 def test_checkpoint_is_told_from_a_model(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"")
     message = refused(lambda: Source.parse(str(tmp_path / "model.pt")), tmp_path / "model.pt")
-    assert "It looks like a finished checkpoint: `edkm-export coreml` takes it." in message
+    assert "It looks like a finished checkpoint: `" in message and message.endswith("` takes it.")
 
 
 def test_provenance_identifies_the_weights(folder, monkeypatch):
@@ -274,7 +275,7 @@ def test_broken_gguf_file_is_refused(tmp_path, content):
 def test_model_that_is_not_there_and_cannot_be_fetched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = refused(lambda: load_model(Source.parse("nobody/no-such-model")), "nobody/no-such-model")
-    assert "no such local folder; to use a hub model, check the name and the network" in message
+    assert "no such folder here, and the hub https://huggingface.co cannot be reached" in message
 
 
 def test_folder_may_hold_shards(folder):
@@ -316,3 +317,25 @@ def test_what_the_caller_draws_while_a_file_is_read_is_seen(tmp_path, capfd):
     load_model(source, advance=lambda count: print(count, file=sys.stderr))
     shown = [int(line) for line in capfd.readouterr().err.splitlines()]
     assert len(shown) > 1 and sum(shown) == value_count(source)
+
+
+def test_reading_a_gguf_file_is_counted(tmp_path):
+    """Whoever watches sees every value, whichever command reads it."""
+    kind = KINDS["llama"]
+    source = Source.parse(str(kind.write(kind.model(), tmp_path)))
+    seen: list[Activity] = []
+
+    class Watcher:
+        def began(self, activity: Activity) -> None:
+            seen.append(activity)
+
+        def renamed(self, activity: Activity) -> None:
+            pass
+
+        def ended(self, activity: Activity) -> None:
+            pass
+
+    with watched_by(Watcher()):
+        load_model(source)
+    (reading,) = (each for each in seen if each.words.startswith("reading "))
+    assert reading.total == reading.done == value_count(source)

@@ -242,6 +242,7 @@ def test_each_setting_says_whether_a_run_may_go_on_with_another() -> None:
         name for name in TrainConfig.model_fields if TrainConfig.may_change(name)
     }  # raises without a mark
     assert free == {
+        "strict_target", "strict_groups",
         "minutes", "gradient_checkpointing", "eval_tokens", "eval_every", "log_every", "save_every",
     }  # fmt: skip
     other = TINY.updated({"log_every": 3, "seed": 7, "save_every": 0, "clip": 0.5})
@@ -278,7 +279,7 @@ def test_a_loss_that_is_not_finite_names_the_last_checkpoint(
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(28, "No space left on device"), r"checkpoint-4, is the disk full\?"),
+        (OSError(28, "No space left on device"), r"checkpoint-4: no space left on the device"),
         (
             RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"),
             r"is the disk full\?",
@@ -411,9 +412,12 @@ def test_the_command_trains_and_prints_a_table(tmp_path: Path) -> None:
         (["--recipe", "4bit", "--bits", "3"], "--recipe decides bits"),
         (["--lut-dtype", "int4"], "lut_dtype: int4 has 16 levels, so that with indices of 4 bits"),
         (["--bits", "5"], "bits: Input should be 1, 2, 3, 4, 6 or 8"),
-        (["--target-bits", "0.5"], "is below 1 bit"),
+        (
+            ["--target-bits", "0.5"],
+            "takes at least 1.02 bits a weight in the decoder, 1 bit and its LUTs",
+        ),
         (["--context", "1"], "context: Input should be greater than or equal to 2"),
-        (["--config", "missing.yaml"], "missing.yaml: cannot be read"),
+        (["--config", "missing.yaml"], "missing.yaml: no such file"),
     ],
 )
 def test_wrong_options_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:

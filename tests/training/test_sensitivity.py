@@ -21,10 +21,10 @@ from edkm_export.training.scaling import fold_scales, norm_readers
 from edkm_export.training.sensitivity import (
     Sensitivity,
     allocate_bits,
-    average_bits,
     fisher_factors,
     mixed_recipe,
 )
+from edkm_export.weight_storage import average_bits
 from tests.helpers.odd_models import build
 
 

@@ -12,14 +12,15 @@ from converters.coreml.read.artifact import open_artifact
 from edkm_export.artifact.metrics import Perplexity
 from edkm_export.reference.soft_model import SoftWeights
 from edkm_export.reference.source import Source
-from edkm_export.verify.compare_models import Compared, comparison_page
+from edkm_export.verify.compare_models import Compared, Comparison, comparison_page
 from edkm_export.verify.html import report_page
 from edkm_export.verify.inputs import VerificationInputs
 from edkm_export.verify.ladder import verify_artifact
 
 pytestmark = pytest.mark.browser
 
-WIDTHS = {"desk": 1200, "phone": 375}
+WIDTHS = {"desk": 1200, "phone": 360}
+PHONE_HEIGHT = 5000  # px; before long parts were folded it was above 10,000
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_comparison_renders(visit, width, scheme, tmp_path):
         *(Compared(f"model-{n}", "checkpoint", 4.0 - n, 1000 * n, found, None) for n in (3, 1, 2)),
     ]
     path = tmp_path / "compare.html"
-    path.write_text(comparison_page(rows, "words"), encoding="utf-8")
+    path.write_text(comparison_page(Comparison(rows, "words", 100, 100)), encoding="utf-8")
     page, said = visit(width, scheme, path)
     assert [line for line in said if not line.startswith("data:")] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width]
@@ -93,16 +94,46 @@ def test_comparison_renders(visit, width, scheme, tmp_path):
 def test_renders_without_errors_and_without_a_network(visit, width, scheme):
     page, said = visit(width, scheme)
     assert [line for line in said if not line.startswith("data:")] == []
-    assert page.locator("header .chip").first.inner_text() == "PASS"
+    assert page.locator("header .chip").all_inner_texts() == ["PASS", "WITHIN"]
     assert page.locator("h1").inner_text() == "model.mlpackage"
     # nothing sticks out to the side
     assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width]
 
 
-def test_verdict_and_what_was_not_run_come_first(visit):
+def test_verdicts_and_what_was_not_run_come_first(visit):
     page, _ = visit()
-    assert page.locator("h2").first.inner_text() == "Not run"
-    assert page.locator("header .chip").first.bounding_box()["y"] < 100
+    headings = [" ".join(text.split()) for text in page.locator("h2").all_inner_texts()]
+    assert headings[:3] == ["Faithful export PASS", "Quality WITHIN", "Not run"]
+    assert page.locator("header .chip").first.bounding_box()["y"] < 160
+
+
+def test_what_is_long_is_folded_on_a_phone(visit):
+    page, _ = visit("phone")
+    assert page.evaluate("document.documentElement.scrollHeight") < PHONE_HEIGHT
+    table = page.locator("#weights")
+    assert not table.is_visible() and page.locator("details.fold[open]").count() == 0
+    page.get_by_text("the worst first", exact=False).locator("visible=true").last.click()
+    assert table.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS["phone"]
+
+
+def test_what_is_long_is_open_where_there_is_room(visit):
+    page, _ = visit()
+    assert page.locator("#weights").is_visible() and page.locator("details.fold:not([open])").count() == 0
+
+
+def test_rungs_open_one_by_one_and_together(visit):
+    page, _ = visit("phone")
+    rungs = page.locator("details.rung")
+    assert rungs.count() > 8 and page.locator("details.rung[open]").count() == 0
+    rungs.first.locator("summary").click()
+    assert page.locator("details.rung[open]").count() == 1
+    assert "because" in rungs.first.inner_text()
+    button = page.get_by_role("button", name="Open all")
+    button.click()
+    assert page.locator("details.rung[open]").count() == rungs.count()
+    page.get_by_role("button", name="Close all").click()
+    assert page.locator("details.rung[open]").count() == 0
 
 
 def test_light_and_dark_differ_and_can_be_read(visit):

@@ -13,7 +13,8 @@ from edkm_export.artifact.thresholds import DECODE_KL, EXECUTION
 from edkm_export.errors import PackageError
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
 from edkm_export.reference.torch_session import TorchSession
-from edkm_export.verify.continuation import compare_continuations, prefill_against_decode
+from edkm_export.verify.continuation import compare_continuations, prefill_against_decode, side_by_side
+from edkm_export.verify.quoting import quoted
 from edkm_export.verify.report import Verdict
 from edkm_export.verify.rungs import continuation_rung, decode_rung
 from edkm_export.verify.torch_runs import transformers_model
@@ -91,7 +92,7 @@ def test_another_token_fails_and_is_shown(model, tokenizer, prompts, after):
     (found,) = compare_continuations(artifact(), altered, model, tokenizer, prompts, 10)
     assert found.equal == after and not found.ok
     rung = continuation_rung([found], "")
-    assert rung.verdict is Verdict.FAIL and f"token {after + 1} is {found.found!r}" in rung.detail
+    assert rung.verdict is Verdict.FAIL and f"token {after + 1} is {quoted(found.found)}" in rung.detail
     first, second = found.difference.reference.probabilities
     assert f"{first:.4f} and {second:.4f}" in rung.detail
 
@@ -150,3 +151,30 @@ def test_decode_that_differs_at_one_position_fails(model):
     found = prefill_against_decode(session, torch.arange(20, 60))
     assert found.kl_max > DECODE_KL >= found.kl_median
     assert decode_rung(found, "").verdict is Verdict.FAIL
+
+
+def test_texts_of_the_original_and_the_palettized_model(model, tokenizer, prompts):
+    (prompt,) = prompts
+    continued = compare_continuations(artifact(), TorchSession(model), model, tokenizer, prompts, 4)
+    ours = continued[0].tokens
+    other = [*ours[:2], (ours[2] + 1) % 1024, ours[3], 7]  # longer, and another one from the third token on
+    (found,) = side_by_side(continued, {prompt: other}, tokenizer)
+    assert (found.prompt, found.tokens, found.shared_tokens) == (prompt, 4, 2)
+    assert found.original == tokenizer.decode(other[:4]) and found.palettized == tokenizer.decode(ours)
+    (alone,) = side_by_side(continued, {}, tokenizer)
+    assert alone.original is None and alone.shared_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" the", '" the"'),
+        ("a\n\t\r", r'"a\n\t\r"'),
+        ('say "\\"', r'"say \"\\\""'),
+        ("\u00a0\u200b", r'"\u00a0\u200b"'),
+        ("é‘世", '"é‘世"'),
+        ("", '""'),
+    ],
+)
+def test_what_cannot_be_seen_is_quoted(text, expected):
+    assert quoted(text) == expected

@@ -61,10 +61,22 @@ def test_page_is_one_file():
     assert "default-src 'none'" in report_page(report())
 
 
-def test_verdict_comes_first_then_what_was_not_run():
-    page = report_page(report(rungs=[rung(Verdict.NOT_RUN, detail="needs macOS"), rung(Verdict.FAIL)]))
-    assert page.index("NOT RUN") < page.index('id="ladder"')
+def test_verdicts_come_first_then_what_was_not_run():
+    rungs = [rung(Verdict.NOT_RUN, detail="needs macOS"), rung(Verdict.FAIL)]
+    page = report_page(report(rungs=rungs, quality=Verdict.BEYOND))
+    assert (
+        page.index("Faithful export") < page.index("BEYOND", page.index("<h1>")) < page.index('id="not-run"')
+    )
     assert page.index("Failed: decoded artifact.") < page.index("needs macOS") < page.index('id="ladder"')
+
+
+def test_date_and_layers():
+    errors = {"hard PyTorch": [LayerError(layer=f"model.layers.{n}", snr_db=9.0 + n) for n in range(30)]}
+    page = report_page(report(date="2026-11-30T09:12:44+00:00", layer_errors=errors))
+    assert "verified 2026-11-30 09:12 UTC" in page
+    assert "layer, 0 to 29" in page and "after layers 0 to 29" in page
+    axis = re.findall(r'text-anchor="middle">(\d+)</text>', page.split("hidden states after layers")[1])
+    assert axis[0] == "0" and axis[-1] == "29" and "30" not in axis
 
 
 def test_names_cannot_break_the_page():

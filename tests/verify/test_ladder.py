@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from edkm_export import checkpoint
+from edkm_export.api.artifacts import predicted_size_bytes as predict
+from edkm_export.artifact.thresholds import PERPLEXITY_RATIO
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.cli.artifacts import predicted_size_bytes as predict
 from edkm_export.errors import CheckpointError, InputError
 from edkm_export.reference.source import Source
 from edkm_export.verify.inputs import VerificationInputs
@@ -58,17 +59,18 @@ def test_apple_runtime_is_said_to_be_not_run(tiny_export, monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     report = climb(tiny_export)
     assert rung(report, "execution-apple").verdict is Verdict.NOT_RUN
-    assert "Apple runtime: needs macOS, this is Linux" in report.not_run
+    assert "Apple's Core ML runtime (macOS): needs macOS, this is Linux" in report.not_run
     text = markdown(report)
-    assert "- Apple runtime: needs macOS, this is Linux" in text
-    assert "| Apple runtime | hard PyTorch | **NOT RUN** |" in text
+    assert "- Apple's Core ML runtime (macOS): needs macOS, this is Linux" in text
+    assert "| Apple's Core ML runtime (macOS) | hard PyTorch | **NOT RUN** |" in text
 
 
 def test_missing_original_is_said_to_be_not_run(tiny_export):
     report = climb(tiny_export, original_missing="/gone is not here")
     found = rung(report, "palettization")
-    assert found.verdict is Verdict.NOT_RUN and report.verdict is Verdict.PASS
+    assert found.verdict is report.quality is Verdict.NOT_RUN and report.faithful_export is Verdict.PASS
     assert found.detail == "no original to compare with: /gone is not here"
+    assert not report.failed
     assert "original" not in report.perplexities
     assert all(tensor.weight_snr_db is None for tensor in report.tensors)
 
@@ -87,6 +89,8 @@ def moved(tiny_llama, tiny_export, edkm, tmp_path) -> Callable[..., Report]:
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "original"))
     provenance = {"base_model": Source.parse(str(folder)).provenance()}
     checkpoint.save(dataclasses.replace(tiny_export.checkpoint, provenance=provenance), tmp_path / "model.pt")
+    # alone: the folder that it is from knows the sha256 of another model.pt
+    package = shutil.copytree(tiny_export.package, tmp_path / "alone" / "model.mlpackage")
 
     def run(spoil: Callable[[Path], object], *arguments: object) -> Report:
         spoil(folder)
@@ -94,7 +98,7 @@ def moved(tiny_llama, tiny_export, edkm, tmp_path) -> Callable[..., Report]:
         result = edkm(
             "verify",
             tmp_path / "model.pt",
-            tiny_export.bundle,
+            package,
             "--tokens",
             128,
             "--report",
@@ -108,7 +112,7 @@ def moved(tiny_llama, tiny_export, edkm, tmp_path) -> Callable[..., Report]:
 
 
 def test_original_where_it_was_is_found(moved):
-    assert rung(moved(lambda folder: None), "palettization").verdict is Verdict.PASS
+    assert rung(moved(lambda folder: None), "palettization").verdict is Verdict.WITHIN
 
 
 @pytest.mark.parametrize(
@@ -130,15 +134,14 @@ def test_original_that_is_not_the_right_one_is_said_to_be_not_run(moved, spoil, 
 
 
 def test_original_that_is_named_is_used(moved, tiny_llama):
-    assert rung(moved(shutil.rmtree, "--original", tiny_llama), "palettization").verdict is Verdict.PASS
+    assert rung(moved(shutil.rmtree, "--original", tiny_llama), "palettization").verdict is Verdict.WITHIN
 
 
 def test_checkpoint_that_does_not_say_where_it_is_from(tiny_export, edkm, tmp_path):
     made = dataclasses.replace(tiny_export.checkpoint, provenance={})
     checkpoint.save(made, tmp_path / "model.pt")
-    result = edkm(
-        "verify", tmp_path / "model.pt", tiny_export.bundle, "--tokens", 64, "--report", tmp_path / "report"
-    )
+    package = shutil.copytree(tiny_export.package, tmp_path / "alone" / "model.mlpackage")
+    result = edkm("verify", tmp_path / "model.pt", package, "--tokens", 64, "--report", tmp_path / "report")
     assert result.status == 0
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert "the checkpoint does not say what it was made from; name it with --original" in text
@@ -160,19 +163,26 @@ def test_size_is_predicted_from_the_checkpoint(tiny_export):
 def test_size_may_be_off_by_one_percent(tiny_export, factor, verdict):
     report = climb(tiny_export, predicted_size_bytes=round(tiny_export.weights_size_bytes * factor))
     assert rung(report, "size").verdict is verdict
-    assert report.verdict is verdict
+    assert report.faithful_export is verdict
 
 
-def test_perplexity_ratio_decides_palettization(tiny_export, tiny_llama):
+def test_perplexity_ratio_decides_quality_alone(tiny_export, tiny_llama):
     source = Source.parse(str(tiny_llama))
     report = climb(tiny_export, original=source)
     found = rung(report, "palettization")
     ratio = report.perplexities["hard PyTorch"].value / report.perplexities["original"].value
-    assert found.measures["perplexity_ratio"] == ratio and found.verdict is Verdict.PASS
+    assert report.perplexity_ratio == ratio and found.verdict is report.quality is Verdict.WITHIN
+    assert report.perplexity_limit == PERPLEXITY_RATIO[4]
+    assert report.perplexity_limit_source == "the default for 4 bits, recipe 4bitg16"
     strict = climb(tiny_export, original=source, max_perplexity_ratio=ratio * 0.999)
-    assert rung(strict, "palettization").verdict is Verdict.FAIL and strict.verdict is Verdict.FAIL
+    assert strict.quality is Verdict.BEYOND and strict.failed and strict.faithful_export is Verdict.PASS
+    assert strict.perplexity_limit_source == "--max-perplexity-ratio"
     exact = climb(tiny_export, original=source, max_perplexity_ratio=ratio)
-    assert rung(exact, "palettization").verdict is Verdict.PASS
+    assert exact.quality is Verdict.WITHIN
+    free = climb(tiny_export, original=source, max_perplexity_ratio=None)
+    assert (
+        free.quality is Verdict.REPORTED and free.perplexity_ratio == ratio and free.perplexity_limit is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,7 +219,7 @@ def test_execution_thresholds(tiny_export, monkeypatch, precision, noise, verdic
     largest = {"float32": 1e-5, "rounded": 1e-3}[precision]
     assert (found.measures["kl_median"] <= largest) == (verdict is Verdict.PASS)
     if verdict is Verdict.FAIL:
-        assert found.verdict is Verdict.FAIL and report.verdict is Verdict.FAIL
+        assert found.verdict is Verdict.FAIL and report.faithful_export is Verdict.FAIL
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -222,7 +232,7 @@ def test_output_that_is_not_finite_fails_and_the_report_is_json(tiny_export, mon
     for precision in ("float32", "rounded"):
         found = rung(report, f"execution-{precision}")
         assert found.verdict is Verdict.FAIL and found.measures["top1_agreement"] == 0
-    assert Report.model_validate_json(report.model_dump_json()).verdict is Verdict.FAIL
+    assert Report.model_validate_json(report.model_dump_json()).faithful_export is Verdict.FAIL
 
 
 # The report
@@ -255,7 +265,7 @@ def test_windows_are_as_long_as_the_package_takes(tiny_export):
     report = climb(tiny_export, tokens=200)
     assert report.provenance["evaluation"]["tokens"] == 192  # three windows of 64
     short = climb(tiny_export, text="Some words.", tokens=200)
-    assert short.provenance["evaluation"]["context"] < 64 and short.verdict is Verdict.PASS
+    assert short.provenance["evaluation"]["context"] < 64 and short.faithful_export is Verdict.PASS
 
 
 def test_every_step_is_announced(tiny_export, tiny_llama):
@@ -283,7 +293,7 @@ def test_checkpoint_without_tokenizer(tiny_export):
 
 
 def test_text_of_one_letter(tiny_export):
-    with pytest.raises(InputError, match=r"words: gives 1 token\(s\), at least 2 are needed"):
+    with pytest.raises(InputError, match="words: gives 1 token, at least 2 are needed"):
         climb(tiny_export, text="a")
 
 

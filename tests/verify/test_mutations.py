@@ -51,7 +51,7 @@ def check(mutation: Mutation, checkpoint: Checkpoint, artifact: Artifact, text: 
     )
     report = verify_artifact(checkpoint, artifact, evaluation)
     failed = [f"{rung.id}: {rung.detail}" for rung in report.rungs if rung.verdict is Verdict.FAIL]
-    assert report.verdict is (Verdict.FAIL if mutation.harmful else Verdict.PASS), failed
+    assert report.faithful_export is (Verdict.FAIL if mutation.harmful else Verdict.PASS), failed
     if mutation.module is not None:
         assert [fault.module for fault in report.faults] == [mutation.module]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from edkm_export.artifact import thresholds as t
 from edkm_export.artifact.metrics import Divergence, Perplexity
 from edkm_export.artifact.protocol import DamagedArtifact
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.recipe import PRESETS
+from edkm_export.training.train_config import PRESETS as TRAINED
 from edkm_export.verify.bytes import compare_bytes
+from edkm_export.verify.foreign_decoding import compare_decoding
 from edkm_export.verify.report import Rung
 from edkm_export.verify.rungs import (
     continuation_rung,
@@ -61,16 +65,26 @@ def measured() -> tuple[Divergence, dict[str, Perplexity]]:
     return distance, dict.fromkeys(("original", "trained soft model", "hard PyTorch"), one)
 
 
+def foreign_decoding() -> Rung:
+    artifact: Any = SimpleNamespace(
+        decoder_name="x", decoder_missing="it is not here", decoded_elsewhere=lambda: iter(())
+    )
+    made = compare_decoding(Checkpoint(config={}, palettized={}, dense={}), artifact)
+    assert made is not None
+    return made
+
+
 def rungs() -> dict[str, Rung]:
     """Every rung but the executions, as the ladder makes them."""
     distance, perplexities = measured()
     made = [
         source_rung(Checkpoint(config={}, palettized={}, dense={}), None, ""),
-        source_runtime_rung(None, quantized=False),
+        source_runtime_rung(None, rounded=False),
         *soft_rungs("", "", distance, distance, perplexities),
-        palettization_rung(t.MAX_PERPLEXITY_RATIO, "", distance, perplexities),
+        palettization_rung(t.quality_limit(4), "", distance, perplexities),
         compare_bytes(Checkpoint(config={}, palettized={}, dense={}), DAMAGED)[0],
         size_rung(1, 1),
+        foreign_decoding(),
         decode_rung(None, "no cache"),
         continuation_rung(None, "no cache"),
         continuation_rung(None, "no cache", rounded=True),
@@ -100,13 +114,16 @@ EXPECTED: dict[str, list[float]] = {
     ],
     "soft": [],
     "hardening": [],
-    "palettization": [t.MAX_PERPLEXITY_RATIO],
+    "palettization": [],
     "bytes": [],
     "size": [t.SIZE_TOLERANCE],
     "prefill-decode": [t.DECODE_KL, t.DECODE_MEDIANS],
     "continuation": [t.NEAR_TIE_NATS],
     "continuation-rounded": [t.ROUNDED_TIE_NATS],
+    "decoding": [],
     "execution-...": [],
+    "execution-coreai-twin": [t.FLOAT16_TWIN.top1, t.FLOAT16_TWIN.median_kl],
+    "execution-coreai": [t.float16_chains([1]).top1],
     "execution-float32": [t.EXECUTION["float32"].top1, t.EXECUTION["float32"].median_kl],
     "execution-rounded": [t.EXECUTION["rounded"].top1, t.EXECUTION["rounded"].median_kl],
     "execution-apple": [],
@@ -122,9 +139,55 @@ def test_numbers_are_those_of_the_thresholds(name):
     assert numbers(ROWS[name]) == pytest.approx(EXPECTED[name], rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["palettization", "size"])
-def test_reports_give_the_same_numbers(name):
-    assert numbers(rungs()[name].threshold) == pytest.approx(EXPECTED[name])
+def test_reports_give_the_same_numbers():
+    assert numbers(rungs()["size"].threshold) == pytest.approx(EXPECTED["size"])
+
+
+# The limit of the quality
+
+
+def limits() -> dict[str, tuple[set[str], str]]:
+    """{fewest bits, as the table says it: (presets, limit)}."""
+    table = PAGE.partition("### The limit\n")[2].partition("\n\nA checkpoint holds")[0]
+    found = {}
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| ") and cells[0] != "fewest bits of a palettized weight":
+            found[cells[0]] = (set(re.findall("`([^`]+)`", cells[1])), cells[2])
+    return found
+
+
+def bits_of(preset: str) -> int | None:
+    """Fewest bits that a preset gives to a weight; None: it palettizes nothing."""
+    if preset in PRESETS:
+        return min((rule.bits for rule in PRESETS[preset].rules if not rule.skip), default=None)
+    return TRAINED[preset].bits
+
+
+def test_every_preset_has_a_limit():
+    presets = [name for names, _ in limits().values() for name in names]
+    assert sorted(presets) == sorted(PRESETS.keys() | TRAINED.keys())
+    for name in PRESETS.keys() & TRAINED.keys():
+        assert bits_of(name) == TRAINED[name].bits
+
+
+def test_limits_are_those_of_the_thresholds():
+    rows = limits()
+    assert rows.keys() == {"nothing palettized", *map(str, t.PERPLEXITY_RATIO)}
+    for bits, (presets, limit) in rows.items():
+        number = int(bits) if bits.isdigit() else None
+        assert all(bits_of(name) == number for name in presets)
+        ratio = t.quality_limit(number).ratio
+        assert limit == "none: REPORTED" if ratio is None else numbers(limit) == [ratio]
+
+
+def test_limits_grow_as_bits_become_fewer():
+    ratios = [
+        t.DENSE_PERPLEXITY_RATIO,
+        *(ratio for _, ratio in sorted(t.PERPLEXITY_RATIO.items(), reverse=True)),
+    ]
+    known = [ratio for ratio in ratios if ratio is not None]
+    assert known == sorted(known) and len(known) == len(ratios) - 1
 
 
 def test_tolerances_of_localization():

@@ -75,7 +75,7 @@ def test_soft_weights_of_the_original(climb, tiny_llama):
     assert found["hardening"].measures["perplexity_ratio"] == pytest.approx(whole["perplexity_ratio"])
     assert found["soft"].detail.endswith("; made up")
     assert list(report.perplexities)[:3] == ["original", "trained soft model", "hard PyTorch"]
-    assert report.verdict is Verdict.PASS
+    assert report.faithful_export is Verdict.PASS
     assert "| trained soft model | original float model | **REPORTED** | none |" in markdown(report)
     assert '<span class="chip REPORTED">REPORTED</span>' in report_page(report)
     assert 'skipped="2"' in junit(report)  # the two that need a Mac or a cache

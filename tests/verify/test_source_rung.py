@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import InputError
 from edkm_export.reference.source import Source, account
-from edkm_export.verify.report import Report, Verdict
+from edkm_export.verify.report import SCHEMA_VERSION, Report, Verdict
 from edkm_export.verify.source_rung import compare_with_runtime, source_rung, source_runtime_rung
 
 WINDOWS = torch.arange(12).view(2, 6)
@@ -29,9 +30,15 @@ class Runtime:
 
     def __init__(self, answer: Tensor | Exception, *, available: bool = True) -> None:
         self.answer, self.is_available, self.asked = answer, available, []
+        self.plain: Path | None = None
 
     def available(self) -> bool:
         return self.is_available
+
+    @contextlib.contextmanager
+    def unpacked(self, path: Path, size_bytes: int):
+        self.asked.append(("unpack", size_bytes))
+        yield self.plain
 
     def log_probabilities(self, path: Path, tokens: list[int]) -> Tensor:
         self.asked.append((path, tokens))
@@ -40,10 +47,11 @@ class Runtime:
         return self.answer
 
 
-def rung_of(runtime: Runtime | None, folder: Path, *, quantized: bool = False):
+def rung_of(runtime: Runtime | None, folder: Path):
     (folder / "model.gguf").write_bytes(b"GGUF")
     source = Source.parse(str(folder / "model.gguf"))
-    return source_runtime_rung(compare_with_runtime(runtime, source, LOGITS, WINDOWS), quantized=quantized)
+    found, rounded = compare_with_runtime(runtime, source, LOGITS, WINDOWS, values=100)
+    return source_runtime_rung(found, rounded=rounded)
 
 
 def test_source_that_is_understood(tiny_llama):
@@ -74,7 +82,8 @@ def test_source_that_is_not_here():
     assert rung.detail.endswith("4 tensors and 3 settings were used and none was left over")
 
 
-def test_runtime_that_agrees(tmp_path):
+def test_runtime_that_agrees(tmp_path, monkeypatch):
+    monkeypatch.setattr(Source, "is_quantized", False)
     runtime = Runtime(LOGITS[0].log_softmax(-1))
     rung = rung_of(runtime, tmp_path)
     assert rung.verdict is Verdict.PASS and rung.measures["kl_mean"] < 1e-9
@@ -90,18 +99,25 @@ def test_runtime_that_agrees(tmp_path):
     ],
     ids=["another model", "another vocabulary", "refused"],
 )
-def test_runtime_that_does_not(answer, words, tmp_path):
+def test_runtime_that_does_not(answer, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(Source, "is_quantized", False)
     rung = rung_of(Runtime(answer), tmp_path)
     assert rung.verdict is Verdict.FAIL and words in rung.detail
 
 
-def test_quantized_weights_have_a_threshold_of_their_own(tmp_path):
-    """llama.cpp rounds activations then; what is within that rounding is no fault, and a fault with plain weights."""
+@pytest.mark.parametrize("can_unpack", [True, False])
+def test_quantized_weights_are_unpacked_by_the_runtime(tmp_path, monkeypatch, can_unpack):
+    """Where it cannot, it rounds activations: what is within that rounding is no fault, and a fault elsewhere."""
+    monkeypatch.setattr(Source, "is_quantized", True)
     near = LOGITS[0] + 0.1 * torch.randn(LOGITS[0].shape, generator=torch.Generator().manual_seed(1))
     answer = near.log_softmax(-1)
-    assert 1e-3 < float(rung_of(Runtime(answer), tmp_path).measures["kl_median"]) < 2e-2
-    assert rung_of(Runtime(answer), tmp_path).verdict is Verdict.FAIL
-    assert rung_of(Runtime(answer), tmp_path, quantized=True).verdict is Verdict.PASS
+    runtime = Runtime(answer)
+    runtime.plain = tmp_path / "plain.gguf" if can_unpack else None
+    rung = rung_of(runtime, tmp_path)
+    assert 1e-3 < float(rung.measures["kl_median"]) < 2e-2
+    assert rung.verdict is (Verdict.FAIL if can_unpack else Verdict.PASS)
+    ran = tmp_path / ("plain.gguf" if can_unpack else "model.gguf")
+    assert runtime.asked == [("unpack", 400), (ran, list(range(6)))]
 
 
 @pytest.mark.parametrize(
@@ -119,4 +135,5 @@ def test_older_reports_are_read():
         "rungs": [], "perplexities": {}, "parameters": 1, "palettized_parameters": 1, "bits_per_weight": 4.0,
         "size_bytes": 1, "predicted_size_bytes": 1, "tensors": [], "provenance": {},
     }  # fmt: skip
-    assert Report.model_validate(report).schema_version == 3
+    made = Report.model_validate(report)
+    assert made.schema_version == SCHEMA_VERSION and made.faithful_export is Verdict.PASS

@@ -14,6 +14,7 @@ from converters.coreai.read.running import RunningModel
 from converters.coreai.read.runtime import zeros
 from converters.coreai.read.static_session import StaticSession
 from edkm_export.context_window import require_room
+from edkm_export.token_ids import Ids
 
 __all__ = ["CoreAISession", "new_session", "open_session"]
 
@@ -30,11 +31,14 @@ class CoreAISession:
 
     Attributes:
         context: most positions that it can hold.
+        has_cache: true.
 
     Raises:
         PackageError: the runtime refuses the file.
         BackendMissingError: coreai-core is not installed.
     """
+
+    has_cache = True
 
     def __init__(self, model: RunningModel, *, exact: bool = False) -> None:
         told = model.asset.description
@@ -49,18 +53,22 @@ class CoreAISession:
         for name, kind in self._states.items():
             self._runtime.set_state(name, zeros(kind, {3: self._length}))
 
-    def feed(self, tokens: Tensor) -> Tensor:
-        """Go on with the text: int64 [new] -> logits float32 [new, vocab_size].
+    def __repr__(self) -> str:
+        """One line: model, positions taken."""
+        return f"CoreAISession({self._name}, {self._used:,} of {self.context:,} positions taken)"
+
+    def feed(self, tokens: Ids) -> Tensor:
+        """Go on with the text: ids [new], in any form that `as_ids` takes -> logits float32 [new, vocab_size].
 
         Raises:
             InputError: there is no room for the tokens, or one is outside the vocabulary.
             PackageError: the runtime fails.
         """
-        require_room(tokens, self._used, self.context, self._vocab_size, self._name)
-        total = self._used + len(tokens)
+        ids = require_room(tokens, self._used, self.context, self._vocab_size, self._name)
+        total = self._used + len(ids)
         self._make_room(total)
         inputs = {
-            INPUT_IDS: tokens[None].to(torch.int32).numpy(),
+            INPUT_IDS: ids[None].to(torch.int32).numpy(),
             POSITION_IDS: np.arange(total, dtype=np.int32)[None],
         }
         outputs = self._runtime.call(MAIN, inputs, states={name: name for name in self._states})

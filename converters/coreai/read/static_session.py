@@ -27,6 +27,7 @@ from converters.coreai.format import (
 from converters.coreai.read.running import RunningModel
 from converters.coreai.read.runtime import AppleRuntime, zeros
 from edkm_export.context_window import require_room
+from edkm_export.token_ids import Ids
 
 __all__ = ["StaticSession"]
 
@@ -45,12 +46,15 @@ class StaticSession:
 
     Attributes:
         context: most positions that it can hold.
+        has_cache: true.
         step: function that is called, `extend`; with `prompt_opt`, which only fills the cache, logits are NaN.
 
     Raises:
         PackageError: the runtime refuses the file.
         BackendMissingError: coreai-core is not installed.
     """
+
+    has_cache = True
 
     def __init__(self, model: RunningModel, *, exact: bool = False) -> None:
         told = model.asset.description
@@ -70,16 +74,20 @@ class StaticSession:
         for name in _STATES:
             self._runtime.set_state(name, zeros(states[name], {}))
 
-    def feed(self, tokens: Tensor) -> Tensor:
-        """Go on with the text: int64 [new] -> logits float32 [new, vocab_size].
+    def __repr__(self) -> str:
+        """One line: model, positions taken."""
+        return f"StaticSession({self._name}, {len(self._text):,} of {self.context:,} positions taken)"
+
+    def feed(self, tokens: Ids) -> Tensor:
+        """Go on with the text: ids [new], in any form that `as_ids` takes -> logits float32 [new, vocab_size].
 
         Raises:
             InputError: there is no room for the tokens, or one is outside the vocabulary.
             PackageError: the runtime fails.
         """
         position = len(self._text)
-        require_room(tokens, position, self.context, self._vocab_size, self._name)
-        self._text = torch.cat([self._text, tokens])
+        ids = require_room(tokens, position, self.context, self._vocab_size, self._name)
+        self._text = torch.cat([self._text, ids])
         total, found = len(self._text), []
         while position < total:
             left = total - position

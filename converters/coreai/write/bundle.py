@@ -17,7 +17,9 @@ from converters.coreai.write.export_plan import CoreAIPlan
 from edkm_export._version import __version__
 from edkm_export.atomic import GENERATOR, MARKER
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.checkpoint_record import KEY, CheckpointRecord
 from edkm_export.end_tokens import as_setting, read_object, stored_end_tokens, with_end_tokens
+from edkm_export.model_card import base_models
 
 __all__ = ["bundle_metadata", "write_bundle"]
 
@@ -56,7 +58,7 @@ def write_bundle(checkpoint: Checkpoint, plan: CoreAIPlan, folder: Path, name: s
 
 def bundle_metadata(checkpoint: Checkpoint, plan: CoreAIPlan, name: str) -> dict[str, Any]:
     """Contents of metadata.json."""
-    reference = _hub_id(checkpoint) or name
+    reference = next(iter(base_models(checkpoint)), name)
     language: dict[str, Any] = {
         "tokenizer": reference,
         "vocab_size": plan.config.vocab_size,
@@ -65,7 +67,7 @@ def bundle_metadata(checkpoint: Checkpoint, plan: CoreAIPlan, name: str) -> dict
     }
     if plan.interface == "dynamic":  # the static engine finds its functions by their names
         language["function_map"] = {MAIN: [MAIN]}
-    return {
+    known = {
         "metadata_version": BUNDLE_VERSION,
         "kind": "llm",
         "name": name,
@@ -82,13 +84,6 @@ def bundle_metadata(checkpoint: Checkpoint, plan: CoreAIPlan, name: str) -> dict
         "predicted_weights_size_bytes": plan.weights_size_bytes,
         "recipe": checkpoint.recipe,
     }
-
-
-def _hub_id(checkpoint: Checkpoint) -> str | None:
-    """The hub id of the model that was palettized, None when it was a folder or file."""
-    base = checkpoint.provenance.get("base_model")
-    reference = base.get("reference") if isinstance(base, dict) else None
-    if not isinstance(reference, str) or Path(reference).exists() or reference.endswith(".gguf"):
-        return None
-    parts = reference.split("/")
-    return reference if len(parts) == 2 and all(parts) else None
+    if checkpoint.path is not None:
+        known[KEY] = CheckpointRecord.of(checkpoint.path).as_dict()
+    return known

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from converters.coreml.read.precision import Precision
 from converters.coreml.read.program import Function, FunctionInput
+from edkm_export.array_input import as_tensor
 from edkm_export.errors import InputError, PackageError
 
 __all__ = ["check_inputs", "check_states", "make_states"]
 
 
-def check_inputs(function: Function, given: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
+def check_inputs(function: Function, given: Mapping[str, Any], precision: Precision) -> dict[str, Tensor]:
     """Check the inputs of a run and bring them to the dtypes of the interpreter.
 
     Raises:
@@ -24,17 +26,26 @@ def check_inputs(function: Function, given: Mapping[str, Tensor], precision: Pre
     unknown = [name for name in given if name not in function.inputs]
     if unknown:
         raise InputError(f"function {function.name} has no input {unknown[0]!r}; its inputs are {names}.")
-    missing = [name for name in function.inputs if name not in given]
+    missing = [name for name, spec in function.inputs.items() if name not in given and spec.default is None]
     if missing:
         raise InputError(
             f"input {missing[0]!r} of function {function.name} is missing; its inputs are {names}."
         )
-    return {name: _check_input(spec, given[name], precision) for name, spec in function.inputs.items()}
+    return {
+        name: _check_input(spec, given[name] if name in given else _default(spec), precision)
+        for name, spec in function.inputs.items()
+    }
 
 
-def _check_input(spec: FunctionInput, value: Tensor, precision: Precision) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise InputError(f"input {spec.name!r} is {type(value).__name__}, expected a torch tensor.")
+def _default(spec: FunctionInput) -> Tensor:
+    """What an optional input holds when it is left out."""
+    assert spec.default is not None
+    dtype = torch.float32 if spec.type.dtype.is_float else spec.type.dtype.compute
+    return torch.full(spec.default_shape, spec.default).to(dtype)
+
+
+def _check_input(spec: FunctionInput, value: Any, precision: Precision) -> Tensor:
+    value = as_tensor(value, f"input {spec.name!r}")
     shape = tuple(value.shape)
     if not _shape_allowed(spec, shape):
         allowed = (

@@ -19,6 +19,7 @@ from edkm_export.artifact.protocol import Artifact, DamagedArtifact
 from edkm_export.artifact.thresholds import EXECUTION
 from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
+from edkm_export.quantities import short_size
 
 __all__ = ["KIND", "CoreMLArtifact", "open_artifact"]
 
@@ -44,17 +45,26 @@ class CoreMLArtifact:
         self.context = description.context
         _ = self.weights_size_bytes()  # opens every file of weights
         CoreMLSession(packages, description)  # has the inputs and outputs that it should
+        drawn = ""
+        if any(package.draws_random_numbers(where) for package, where in self._functions()):
+            drawn = ", random numbers drawn with seed 0"
         self.executions = (
             *(
                 Execution(
                     f"execution-{precision}",
-                    f"executed artifact, {threshold.words}",
+                    f"our interpreter of Core ML programs, {threshold.words}{drawn}",
                     threshold,
                     self._interpreted(precision),
                 )
                 for precision, threshold in EXECUTION.items()
             ),
             self._apple_runtime(),
+        )
+
+    def __repr__(self) -> str:
+        """One line: package, interface, size."""
+        return (
+            f"CoreMLArtifact({self.path.name}, {self.description.interface}, {short_size(self.size_bytes())})"
         )
 
     def palettized(self) -> dict[str, PalettizedTensor]:
@@ -128,7 +138,9 @@ class CoreMLArtifact:
         if platform.system() == "Darwin":
             execute, missing = predicting([package.path for package in self._packages], self.description), ""
         why = "only Apple's own runtime shows what its compiler and compute units do"
-        return Execution("execution-apple", "Apple runtime", threshold.because(why), execute, missing)
+        return Execution(
+            "execution-apple", "Apple's Core ML runtime (macOS)", threshold.because(why), execute, missing
+        )
 
 
 def open_artifact(path: str | Path) -> Artifact:

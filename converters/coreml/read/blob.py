@@ -130,10 +130,12 @@ class BlobFile:
         record = self.record(offset, owner)
         expected_bytes = (count * bits + 7) // 8
         expected_padding = expected_bytes * 8 - count * bits
+        # Values of whole bytes have no padding, and older writers left anything in that field.
+        padding_bits = record.padding_bits if bits % 8 else 0
         for what, found, expected in (
             ("dtype code", record.dtype_code, dtype_code),
             ("size in bytes", record.size_bytes, expected_bytes),
-            ("padding bits", record.padding_bits, expected_padding),
+            ("padding bits", padding_bits, expected_padding),
         ):
             if found != expected:
                 raise PackageError(

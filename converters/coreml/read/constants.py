@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TypeAlias
 
 from torch import Tensor
 
@@ -11,12 +10,10 @@ from converters.coreml.read.layout import PackageLayout
 from converters.coreml.read.ops import Call, definition_of, located
 from converters.coreml.read.precision import Precision
 from converters.coreml.read.program import Function, Operation
-from converters.coreml.read.values import TensorType, Value, decode_bytes
+from converters.coreml.read.values import Inline, TensorType, Value, decode_bytes
 from edkm_export.errors import PackageError
 
-__all__ = ["ConstantValue", "Constants"]
-
-ConstantValue: TypeAlias = Tensor | str | tuple[str, ...]
+__all__ = ["Constants"]
 
 
 class Constants:
@@ -32,9 +29,9 @@ class Constants:
         self._layout = layout
         self.function = function
         self._shared = shared
-        self._held: dict[tuple[str, bool], ConstantValue] = {}
+        self._held: dict[tuple[str, bool], Inline] = {}
         self.operations = {
-            output.name: op for op in function.operations if op.is_constant for output in op.outputs
+            output.name: op for op in function.all_operations if op.is_constant for output in op.outputs
         }
 
     def __contains__(self, name: str) -> bool:
@@ -44,7 +41,7 @@ class Constants:
         """Package, function and op, for messages."""
         return f"{self._layout.root}: function {self.function.name}: {operation.label}"
 
-    def get(self, name: str, precision: Precision) -> ConstantValue:
+    def get(self, name: str, precision: Precision) -> Inline:
         """Get a constant as the interpreter holds it; kept, and not to be written to.
 
         Raises:
@@ -56,12 +53,12 @@ class Constants:
             self._held[name, native] = self._compute(name, precision)
         return self._held[name, native]
 
-    def literal(self, value: Value, operation: Operation, precision: Precision) -> ConstantValue:
+    def literal(self, value: Value, operation: Operation, precision: Precision) -> Inline:
         """Get a constant that is written at its use, as the interpreter holds it."""
         stored = self.read(value, operation)
         return stored.to(precision.carrier(value.type.dtype)) if isinstance(stored, Tensor) else stored
 
-    def _compute(self, name: str, precision: Precision) -> ConstantValue:
+    def _compute(self, name: str, precision: Precision) -> Inline:
         declared = self.declared(name)
         key = (precision is Precision.FLOAT16, self._key(name))
         if key not in self._shared:
@@ -73,9 +70,9 @@ class Constants:
 
     def declared(self, name: str) -> TensorType:
         """Look up the declared type of a constant."""
-        return next(output.type for output in self.operations[name].outputs if output.name == name)
+        return self.operations[name].outputs[self._place(name)].type
 
-    def stored(self, name: str) -> ConstantValue:
+    def stored(self, name: str) -> Inline:
         """Read a constant as it is stored, a constexpr decoded; anew each time.
 
         Raises:
@@ -100,16 +97,23 @@ class Constants:
         with located(self.where(operation)):
             call = Call(operation, self.function.opset, Precision.FLOAT16)
             results = definition_of(operation).evaluate(call, arguments)
-            if len(results) != 1 or len(operation.outputs) != 1:
-                raise PackageError(f"{len(operation.outputs)} outputs, expected one.")
-            (result,) = results
+            if len(results) != len(operation.outputs):
+                raise PackageError(
+                    f"{len(operation.outputs)} outputs are declared, the op makes {len(results)}."
+                )
+            result = results[self._place(name)]
             if tuple(result.shape) != declared.shape or result.dtype != declared.dtype.stored:
                 raise PackageError(
                     f"declared as {declared}, but decodes to {result.dtype} {list(result.shape)}."
                 )
+            assert isinstance(result, Tensor)
         return result
 
-    def operand(self, operation: Operation, binding: str | Value) -> ConstantValue:
+    def _place(self, name: str) -> int:
+        """Which of the outputs of its op a constant is."""
+        return [output.name for output in self.operations[name].outputs].index(name)
+
+    def operand(self, operation: Operation, binding: str | Value) -> Inline:
         """Read what an argument of a constexpr is bound to, as stored.
 
         Raises:
@@ -124,7 +128,7 @@ class Constants:
             )
         return self.stored(binding)
 
-    def read(self, value: Value, operation: Operation) -> ConstantValue:
+    def read(self, value: Value, operation: Operation) -> Inline:
         """Decode a constant.
 
         Raises:
@@ -148,7 +152,7 @@ class Constants:
             (key, tuple(self._binding_key(operation, binding) for binding in bindings))
             for key, bindings in sorted(operation.arguments.items())
         ]
-        return (operation.type, tuple(parts), str(self.declared(name)))
+        return (operation.type, self._place(name), tuple(parts), str(self.declared(name)))
 
     def _binding_key(self, operation: Operation, binding: str | Value) -> Hashable:
         if isinstance(binding, str):

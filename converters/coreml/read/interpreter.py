@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from converters.coreml.read.constants import Constants, ConstantValue
-from converters.coreml.read.ops import FAULTS, Call, StateCell, explained
+from converters.coreml.read.constants import Constants
+from converters.coreml.read.ops import FAULTS, Call, StateCell, TensorList, explained, located
 from converters.coreml.read.precision import Precision
 from converters.coreml.read.program import Function, Operation
-from converters.coreml.read.schedule import schedule
-from converters.coreml.read.values import TensorType, Value
-from edkm_export.errors import PackageError
+from converters.coreml.read.schedule import Scheduled, ScheduledBlock, schedule
+from converters.coreml.read.values import Inline, TensorType, Value
+from edkm_export.errors import EdkmExportError, PackageError
 
 __all__ = ["Interpreter", "Observer"]
 
@@ -26,7 +26,7 @@ Observer: TypeAlias = Callable[[Operation, Mapping[str, Tensor]], None]
 class _Constant:
     """A constant binding, which may be a string itself."""
 
-    value: ConstantValue
+    value: Inline
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,15 @@ class _Bound:
     call: Call
     constant: Mapping[str, Any]
     variable: tuple[tuple[str, tuple[str | _Constant, ...]], ...]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same during one run."""
+
+    precision: Precision
+    generator: torch.Generator
+    observer: Observer | None
 
 
 class Interpreter:
@@ -62,7 +71,7 @@ class Interpreter:
         self._constants = constants
         self._where = f"{where}: function {function.name}"
         self._schedule = schedule(function, where)
-        self._held: dict[tuple[int, Precision], _Bound] = {}
+        self._held: dict[tuple[Operation, Precision], _Bound] = {}
 
     @torch.no_grad()
     def run(
@@ -71,7 +80,8 @@ class Interpreter:
         states: dict[str, Tensor],
         precision: Precision,
         observer: Observer | None = None,
-    ) -> dict[str, Tensor]:
+        seed: int = 0,
+    ) -> dict[str, Any]:
         """Run the function.
 
         Args:
@@ -79,47 +89,58 @@ class Interpreter:
             states: tensors of the states, changed through write_state.
             precision: of the arithmetic.
             observer: called after each op but const, in order.
+            seed: of the ops that draw random numbers and have no seed of their own.
 
         Returns:
-            The outputs by name, in memory of their own.
+            The outputs by name, in memory of their own: tensors, and of a classifier a label and a dictionary.
 
         Raises:
             PackageError: an op could not be computed, or its result does not have the declared type.
             UnsupportedOpError: a form of an op that is not implemented.
             InputError: an index that stems from the inputs is out of range.
         """
-        values: dict[str, Tensor | StateCell] = dict(inputs)
+        values: dict[str, Any] = dict(inputs)
         values.update({name: StateCell(name, states) for name in self._function.states})
         if observer is not None:
             self._show_constants(precision, observer)
-        for index, scheduled in enumerate(self._schedule):
-            made = self._run_one(index, values, precision)
-            values.update(made)
-            if observer is not None:
-                observer(scheduled.operation, made)
-            for name in scheduled.frees:
-                values.pop(name, None)
+        self._run_steps(
+            self._schedule, values, _Run(precision, torch.Generator().manual_seed(seed), observer)
+        )
         return {name: self._output(name, values, precision) for name in self._function.outputs}
 
-    def _run_one(
-        self, index: int, values: Mapping[str, Tensor | StateCell], precision: Precision
-    ) -> dict[str, Tensor]:
-        scheduled = self._schedule[index]
-        operation, definition = scheduled.operation, scheduled.definition
-        made: dict[str, Tensor] = {}
+    def _run_steps(self, steps: Sequence[Scheduled], values: dict[str, Any], run: _Run) -> None:
+        for scheduled in steps:
+            made = self._run_one(scheduled, values, run)
+            values.update(made)
+            if run.observer is not None:
+                tensors = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+                run.observer(scheduled.operation, tensors)
+            for name in scheduled.frees:
+                values.pop(name, None)
+
+    def _run_one(self, scheduled: Scheduled, values: Mapping[str, Any], run: _Run) -> dict[str, Any]:
+        operation, definition, precision = scheduled.operation, scheduled.definition, run.precision
+        made: dict[str, Any] = {}
+        bound = self._bound(scheduled, precision)
+        call = bound.call
+        if scheduled.blocks or definition.draws:
+            blocks = tuple(_Nested(self, block, values, run) for block in scheduled.blocks)
+            call = replace(call, blocks=blocks, generator=run.generator)
         try:
-            bound = self._bound(index, precision)
             passed = dict(bound.constant)
             for key, bindings in bound.variable:
                 passed[key] = definition.convert(
                     key, [values[one] if isinstance(one, str) else one.value for one in bindings]
                 )
-            results = definition.compute(bound.call, passed)
+            results = definition.compute(call, passed)
             if len(results) != len(operation.outputs):
                 raise PackageError(
                     f"{len(operation.outputs)} outputs are declared, the op makes {len(results)}."
                 )
             for output, result in zip(operation.outputs, results, strict=True):
+                if not isinstance(result, Tensor):
+                    made[output.name] = result
+                    continue
                 if result.shape != output.type.shape and not _fits(result, output.type):
                     raise PackageError(
                         f"{output.name!r} is declared as {output.type}, the op makes {list(result.shape)}."
@@ -127,28 +148,53 @@ class Interpreter:
                 made[output.name] = precision.settle(
                     result, output.type.dtype, rounded=definition.moves, owned=not definition.moves
                 )
+        except _InBlock as fault:
+            raise fault.error from fault
         except FAULTS as fault:
             raise explained(fault, f"{self._where}: {operation.label}") from fault
         return made
 
-    def _bound(self, index: int, precision: Precision) -> _Bound:
+    def run_block(
+        self, block: ScheduledBlock, around: Mapping[str, Any], given: Sequence[Any], run: _Run
+    ) -> tuple[Any, ...]:
+        """Run a nested block.
+
+        Args:
+            block: the block.
+            around: the values that it sees.
+            given: its inputs.
+            run: of which it is a part.
+
+        Raises:
+            PackageError, UnsupportedOpError, InputError: see `run`.
+        """
+        if len(given) != len(block.inputs):
+            raise PackageError(f"{len(given)} values for a nested block that takes {len(block.inputs)}.")
+        values = {**around, **dict(zip(block.inputs, given, strict=True))}
+        self._run_steps(block.steps, values, run)
+        return tuple(
+            values[name] if name in values else self._constants.get(name, run.precision)
+            for name in block.outputs
+        )
+
+    def _bound(self, scheduled: Scheduled, precision: Precision) -> _Bound:
         """Bind the constant arguments of an operation, once for each precision: a token takes thousands of them."""
-        if (index, precision) not in self._held:
-            scheduled = self._schedule[index]
+        operation = scheduled.operation
+        found = self._held.get((operation, precision))
+        if found is None:
             constant: dict[str, Any] = {}
             variable: list[tuple[str, tuple[str | _Constant, ...]]] = []
-            for key, bindings in scheduled.operation.arguments.items():
-                values = tuple(
-                    self._constant(scheduled.operation, binding, precision) for binding in bindings
-                )
+            for key, bindings in operation.arguments.items():
+                values = tuple(self._constant(operation, binding, precision) for binding in bindings)
                 if any(isinstance(value, str) for value in values):
                     variable.append((key, values))
                 else:
                     held = [value.value for value in values if isinstance(value, _Constant)]
-                    constant[key] = scheduled.definition.convert(key, held)
-            call = Call(scheduled.operation, self._function.opset, precision, scheduled.in_place)
-            self._held[index, precision] = _Bound(call, constant, tuple(variable))
-        return self._held[index, precision]
+                    with located(f"{self._where}: {operation.label}"):
+                        constant[key] = scheduled.definition.convert(key, held)
+            call = Call(operation, self._function.opset, precision, scheduled.in_place)
+            found = self._held[operation, precision] = _Bound(call, constant, tuple(variable))
+        return found
 
     def _constant(self, operation: Operation, binding: str | Value, precision: Precision) -> str | _Constant:
         """The value of a constant binding; the name of any other."""
@@ -158,11 +204,13 @@ class Interpreter:
             return _Constant(self._constants.get(binding, precision))
         return binding
 
-    def _output(self, name: str, values: Mapping[str, Tensor | StateCell], precision: Precision) -> Tensor:
+    def _output(self, name: str, values: Mapping[str, Any], precision: Precision) -> Any:
         value = values[name] if name in values else self._constants.get(name, precision)
-        if not isinstance(value, Tensor):
+        if isinstance(value, (StateCell, TensorList)):
             raise PackageError(f"{self._where}: output {name!r} is not a tensor.")
-        return value.clone()  # it may be a view of an input, a constant or a state
+        return (
+            value.clone() if isinstance(value, Tensor) else value
+        )  # it may be a view of an input or a state
 
     def _show_constants(self, precision: Precision, observer: Observer) -> None:
         for name, operation in self._constants.operations.items():
@@ -172,7 +220,33 @@ class Interpreter:
                 observer(operation, {name: value})
 
 
+class _InBlock(Exception):
+    """An error of an operation in a nested block, which says itself where it is."""
+
+    def __init__(self, error: EdkmExportError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass(frozen=True)
+class _Nested:
+    """A nested block amid the values that it sees."""
+
+    interpreter: Interpreter
+    block: ScheduledBlock
+    around: Mapping[str, Any]
+    run: _Run
+
+    def __call__(self, *given: Any) -> tuple[Any, ...]:
+        try:
+            return self.interpreter.run_block(self.block, self.around, given, self.run)
+        except EdkmExportError as error:
+            raise _InBlock(error) from error
+
+
 def _fits(value: Tensor, declared: TensorType) -> bool:
+    if declared.kind != "tensor":
+        return False
     if declared.shape is None:
         return True
     return value.dim() == len(declared.shape) and all(

@@ -76,10 +76,5 @@ def _used_operations(function: Function) -> set[Operation]:
         made = {output.name for output in operation.outputs}
         if not operation.is_constant and (not made or made & needed or operation.type == "write_state"):
             used.add(operation)
-            needed.update(
-                name
-                for bindings in operation.arguments.values()
-                for name in bindings
-                if isinstance(name, str)
-            )
+            needed.update(operation.uses)
     return used

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from converters.coreml.read.values import BlobReference, Value
 from converters.coreml.read.weights import Weights, parameter_names
 from edkm_export.errors import InputError
 from edkm_export.palette import PalettizedTensor
+from edkm_export.quantities import short_size
 
 __all__ = ["Package", "load_package"]
 
@@ -43,6 +45,14 @@ class Package:
         self._decoded: dict[Hashable, Tensor] = {}
         self._constants: dict[str, Constants] = {}
         self._interpreters: dict[str, Interpreter] = {}
+
+    def __repr__(self) -> str:
+        """One line: name, functions with their inputs and outputs, size."""
+        functions = ", ".join(
+            f"{name}({', '.join(function.inputs)}) -> {', '.join(function.outputs)}"
+            for name, function in self.functions.items()
+        )
+        return f"Package({self.path.name}, {functions}, {short_size(self.size_bytes)})"
 
     @property
     def size_bytes(self) -> int:
@@ -94,7 +104,11 @@ class Package:
 
     def op_counts(self, function: str | None = None) -> dict[str, int]:
         """How many ops of each type a function has, constants included; sorted by type."""
-        return dict(sorted(Counter(op.type for op in self._function(function).operations).items()))
+        return dict(sorted(Counter(op.type for op in self._function(function).all_operations).items()))
+
+    def draws_random_numbers(self, function: str | None = None) -> bool:
+        """Tell whether a function draws random numbers, which the interpreter does in its own way."""
+        return any(op.type.startswith("random_") for op in self._function(function).all_operations)
 
     def new_state(self, function: str | None = None) -> dict[str, Tensor]:
         """Zeros for each state of a function, to be passed to `run`; floating point is held in float32.
@@ -105,26 +119,30 @@ class Package:
 
     def run(
         self,
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
         *,
         function: str | None = None,
         state: dict[str, Tensor] | None = None,
         precision: str = "float32",
         observer: Observer | None = None,
-    ) -> dict[str, Tensor]:
+        seed: int = 0,
+    ) -> dict[str, Any]:
         """Run a function in torch.
 
         Args:
-            inputs: by name; integers are narrowed to the declared type, floating point is converted.
+            inputs: tensors, numpy arrays or lists by name; integers are narrowed to the declared type, floating
+                point is converted.
             function: its name; the default function when None.
             state: of `new_state`; changed by the run. Needed when the function has states.
             precision: "float32", "rounded" (float32 arithmetic, rounded to float16 after each op that is
                 declared float16) or "float16" (native).
             observer: called as `observer(op, {output: tensor})` after each op but const, for fault
                 localization. It must copy what it keeps: states are updated in place.
+            seed: of the ops that draw random numbers and have no seed of their own.
 
         Returns:
-            The outputs by name; those declared float16 are float32 unless the precision is "float16".
+            The outputs by name, as tensors; those declared float16 are float32 unless the precision is "float16".
+            A classifier also returns a label, string or integer, and the probabilities by label.
 
         Raises:
             InputError: an input or state is missing, unknown or of the wrong shape.
@@ -137,7 +155,7 @@ class Package:
         if chosen.name not in self._interpreters:
             constants = self._constants_of(chosen)
             self._interpreters[chosen.name] = Interpreter(chosen, constants, str(self.path))
-        return self._interpreters[chosen.name].run(arguments, states, mode, observer)
+        return self._interpreters[chosen.name].run(arguments, states, mode, observer, seed)
 
     def _function(self, name: str | None) -> Function:
         chosen = self.default_function if name is None else name
@@ -171,7 +189,7 @@ def load_package(path: str | Path) -> Package:
 def _blobs(function: Function) -> list[BlobReference]:
     return [
         binding.blob
-        for operation in function.operations
+        for operation in function.all_operations
         for bindings in operation.arguments.values()
         for binding in bindings
         if isinstance(binding, Value) and binding.blob is not None

@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from converters.coreml.backend import model_message
-from converters.coreml.read.values import TensorType, Value, read_type, read_value
+from converters.coreml.read.block import Block, BlockReader, Operation, Output, refuse_absurd
+from converters.coreml.read.values import TensorType, read_type
 from edkm_export.errors import PackageError
 
-__all__ = ["Function", "FunctionInput", "Operation", "Output", "Program", "read_program"]
-
-# A tensor that a program declares beyond this is taken for an attack: 2**32 float32 values are 16 GiB.
-_MAX_NUMEL = 1 << 32
-
-
-@dataclass(frozen=True)
-class Output:
-    """A value that an operation makes: its name and its declared type."""
-
-    name: str
-    type: TensorType
-
-
-@dataclass(frozen=True, eq=False)
-class Operation:
-    """One operation of a block.
-
-    Attributes:
-        type: type of the op, such as `linear`.
-        name: its `name` attribute.
-        line: its index in the block.
-        arguments: inputs and attributes by name; each binding is the name of another value, or a constant.
-        outputs: what it makes.
-        has_blocks: it holds nested blocks (cond, while_loop).
-    """
-
-    type: str
-    name: str
-    line: int
-    arguments: Mapping[str, tuple[str | Value, ...]]
-    outputs: tuple[Output, ...]
-    has_blocks: bool = False
-
-    @property
-    def is_constant(self) -> bool:
-        """True for const and constexpr ops: they do not depend on the inputs of the function."""
-        return self.type == "const" or self.type.startswith("constexpr_")
-
-    @property
-    def label(self) -> str:
-        """Type, output and line, for messages."""
-        name = self.outputs[0].name if self.outputs else self.name
-        return f"{self.type} {name!r} (line {self.line})"
+__all__ = ["Block", "Function", "FunctionInput", "Operation", "Output", "Program", "read_program"]
 
 
 @dataclass(frozen=True)
@@ -66,12 +25,16 @@ class FunctionInput:
         type: element type and shape, None where flexible.
         ranges: (smallest, largest) of each axis when the description gives them; largest None is open.
         enumerated: the only shapes that are allowed, when the description lists them.
+        default: value of all its elements when it is left out; None where it is needed.
+        default_shape: its shape when it is left out.
     """
 
     name: str
     type: TensorType
     ranges: tuple[tuple[int, int | None], ...] | None = None
     enumerated: tuple[tuple[int, ...], ...] = ()
+    default: float | None = None
+    default_shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +47,8 @@ class Function:
         inputs: by name, in order.
         outputs: declared types by name, in order.
         states: by name, in order.
-        operations: in the order in which they run.
+        body: what runs.
+        images: colour layout of the inputs and outputs that the description says are images, such as `BGR`.
     """
 
     name: str
@@ -92,7 +56,18 @@ class Function:
     inputs: Mapping[str, FunctionInput]
     outputs: Mapping[str, TensorType]
     states: Mapping[str, FunctionInput]
-    operations: tuple[Operation, ...]
+    body: Block
+    images: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        """In the order in which they run; those of nested blocks are left out."""
+        return self.body.operations
+
+    @cached_property
+    def all_operations(self) -> tuple[Operation, ...]:
+        """Those of nested blocks too, after the operation that holds them."""
+        return tuple(self.body.walk())
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{name}: {given.type}" for name, given in self.inputs.items())
@@ -155,78 +130,40 @@ def _read_function(path: Path, name: str, message: Any, description: Any) -> Fun
         owner = f"{path}: function {name}: input {given.name!r}"
         if given.type.WhichOneof("type") == "stateType":
             state = read_type(given.type.stateType.wrappedType, owner)
-            _refuse_absurd(state, owner)
+            refuse_absurd(state, owner)
             states[given.name] = FunctionInput(given.name, state)
         else:
             inputs[given.name] = _read_input(given, features.get(given.name), owner)
-    operations = tuple(_read_operation(path, name, line, op) for line, op in enumerate(block.operations))
     declared = {given: spec.type for given, spec in (inputs | states).items()}
-    for op in operations:
-        for made in op.outputs:
-            if made.name in declared:
-                raise PackageError(
-                    f"{path}: function {name}: {op.label} makes {made.name!r}, which is there already."
-                )
-            declared[made.name] = made.type
-    for output in block.outputs:
-        if output not in declared:
-            raise PackageError(f"{path}: function {name}: no operation makes the output {output!r}.")
-    outputs = {output: declared[output] for output in block.outputs}
-    return Function(name, message.opset, inputs, outputs, states, operations)
+    body = BlockReader(f"{path}: function {name}", declared).read(block)
+    outputs = {output: declared[output] for output in body.outputs}
+    images = {
+        feature.name: feature.type.imageType.ColorSpace.Name(feature.type.imageType.colorSpace)
+        for feature in (*description.input, *description.output)
+        if feature.type.WhichOneof("Type") == "imageType"
+    }
+    return Function(name, message.opset, inputs, outputs, states, body, images)
 
 
 def _read_input(message: Any, feature: Any, owner: str) -> FunctionInput:
     declared = read_type(message.type, owner)
-    _refuse_absurd(declared, owner)
+    refuse_absurd(declared, owner)
     if feature is None or feature.type.WhichOneof("Type") != "multiArrayType":
         return FunctionInput(message.name, declared)
     array = feature.type.multiArrayType
     flexibility = array.WhichOneof("ShapeFlexibility")
+    shapes: tuple[tuple[int, ...], ...] = ()
+    ranges: tuple[tuple[int, int | None], ...] | None = None
     if flexibility == "enumeratedShapes":
         shapes = tuple(tuple(shape.shape) for shape in array.enumeratedShapes.shapes)
-        return FunctionInput(message.name, declared, enumerated=shapes)
     if flexibility == "shapeRange":
         ranges = tuple(
             (int(size.lowerBound), int(size.upperBound) if size.upperBound >= 0 else None)
             for size in array.shapeRange.sizeRanges
         )
-        return FunctionInput(message.name, declared, ranges=ranges)
-    return FunctionInput(message.name, declared)
-
-
-def _read_operation(path: Path, function: str, line: int, message: Any) -> Operation:
-    kind = message.type
-    first = message.outputs[0].name if message.outputs else ""
-    owner = f"{path}: function {function}: {kind} {first!r} (line {line})"
-    name = first
-    arguments: dict[str, tuple[str | Value, ...]] = {}
-    for key, attribute in message.attributes.items():
-        value = read_value(attribute, f"{owner}: {key}")
-        if key == "name":
-            name = value.inline if isinstance(value.inline, str) else first
-        else:
-            arguments[key] = (value,)
-    for key, argument in message.inputs.items():
-        arguments[key] = tuple(_bindings(argument, f"{owner}: {key}"))
-    outputs = []
-    for output in message.outputs:
-        declared = read_type(output.type, owner)
-        _refuse_absurd(declared, owner)
-        outputs.append(Output(output.name, declared))
-    return Operation(kind, name, line, arguments, tuple(outputs), len(message.blocks) > 0)
-
-
-def _bindings(argument: Any, owner: str) -> Iterator[str | Value]:
-    for binding in argument.arguments:
-        if binding.WhichOneof("binding") == "value":
-            yield read_value(binding.value, owner)
-        else:
-            yield binding.name
-
-
-def _refuse_absurd(declared: TensorType, owner: str) -> None:
-    numel = declared.numel
-    if numel is not None and numel > _MAX_NUMEL:
-        raise PackageError(
-            f"{owner}: declared as {declared}, which is {numel} elements; no device can hold that."
-        )
+    default = None
+    if feature.type.isOptional:
+        given = array.WhichOneof("defaultOptionalValue")
+        default = float(getattr(array, given)) if given else 0.0
+    shape = declared.fixed_shape if declared.fixed_shape is not None else tuple(array.shape)
+    return FunctionInput(message.name, declared, ranges, shapes, default, shape)

@@ -30,6 +30,7 @@ from converters.coreml.read.package import Package, load_package
 from converters.coreml.read.program import Function
 from edkm_export.context_window import require_room
 from edkm_export.errors import PackageError
+from edkm_export.token_ids import Ids
 
 __all__ = ["CoreMLSession", "Runnable", "open_chunks"]
 
@@ -107,6 +108,7 @@ class CoreMLSession:
 
     Attributes:
         context: most positions that it can hold.
+        has_cache: whether the interface keeps one.
 
     Raises:
         PackageError: the packages do not have the inputs and outputs that their description promises.
@@ -116,7 +118,8 @@ class CoreMLSession:
         self, packages: Sequence[Runnable], description: Description, precision: str = "float32"
     ) -> None:
         self.context = description.context
-        self._where = str(packages[0].path)
+        self.has_cache = description.interface != "logits"
+        self._where, self._how = str(packages[0].path), f"{description.interface}, {precision}"
         kind = _CALLERS[description.interface]
         self._caller = kind(packages, description, precision)
         logits = packages[-1].functions[packages[-1].default_function].outputs.get(LOGITS)
@@ -139,21 +142,28 @@ class CoreMLSession:
         packages, description = open_chunks(path)
         return cls(packages, description, precision)
 
+    def __repr__(self) -> str:
+        """One line: package, interface, precision, positions taken."""
+        return (
+            f"CoreMLSession({Path(self._where).name}, {self._how}, "
+            f"{self._used:,} of {self.context:,} positions taken)"
+        )
+
     def reset(self) -> None:
         """Forget the text."""
         self._used = 0
         self._caller.reset()
 
-    def feed(self, tokens: Tensor) -> Tensor:
-        """Go on with the text: int64 [new] -> logits float32 [new, vocab_size].
+    def feed(self, tokens: Ids) -> Tensor:
+        """Go on with the text: ids [new], in any form that `as_ids` takes -> logits float32 [new, vocab_size].
 
         Raises:
             InputError: there is no room for the tokens, or one is outside the vocabulary.
             PackageError, UnsupportedOpError: the program cannot be run.
         """
-        require_room(tokens, self._used, self.context, self._vocab_size, self._where)
-        logits = self._caller.call(tokens, self._used)
-        self._used += len(tokens)
+        ids = require_room(tokens, self._used, self.context, self._vocab_size, self._where)
+        logits = self._caller.call(ids, self._used)
+        self._used += len(ids)
         return logits
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ __all__ = [
     "STRING",
     "BlobReference",
     "DType",
+    "Inline",
     "TensorType",
     "Value",
     "decode_bytes",
@@ -84,10 +85,12 @@ class TensorType:
     Attributes:
         dtype: element type.
         shape: sizes, None where flexible; None as a whole when the rank is open too.
+        kind: "tensor", "list" (of tensors with these elements) or "dictionary" (with these values).
     """
 
     dtype: DType
     shape: tuple[int | None, ...] | None
+    kind: str = "tensor"
 
     @property
     def numel(self) -> int | None:
@@ -104,6 +107,8 @@ class TensorType:
         return sizes if len(sizes) == len(self.shape) else None
 
     def __str__(self) -> str:
+        if self.kind != "tensor":
+            return f"{self.kind} of {self.dtype.name}"
         if self.shape is None:
             return f"{self.dtype.name} [...]"
         return f"{self.dtype.name} [{', '.join('?' if size is None else str(size) for size in self.shape)}]"
@@ -117,18 +122,22 @@ class BlobReference:
     offset: int
 
 
+Inline: TypeAlias = Tensor | str | tuple[str, ...] | tuple[int, ...]
+"""A constant that is written into the program."""
+
+
 @dataclass(frozen=True, eq=False)
 class Value:
     """A constant of the program.
 
     Attributes:
         type: declared element type and shape.
-        inline: the tensor as stored, a string, or a list of strings; None when it lies in a blob file.
+        inline: the tensor as stored, a string, or a list of strings or integers; None when it lies in a blob file.
         blob: where it lies otherwise.
     """
 
     type: TensorType
-    inline: Tensor | str | tuple[str, ...] | None
+    inline: Inline | None
     blob: BlobReference | None = None
 
 
@@ -163,14 +172,16 @@ def decode_bytes(data: NDArray[np.uint8], dtype: DType, shape: tuple[int, ...], 
 
 
 def read_type(message: Any, owner: str) -> TensorType:
-    """Read a MIL `ValueType` that holds a tensor.
+    """Read a MIL `ValueType` that holds a tensor, a list or a dictionary.
 
     Raises:
         UnsupportedOpError: it holds something else, or an element type that is not known.
     """
     kind = message.WhichOneof("type")
     if kind == "listType":
-        return TensorType(read_type(message.listType.type, owner).dtype, None)
+        return TensorType(read_type(message.listType.type, owner).dtype, None, "list")
+    if kind == "dictionaryType":
+        return TensorType(read_type(message.dictionaryType.valueType, owner).dtype, None, "dictionary")
     if kind != "tensorType":
         raise UnsupportedOpError(f"{owner}: type {kind} is not supported, only tensors are.")
     tensor = message.tensorType
@@ -193,7 +204,7 @@ def read_value(message: Any, owner: str) -> Value:
 
     Raises:
         PackageError: the data does not fit the declared type.
-        UnsupportedOpError: a tuple or dictionary.
+        UnsupportedOpError: a tuple or dictionary, or a list of anything but strings and integers.
     """
     declared = read_type(message.type, owner)
     if message.WhichOneof("value") == "blobFileValue":
@@ -205,17 +216,24 @@ def read_value(message: Any, owner: str) -> Value:
     if kind == "list":
         items = [read_value(item, owner).inline for item in message.immediateValue.list.values]
         strings = tuple(item for item in items if isinstance(item, str))
-        if len(strings) != len(items):
+        if len(strings) == len(items):
+            return Value(declared, strings)
+        numbers = tuple(
+            int(item)
+            for item in items
+            if isinstance(item, Tensor) and item.dim() == 0 and not item.is_floating_point()
+        )
+        if len(numbers) != len(items):
             raise UnsupportedOpError(
-                f"{owner}: a list of {declared.dtype.name}, only lists of strings are supported."
+                f"{owner}: a list of {declared.dtype.name}, only lists of strings and integers are supported."
             )
-        return Value(declared, strings)
+        return Value(declared, numbers)
     if kind != "tensor":
         raise UnsupportedOpError(f"{owner}: a constant of kind {kind}, only tensors and lists are supported.")
     return Value(declared, _read_inline(message.immediateValue.tensor, declared, owner))
 
 
-def _read_inline(message: Any, declared: TensorType, owner: str) -> Tensor | str | tuple[str, ...]:
+def _read_inline(message: Any, declared: TensorType, owner: str) -> Inline:
     field = message.WhichOneof("value")
     shape = declared.fixed_shape
     if shape is None or field is None:

@@ -59,7 +59,7 @@ class Weights:
         self._constants = constants
         self._names = names
         self._users: dict[str, list[Operation]] = {name: [] for name in constants.operations}
-        for operation in constants.function.operations:
+        for operation in constants.function.all_operations:
             for bindings in operation.arguments.values():
                 for binding in bindings:
                     if isinstance(binding, str) and binding in self._users:

@@ -12,15 +12,17 @@ from converters.coreml.write.packages import export_packages
 from edkm_export._version import __version__
 from edkm_export.atomic import GENERATOR, MARKER
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.checkpoint_record import KEY, CheckpointRecord
 from edkm_export.end_tokens import as_setting, read_object, stored_end_tokens, with_end_tokens
 from edkm_export.errors import ConversionError
+from edkm_export.model_card import FILE
 
 __all__ = ["write_bundle"]
 
-_OURS = ("config.json", MARKER, "report.json", "report.md", "report.html", "README.md")
+_OURS = ("config.json", MARKER, "report.json", "report.md", "report.html", FILE)
 
 
-def write_bundle(checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str) -> Path:
+def write_bundle(checkpoint: Checkpoint, plan: ExportPlan, folder: str | Path, name: str) -> Path:
     """Export into an existing, empty folder.
 
     Args:
@@ -35,6 +37,7 @@ def write_bundle(checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: s
     Raises:
         ConversionError: a tokenizer file has the name of one of ours, or see `export_packages`.
     """
+    folder = Path(folder)
     ours = {*plan.package_names(name), *_OURS}
     if taken := sorted(ours & checkpoint.tokenizer.keys()):
         raise ConversionError(
@@ -84,6 +87,8 @@ def _metadata(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, 
         "bits_per_weight": checkpoint.bits_per_weight,
         "recipe": checkpoint.recipe,
     }
+    if checkpoint.path is not None:
+        known[KEY] = CheckpointRecord.of(checkpoint.path).as_dict()
     if plan.interface == "logits":
         known["packages"][0]["input"] = TEXT
     if plan.interface == "neural-engine":

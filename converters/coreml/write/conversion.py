@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,18 +13,28 @@ from torch import Tensor, nn
 
 from converters.coreml.backend import load_coremltools, quiet
 from converters.coreml.format import PARAMETERS_KEY
+from converters.coreml.write.deployment_target import parse_target
 from converters.coreml.write.strided import lean_casts
 from converters.coreml.write.targets import check_target
+from converters.coreml.write.traceable import TraceableModule, make_traceable, named_arguments
 from edkm_export.errors import ConversionError
 from edkm_export.interrupts import check_interrupt
 from edkm_export.palette import PalettizedTensor
 
 __all__ = ["convert", "save_package"]
 
+# Deduplication would merge two weights that happen to be equal, and one of the two LUTs would be missed; the others
+# multiply the scales of a norm into a weight, which is then no longer what its LUT holds.
+_CHANGING_WEIGHTS = {
+    "common::const_deduplication",
+    "common::fuse_conv_batchnorm",
+    "common::fuse_conv_scale",
+}
+
 
 def convert(
     module: nn.Module,
-    example_inputs: Sequence[Tensor],
+    example_inputs: Sequence[Any] | Mapping[str, Any],
     palettized: Mapping[str, PalettizedTensor],
     *,
     inputs: Sequence[Any] | None = None,
@@ -41,13 +50,14 @@ def convert(
 
     Args:
         module: in eval mode; every palettized weight must be one of its parameters.
-        example_inputs: arguments to trace it with.
+        example_inputs: arguments to trace it with: tensors, arrays or lists, in order, or a mapping by name.
         palettized: {parameter name: palette}.
         inputs: `coremltools.TensorType` of each argument; None: named as the arguments of `module.forward`, with
             the shapes of the examples, floating point as float16 and integers as int32.
-        outputs: `coremltools.TensorType` of each result; None: named by coremltools.
+        outputs: `coremltools.TensorType` of each result; None: named as the keys of a dictionary, named tuple or
+            dataclass (nested ones "key_0"), by coremltools where the module gives a tensor or a tuple.
         states: `coremltools.StateType` of buffers that outlive a call; iOS18.
-        target: one of `targets.TARGETS`.
+        target: one of `deployment_target.TARGETS`, in any usual spelling.
         metadata: further user metadata of the package.
         stand_ins: palettized weights hold `standins.stand_in` instead of their values.
         prefix: of the names in `palettized` in `module` ("decoder.").
@@ -61,8 +71,19 @@ def convert(
             weight would have been left dense.
         BackendMissingError: coremltools is not installed.
     """
+    target = parse_target(target)
     check_target(palettized, target, source)
     ct = load_coremltools()
+    if states is None and (
+        outputs is None or isinstance(example_inputs, Mapping)
+    ):  # running it would change states
+        module, arguments, names = make_traceable(module, example_inputs)
+        prefix = TraceableModule.PREFIX + prefix if isinstance(module, TraceableModule) else prefix
+        outputs = [ct.TensorType(name) for name in names] if outputs is None and names else outputs
+    else:
+        arguments = named_arguments(module, example_inputs)
+    example_inputs = list(arguments.values())
+    inputs = _input_types(arguments) if inputs is None else inputs
     from converters.coreml.write.lut_pass import PASS_NAME, Substitution, program_names, substituting
 
     dense = {
@@ -79,8 +100,7 @@ def convert(
         {name: module.get_parameter(name).data for name in ours} if stand_ins else {},
     )
     pipeline = ct.PassPipeline.DEFAULT
-    # Deduplication would merge two weights that happen to be equal, and one of the two LUTs would be missed.
-    pipeline.remove_passes({"common::const_deduplication"})
+    pipeline.remove_passes(_CHANGING_WEIGHTS)
     pipeline.append_pass(PASS_NAME)
     with torch.no_grad(), quiet():
         traced = torch.jit.trace(module, tuple(example_inputs), check_trace=False)  # type: ignore[no-untyped-call]
@@ -88,7 +108,7 @@ def convert(
             with substituting(substitution), lean_casts():
                 model = ct.convert(
                     traced,
-                    inputs=list(_input_types(module, example_inputs) if inputs is None else inputs),
+                    inputs=list(inputs),
                     outputs=None if outputs is None else list(outputs),
                     states=None if states is None else list(states),
                     minimum_deployment_target=getattr(ct.target, target),
@@ -108,34 +128,27 @@ def convert(
             f"{source}: {len(missed)} palettized weights were not found in the converted program and would ship dense: "
             f"{', '.join(name.removeprefix(prefix) for name in missed[:5])}. Report this model."
         )
-    names = {program: parameter.removeprefix(prefix) for program, parameter in substitution.names.items()}
-    model.user_defined_metadata[PARAMETERS_KEY] = json.dumps(names, sort_keys=True)
+    parameters = {
+        program: parameter.removeprefix(prefix) for program, parameter in substitution.names.items()
+    }
+    model.user_defined_metadata[PARAMETERS_KEY] = json.dumps(parameters, sort_keys=True)
     for key, value in (metadata or {}).items():
         model.user_defined_metadata[key] = value
     return model
 
 
-def _input_types(module: nn.Module, examples: Sequence[Tensor]) -> list[Any]:
-    """`coremltools.TensorType` of the examples, named as the arguments of the module."""
+def _input_types(arguments: Mapping[str, Tensor]) -> list[Any]:
+    """`coremltools.TensorType` of example inputs by name."""
     ct = load_coremltools()
     import numpy as np
 
-    names = [
-        name
-        for name, parameter in inspect.signature(module.forward).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(examples) > len(names):
-        raise ConversionError(
-            f"{type(module).__name__}.forward takes {len(names)} arguments, {len(examples)} example inputs were given."
-        )
     return [
         ct.TensorType(name, tuple(example.shape), np.float16 if example.is_floating_point() else np.int32)
-        for name, example in zip(names, examples, strict=False)
+        for name, example in arguments.items()
     ]
 
 
-def save_package(model: Any, path: Path) -> None:
+def save_package(model: Any, path: str | Path) -> None:
     """Write a converted model as an .mlpackage folder. `path` must not exist.
 
     Raises:

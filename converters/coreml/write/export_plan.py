@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from converters.coreml.format import INTERFACES, Interface
+from converters.coreml.write.deployment_target import parse_target
 from converters.coreml.write.neural_engine import Chunk, LayerRange
 from converters.coreml.write.size import predict_size
 from converters.coreml.write.standins import decoder_of_stand_ins
@@ -89,7 +90,7 @@ def plan_export(
     Args:
         checkpoint: what to export.
         interface: one of `INTERFACES`.
-        target: one of `targets.TARGETS`.
+        target: one of `deployment_target.TARGETS`, in any usual spelling.
         sequence_length: positions that the package can hold; None: 512 for logits, otherwise 2,048, or what the
             model can.
         prefill: tokens of one prefill call, for neural-engine.
@@ -100,7 +101,7 @@ def plan_export(
         ConversionError: unsupported family, target or option, or a length beyond the model's.
         CheckpointError: its parameters are not those of its model.
     """
-    source = str(checkpoint.path or "checkpoint")
+    source, target = str(checkpoint.path or "checkpoint"), parse_target(target)
     chosen = _interface(interface, target, source)
     if chosen != "neural-engine" and chunks not in ("auto", 1):
         raise ConversionError(f"{source}: --chunks {chunks} is for --interface neural-engine.")

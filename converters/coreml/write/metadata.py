@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from converters.coreml.format import METADATA_PREFIX, SPLIT_KEY
 from converters.coreml.write.export_plan import ExportPlan
@@ -11,8 +10,9 @@ from edkm_export._version import __version__
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import decoder_config
 from edkm_export.decoder.config import SLIDING
+from edkm_export.model_card import base_models
 
-__all__ = ["describe", "model_name"]
+__all__ = ["describe"]
 
 
 def describe(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, str]:
@@ -31,7 +31,7 @@ def describe(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, s
         f"{METADATA_PREFIX}prefill": str(plan.prefill),
         f"{METADATA_PREFIX}packages": json.dumps(plan.package_names(name)),
         # read by swift-transformers: where it finds the tokenizer on the hub unless it is given one
-        "co.huggingface.exporters.name": model_name(checkpoint) or name,
+        "co.huggingface.exporters.name": next(iter(base_models(checkpoint)), name),
         "co.huggingface.exporters.task": "text-generation",
         "co.huggingface.exporters.framework": "pytorch",
         "co.huggingface.exporters.precision": "float16",
@@ -41,13 +41,3 @@ def describe(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, s
     if config.sliding_window is not None and SLIDING in config.layer_kinds:
         entries["co.huggingface.exporters.sliding_window"] = str(config.sliding_window)
     return entries
-
-
-def model_name(checkpoint: Checkpoint) -> str | None:
-    """The hub id of the model that was palettized, None when it was a folder or file."""
-    base = checkpoint.provenance.get("base_model")
-    reference = base.get("reference") if isinstance(base, dict) else None
-    if not isinstance(reference, str) or Path(reference).exists():
-        return None
-    parts = reference.split("/")
-    return reference if len(parts) == 2 and all(parts) and not reference.endswith(".gguf") else None

@@ -30,7 +30,7 @@ from edkm_export.palette import PalettizedTensor
 __all__ = ["export_packages"]
 
 
-def export_packages(checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str) -> list[Path]:
+def export_packages(checkpoint: Checkpoint, plan: ExportPlan, folder: str | Path, name: str) -> list[Path]:
     """Write the packages of a plan.
 
     Args:
@@ -45,6 +45,7 @@ def export_packages(checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name
     Raises:
         ConversionError, CheckpointError, BackendMissingError: see `convert` and `build_decoder`.
     """
+    folder = Path(folder)
     paths = [folder / file for file in plan.package_names(name)]
     metadata = describe(checkpoint, plan, name)
     if plan.interface == "logits":

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from edkm_export.errors import ConversionError
 from edkm_export.palette import PalettizedTensor
 
-__all__ = ["TARGETS", "check_target"]
-
-TARGETS = ("iOS16", "iOS17", "iOS18")
+__all__ = ["check_target"]
 
 
 def check_target(palettized: Mapping[str, PalettizedTensor], target: str, source: str) -> None:
@@ -17,11 +15,14 @@ def check_target(palettized: Mapping[str, PalettizedTensor], target: str, source
 
     iOS16 and iOS17 take one float16 LUT a weight of 1, 2, 4, 6 or 8 bits; iOS18 takes every form.
 
+    Args:
+        palettized: weights by parameter name.
+        target: one of `deployment_target.TARGETS`.
+        source: where they are from, for the message.
+
     Raises:
         ConversionError: naming the weights, what they need and the target that can.
     """
-    if target not in TARGETS:
-        raise ConversionError(f"target {target!r} is unknown; use one of {', '.join(TARGETS)}.")
     if target == "iOS18":
         return
     needs = {

@@ -23,6 +23,7 @@ from edkm_export.artifact.protocol import Artifact, DamagedArtifact
 from edkm_export.artifact.thresholds import EXECUTION, INT8_ACTIVATIONS, ExecutionThreshold
 from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
+from edkm_export.quantities import short_size
 
 __all__ = ["KIND", "OnnxArtifact", "open_artifact"]
 
@@ -51,6 +52,10 @@ class OnnxArtifact:
         self.path: Path = graph.path
         self.context = min(_WINDOW, max(graph.description.context - _PADDING, 2))
         self.executions = tuple(self._executions())
+
+    def __repr__(self) -> str:
+        """One line: folder, profile, size."""
+        return f"OnnxArtifact({self.path.name}, {self.graph.profile}, {short_size(self.size_bytes())})"
 
     def palettized(self) -> dict[str, PalettizedTensor]:
         """Palettized weights by parameter name, read from disk and followed through the graph."""
@@ -91,7 +96,7 @@ class OnnxArtifact:
         exact = EXECUTION["float32" if self.graph.outputs[LOGITS].dtype == np.float32 else "rounded"]
         optimized = Execution(
             "execution-onnxruntime",
-            "onnxruntime, full optimization",
+            "onnxruntime, all optimizations",
             INT8_ACTIVATIONS if self._rounds else exact,
             self._optimized,
         )
@@ -141,7 +146,7 @@ class OnnxArtifact:
 
     def _reference(self, exact: ExecutionThreshold) -> Execution:
         """The graph in onnx's own reference implementation, when it is small."""
-        name, words = "execution-reference", "onnx reference implementation"
+        name, words = "execution-reference", "onnx's reference implementation"
         threshold = exact.because("it shares no code with onnxruntime, and rounds no activations")
         weights = sum(math.prod(shape) for shape, _ in self.graph.description.palettized.values())
         if weights > _REFERENCE_WEIGHTS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from edkm_export.command_line import command_line
 from edkm_export.errors import PackageError
 
 __all__ = ["OnnxFolder", "is_onnx"]
@@ -13,8 +14,9 @@ __all__ = ["OnnxFolder", "is_onnx"]
 _MODELS = ("model.onnx", "onnx/model.onnx")
 
 
-def is_onnx(path: Path) -> bool:
+def is_onnx(path: str | Path) -> bool:
     """True for a file named .onnx, and for a folder with one where exporters put them."""
+    path = Path(path)
     return path.suffix == ".onnx" or any(True for form in ("*.onnx", "onnx/*.onnx") for _ in path.glob(form))
 
 
@@ -31,12 +33,13 @@ class OnnxFolder:
     model: Path
 
     @classmethod
-    def find(cls, path: Path) -> OnnxFolder:
+    def find(cls, path: str | Path) -> OnnxFolder:
         """The folder that a user means by itself or by its model.
 
         Raises:
             PackageError: there is no model.
         """
+        path = Path(path)
         if path.suffix == ".onnx" and not path.is_dir():
             inner = path.parent.name == "onnx" and not (path.parent / "config.json").is_file()
             return cls(path.parent.parent if inner else path.parent, path)
@@ -45,7 +48,7 @@ class OnnxFolder:
                 return cls(path, path / name)
         raise PackageError(
             f"{path}: expected a folder with {' or '.join(_MODELS)}, or an .onnx file; "
-            "make one with `edkm-export onnx model.pt`."
+            f"make one with `{command_line('onnx', 'model.pt')}`."
         )
 
     @property

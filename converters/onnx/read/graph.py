@@ -120,13 +120,14 @@ class Graph:
         return {name: tuple(nodes) for name, nodes in found.items()}
 
 
-def read_graph(path: Path) -> Graph:
+def read_graph(path: str | Path) -> Graph:
     """Read and check model.onnx.
 
     Raises:
         PackageError: it is damaged, hostile, or not of the kind that this exporter writes.
         BackendMissingError: onnx is not installed.
     """
+    path = Path(path)
     model, size_bytes = _parse(path)
     return _Checker(path, model).graph(size_bytes)
 

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from converters.onnx.format import CODES, PARTS, part_name
@@ -17,8 +19,10 @@ from converters.onnx.read.folder import OnnxFolder
 from converters.onnx.read.graph import Graph, ValueType, read_graph
 from converters.onnx.read.storage import read_palette
 from converters.onnx.read.wiring import Wiring
+from edkm_export.array_input import as_tensor
 from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
+from edkm_export.quantities import short_size
 
 __all__ = ["LutGraph", "load_graph"]
 
@@ -44,6 +48,14 @@ class LutGraph:
         self.graph = graph
         self.path: Path = folder.root
         self.description: Description = read_description(graph.metadata, graph.path)
+
+    def __repr__(self) -> str:
+        """One line: name, profile, palettized weights, context, size."""
+        found = self.description
+        return (
+            f"LutGraph({self.path.name}, {self.profile}, {len(found.palettized)} palettized weights, "
+            f"{found.context:,} positions, {short_size(self.size_bytes)})"
+        )
 
     @property
     def profile(self) -> str:
@@ -122,11 +134,11 @@ class LutGraph:
             if name not in parts
         }
 
-    def run(self, inputs: Mapping[str, Tensor], *, optimization: Optimization = "all") -> dict[str, Tensor]:
+    def run(self, inputs: Mapping[str, Any], *, optimization: Optimization = "all") -> dict[str, Tensor]:
         """Run the graph in onnxruntime.
 
         Args:
-            inputs: by name, of the declared type.
+            inputs: tensors, numpy arrays or lists by name, of the declared type; integers of any width.
             optimization: of the graph at load, "all" or "disabled".
 
         Returns:
@@ -137,8 +149,20 @@ class LutGraph:
             PackageError: onnxruntime refuses the graph, or it fails.
             BackendMissingError: onnxruntime is not installed.
         """
-        results = self.runtime(optimization).run({name: value.numpy() for name, value in inputs.items()})
+        feeds = {name: self._feed(name, value) for name, value in inputs.items()}
+        results = self.runtime(optimization).run(feeds)
         return {name: torch.from_numpy(value) for name, value in results.items()}
+
+    def _feed(self, name: str, value: Any) -> NDArray[Any]:
+        """An input as an array. Lists take the declared type; integers the declared width."""
+        array: NDArray[Any] = as_tensor(value, f"{self.graph.path}: {name}").numpy()
+        declared = self.inputs.get(name)
+        if declared is None or array.dtype == declared.dtype:
+            return array
+        integers = array.dtype.kind in "iu" and declared.dtype.kind in "iu"
+        if isinstance(value, (list, tuple)) or integers:
+            return array.astype(declared.dtype)
+        return array
 
     def runtime(self, optimization: Optimization = "all") -> OnnxRuntime:
         """The graph in onnxruntime. The last one is kept, and no more: each holds all weights."""

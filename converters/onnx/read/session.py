@@ -15,6 +15,7 @@ from converters.onnx.read.executors import OnnxRuntime, Optimization
 from converters.onnx.read.interface import check_interface, empty_cache, past_of
 from converters.onnx.read.lut_graph import LutGraph, load_graph
 from edkm_export.context_window import require_room
+from edkm_export.token_ids import Ids
 
 __all__ = ["OnnxSession"]
 
@@ -28,11 +29,14 @@ class OnnxSession:
 
     Attributes:
         context: most positions that it can hold.
+        has_cache: true.
 
     Raises:
         PackageError: it is not a decoder with cache, or onnxruntime refuses it.
         BackendMissingError: onnxruntime is not installed.
     """
+
+    has_cache = True
 
     def __init__(self, graph: LutGraph, runtime: OnnxRuntime | None = None) -> None:
         self._vocab_size = check_interface(graph.graph)
@@ -57,6 +61,11 @@ class OnnxSession:
         check_interface(graph.graph)  # before onnxruntime spends time on it
         return cls(graph, graph.new_runtime(optimization, threads))
 
+    def __repr__(self) -> str:
+        """One line: folder, positions taken."""
+        name = self._graph.path.name
+        return f"OnnxSession({name}, {self._used:,} of {self.context:,} positions taken)"
+
     def reset(self) -> None:
         """Forget the text."""
         self._used = 0
@@ -64,17 +73,17 @@ class OnnxSession:
             name: self._value(value) for name, value in empty_cache(self._graph, batch=1).items()
         }
 
-    def feed(self, tokens: Tensor) -> Tensor:
-        """Go on with the text: int64 [new] -> logits float32 [new, vocab_size].
+    def feed(self, tokens: Ids) -> Tensor:
+        """Go on with the text: ids [new], in any form that `as_ids` takes -> logits float32 [new, vocab_size].
 
         Raises:
             InputError: there is no room for the tokens, or one is outside the vocabulary.
             PackageError: the graph fails.
         """
-        require_room(tokens, self._used, self.context, self._vocab_size, str(self._graph.path))
-        total = self._used + len(tokens)
+        ids = require_room(tokens, self._used, self.context, self._vocab_size, str(self._graph.path))
+        total = self._used + len(ids)
         feeds = {
-            INPUT_IDS: tokens[None].numpy(),
+            INPUT_IDS: ids[None].numpy(),
             ATTENTION_MASK: np.ones((1, total), np.int64),
             POSITION_IDS: np.arange(self._used, total, dtype=np.int64)[None],
         }

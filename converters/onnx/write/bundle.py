@@ -13,16 +13,18 @@ from converters.onnx.write.graph_file import write_graph
 from edkm_export._version import __version__
 from edkm_export.atomic import GENERATOR, MARKER
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.checkpoint_record import KEY, CheckpointRecord
 from edkm_export.end_tokens import with_end_tokens
 from edkm_export.errors import ConversionError
+from edkm_export.model_card import FILE
 
 __all__ = ["write_bundle"]
 
 _GRAPH_FOLDER = "onnx"  # where transformers.js looks
-_OURS = ("config.json", "genai_config.json", MARKER, "report.json", "report.md", "report.html")
+_OURS = ("config.json", "genai_config.json", MARKER, "report.json", "report.md", "report.html", FILE)
 
 
-def write_bundle(checkpoint: Checkpoint, plan: OnnxPlan, folder: Path) -> Path:
+def write_bundle(checkpoint: Checkpoint, plan: OnnxPlan, folder: str | Path) -> Path:
     """Export into an existing, empty folder.
 
     Args:
@@ -36,6 +38,7 @@ def write_bundle(checkpoint: Checkpoint, plan: OnnxPlan, folder: Path) -> Path:
     Raises:
         ConversionError: a tokenizer file has the name of one of ours.
     """
+    folder = Path(folder)
     if taken := sorted({*_OURS, _GRAPH_FOLDER} & checkpoint.tokenizer.keys()):
         raise ConversionError(
             f"{checkpoint.path}: its tokenizer file {taken[0]} would take the place of one of ours; palettize again."
@@ -65,7 +68,7 @@ def _transformers_js(plan: OnnxPlan) -> dict[str, Any]:
 
 
 def _metadata(checkpoint: Checkpoint, plan: OnnxPlan) -> dict[str, Any]:
-    return {
+    known: dict[str, Any] = {
         "generator": f"{GENERATOR} {__version__}",
         "model": f"{_GRAPH_FOLDER}/{MODEL_FILE}",
         "runtime": plan.runtime,
@@ -76,3 +79,6 @@ def _metadata(checkpoint: Checkpoint, plan: OnnxPlan) -> dict[str, Any]:
         "bits_per_weight": checkpoint.bits_per_weight,
         "recipe": checkpoint.recipe,
     }
+    if checkpoint.path is not None:
+        known[KEY] = CheckpointRecord.of(checkpoint.path).as_dict()
+    return known

@@ -8,6 +8,7 @@ import numpy as np
 
 from converters.onnx.format import DATA_FILE, MODEL_FILE
 from converters.onnx.write.export_plan import OnnxPlan
+from edkm_export.activity import tracked
 from edkm_export.interrupts import check_interrupt
 
 __all__ = ["write_graph"]
@@ -24,7 +25,7 @@ def write_graph(plan: OnnxPlan, folder: Path) -> Path:
         Path of the model.
     """
     with (folder / DATA_FILE).open("wb") as file:
-        for offset, weight in plan.weights:
+        for offset, weight in tracked(plan.weights, "writing", "weights"):
             check_interrupt()
             file.write(bytes(offset - file.tell()))
             array = weight.produce()

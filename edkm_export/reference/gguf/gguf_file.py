@@ -135,7 +135,7 @@ class GgufFile:
         return any(tensor.kind not in ("F64", "F32", "F16", "BF16") for tensor in self.tensors.values())
 
     @classmethod
-    def open(cls, path: Path) -> GgufFile:
+    def open(cls, path: str | Path) -> GgufFile:
         """Read the header of a file, and of the parts beside it when it is split.
 
         Raises:
@@ -170,12 +170,13 @@ class GgufFile:
         return cls(paths[0], first, tensors, tuple(paths))
 
 
-def part_paths(path: Path) -> list[Path]:
+def part_paths(path: str | Path) -> list[Path]:
     """All parts of a split file that lie beside the one that is named, in order; a whole file is its own part.
 
     Raises:
         InputError: a part is missing.
     """
+    path = Path(path)
     found = _PART.fullmatch(path.name)
     if found is None:
         return [path]

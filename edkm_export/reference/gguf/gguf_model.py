@@ -17,6 +17,7 @@ from edkm_export.reference.gguf.gguf_settings import GgufSettings
 from edkm_export.reference.gguf.gguf_tokenizer import Vocabulary
 from edkm_export.reference.gguf.gguf_weights import fill, skeleton, wrong_shapes
 from edkm_export.reference.gguf.tensor_names import places
+from edkm_export.reference.origin import gguf_origin
 
 __all__ = ["GgufModel", "read_gguf"]
 
@@ -92,6 +93,7 @@ class GgufModel:
             without_effect=dict(settings.without_effect),
             not_understood=not_understood,
             remarks=tuple(remarks),
+            origin=gguf_origin(self.file.metadata),
         )
 
     def _types(self) -> str:

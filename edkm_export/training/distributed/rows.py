@@ -64,6 +64,14 @@ class Rows:
         """Sums by group over all processes, [pieces, ...] -> [groups, ...]."""
         return self.processes.total(self.of_groups(sums))
 
+    def total_of_pieces(self, sums: Tensor) -> Tensor:
+        """Sums over all pieces of the same group, of all processes, for each piece: [pieces, ...] -> [pieces, ...]."""
+        return self.of_pieces(self.total(sums))
+
+    def of_any_piece(self, values: Tensor) -> Tensor:
+        """What all pieces of a group agree on, by group over all processes: [pieces, k] -> [groups, k]."""
+        return self.total(values) / self.total(torch.ones_like(values[:, :1]))
+
     def gather(self, padded: Tensor, rows: int) -> Tensor:
         """All rows, from each process's share padded to `share` rows: [rows, ...]."""
         return self.processes.gather(padded)[:rows]

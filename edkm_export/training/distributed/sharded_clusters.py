@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from edkm_export.clustering import soft_cluster
+from edkm_export.clustering.fused import can_fuse
+from edkm_export.clustering.fused_trace import FusedTrace, Joined
 from edkm_export.clustering.recurrence import Points, apply, pull_back, unroll
 from edkm_export.palette import PalettizedTensor
+from edkm_export.training.distributed import lockstep
 from edkm_export.training.distributed.gathered import Gathered, Master
 from edkm_export.training.distributed.processes import Processes
 from edkm_export.training.distributed.rows import Rows
@@ -35,7 +39,7 @@ class _SplitPoints(Points):
 
     def total(self, sums: Tensor) -> Tensor:
         assert self.rows is not None
-        return self.rows.of_pieces(self.rows.total(sums))
+        return self.rows.total_of_pieces(sums)
 
 
 class ShardedClusters(Clusters):
@@ -89,7 +93,16 @@ class ShardedClusters(Clusters):
         if self.method.backward == "dkm":
             dtype = torch.bfloat16 if self.grid.in_bfloat16 else weight.dtype
             self._soft = torch.zeros_like(self._padded, dtype=dtype)
-            self._soften(weight.detach()[own])
+            self._write_soft(self._first_soft(self.rows.view(weight.detach()[own])))
+
+    def _first_soft(self, weight: Tensor) -> Tensor | FusedTrace:
+        """Of these rows, before FSDP2 has cut the weight."""
+        if self._can_fuse:
+            (trace,) = lockstep.together([self.rows], [self._unroll(weight)])
+            (self._last,) = lockstep.agreed([self.rows], [trace.last])
+            return trace
+        soft, self._last = self._soft_cluster(weight)
+        return soft
 
     @property
     def is_soft(self) -> bool:
@@ -148,12 +161,63 @@ class ShardedClusters(Clusters):
         table = self.rows.of_pieces(self.table(self.unit.dtype))
         assign(self.own(self.weight.detach()), table, self.indices, self.moved)
         if self._soft is not None:
-            self._soften(plain(self.weight.detach()))
+            self._soften([self])
 
-    def _soften(self, weight: Tensor) -> None:
+    def own_weight(self) -> Tensor:
+        """The rows of this process, [pieces, m]."""
+        return self.own(self.weight.detach())
+
+    def own_gradient(self) -> Tensor | None:
+        """The gradient of these rows, reduced."""
+        return None if self.weight.grad is None else self.own(self.weight.grad)
+
+    def own_groups(self) -> Tensor:
+        """Group of each piece."""
+        return self.rows.group_of.cpu()
+
+    @staticmethod
+    def assigned(clusters: Sequence[ShardedClusters]) -> None:
+        """Compute the soft weights anew, where there are some."""
+        ShardedClusters._soften([each for each in clusters if each._soft is not None])
+
+    @staticmethod
+    @torch.no_grad()
+    def _soften(clusters: Sequence[ShardedClusters]) -> None:
+        """Bring soft weights up to date."""
+        able = [each for each in clusters if each._can_fuse]
+        if able:
+            traces = lockstep.together(
+                [each.rows for each in able], [each._unroll(each.own_weight()) for each in able]
+            )
+            lasts = lockstep.agreed([each.rows for each in able], [trace.last for trace in traces])
+            for each, trace, last in zip(able, traces, lasts, strict=True):
+                each._write_soft(trace)
+                each._trace, each._last = trace, last
+        for each in clusters:
+            if not each._can_fuse:
+                soft, each._last = each._soft_cluster(each.own_weight())
+                each._write_soft(soft)
+
+    def _write_soft(self, found: Tensor | FusedTrace) -> None:
         assert self._soft is not None
-        soft, self._last = self._soft_cluster(self.rows.view(weight))
-        self._soft[: len(weight)] = soft.view(weight.shape)
+        room = self._soft[: self.rows.stop - self.rows.start].view(self.indices.shape)
+        if isinstance(found, Tensor):
+            room.copy_(found)
+        else:
+            found.soften(room)
+
+    @property
+    def _can_fuse(self) -> bool:
+        """Whether the recurrence of these rows, with those of other processes, runs in fused kernels."""
+        iterations = self.method.iterations
+        return self.weight.dtype == torch.float32 and can_fuse(
+            self.indices, self.unit, self.temperature, iterations
+        )
+
+    def _unroll(self, weight: Tensor) -> Joined[FusedTrace]:
+        """The recurrence of these rows, [pieces, m]."""
+        start, tau = self.rows.of_pieces(self.centroids()), self.rows.of_pieces(self.temperature)
+        return FusedTrace.unroll(weight, start, tau, self.method.iterations)
 
     def _soft_cluster(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Soft weight of these rows and the last centroids [groups, k]; not differentiable."""
@@ -170,19 +234,38 @@ class ShardedClusters(Clusters):
         trace = unroll(points, rows.of_pieces(start)[..., None], self.method.iterations)
         soft = torch.empty_like(points.values)
         apply(points, trace, soft)
-        pieces = rows.total(torch.ones(rows.pieces, 1, dtype=tau.dtype, device=tau.device))
-        return soft[..., 0], rows.total(trace.centroids[-1][..., 0]) / pieces
+        return soft[..., 0], rows.of_any_piece(trace.centroids[-1][..., 0])
 
     def lut_sums(self, grad: Tensor) -> Tensor:
         """The part of this process of the sums of `lut_gradient`, [groups, k]; grad [pieces, m]."""
         return self.rows.of_groups(segment_sums(grad, self.indices, self.k).to(self.unit.dtype))
 
+    @staticmethod
     @torch.no_grad()
-    def soften_gradient(self, grad: Tensor) -> None:
-        """Turn the gradient of the palettized weight [pieces, m] into that of the master weight, in place."""
-        if self.method.backward == "straight-through":
-            return
-        weight, rows, tau = self.own(self.weight.detach()), self.rows, self.temperature
+    def soften_gradients(clusters: Sequence[ShardedClusters]) -> None:
+        """Turn the gradients of palettized weights, reduced, into those of the master weights, in place."""
+        soft = [each for each in clusters if each.method.backward != "straight-through"]
+        able = [each for each in soft if each._can_fuse]
+        new = [
+            each for each in able if each._trace is None
+        ]  # those of "dkm" were softened, and are the same still
+        made = lockstep.together(
+            [each.rows for each in new], [each._unroll(each.own_weight()) for each in new]
+        )
+        traces = {id(each): trace for each, trace in zip(new, made, strict=True)}
+        backward = []
+        for each in able:
+            trace, grad = traces.get(id(each)) or each._trace, each.own(each.weight.grad)
+            assert trace is not None
+            backward.append(trace.pull_back(grad, None, grad))
+        lockstep.together([each.rows for each in able], backward)
+        for each in soft:
+            if not each._can_fuse:
+                each._soften_gradient(each.own(each.weight.grad))
+
+    def _soften_gradient(self, grad: Tensor) -> None:
+        """Likewise of one weight [pieces, m], in plain torch."""
+        weight, rows, tau = self.own_weight(), self.rows, self.temperature
         start = rows.of_pieces(self.centroids())
         if not rows.are_split:
             with torch.enable_grad():

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from edkm_export.training.distributed.processes import Processes
 from edkm_export.training.distributed.sharded_clusters import ShardedClusters, plain
+from edkm_export.training.palettized.batch import ClusterBatch
 from edkm_export.training.palettized.surgery import attach, clusters_of, replace_clusters
 
 __all__ = ["Sharding"]
@@ -81,21 +82,22 @@ class Sharding:
         fully_shard(model.base_model, mesh=self.mesh, ignored_params=whole)
 
     @torch.no_grad()
-    def finish_gradients(self) -> None:
+    def finish_gradients(self, batch: ClusterBatch) -> None:
         """After the last backward pass of a step: gradients of LUTs and through soft k-means.
 
-        Each process sums the rows that it holds; one all-reduce of all LUTs' sums follows.
+        Each process sums the rows that it holds; one all-reduce of all LUTs' sums follows. `batch` is of all clusters.
         """
         learned = [each for each in self.clusters if each.weight.grad is not None]
         with_luts = [each for each in learned if each.lut.requires_grad]
-        if with_luts:
+        if with_luts and batch.can_sum:
+            batch.sum_gradients(self.processes.total)
+        elif with_luts:
             sums = [each.lut_sums(each.own(each.weight.grad)) for each in with_luts]
             flat = self.processes.total(torch.cat([part.view(-1) for part in sums]))
             parts = torch.split(flat, [part.numel() for part in sums])
             for each, part in zip(with_luts, parts, strict=True):
                 each.lut.grad = part.view(each.lut.shape).to(each.lut.dtype) * each.factor
-        for each in learned:
-            each.soften_gradient(each.own(each.weight.grad))
+        ShardedClusters.soften_gradients(learned)
 
     @torch.no_grad()
     def clip_gradients(self, limit: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ class ClusterBatch:
         self._addresses: list[tuple[int, int]] = []
         self._gradient: Tensor | None = None
         self._gradients: list[Tensor] = []
-        self._factors: dict[int, Tensor] = {}
+        self._factors = torch.empty(0)
 
     def __len__(self) -> int:
         return len(self.clusters)
@@ -136,14 +136,15 @@ class ClusterBatch:
                 each.adopt()
             tables = self._tables_of(stale)
             tables.round()
+            for each in stale:
+                each.seen()
             if self._on_device():
                 for _, jobs in self._all_jobs():
                     jobs.assign(tables.rows[torch.float32])
+                type(stale[0]).assigned(stale)
             else:
                 for each in stale:
                     each.assign()
-            for each in stale:
-                each.seen()
         for each in self.clusters:
             each.fresh()
 
@@ -152,47 +153,55 @@ class ClusterBatch:
 
         The gradient of a LUT entry is the sum over its weights of theirs, which is linear: one pass over the
         weights' gradients, when the last backward pass of an optimizer step is done, is enough. From now on
-        `gradients` must be called there.
+        `gradients` must be called there. Weights in shares are left to `Sharding`, which calls it.
         """
-        able = self._on_device() and all(
-            each.method.backward == "straight-through"
-            and each.weight.requires_grad
-            and each.lut.requires_grad
-            for each in self._joined
-        )
+        able = self.can_sum and all(each.method.backward == "straight-through" for each in self._joined)
+        able = able and all(type(each) is Clusters for each in self._joined)
         for each in self._joined:
             each.deferred = able
         return able
 
+    @property
+    def can_sum(self) -> bool:
+        """Whether the gradients of all LUTs can be summed in one pass: all on CUDA, and trained."""
+        return self._on_device() and all(
+            each.weight.requires_grad and each.lut.requires_grad for each in self._joined
+        )
+
     @torch.no_grad()
     def gradients(self) -> None:
         """Set the gradients of LUTs that are deferred, from those of the weights."""
-        if not self._joined or not self._joined[0].deferred:
-            return
-        tables = self._tables_of(self._joined)
-        self._all_jobs()
+        if self._joined and self._joined[0].deferred:
+            self.sum_gradients(None)
+
+    @torch.no_grad()
+    def sum_gradients(self, total: Callable[[Tensor], Tensor] | None) -> None:
+        """Set the gradients of LUTs from those of the weights; `total` adds up one tensor over all processes."""
+        tables, all_jobs = self._tables_of(self._joined), self._all_jobs()
         if self._gradient is None:
             self._gradient = torch.zeros_like(tables.rows[torch.float32])
             self._gradients = tables.parts(self._gradient)
-            for number, (clusters, _) in enumerate(self._all_jobs()):
-                self._factors[number] = torch.cat([each.factor.view(-1) for each in clusters])
-        for number, (clusters, jobs) in enumerate(self._all_jobs()):
-            found = [each.weight.grad for each in clusters]
+            factors = [each.factor.expand_as(each.lut).reshape(-1) for each in tables.clusters]
+            self._factors = torch.cat(factors)
+        self._gradient.zero_()
+        for clusters, jobs in all_jobs:
+            found = [each.own_gradient() for each in clusters]
             jobs.sums(
                 [
-                    torch.zeros_like(each.weight) if grad is None else grad.contiguous()
+                    torch.zeros_like(each.own_weight()) if grad is None else grad.contiguous()
                     for grad, each in zip(found, clusters, strict=True)
                 ],
-                self._factors[number],
                 self._gradient,
             )
+        if total is not None:
+            total(self._gradient)
+        self._gradient.mul_(self._factors)
         for each, gradient in zip(tables.clusters, self._gradients, strict=True):
             each.lut.grad = gradient
 
     def _on_device(self) -> bool:
         return bool(self._joined) and all(
-            type(each) is Clusters and has_kernels(each.indices) and each.unit.dtype == torch.float32
-            for each in self._joined
+            has_kernels(each.indices) and each.unit.dtype == torch.float32 for each in self._joined
         )
 
     def _tables_of(self, clusters: list[Clusters]) -> _Tables:
@@ -202,7 +211,7 @@ class ClusterBatch:
 
     def _all_jobs(self) -> list[tuple[list[Clusters], Any]]:
         """Weights of equal k and dtype, and their kernels; made anew when a weight was moved."""
-        addresses = [(each.weight.data_ptr(), each.indices.data_ptr()) for each in self._joined]
+        addresses = [(each.own_weight().data_ptr(), each.indices.data_ptr()) for each in self._joined]
         if self._jobs is None or addresses != self._addresses:
             from edkm_export.training.palettized.triton_batch import Jobs
 
@@ -215,10 +224,10 @@ class ClusterBatch:
                 (
                     some,
                     Jobs(
-                        [each.weight.detach() for each in some],
+                        [each.own_weight() for each in some],
                         [each.indices for each in some],
                         [each.moved for each in some],
-                        [offsets[each] for each in some],
+                        [offsets[each] + each.own_groups() * k for each in some],
                         k,
                     ),
                 )

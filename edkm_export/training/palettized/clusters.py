@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from edkm_export.clustering import soft_cluster
+from edkm_export.clustering.fused import can_fuse
+from edkm_export.clustering.fused_trace import FusedTrace, finish
 from edkm_export.palette import PalettizedTensor
 from edkm_export.recipe import Rule
 from edkm_export.training.palettized.fingerprint import fingerprint
@@ -137,6 +140,7 @@ class Clusters(nn.Module):
         self._mark: int | None = None  # fingerprint of parameters that may be stepped without a word
         self._tables: dict[torch.dtype, Tensor] = {}
         self._last: Tensor | None = None
+        self._trace: FusedTrace | None = None  # of the weight as it is
         self._rounded: Rounded | None = None
 
     @property
@@ -207,6 +211,22 @@ class Clusters(nn.Module):
         """Give each weight the index of its nearest LUT value."""
         assign(self.grouped(self.weight.detach()), self.table(self.unit.dtype), self.indices, self.moved)
 
+    def own_weight(self) -> Tensor:
+        """The weight as far as this process holds it, [rows of `indices`, m]."""
+        return self.grouped(self.weight.detach())
+
+    def own_gradient(self) -> Tensor | None:
+        """The gradient of `own_weight`."""
+        return None if self.weight.grad is None else self.grouped(self.weight.grad)
+
+    def own_groups(self) -> Tensor:
+        """Group of each row of `indices`, int64 on the CPU."""
+        return torch.arange(self.groups)
+
+    @staticmethod
+    def assigned(clusters: Sequence[Any]) -> None:
+        """Do what is left when the indices of these were assigned together."""
+
     @torch.no_grad()
     def restored(self) -> None:
         """Take parameters and indices that were just loaded as they are: they belong together."""
@@ -260,7 +280,7 @@ class Clusters(nn.Module):
 
     def seen(self) -> None:
         """Take note that LUT values and indices are those of the parameters as they are."""
-        self._seen, self._mark = self._state(), None
+        self._seen, self._mark, self._trace = self._state(), None, None
         if any(each.grad is not None for each in self._silent()):  # it may be used for another step
             self.note_gradient()
 
@@ -313,6 +333,47 @@ class Clusters(nn.Module):
         if self.method.backward == "dkm":
             self._last = last.detach()
         return soft
+
+    def _fused(self) -> FusedTrace | None:
+        """The recurrence of the weight, unrolled once an optimizer step; None where the kernels do not take it.
+
+        A recorded step unrolls it wherever it is needed: what is kept from before would not change with the weight.
+        """
+        weight = self.grouped(self.weight.detach())
+        if weight.dtype != torch.float32 or not can_fuse(
+            weight, self.unit, self.temperature, self.method.iterations
+        ):
+            return None
+        if self._trace is not None and not torch.cuda.is_current_stream_capturing():
+            return self._trace
+        trace = finish(FusedTrace.unroll(weight, self.centroids(), self.temperature, self.method.iterations))
+        if self.method.backward == "dkm":
+            self._last = trace.last
+        self._trace = None if torch.cuda.is_current_stream_capturing() else trace
+        return trace
+
+    @torch.no_grad()
+    def soft_values(self, dtype: torch.dtype) -> Tensor:
+        """Soft weight of a forward pass, in the shape of the weight; not differentiable."""
+        if (trace := self._fused()) is None:
+            soft = self.soft_weight(self.weight.detach(), self.centroids())
+            return soft.to(dtype).view(self.weight.shape)
+        out = torch.empty(self.indices.shape, dtype=dtype, device=self.indices.device)
+        trace.soften(out)
+        return out.view(self.weight.shape)
+
+    def soft_gradients(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the master weight and of `lut` through the soft weight, from that of the latter [groups, m]."""
+        if (trace := self._fused()) is not None:
+            out = torch.empty_like(trace.weight)
+            first = finish(trace.pull_back(grad.to(out.dtype).contiguous(), None, out))
+            return out.view(self.weight.shape), first * self.unit
+        with torch.enable_grad():
+            leaf = self.weight.detach().requires_grad_()
+            start = self.lut.detach().requires_grad_()
+            soft = self.soft_weight(leaf, start * self.unit)
+            exact, of_lut = torch.autograd.grad(soft, (leaf, start), grad.to(soft.dtype))
+        return exact, of_lut
 
     def lut_gradient(self, grad: Tensor, indices: Tensor) -> Tensor:
         """Gradient of `lut` from that of the palettized weight, both [groups, .].

@@ -32,17 +32,16 @@ def _dense(ctx: Any, saved: tuple[Tensor, ...]) -> Tensor:
 
     `saved` is `ctx.saved_tensors`, which gradient checkpointing allows to be read once only.
     """
-    indices, table, weight, lut = saved[:4]
+    indices, table, weight = saved[:3]
     clusters: Clusters = ctx.clusters
     if ctx.soft:
-        soft = clusters.soft_weight(weight.detach(), lut.detach() * clusters.unit)
-        return soft.to(ctx.dtype).view(weight.shape)
+        return clusters.soft_values(ctx.dtype)
     return clusters.decode(table, indices).view(weight.shape)
 
 
 def _pull_back(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of master weight and LUT from that of the palettized weight, in the weight's shape."""
-    indices, _, weight, lut = saved[:4]
+    indices, _, weight = saved[:3]
     clusters: Clusters = ctx.clusters
     need_weight, need_lut = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     clusters.note_gradient()
@@ -53,11 +52,7 @@ def _pull_back(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tenso
         grad_lut = clusters.lut_gradient(clusters.grouped(grad.contiguous()), indices)
     if clusters.method.backward == "straight-through" or (clusters.method.backward == "dkm" and not ctx.soft):
         return (grad.to(weight.dtype) if need_weight else None), grad_lut
-    with torch.enable_grad():
-        leaf = weight.detach().requires_grad_()
-        start = lut.detach().requires_grad_()
-        soft = clusters.soft_weight(leaf, start * clusters.unit)
-        exact, exact_lut = torch.autograd.grad(soft, (leaf, start), clusters.grouped(grad).to(soft.dtype))
+    exact, exact_lut = clusters.soft_gradients(clusters.grouped(grad))
     if need_lut and ctx.soft:
         grad_lut = exact_lut
     return (exact if need_weight else None), grad_lut
@@ -69,7 +64,7 @@ class WeightFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, lut: Tensor, clusters: Clusters, dtype: torch.dtype) -> Tensor:  # noqa: D102
         _save(ctx, clusters, weight, lut, dtype)
-        return _forward_weight(clusters, weight, lut, dtype)
+        return _forward_weight(clusters, weight, dtype)
 
     @staticmethod
     @once_differentiable
@@ -77,10 +72,9 @@ class WeightFunction(torch.autograd.Function):
         return (*_pull_back(ctx, ctx.saved_tensors, grad), None, None)
 
 
-def _forward_weight(clusters: Clusters, weight: Tensor, lut: Tensor, dtype: torch.dtype) -> Tensor:
+def _forward_weight(clusters: Clusters, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if clusters.is_soft:
-        soft = clusters.soft_weight(weight.detach(), lut.detach() * clusters.unit)
-        return soft.to(dtype).view(weight.shape)
+        return clusters.soft_values(dtype)
     return clusters.decode(clusters.table(dtype), clusters.product_indices(weight)).view(weight.shape)
 
 
@@ -93,7 +87,7 @@ class LinearFunction(torch.autograd.Function):
     ) -> Tensor:
         _save(ctx, clusters, weight, lut, x.dtype, x)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        dense = _forward_weight(clusters, weight, lut, x.dtype)
+        dense = _forward_weight(clusters, weight, x.dtype)
         return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -129,7 +123,7 @@ class EmbeddingFunction(torch.autograd.Function):
         ctx.padding = padding
         indices = clusters.product_indices(weight)
         if clusters.is_soft or indices.is_floating_point():
-            return F.embedding(ids, _forward_weight(clusters, weight, lut, dtype))
+            return F.embedding(ids, _forward_weight(clusters, weight, dtype))
         rows, table = _rows(indices, clusters.table(dtype), weight.shape, ids)
         return look_up(table, rows).view(*ids.shape, weight.shape[1])
 
@@ -171,7 +165,7 @@ class ConvFunction(torch.autograd.Function):
     ) -> Tensor:
         _save(ctx, clusters, weight, lut, x.dtype, x)
         ctx.settings, ctx.bias_dtype = settings, None if bias is None else bias.dtype
-        dense = _forward_weight(clusters, weight, lut, x.dtype)
+        dense = _forward_weight(clusters, weight, x.dtype)
         return F.conv2d(x, dense, None if bias is None else bias.to(x.dtype), *settings)
 
     @staticmethod

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edkm_export.activity import tracked
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.clustering import optimal_centroids
 from edkm_export.errors import InputError
@@ -144,7 +145,7 @@ def insert_clusters(
     users: dict[int, list[tuple[str, Any]]] = {}
     for name, module in _targets(model):
         users.setdefault(id(module.weight), []).append((name, module))
-    for name, rule in plan.items():
+    for name, rule in tracked(plan.items(), "clustering", "weights"):
         layer: Any = model.get_submodule(name)
         weight = held_weight(layer)
         if not bool(torch.isfinite(weight).all()):

@@ -62,15 +62,15 @@ def _sums(gradients, indices, owners, starts, sizes, partial, like, K: tl.conste
 
 
 @triton.jit
-def _add_up(partial, firsts, counts, rows, factors, out, k: tl.constexpr, K: tl.constexpr):
-    """Sums of a group from those of its jobs, in order; times its factor."""
-    group = tl.program_id(0)
-    first, count = tl.load(firsts + group), tl.load(counts + group)
+def _add_up(partial, firsts, counts, rows, out, k: tl.constexpr, K: tl.constexpr):
+    """Sums of a table from those of its jobs, in order."""
+    table = tl.program_id(0)
+    first, count = tl.load(firsts + table), tl.load(counts + table)
     j = tl.arange(0, K)
     total = tl.zeros([K], tl.float32)
     for job in range(count):
         total += tl.load(partial + (first + job).to(tl.int64) * K + j)
-    tl.store(out + tl.load(rows + group) + j, total * tl.load(factors + group), mask=j < k)
+    tl.store(out + tl.load(rows + table) + j, total, mask=j < k)
 
 
 class Jobs:
@@ -80,7 +80,8 @@ class Jobs:
         weights: contiguous, each seen as its groups [groups, m].
         indices: uint8 [groups, m] of each, contiguous; they stay where they are.
         moved: int32 [1] of each.
-        offsets: where the table of each begins in the flat tables.
+        rows: where the table of each group begins in the flat tables, int64 [groups] of each. Groups whose tables
+            are one (pieces of a group that is not held as a whole) follow each other.
         k: entries of a table.
     """
 
@@ -89,27 +90,23 @@ class Jobs:
         weights: Sequence[Tensor],
         indices: Sequence[Tensor],
         moved: Sequence[Tensor],
-        offsets: Sequence[int],
+        rows: Sequence[Tensor],
         k: int,
     ) -> None:
         self.weights, self.k, self.width = list(weights), k, max(2, triton.next_power_of_2(k))
         self.device = weights[0].device
         jobs: list[list[Tensor]] = [[], [], [], []]
-        groups: list[list[Tensor]] = [[], [], []]
-        for own, (index, offset) in enumerate(zip(indices, offsets, strict=True)):
+        for own, (index, row) in enumerate(zip(indices, rows, strict=True)):
             count, m = index.shape
             begin = torch.arange(0, m, _SPAN)
-            row = offset + torch.arange(count) * k
             jobs[0].append(torch.full((count * len(begin),), own))
             jobs[1].append((torch.arange(count)[:, None] * m + begin).view(-1))
             jobs[2].append((m - begin).clamp_max(_SPAN).repeat(count))
             jobs[3].append(row.repeat_interleave(len(begin)))
-            first = sum(len(each) for each in jobs[0]) - count * len(begin)
-            groups[0].append(first + torch.arange(count) * len(begin))
-            groups[1].append(torch.full((count,), len(begin)))
-            groups[2].append(row)
+        tables, counts = torch.cat(jobs[3]).unique_consecutive(return_counts=True)
         self.owners, self.starts, self.sizes, self.rows = (self._put(torch.cat(each)) for each in jobs)
-        self.firsts, self.counts, self.group_rows = (self._put(torch.cat(each)) for each in groups)
+        self.firsts, self.counts = self._put(counts.cumsum(0) - counts), self._put(counts)
+        self.table_rows = self._put(tables)
         self._indices, self._moved = self._addresses(indices), self._addresses(moved)
         self._weights = self._addresses(weights)
         self._places: list[int] = []
@@ -130,8 +127,8 @@ class Jobs:
             self.weights[0], k=self.k, block=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
 
-    def sums(self, gradients: Sequence[Tensor], factors: Tensor, out: Tensor) -> None:
-        """Sum gradients of the weights by index, times float32 `factors` [groups of all], into the flat `out`.
+    def sums(self, gradients: Sequence[Tensor], out: Tensor) -> None:
+        """Sum gradients of the weights by index into their tables in the flat `out`.
 
         Stretches are added in a fixed order, so that the result is reproducible.
         """
@@ -143,6 +140,6 @@ class Jobs:
             gradients[0], K=self.width, block=max(16, _TILE // self.width), num_warps=_WARPS,
         )  # fmt: skip
         _add_up[(len(self.firsts),)](
-            self._partial, self.firsts, self.counts, self.group_rows, factors, out, k=self.k, K=self.width,
+            self._partial, self.firsts, self.counts, self.table_rows, out, k=self.k, K=self.width,
             num_warps=1,
         )  # fmt: skip

@@ -28,3 +28,15 @@ for (const field of document.querySelectorAll("input.filter")) {
     for (const row of body.rows) row.hidden = !row.cells[0].textContent.includes(field.value.trim());
   });
 }
+// What is long is folded; where there is room it opens. Paper shows everything.
+const folds = document.querySelectorAll("details.fold");
+if (matchMedia("(min-width: 641px)").matches) for (const fold of folds) fold.open = true;
+addEventListener("beforeprint", () => { for (const one of document.querySelectorAll("details")) one.open = true; });
+for (const button of document.querySelectorAll("button[data-open]")) {
+  const rungs = [...document.getElementById(button.dataset.open).querySelectorAll("details")];
+  button.addEventListener("click", () => {
+    const open = rungs.some((one) => !one.open);
+    for (const one of rungs) one.open = open;
+    button.textContent = open ? "Close all" : "Open all";
+  });
+}

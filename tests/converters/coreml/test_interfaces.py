@@ -18,8 +18,8 @@ from converters.coreml.read.session import CoreMLSession, open_chunks
 from converters.coreml.write.export_plan import plan_export
 from converters.coreml.write.packages import export_packages
 from converters.coreml.write.vocabulary import RowSplit, SplitEmbedding, SplitHead, plan_split
+from edkm_export.api.artifacts import predicted_size_bytes
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.cli.artifacts import predicted_size_bytes
 from edkm_export.errors import ConversionError, InputError, PackageError
 from edkm_export.palettization import palettize_model
 from edkm_export.recipe import uniform_recipe

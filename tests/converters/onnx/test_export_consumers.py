@@ -23,7 +23,8 @@ from converters.onnx.read.session import OnnxSession
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.recipe import uniform_recipe
 from edkm_export.reference.hard_model import load_hard_model
-from edkm_export.reference.source import Source, load_model, load_tokenizer, tokenizer_files
+from edkm_export.reference.source import Source, load_model, load_tokenizer
+from edkm_export.reference.tokenizer_files import tokenizer_files
 from tests.helpers.exports import palettized_folder
 from tests.helpers.onnx_models import export
 

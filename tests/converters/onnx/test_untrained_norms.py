@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from converters.onnx.read.artifact import open_artifact
 from converters.onnx.read.session import OnnxSession
+from edkm_export.api.artifacts import predicted_size_bytes
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.cli.artifacts import predicted_size_bytes
 from edkm_export.palettization import palettize_model
 from edkm_export.recipe import uniform_recipe
 from edkm_export.verify.bytes import compare_bytes

@@ -82,6 +82,19 @@ def test_same_weights_in_float32(model, tmp_path, record_property):
     assert mean < 1e-5 and same >= 0.999
 
 
+def test_packed_file_as_llamacpp_unpacks_it(model, record_property):
+    """The file itself: llama.cpp reads and unpacks it, and then does not round activations."""
+    tokens = text_of(model)
+    found = log_probabilities(model.load_model(torch.float32), tokens)
+    with llamacpp.unpacked(model.file.path, 4 * model.values) as path:
+        assert path is not None
+        expected = llamacpp.log_probabilities(path, tokens[0].tolist(), cache="F32", deadline_s=1800)
+    mean, same = mean_divergence(expected, found), agreement(expected, found)
+    record_property("mean divergence", mean)
+    print(f"unpacked by llama.cpp: mean KL {mean:.3g}, top-1 {same:.4f}")
+    assert mean < 1e-5 and same >= 0.999
+
+
 def test_packed_weights(model, record_property):
     """llama.cpp rounds activations to 8 bits in front of packed weights, and keys and values to float16."""
     tokens = text_of(model)

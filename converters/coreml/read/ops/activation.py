@@ -100,6 +100,14 @@ def softplus(x: Tensor) -> Tensor:
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
+@op("softplus_parametric")
+def softplus_parametric(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """alpha * log(1 + exp(beta * x)), with alpha and beta [channels] along axis 1."""
+    around = (-1, *[1] * (x.dim() - 2))
+    scaled = beta.view(around) * x
+    return alpha.view(around) * torch.logaddexp(scaled, torch.zeros_like(scaled))
+
+
 @op("softsign")
 def softsign(x: Tensor) -> Tensor:
     """Quotient x / (1 + |x|)."""

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from converters.coreml.read.precision import Precision
 from converters.coreml.read.program import Operation
 from edkm_export.errors import InputError, PackageError, UnsupportedOpError
 
-__all__ = ["FAULTS", "Call", "OutOfRange", "StateCell", "UnsupportedForm", "explained", "located"]
+__all__ = [
+    "FAULTS",
+    "Call",
+    "NestedBlock",
+    "OutOfRange",
+    "StateCell",
+    "TensorList",
+    "UnsupportedForm",
+    "explained",
+    "located",
+]
+
+NestedBlock: TypeAlias = Callable[..., tuple[Any, ...]]
+"""Runs a nested block on the values that it is given; returns what the block returns."""
 
 
 class UnsupportedForm(Exception):
@@ -46,6 +61,48 @@ class StateCell:
 
 
 @dataclass(frozen=True)
+class TensorList:
+    """A list of tensors of one shape, which ops read, and copy to write.
+
+    Attributes:
+        elements: None where nothing has been written.
+        grows: a write beyond the end makes it longer.
+        empty: what an element holds that has not been written.
+    """
+
+    elements: tuple[Tensor | None, ...]
+    grows: bool
+    empty: Tensor
+
+    def read(self, index: int) -> Tensor:
+        """The element at `index`.
+
+        Raises:
+            OutOfRange: there is none.
+        """
+        if not 0 <= index < len(self.elements):
+            raise OutOfRange(f"index {index} is out of range for a list of {len(self.elements)}")
+        element = self.elements[index]
+        return self.empty if element is None else element
+
+    def write(self, index: int, value: Tensor) -> TensorList:
+        """A copy with another element at `index`.
+
+        Raises:
+            OutOfRange: the list is shorter, and cannot grow.
+        """
+        if index < 0 or (index >= len(self.elements) and not self.grows) or index >= _MAX_LENGTH:
+            raise OutOfRange(f"index {index} is out of range for a list of {len(self.elements)}")
+        elements = list(self.elements) + [None] * (index + 1 - len(self.elements))
+        elements[index] = value
+        empty = self.empty if self.empty.shape == value.shape else torch.zeros_like(value)
+        return TensorList(tuple(elements), self.grows, empty)
+
+
+_MAX_LENGTH = 1 << 20  # elements of a list; a program that asks for more is taken for an attack
+
+
+@dataclass(frozen=True)
 class Call:
     """What an op may need beyond its arguments.
 
@@ -54,18 +111,27 @@ class Call:
         opset: such as `CoreML8`; CoreML5 is iOS 15.
         precision: of the run.
         in_place: the first argument is not used again and may be overwritten.
+        blocks: the nested blocks of the op.
+        generator: draws random numbers; None for ops that do not.
     """
 
     op: Operation
     opset: str
     precision: Precision
     in_place: bool = False
+    blocks: tuple[NestedBlock, ...] = ()
+    generator: torch.Generator | None = None
 
     @property
     def ios(self) -> int:
         """The iOS version of the opset, 15 for CoreML5; 0 when the name is not of that form."""
         digits = self.opset.removeprefix("CoreML")
         return int(digits) + 10 if digits.isdigit() else 0
+
+    @property
+    def carrier(self) -> torch.dtype:
+        """The torch dtype that holds the first output."""
+        return self.precision.carrier(self.op.outputs[0].type.dtype)
 
 
 FAULTS = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from converters.coreml.read.ops.call import StateCell
+from converters.coreml.read.ops.call import StateCell, TensorList
 
 __all__ = ["Converter", "converter_for"]
 
@@ -62,14 +62,15 @@ def _bool(bindings: Sequence[Any]) -> bool:
 
 
 def _ints(bindings: Sequence[Any]) -> list[int]:
-    value = _tensor(bindings)
-    if value.dtype.is_floating_point:
+    """One tensor, or a tuple of scalars."""
+    values = _tensors(bindings)
+    if any(value.dtype.is_floating_point for value in values):
         raise TypeError("floating point, expected integers")
-    return [int(item) for item in value.reshape(-1).tolist()]
+    return [int(item) for value in values for item in value.reshape(-1).tolist()]
 
 
 def _bools(bindings: Sequence[Any]) -> list[bool]:
-    return [bool(item) for item in _tensor(bindings).reshape(-1).tolist()]
+    return [bool(item) for value in _tensors(bindings) for item in value.reshape(-1).tolist()]
 
 
 def _str(bindings: Sequence[Any]) -> str:
@@ -86,8 +87,22 @@ def _cell(bindings: Sequence[Any]) -> StateCell:
     return value
 
 
+def _list(bindings: Sequence[Any]) -> TensorList:
+    value = _single(bindings)
+    if not isinstance(value, TensorList):
+        raise TypeError(f"{_kind(value)}, expected a list")
+    return value
+
+
+def _constants(bindings: Sequence[Any]) -> tuple[Any, ...]:
+    value = _single(bindings)
+    if not isinstance(value, tuple):
+        raise TypeError(f"{_kind(value)}, expected a constant list")
+    return value
+
+
 def _kind(value: Any) -> str:
-    names = {StateCell: "a state", str: "a string", Tensor: "a tensor"}
+    names = {StateCell: "a state", str: "a string", Tensor: "a tensor", TensorList: "a list", tuple: "a list"}
     return names.get(type(value), type(value).__name__)
 
 
@@ -101,4 +116,7 @@ _CONVERTERS: dict[Any, Converter] = {
     list[int]: _ints,
     list[bool]: _bools,
     StateCell: _cell,
+    TensorList: _list,
+    tuple: _constants,
+    list[Any]: list,
 }

@@ -97,6 +97,38 @@ def constexpr_blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor 
     return (values * scale.float().reshape(single)).reshape(data.shape).to(scale.dtype)
 
 
+@op("constexpr_lut_to_sparse")
+def constexpr_lut_to_sparse(
+    indices_mask: Tensor, indices_nonzero_data: Tensor, lut: Tensor, vector_axis: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Look up the indices of a sparse tensor; vectors spread its mask along `vector_axis`.
+
+    Args:
+        indices_mask: uint1 [*d].
+        indices_nonzero_data: [set bits of the mask].
+        lut: as for constexpr_lut_to_dense.
+        vector_axis: along which vectors run.
+
+    Returns:
+        The mask of the values, uint1, and the values where it is set.
+    """
+    indices = constexpr_sparse_to_dense(indices_nonzero_data, indices_mask)
+    dense = constexpr_lut_to_dense(indices, lut, None, vector_axis)
+    mask = indices_mask
+    if lut.shape[-1] > 1:
+        mask = mask.repeat_interleave(lut.shape[-1], vector_axis)
+    return mask, dense[mask.bool()]
+
+
+@op("constexpr_sparse_blockwise_shift_scale")
+def constexpr_sparse_blockwise_shift_scale(
+    data_mask: Tensor, nonzero_data: Tensor, scale: Tensor, offset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute (data - offset) * scale where the mask is set; returns the mask and these values."""
+    dense = constexpr_blockwise_shift_scale(constexpr_sparse_to_dense(nonzero_data, data_mask), scale, offset)
+    return data_mask, dense[data_mask.bool()]
+
+
 @op("constexpr_affine_dequantize")
 def constexpr_affine_dequantize(
     quantized_data: Tensor, zero_point: Tensor, scale: Tensor, axis: int

@@ -1,4 +1,4 @@
-"""Convolution and pooling over 1 to 3 spatial axes. Tensors are [batch, channels, *spatial]."""
+"""Convolution over 1 to 3 spatial axes. Tensors are [batch, channels, *spatial]."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from converters.coreml.read.ops.joining import last_axis_first
 from converters.coreml.read.ops.registry import UnsupportedForm, op
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_MAX_POOL: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-_AVG_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
 
 
-def _padding(
+def spatial_padding(
     pad_type: str,
     pad: list[int] | None,
     sizes: torch.Size,
@@ -26,6 +29,14 @@ def _padding(
     dilations: list[int],
 ) -> list[int]:
     """(before, after) of each spatial axis, in MIL's order.
+
+    Args:
+        pad_type: `valid`, `custom`, `same` or `same_lower`.
+        pad: of `custom`.
+        sizes: of the spatial axes.
+        kernel: width of each axis.
+        strides: of each axis.
+        dilations: of each axis.
 
     `same` makes ceil(size / stride) outputs and pads an odd element at the end, `same_lower` before.
     """
@@ -65,63 +76,55 @@ def conv(
         raise UnsupportedForm(f"{rank} spatial axes")
     strides = strides or [1] * rank
     dilations = dilations or [1] * rank
-    padding = _padding(pad_type, pad, x.shape[2:], list(weight.shape[2:]), strides, dilations)
+    padding = spatial_padding(pad_type, pad, x.shape[2:], list(weight.shape[2:]), strides, dilations)
     if any(padding):
         x = F.pad(x, last_axis_first(padding))
     return _CONV[rank](x, weight, bias, strides, 0, dilations, groups)
 
 
-def _symmetric(padding: list[int], kernel: list[int]) -> list[int] | None:
-    """Find the padding for torch's pools, if they can take it: even, at most half the kernel."""
-    before, after = padding[0::2], padding[1::2]
-    fits = all(size <= width // 2 for size, width in zip(before, kernel, strict=True))
-    return before if before == after and fits else None
-
-
-@op("max_pool")
-def max_pool(
+@op("conv_transpose")
+def conv_transpose(
     x: Tensor,
-    kernel_sizes: list[int],
-    pad_type: str,
-    strides: list[int] | None = None,
+    weight: Tensor,
+    bias: Tensor | None = None,
     pad: list[int] | None = None,
-    ceil_mode: bool = False,
-) -> Tensor:
-    """Largest value of each window."""
-    rank = len(kernel_sizes)
-    strides = strides or [1] * rank
-    padding = _padding(pad_type, pad, x.shape[2:], kernel_sizes, strides, [1] * rank)
-    even = _symmetric(padding, kernel_sizes)
-    if even is not None:
-        return _MAX_POOL[rank](x, kernel_sizes, strides, even, ceil_mode=ceil_mode)
-    if ceil_mode:
-        raise UnsupportedForm(f"ceil_mode with pad {padding}")
-    return _MAX_POOL[rank](F.pad(x, last_axis_first(padding), value=-math.inf), kernel_sizes, strides)
-
-
-@op("avg_pool")
-def avg_pool(
-    x: Tensor,
-    kernel_sizes: list[int],
-    pad_type: str,
+    output_shape: list[int] | None = None,
+    pad_type: str = "valid",
     strides: list[int] | None = None,
-    pad: list[int] | None = None,
-    exclude_padding_from_average: bool = False,
-    ceil_mode: bool = False,
+    dilations: list[int] | None = None,
+    groups: int = 1,
 ) -> Tensor:
-    """Mean of each window; padding counts as zeros unless it is excluded."""
-    rank = len(kernel_sizes)
+    """Transposed convolution with a weight [in, out / groups, *kernel].
+
+    The whole result is cut, or filled up with what the bias alone gives, to the size that the padding or
+    `output_shape` asks for.
+    """
+    rank = x.dim() - 2
+    if rank not in _CONV_TRANSPOSE:
+        raise UnsupportedForm(f"{rank} spatial axes")
     strides = strides or [1] * rank
-    padding = _padding(pad_type, pad, x.shape[2:], kernel_sizes, strides, [1] * rank)
-    even = _symmetric(padding, kernel_sizes)
-    pool = _AVG_POOL[rank]
-    if even is not None:
-        return pool(x, kernel_sizes, strides, even, ceil_mode, not exclude_padding_from_average)
-    if ceil_mode:
-        raise UnsupportedForm(f"ceil_mode with pad {padding}")
-    around = last_axis_first(padding)
-    mean = pool(F.pad(x, around), kernel_sizes, strides)
-    if not exclude_padding_from_average:
-        return mean
-    covered = pool(F.pad(torch.ones_like(x[:1, :1]), around), kernel_sizes, strides)
-    return mean / covered
+    whole = _CONV_TRANSPOSE[rank](x, weight, None, strides, 0, 0, groups, dilations or [1] * rank)
+    sizes = whole.shape[2:]
+    kind = pad_type.lower()
+    before, after = [0] * rank, [0] * rank
+    if kind == "custom":
+        given = pad or [0] * (2 * rank)
+        if len(given) != 2 * rank or min(given) < 0:
+            raise ValueError(f"pad {given} for {rank} spatial axes")
+        before, after = given[0::2], given[1::2]
+    elif kind not in ("valid", "same", "same_lower"):
+        raise UnsupportedForm(f"pad_type {pad_type!r}")
+    wanted = [size - first - last for size, first, last in zip(sizes, before, after, strict=True)]
+    if output_shape is not None:
+        wanted = output_shape[-rank:]
+    elif kind.startswith("same"):
+        wanted = [size * stride for size, stride in zip(x.shape[2:], strides, strict=True)]
+    if kind.startswith("same"):
+        surplus = [max(size - target, 0) for size, target in zip(sizes, wanted, strict=True)]
+        before = [total // 2 if kind == "same" else total - total // 2 for total in surplus]
+    if min(wanted, default=0) < 0:
+        raise ValueError(f"an output of {wanted}")
+    for axis, (first, target) in enumerate(zip(before, wanted, strict=True), start=2):
+        kept = whole.narrow(axis, first, min(target, whole.shape[axis] - first))
+        whole = F.pad(kept, [0, 0] * (rank + 1 - axis) + [0, target - kept.shape[axis]])
+    return whole if bias is None else whole + bias.reshape(-1, *[1] * rank)

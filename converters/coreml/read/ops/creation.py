@@ -12,7 +12,12 @@ from converters.coreml.read.ops.registry import op
 _MAX_NUMEL = 1 << 32
 
 
-def _refuse_absurd(shape: list[int]) -> None:
+def refuse_absurd(shape: list[int]) -> None:
+    """Refuse a shape that no device can hold.
+
+    Raises:
+        ValueError: it is one.
+    """
     if min(shape, default=0) < 0 or math.prod(shape) > _MAX_NUMEL:
         raise ValueError(f"shape {shape} is absurd")
 
@@ -20,7 +25,7 @@ def _refuse_absurd(shape: list[int]) -> None:
 @op("fill")
 def fill(shape: list[int], value: Tensor | None = None) -> Tensor:
     """Tensor of one value; float32 zeros by default."""
-    _refuse_absurd(shape)
+    refuse_absurd(shape)
     return torch.zeros(shape) if value is None else value.reshape(()).expand(shape).clone()
 
 
@@ -33,12 +38,18 @@ def fill_like(ref_tensor: Tensor, value: Tensor | None = None) -> Tensor:
 @op("range_1d")
 def range_1d(start: Tensor, end: Tensor, step: Tensor) -> Tensor:
     """Values from start, in steps, up to end exclusive."""
-    first, last, stride = (value.item() for value in (start, end, step))
-    if stride == 0 or (last - first) / stride > _MAX_NUMEL:
-        raise ValueError(f"range from {first} to {last} in steps of {stride}")
-    length = max(math.ceil((last - first) / stride), 0)
-    steps = torch.arange(length, dtype=start.dtype)
-    return start + step * steps
+    if step.item() == 0:
+        raise ValueError("step is 0")
+    if start.is_floating_point():  # in float32: 0.3 / 0.1 makes three steps, not four
+        count = ((end.float() - start.float()) / step.float()).ceil().item()
+    else:
+        count = math.ceil((end.item() - start.item()) / step.item())
+    if not count <= _MAX_NUMEL:
+        raise ValueError(f"range from {start.item()} to {end.item()} in steps of {step.item()}")
+    steps = torch.arange(
+        max(int(count), 0), dtype=torch.float64 if start.is_floating_point() else start.dtype
+    )
+    return (start + step * steps).to(start.dtype)
 
 
 @op("one_hot")
@@ -50,7 +61,7 @@ def one_hot(
     off_value: Tensor | None = None,
 ) -> Tensor:
     """Vectors that are `on_value` at the index and `off_value` elsewhere, along a new axis."""
-    _refuse_absurd([*indices.shape, one_hot_vector_size])
+    refuse_absurd([*indices.shape, one_hot_vector_size])
     on = torch.tensor(1) if on_value is None else on_value
     off = torch.tensor(0) if off_value is None else off_value
     hits = indices[..., None] == torch.arange(one_hot_vector_size)

@@ -39,7 +39,7 @@ def gather(
 ) -> Tensor:
     """Slices of x along `axis`; the shape is x[:axis] + indices[batch_dims:] + x[axis + 1:]."""
     del validate_indices  # always validated
-    axis %= x.dim()
+    axis = _axis(axis, x)
     positions = _positions(indices, x.shape[axis], call)
     shape = x.shape[:axis] + indices.shape[batch_dims:] + x.shape[axis + 1 :]
     if batch_dims == 0:
@@ -49,7 +49,8 @@ def gather(
     batch = math.prod(x.shape[:batch_dims])
     before, after = math.prod(x.shape[batch_dims:axis]), math.prod(x.shape[axis + 1 :])
     source = x.reshape(batch, before, x.shape[axis], after)
-    chosen = positions.reshape(batch, 1, -1, 1).expand(-1, before, -1, after)
+    each = math.prod(indices.shape[batch_dims:])
+    chosen = positions.reshape(batch, 1, each, 1).expand(-1, before, -1, after)
     return source.gather(2, chosen).reshape(shape)
 
 
@@ -59,6 +60,7 @@ def gather_along_axis(
 ) -> Tensor:
     """One value of x along `axis` for each index."""
     del validate_indices  # always validated
+    axis = _axis(axis, x)
     return x.gather(axis, _positions(indices, x.shape[axis], call))
 
 
@@ -74,7 +76,8 @@ def gather_nd(
     batch = math.prod(x.shape[:batch_dims])
     rest = x.shape[batch_dims + depth :]
     source = x.reshape(batch, math.prod(x.shape[batch_dims : batch_dims + depth]), math.prod(rest))
-    flat = _flat_positions(indices, x.shape[batch_dims : batch_dims + depth], call).reshape(batch, -1)
+    each = math.prod(indices.shape[batch_dims:-1])
+    flat = _flat_positions(indices, x.shape[batch_dims : batch_dims + depth], call).reshape(batch, each)
     chosen = flat[:, :, None].expand(-1, -1, source.shape[2])
     return source.gather(1, chosen).reshape(indices.shape[:-1] + rest)
 
@@ -87,16 +90,29 @@ def _flat_positions(indices: Tensor, sizes: torch.Size, call: Call) -> Tensor:
     return flat
 
 
+def _update(rows: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    """Of several updates of a row the last one counts."""
+    last = torch.full((len(rows),), -1).scatter_reduce_(0, at, torch.arange(len(at)), "amax")
+    changed = last >= 0
+    rows[changed] = new[last[changed]]
+    return rows
+
+
 def _reduce(kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return lambda data, at, new: data.scatter_reduce_(0, at[:, None].expand_as(new), new, kind)
+    return lambda rows, at, new: rows.scatter_reduce_(0, at[:, None].expand_as(new), new, kind)
+
+
+def _divide(rows: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    divisors = _reduce("prod")(torch.ones_like(rows), at, new)
+    return rows / divisors if rows.is_floating_point() else torch.div(rows, divisors, rounding_mode="trunc")
 
 
 _MODES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "update": lambda data, at, new: data.index_put_((at,), new),
+    "update": _update,
     "add": _reduce("sum"),
-    "sub": lambda data, at, new: _reduce("sum")(data, at, -new),
+    "sub": lambda rows, at, new: _reduce("sum")(rows, at, -new),
     "mul": _reduce("prod"),
-    "div": lambda data, at, new: _reduce("prod")(data, at, new.reciprocal()),
+    "div": _divide,
     "max": _reduce("amax"),
     "min": _reduce("amin"),
 }
@@ -106,7 +122,9 @@ def _scatter(rows: Tensor, at: Tensor, updates: Tensor, mode: str) -> Tensor:
     """Combine updates [n, width] into a copy of rows [m, width] at the rows `at` [n]."""
     if mode not in _MODES:
         raise UnsupportedForm(f"mode {mode!r}")
-    return _MODES[mode](rows.clone(), at, updates)
+    if updates.numel() == 0:
+        return rows.clone()
+    return _MODES[mode](rows.clone(), at, updates.to(rows.dtype))
 
 
 @op("scatter")
@@ -119,13 +137,33 @@ def scatter(
     mode: str = "add",
     validate_indices: bool = False,
 ) -> Tensor:
-    """Combine `updates` with slices of data along `axis`."""
+    """Combine `updates` with slices of data along `axis`.
+
+    The shape of `updates` is data.shape[:axis] + indices.shape + data.shape[axis + 1:].
+    """
     del validate_indices  # always validated
+    axis = _axis(axis, data)
+    _expect(updates, [*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :]])
+    at = _positions(indices, data.shape[axis], call).reshape(-1)
     first = data.movedim(axis, 0)
-    at = _positions(indices, first.shape[0], call)
-    new = updates.movedim(axis, 0).reshape(at.numel(), -1)
-    rows = _scatter(first.reshape(first.shape[0], -1), at, new, mode)
+    width = math.prod(first.shape[1:])
+    new = updates.flatten(axis, axis + indices.dim() - 1) if indices.dim() else updates.unsqueeze(axis)
+    rows = _scatter(
+        first.reshape(first.shape[0], width), at, new.movedim(axis, 0).reshape(len(at), width), mode
+    )
     return rows.reshape(first.shape).movedim(0, axis)
+
+
+def _axis(axis: int, x: Tensor) -> int:
+    """An axis counted from the front."""
+    if not -x.dim() <= axis < x.dim():
+        raise ValueError(f"axis {axis} of {list(x.shape)}")
+    return axis % x.dim()
+
+
+def _expect(updates: Tensor, shape: list[int]) -> None:
+    if list(updates.shape) != shape:
+        raise ValueError(f"updates have shape {list(updates.shape)}, expected {shape}")
 
 
 @op("scatter_along_axis")
@@ -140,6 +178,8 @@ def scatter_along_axis(
 ) -> Tensor:
     """Combine each of `updates` with one value of data along `axis`."""
     del validate_indices  # always validated
+    axis = _axis(axis, data)
+    _expect(updates, list(indices.shape))
     positions = _positions(indices, data.shape[axis], call)
     order = torch.arange(data.numel()).reshape(data.shape).gather(axis, positions)
     rows = _scatter(data.reshape(-1, 1), order.reshape(-1), updates.reshape(-1, 1), mode)
@@ -158,6 +198,8 @@ def scatter_nd(
     """Combine `updates` with slices of data at coordinates."""
     del validate_indices  # always validated
     depth = indices.shape[-1]
+    _expect(updates, [*indices.shape[:-1], *data.shape[depth:]])
     at = _flat_positions(indices, data.shape[:depth], call).reshape(-1)
-    rows = data.reshape(math.prod(data.shape[:depth]), -1)
-    return _scatter(rows, at, updates.reshape(at.numel(), -1), mode).reshape(data.shape)
+    width = math.prod(data.shape[depth:])
+    rows = data.reshape(math.prod(data.shape[:depth]), width)
+    return _scatter(rows, at, updates.reshape(at.numel(), width), mode).reshape(data.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from converters.coreml.read.ops.registry import op
@@ -65,3 +66,19 @@ def instance_norm(
 def l2_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:
     """Divide by the L2 norm over the last three axes."""
     return x * ((x * x).sum((-3, -2, -1), keepdim=True) + epsilon).rsqrt()
+
+
+@op("local_response_norm")
+def local_response_norm(
+    x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
+    """Divide by (k + alpha / size * the sum of squares over `size` neighboring channels) ** beta.
+
+    Channels are axis 1; a tensor of rank 3 is taken for [channels, h, w], as the expected values of coremltools' own
+    test show that Core ML does.
+    """
+    axis = 0 if x.dim() == 3 else 1
+    squares = (x * x).movedim(axis, -1)
+    padded = F.pad(squares, (size // 2, (size - 1) // 2))
+    near = padded.unfold(-1, size, 1).sum(-1).movedim(-1, axis)
+    return x / (k + alpha / size * near).pow(beta)

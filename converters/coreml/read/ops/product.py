@@ -6,21 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from converters.coreml.read.ops.registry import op
+from converters.coreml.read.ops.registry import Call, op
 
 
 @op("linear")
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Product x @ weight.T + bias, with a weight [out, in]."""
-    return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, call: Call, bias: Tensor | None = None) -> Tensor:
+    """Product x @ weight.T + bias, with a weight [out, in]; constants of another type are converted."""
+    kind = call.carrier
+    return F.linear(x.to(kind), weight.to(kind), None if bias is None else bias.to(kind))
 
 
 @op("matmul")
-def matmul(x: Tensor, y: Tensor, transpose_x: bool = False, transpose_y: bool = False) -> Tensor:
-    """Batched matrix product, with broadcasting of the batch axes."""
-    if transpose_x:
+def matmul(x: Tensor, y: Tensor, call: Call, transpose_x: bool = False, transpose_y: bool = False) -> Tensor:
+    """Batched matrix product, with broadcasting of the batch axes; a constant of another type is converted."""
+    x, y = x.to(call.carrier), y.to(call.carrier)
+    if transpose_x and x.dim() > 1:
         x = x.transpose(-1, -2)
-    if transpose_y:
+    if transpose_y and y.dim() > 1:
         y = y.transpose(-1, -2)
     return torch.matmul(x, y)
 

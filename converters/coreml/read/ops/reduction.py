@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,16 +28,29 @@ def reduce_mean(x: Tensor, axes: list[int] | None = None, keep_dims: bool = Fals
     return x.mean(_all(x, axes), keepdim=keep_dims)
 
 
+def _extreme(x: Tensor, axes: list[int] | None, keep_dims: bool, sign: int) -> Tensor:
+    reduced = _all(x, axes)
+    if any(x.shape[axis] == 0 for axis in reduced):
+        kept = {axis % x.dim() for axis in reduced}
+        shape = [
+            1 if axis in kept else size for axis, size in enumerate(x.shape) if keep_dims or axis not in kept
+        ]
+        if x.is_floating_point():
+            return x.new_full(shape, sign * math.inf)
+        return x.new_full(shape, torch.iinfo(x.dtype).max if sign > 0 else torch.iinfo(x.dtype).min)
+    return x.amin(reduced, keepdim=keep_dims) if sign > 0 else x.amax(reduced, keepdim=keep_dims)
+
+
 @op("reduce_max")
 def reduce_max(x: Tensor, axes: list[int] | None = None, keep_dims: bool = False) -> Tensor:
-    """Largest value."""
-    return x.amax(_all(x, axes), keepdim=keep_dims)
+    """Largest value; of no values, the smallest one of the type."""
+    return _extreme(x, axes, keep_dims, -1)
 
 
 @op("reduce_min")
 def reduce_min(x: Tensor, axes: list[int] | None = None, keep_dims: bool = False) -> Tensor:
-    """Smallest value."""
-    return x.amin(_all(x, axes), keepdim=keep_dims)
+    """Smallest value; of no values, the largest one of the type."""
+    return _extreme(x, axes, keep_dims, 1)
 
 
 @op("reduce_prod")

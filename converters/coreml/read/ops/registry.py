@@ -8,7 +8,8 @@ To add an op, write a function in the file of its family and decorate it:
 
 Parameters carry the names and the defaults of MIL's own documentation. Their annotations say what is wanted:
 Tensor, int, float, bool, str, list[int], list[bool] or list[Tensor], each with `| None` where MIL leaves it
-optional without a default; StateCell for a state, and Call for the op itself (opset, declared outputs).
+optional without a default; StateCell for a state, TensorList for a list, tuple for a constant list, list[Any] for a
+tuple of anything, and Call for the op itself (opset, declared outputs, nested blocks).
 A form that is not implemented raises UnsupportedForm; the interpreter adds the op and its line.
 """
 
@@ -20,13 +21,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from converters.coreml.read.ops.call import (
     FAULTS,
     Call,
     OutOfRange,
     StateCell,
+    TensorList,
     UnsupportedForm,
     explained,
     located,
@@ -41,6 +41,7 @@ __all__ = [
     "OpDefinition",
     "OutOfRange",
     "StateCell",
+    "TensorList",
     "UnsupportedForm",
     "definition_of",
     "explained",
@@ -58,6 +59,8 @@ class OpDefinition:
         type: as in MIL.
         function: computes the op.
         moves: it only moves values: its result needs no rounding and may share memory with an argument.
+        draws: it draws random numbers.
+        blocks: how many nested blocks it holds.
         converters: by parameter name.
         required: parameters without a default.
         call_parameter: the parameter that takes the Call, if any.
@@ -66,11 +69,13 @@ class OpDefinition:
     type: str
     function: Callable[..., Any]
     moves: bool
+    draws: bool
+    blocks: int
     converters: Mapping[str, Converter]
     required: frozenset[str]
     call_parameter: str | None
 
-    def evaluate(self, call: Call, arguments: Mapping[str, Sequence[Any]]) -> tuple[Tensor, ...]:
+    def evaluate(self, call: Call, arguments: Mapping[str, Sequence[Any]]) -> tuple[Any, ...]:
         """Compute the op.
 
         Args:
@@ -78,7 +83,7 @@ class OpDefinition:
             arguments: bindings of each argument: tensors, strings or state cells.
 
         Returns:
-            One tensor an output; none for an op without outputs.
+            One value an output, a tensor unless a list or a label is declared; none for an op without outputs.
 
         Raises:
             UnsupportedForm: an argument, or a value of one, that is not implemented.
@@ -100,7 +105,7 @@ class OpDefinition:
         except (TypeError, ValueError) as error:
             raise PackageError(f"argument {name!r}: {error}") from error
 
-    def compute(self, call: Call, passed: dict[str, Any]) -> tuple[Tensor, ...]:
+    def compute(self, call: Call, passed: dict[str, Any]) -> tuple[Any, ...]:
         """Call the function; `passed` holds converted arguments, and may be changed.
 
         Raises:
@@ -113,19 +118,23 @@ class OpDefinition:
         result = self.function(**passed)
         if result is None:
             return ()
-        return (result,) if isinstance(result, Tensor) else tuple(result)
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _OPS: dict[str, OpDefinition] = {}
 
 
-def op(*names: str, moves: bool = False) -> Callable[[_Function], _Function]:
+def op(
+    *names: str, moves: bool = False, draws: bool = False, blocks: int = 0
+) -> Callable[[_Function], _Function]:
     """Register the function that computes the ops of these types.
 
     Args:
         names: op types of MIL.
         moves: see `OpDefinition`.
+        draws: see `OpDefinition`.
+        blocks: see `OpDefinition`.
     """
 
     def register(function: _Function) -> _Function:
@@ -142,7 +151,9 @@ def op(*names: str, moves: bool = False) -> Callable[[_Function], _Function]:
                 required.add(name)
         for name in names:
             assert name not in _OPS, f"{name} is registered twice"
-            _OPS[name] = OpDefinition(name, function, moves, converters, frozenset(required), call_parameter)
+            _OPS[name] = OpDefinition(
+                name, function, moves, draws, blocks, converters, frozenset(required), call_parameter
+            )
         return function
 
     return register
@@ -152,11 +163,14 @@ def definition_of(operation: Operation) -> OpDefinition:
     """Look up the definition of an op.
 
     Raises:
-        UnsupportedForm: the type is not known, or the op holds nested blocks.
+        UnsupportedForm: the type is not known.
+        PackageError: it does not hold the nested blocks that its type has.
     """
     definition = _OPS.get(operation.type)
-    if definition is None or operation.has_blocks:
+    if definition is None:
         raise UnsupportedForm("the interpreter does not support this type of op")
+    if len(operation.blocks) != definition.blocks:
+        raise PackageError(f"holds {len(operation.blocks)} nested blocks, expected {definition.blocks}.")
     return definition
 
 

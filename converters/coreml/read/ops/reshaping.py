@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from converters.coreml.read.ops.registry import op
+from converters.coreml.read.ops.registry import Call, op
 
 
 @op("shape")
@@ -17,11 +17,35 @@ def shape_of(x: Tensor) -> Tensor:
 
 
 @op("reshape", moves=True)
-def reshape(x: Tensor, shape: list[int]) -> Tensor:
-    """Keep the values in another shape; 0 inherits the size of the axis, -1 is inferred."""
-    if 0 in shape and len(shape) != x.dim():
+def reshape(x: Tensor, shape: list[int], call: Call) -> Tensor:
+    """Keep the values in another shape; 0 inherits a size, -1 is inferred.
+
+    A 0 inherits the size of its axis; from iOS 17 on axes are matched from the last one, and a 0 without one is 1.
+    """
+    missing = x.dim() - len(shape)
+    if 0 in shape and missing and call.ios < 17:
         raise ValueError(f"shape {shape} inherits axes, so it must have the rank of x, {x.dim()}")
-    return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(shape)])
+    sizes = [
+        size if size != 0 else (x.shape[axis + missing] if axis + missing >= 0 else 1)
+        for axis, size in enumerate(shape)
+    ]
+    if x.numel() == 0 and sizes.count(-1) == 1:  # torch refuses to infer a size beside a 0
+        place = sizes.index(-1)
+        others = math.prod(sizes[:place] + sizes[place + 1 :])
+        free = math.prod(size for size in x.shape if size)
+        sizes[place] = 0 if others else max(free // math.prod(size for size in sizes if size > 0), 1)
+    return x.reshape(sizes)
+
+
+@op("reshape_like", moves=True)
+def reshape_like(
+    x: Tensor, ref_tensors: list[Tensor], begins: list[int], ends: list[int], end_masks: list[bool]
+) -> Tensor:
+    """Reshape to the sizes of other tensors, of each those from `begins` to `ends`, or all from `begins` on."""
+    sizes: list[int] = []
+    for reference, begin, end, whole in zip(ref_tensors, begins, ends, end_masks, strict=True):
+        sizes += reference.shape[begin:] if whole else reference.shape[begin:end]
+    return x.reshape(sizes)
 
 
 @op("transpose", moves=True)

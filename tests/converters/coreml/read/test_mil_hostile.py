@@ -432,7 +432,7 @@ def test_parameter_names_are_used(package: Path) -> None:
         ({"x": torch.zeros(2, 12), "z": torch.zeros(1)}, "no input 'z'"),
         ({"x": torch.zeros(2, 11)}, "shape [2, 11], expected float16 [2, 12]"),
         ({"x": torch.zeros(24)}, "shape [24]"),
-        ({"x": [1.0]}, "is list, expected a torch tensor"),
+        ({"x": "one"}, "is 'one', expected a tensor, an array or a list of numbers"),
     ],
     ids=["missing", "unknown", "shape", "rank", "list"],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from converters.coreml import load_package
 from converters.coreml.backend import load_coremltools
 from converters.coreml.write.conversion import convert, save_package
-from converters.coreml.write.targets import TARGETS, check_target
+from converters.coreml.write.deployment_target import TARGETS, parse_target
+from converters.coreml.write.targets import check_target
 from edkm_export.errors import BackendMissingError, ConversionError
 from edkm_export.palette import PalettizedTensor
 from tests.helpers.layers import (
@@ -352,13 +354,40 @@ def test_several_weights_are_counted():
         check_target(palettes, "iOS17", "model.pt")
 
 
-@pytest.mark.parametrize("target", ["iOS15", "ios18", "macOS15", ""])
+@pytest.mark.parametrize("target", ["iOS15", "macOS12", "18", "iOS", "Android 15", ""])
 def test_unknown_target(target):
     with pytest.raises(
         ConversionError, match=f"target {target!r} is unknown; use one of iOS16, iOS17, iOS18"
     ):
-        check_target({}, target, "model.pt")
+        parse_target(target)
     assert TARGETS == ("iOS16", "iOS17", "iOS18")
+
+
+def test_newer_targets_are_told_what_serves_them():
+    with pytest.raises(ConversionError, match="A package for iOS18 also runs on later systems"):
+        parse_target("iOS26")
+
+
+@pytest.mark.parametrize(
+    ("written", "target"),
+    [
+        ("iOS16", "iOS16"), ("ios17", "iOS17"), ("IOS18", "iOS18"), ("iOS 18", "iOS18"), ("ios-18", "iOS18"),
+        ("iOS_18.4", "iOS18"), (" ios18.0.1 ", "iOS18"), ("macOS13", "iOS16"), ("macos 14.2", "iOS17"),
+        ("macOS15", "iOS18"), ("watchOS11", "iOS18"),
+    ],
+)  # fmt: skip
+def test_usual_spellings_of_a_target(written, target):
+    """Systems of one year hold the same programs: coremltools' own names for them are one value."""
+    assert parse_target(written) == target
+    plain = re.sub(r"[\s_-]|\.\d", "", written).lower()
+    values = {name.lower(): value for name, value in ct.target.__members__.items()}
+    assert values[plain] is ct.target[target]
+
+
+def test_convert_takes_any_spelling():
+    """The library, as the command line: here a target that cannot hold the palette is refused by its own name."""
+    with pytest.raises(ConversionError, match="which iOS17 cannot hold"):
+        convert(torch.nn.Linear(1, 1), (), {WEIGHT: form(3)}, target="macOS 14")
 
 
 # Saving, and the back end

@@ -9,17 +9,23 @@ if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait f
     from edkm_export.artifact.protocol import Artifact, Session
     from edkm_export.checkpoint import Checkpoint
 
-__all__ = ["find_artifact", "is_artifact", "open_artifact", "open_session", "predicted_size_bytes"]
+__all__ = [
+    "find_artifact",
+    "is_artifact",
+    "open_artifact",
+    "open_session",
+    "predicted_size_bytes",
+]
 
 
-def is_artifact(path: Path) -> bool:
+def is_artifact(path: str | Path) -> bool:
     """True for what may be an exported model, false for what may be a checkpoint."""
     from converters.onnx.read.folder import is_onnx
 
-    return is_onnx(path) or path.is_dir()
+    return is_onnx(path) or Path(path).is_dir()
 
 
-def find_artifact(path: Path) -> Path:
+def find_artifact(path: str | Path) -> Path:
     """The artifact that a user means: itself, or the one inside a folder that we made.
 
     Raises:
@@ -29,15 +35,17 @@ def find_artifact(path: Path) -> Path:
     from converters.coreml.read.folder import find_package
     from converters.onnx.read.folder import is_onnx
 
+    path = Path(path)
     if is_coreai(path):
         return find_asset(path)
     return path if is_onnx(path) else find_package(path)
 
 
-def open_artifact(path: Path) -> Artifact:
+def open_artifact(path: str | Path) -> Artifact:
     """Open what `find_artifact` found, for the verifier."""
     from converters.onnx.read.folder import is_onnx
 
+    path = Path(path)
     if is_onnx(path):
         from converters.onnx.read.artifact import open_artifact as open_onnx
 
@@ -53,7 +61,7 @@ def open_artifact(path: Path) -> Artifact:
     return open_coreml(path)
 
 
-def open_session(path: Path) -> tuple[Session, Path]:
+def open_session(path: str | Path) -> tuple[Session, Path]:
     """A session for an exported model, and the folder that holds its tokenizer.
 
     Raises:
@@ -61,6 +69,7 @@ def open_session(path: Path) -> tuple[Session, Path]:
     """
     from converters.onnx.read.folder import OnnxFolder, is_onnx
 
+    path = Path(path)
     if is_onnx(path):
         from converters.onnx.read.session import OnnxSession
 

@@ -1,0 +1,47 @@
+"""What a model card says of a Core AI model: its engine, and what loads it."""
+
+from __future__ import annotations
+
+from converters.coreai.write.export_plan import CoreAIPlan
+from converters.coreai.write.lint import Finding
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.model_card import FormatCard, plain
+
+__all__ = ["coreai_card"]
+
+_ENGINES = {
+    "dynamic": "one function for texts of any length, for the dynamic engine (GPU)",
+    "neural-engine": "functions of fixed shapes, for the static engine (Neural Engine)",
+}
+
+
+def coreai_card(checkpoint: Checkpoint, plan: CoreAIPlan, name: str, findings: list[Finding]) -> FormatCard:
+    """What the format adds.
+
+    Args:
+        checkpoint: what was exported.
+        plan: of the export.
+        name: of the model.
+        findings: of the device lint.
+    """
+    sections = {
+        "Use": f"`{plain(name)}.aimodel`, `metadata.json` and `tokenizer/` are a bundle as the language model runner "
+        "of apple/coreai-models reads it; open this folder with it on macOS 27 or iOS 27. It was not run on a device."
+    }
+    if findings:
+        sections["What devices are known to do"] = "\n".join(
+            f"- **{finding.id}** ({finding.severity}), {plain(finding.subject)}: {finding.reason} "
+            f"Remedy: {finding.remedy}. Source: {finding.source}."
+            for finding in findings
+        )
+    return FormatCard(
+        library="coreai",
+        tags=["coreai"],
+        summary="A Core AI model for iOS 27, macOS 27 and later",
+        facts={
+            "interface": f"`{plan.interface}`: {_ENGINES[plan.interface]}",
+            "positions": f"{plan.context:,}",
+            "weights": f"{plan.weights_size_bytes / 1e6:,.1f} MB (float16: {checkpoint.numel * 2 / 1e6:,.1f} MB)",
+        },
+        sections=sections,
+    )

@@ -1,0 +1,1 @@
+"""What `import edkm_export` offers, and what commands and Python functions share."""

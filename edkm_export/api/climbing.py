@@ -1,0 +1,105 @@
+"""The verification of an export, for the commands and for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from edkm_export.activity import activity, stages
+from edkm_export.api.artifacts import open_artifact
+from edkm_export.api.artifacts import predicted_size_bytes as predict
+from edkm_export.api.originals import check_length, find_original, find_soft, read_evaluation_text
+
+if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
+    from edkm_export.checkpoint import Checkpoint
+    from edkm_export.reference.source import Source
+    from edkm_export.token_ids import Ids
+    from edkm_export.verify.inputs import VerificationInputs
+    from edkm_export.verify.report import Report
+
+__all__ = ["climb", "verification_inputs"]
+
+
+def verification_inputs(
+    checkpoint: Checkpoint,
+    *,
+    text: tuple[str | Ids, str] | None,
+    tokens: int,
+    original: Source | None,
+    run: str | Path | None,
+    max_perplexity_ratio: float | Literal["preset"] | None,
+    prompts: Sequence[str],
+    localize: bool,
+    minutes: float | None,
+    command: Sequence[str],
+) -> VerificationInputs:
+    """What an artifact is verified with; what cannot be used is refused before the long work.
+
+    Args:
+        checkpoint: what was exported.
+        text: evaluation text or its token ids, and what to call it; None: the built-in sample.
+        tokens: of the text to use.
+        original: the float model; None: what the checkpoint was made from, if it is there.
+        run: folder of the training run; None: where the checkpoint lies.
+        max_perplexity_ratio: limit of the quality; "preset": that of the bits; None: no limit.
+        prompts: whose continuation is compared too.
+        localize: find the first operation that is off.
+        minutes: time for it; None: no limit.
+        command: words of the command that asks for it; empty: none.
+
+    Raises:
+        InputError: the text, the original or the run that was asked for cannot be used.
+    """
+    from edkm_export.reference import llamacpp
+    from edkm_export.reference.hard_model import load_hard_tokenizer
+    from edkm_export.verify.inputs import VerificationInputs
+
+    content, name = read_evaluation_text(None) if text is None else text
+    if text is not None:
+        check_length(content, load_hard_tokenizer(checkpoint), tokens, name)
+    source, missing = find_original(checkpoint, original)
+    soft, no_soft = find_soft(checkpoint, run)
+    return VerificationInputs(
+        text=content,
+        text_name=name,
+        tokens=tokens,
+        original=source,
+        original_missing=missing,
+        original_required=original is not None,
+        runtime=llamacpp,
+        max_perplexity_ratio=max_perplexity_ratio,
+        prompts=tuple(prompts),
+        localize=localize,
+        soft=soft,
+        soft_missing=no_soft,
+        soft_required=run is not None,
+        minutes=minutes,
+        command=tuple(command),
+    )
+
+
+def climb(
+    checkpoint: Checkpoint,
+    path: Path,
+    evaluation: VerificationInputs,
+    predicted_size_bytes: int | None = None,
+) -> Report:
+    """Climb the ladder.
+
+    Args:
+        checkpoint: what the artifact should hold.
+        path: of the artifact, as `find_artifact` gives it.
+        evaluation: from `verification_inputs`.
+        predicted_size_bytes: what the exporter promised; None: what a plan of the same export says.
+    """
+    from edkm_export.verify.ladder import count_stages, verify_artifact
+
+    with activity("reading the artifact"):
+        artifact = open_artifact(path)
+        if predicted_size_bytes is None:
+            predicted_size_bytes = predict(checkpoint, artifact)
+    with stages(count_stages(artifact, evaluation)) as advance:
+        return verify_artifact(
+            checkpoint, artifact, evaluation, predicted_size_bytes=predicted_size_bytes, advance=advance
+        )

@@ -1,0 +1,179 @@
+"""One-shot palettization of a language model, for the command and for Python."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from edkm_export.activity import activity
+from edkm_export.api.calibration_data import CONTEXT, CalibrationInput
+from edkm_export.api.originals import read_evaluation_text
+from edkm_export.api.subjects import Subject
+from edkm_export.calibration import CalibrationText, check_vocabulary, input_energy
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.decoder.build import decoder_config
+from edkm_export.errors import InputError
+from edkm_export.loss_estimate import ESTIMATE_CONTEXT, LossEstimate, Predictions, estimate_tokens
+from edkm_export.palettization import palettizable_shapes, palettize_model
+from edkm_export.recipe import Recipe
+from edkm_export.reference.tokenizer_files import tokenizer_files
+from edkm_export.text import in_windows, token_windows
+from edkm_export.versions import library_versions
+
+__all__ = ["OneShot", "palettize_language_model"]
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """What came out.
+
+    Attributes:
+        checkpoint: the palettized model.
+        remarks: what was done to the weights on the way, in words.
+        estimate: of the loss; None: it was not asked for, or there is no text to estimate it on.
+        tokenizer: of the model; None: it has none.
+    """
+
+    checkpoint: Checkpoint
+    remarks: tuple[str, ...]
+    estimate: LossEstimate | None
+    tokenizer: Any
+
+
+def palettize_language_model(
+    subject: Subject,
+    plan: Recipe,
+    *,
+    calibration: CalibrationInput | None,
+    calibration_tokens: int,
+    estimate: bool,
+    command: Sequence[str],
+) -> OneShot:
+    """Palettize a language model. What can be refused is refused before its weights are read.
+
+    Args:
+        subject: the model.
+        plan: bits, groups and LUT dtype by module name.
+        calibration: text or ids that weigh the clustering; None: all weights count the same.
+        calibration_tokens: of it to use.
+        estimate: compare with the original, on text that calibration did not see.
+        command: for the provenance.
+
+    Raises:
+        ConversionError: a family that could not be exported.
+        InputError, SourceError: the model, its tokenizer or the text cannot be used.
+        RecipeError, PaletteError: the recipe does not fit the model.
+    """
+    where = subject.where
+    with activity(f"reading {where}"):
+        config = subject.config()
+        decoder_config(config.to_dict(), where)
+        account = subject.account()
+        outline = subject.outline()
+        shapes = palettizable_shapes(outline)
+        rules = plan.plan(shapes, where)
+        tokenizer = subject.tokenizer()
+        estimate = estimate and bool(rules) and tokenizer is not None
+        wanted = estimate_tokens(config.vocab_size) if estimate else 0
+        windows, held_out = _texts(
+            calibration, tokenizer, calibration_tokens, wanted, config.max_position_embeddings
+        )
+        for tokens in (windows, held_out):
+            if tokens is not None:
+                check_vocabulary(outline, tokens)
+    model = subject.load()
+    if held_out is not None and model.device.type != "cpu":
+        raise InputError(f"estimate: {where} is on {model.device}; it is made on the CPU only: model.cpu().")
+    provenance: dict[str, Any] = {
+        "versions": library_versions(),
+        "command": list(command),
+        "seed": None,
+        "base_model": subject.base_model(),
+        "source": account.provenance(),
+    }
+    energy = predictions = found = None
+    with _evaluating(model):
+        if calibration is not None and windows is not None:
+            with activity("calibrating", len(windows)) as counted:
+                energy = input_energy(model, windows, advance=counted.advance)
+            provenance["calibration"] = calibration.provenance(windows)
+        if held_out is not None:
+            with activity("predicting with the original"):
+                predictions = Predictions(model, held_out)
+    settings = subject.settings(model)
+    files = {} if tokenizer is None else tokenizer_files(tokenizer, settings)
+    finished = settings.config.to_dict()
+    with activity("palettizing", sum(shapes[name][0] * shapes[name][1] for name in rules)) as counted:
+        parts = palettize_model(
+            model,
+            plan,
+            energy=energy,
+            source=where,
+            advance=lambda _name, count: counted.advance(count),
+            consume=subject.consume,
+        )
+    if predictions is not None:
+        with activity("estimating the loss"), _keeping_weights(model, not subject.consume):
+            found = predictions.compare(model, parts.palettized)
+        name = "built-in sample" if calibration is None else Path(calibration.name).name
+        provenance["estimate"] = {"text": name, **found.record()}
+    checkpoint = Checkpoint(
+        config=finished,
+        palettized=parts.palettized,
+        dense=parts.dense,
+        tied=parts.tied,
+        tokenizer=files,
+        recipe=plan.model_dump(mode="json"),
+        provenance=provenance,
+    )
+    regrouped = plan.regrouped(shapes)
+    return OneShot(checkpoint, (*account.remarks, *([regrouped] if regrouped else [])), found, tokenizer)
+
+
+def _texts(
+    calibration: CalibrationInput | None, tokenizer: Any, tokens: int, wanted: int, longest: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Windows to calibrate on, and windows to estimate the loss on; None: there are none."""
+    windows = held_out = None
+    if calibration is not None:
+        read = CalibrationText.read(
+            calibration.content(tokenizer),
+            tokenizer,
+            tokens=tokens,
+            context=min(CONTEXT, longest),
+            held_out=wanted,
+            source=calibration.name,
+        )
+        windows, held_out = read.windows, read.held_out
+    elif wanted:
+        sample, name = read_evaluation_text(None)
+        held_out = token_windows(sample, tokenizer, tokens=wanted, context=wanted, source=name).flatten()
+    return windows, None if held_out is None else in_windows(held_out, min(ESTIMATE_CONTEXT, longest))
+
+
+@contextlib.contextmanager
+def _keeping_weights(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """What was put in place of a parameter's values is taken out again."""
+    kept = [(parameter, parameter.data) for parameter in model.parameters()] if wanted else []
+    try:
+        yield
+    finally:
+        for parameter, values in kept:
+            parameter.data = values
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode; each part is as it was afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was

@@ -1,0 +1,274 @@
+"""`edkm_export.palettize`: a model, a module or one weight as lookup tables and indices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from edkm_export.api.calibration_data import as_batches, read_calibration, takes_ids
+from edkm_export.api.one_shot import palettize_language_model
+from edkm_export.api.recipes import GivenRecipe, choose_recipe, fitted_recipe
+from edkm_export.api.subjects import MemorySubject, SourceSubject, Subject
+from edkm_export.array_input import as_tensor
+from edkm_export.calibration import Batch, module_energy
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.decoder.build import FAMILIES
+from edkm_export.errors import InputError, RecipeError
+from edkm_export.lut_dtypes import LutDtype
+from edkm_export.palette import PalettizedTensor
+from edkm_export.palettization import palettizable_shapes, palettize_model, palettize_weight
+from edkm_export.prompt import read_tokenizer
+from edkm_export.recipe import Recipe
+from edkm_export.reference import source as sources
+from edkm_export.reference.memory_model import is_causal_lm, portable, require_plain
+from edkm_export.versions import library_versions
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["palettize"]
+
+_COMMAND = ["edkm_export.palettize"]
+_HELD_OUT = 512  # tokens that an estimate holds out, behind those of the calibration
+
+
+@overload
+def palettize(
+    model: Tensor | NDArray[np.floating[Any]],
+    *,
+    calibration: Any = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    lut_dtype: LutDtype | None = None,
+    name: str = "weight",
+) -> PalettizedTensor: ...
+
+
+@overload
+def palettize(
+    model: str | Path | nn.Module,
+    tokenizer: Any = None,
+    *,
+    calibration: Any = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    lut_dtype: LutDtype | None = None,
+    recipe: GivenRecipe | None = None,
+    skip: Iterable[str] = (),
+    calibration_tokens: int = 1024,
+    estimate: bool = False,
+    adapter: str | Path | None = None,
+) -> Checkpoint: ...
+
+
+def palettize(
+    model: str | Path | nn.Module | Tensor | NDArray[np.floating[Any]],
+    tokenizer: Any = None,
+    *,
+    calibration: Any = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    lut_dtype: LutDtype | None = None,
+    recipe: GivenRecipe | None = None,
+    skip: Iterable[str] = (),
+    calibration_tokens: int = 1024,
+    estimate: bool = False,
+    adapter: str | Path | None = None,
+    name: str = "weight",
+) -> Checkpoint | PalettizedTensor:
+    """Cluster weights into lookup tables, in one shot.
+
+    Args:
+        model: a language model: a Hugging Face folder, hub id or GGUF file, or a model of transformers in memory, which
+            is left as it is. Or any other `torch.nn.Module`, whose linear, embedding and convolution layers are
+            palettized. Or one weight, float [out, in] or [out, in, *kernel].
+        tokenizer: of transformers, or a folder with one; for a model in memory. A path brings its own.
+        calibration: what weighs the clustering; recommended, it is worth about a bit. For a language model: the path of
+            a text file, strings, a dataset with a "text" or "input_ids" column, or token ids. For other modules:
+            example inputs: a tensor, a tuple, a dict of named inputs, or several of these. For a weight: inputs of its
+            layer, float [..., in].
+        bits: of an index: 1, 2, 3, 4, 6 or 8; default 4. Embeddings and output heads of language models get 8.
+        group_size: output rows that share a LUT, 0: all of them; default 16, or the nearest number that divides the
+            rows.
+        lut_dtype: "float16" (default), "int8", or "int4" for up to 3 bits.
+        recipe: instead of these three: a `Recipe`, a preset ("4bit"), a YAML file, or its contents.
+        skip: shell patterns of module names that stay dense, such as "*.classifier"; for modules that are no language
+            models.
+        calibration_tokens: of the text to use.
+        estimate: compare a language model with the original on text that calibration did not see, in seconds; the
+            result is in `provenance["estimate"]`.
+        adapter: folder of a LoRA adapter that is merged into a model that a path names.
+        name: of one weight.
+
+    Returns:
+        A `Checkpoint`; of one weight a `PalettizedTensor`.
+
+    Raises:
+        InputError: the model, tokenizer or calibration cannot be used: of another type, NaN in a weight, no ids.
+        RecipeError, PaletteError: bits that no target holds, such as 5; a group size that does not divide.
+        ConversionError: a path names a model of a family that cannot be exported.
+        BackendMissingError: a package that reads this form is not installed.
+
+    Example:
+        >>> checkpoint = edkm_export.palettize("fixtures/tiny-llama", calibration=["Once upon a time, ..."])
+        >>> checkpoint.save("model.pt")
+    """
+    options = (bits, group_size, lut_dtype)
+    if isinstance(model, (str, Path)):
+        _only_for_modules(skip)
+        given = None if tokenizer is None else _as_tokenizer(tokenizer)
+        subject: Subject = SourceSubject(sources.Source.parse(model, adapter).locate(), given)
+        return _of_subject(
+            subject, choose_recipe(recipe, *options), calibration, calibration_tokens, estimate
+        )
+    if adapter is not None:
+        raise InputError(
+            "adapter: is merged into a model that a path names; merge it in memory: merge_and_unload()."
+        )
+    if isinstance(model, nn.Module):
+        if is_causal_lm(model) and _family(model) in FAMILIES:
+            _only_for_modules(skip)
+            given = None if tokenizer is None else _as_tokenizer(tokenizer)
+            subject = MemorySubject(model, given)
+            return _of_subject(
+                subject, choose_recipe(recipe, *options), calibration, calibration_tokens, estimate
+            )
+        if estimate:
+            raise InputError("estimate: is for language models.")
+        chosen = choose_recipe(recipe, *options) if recipe is not None else None
+        return _of_module(model, tokenizer, chosen, options, tuple(skip), calibration, calibration_tokens)
+    if isinstance(model, Tensor) or hasattr(model, "__array__"):
+        if recipe is not None or tokenizer is not None or skip:
+            raise InputError("model: is one weight, which takes neither recipe, tokenizer nor skip.")
+        return _of_weight(as_tensor(model, name), name, options, calibration)
+    raise InputError(
+        f"model: is {type(model).__name__}, expected a path or hub id, a torch.nn.Module or a tensor."
+    )
+
+
+def _family(model: Any) -> str:
+    return str(model.config.model_type)
+
+
+def _only_for_modules(skip: Iterable[str]) -> None:
+    if tuple(skip):
+        raise RecipeError(
+            "skip: is for modules that are no language models; give a recipe with rules that say skip: true."
+        )
+
+
+def _of_subject(subject: Subject, plan: Recipe, calibration: Any, tokens: int, estimate: bool) -> Checkpoint:
+    """A language model."""
+    read = None if calibration is None else read_calibration(calibration, tokens + _HELD_OUT)
+    return palettize_language_model(
+        subject, plan, calibration=read, calibration_tokens=tokens, estimate=estimate, command=_COMMAND
+    ).checkpoint
+
+
+def _of_module(
+    module: nn.Module,
+    tokenizer: Any,
+    recipe: Recipe | None,
+    options: tuple[int | None, int | None, LutDtype | None],
+    skip: tuple[str, ...],
+    calibration: Any,
+    tokens: int,
+) -> Checkpoint:
+    """Any module: its parameters and floating-point buffers."""
+    where = type(module).__name__
+    require_plain(module, where)
+    shapes = palettizable_shapes(module)
+    if not shapes:
+        raise InputError(
+            f"{where}: has no linear, embedding or convolution layer, so nothing can be palettized."
+        )
+    if recipe is not None and skip:
+        raise RecipeError("recipe decides what stays dense (skip: true); leave skip out.")
+    plan = fitted_recipe(shapes, *options, skip) if recipe is None else recipe
+    plan.plan(shapes, where)
+    provenance = _provenance(where)
+    energy = None
+    if calibration is not None:
+        if tokenizer is not None or (takes_ids(module) and not _is_batches(calibration)):
+            read = read_calibration(calibration, tokens)
+            windows = read.windows(None if tokenizer is None else _as_tokenizer(tokenizer), tokens)
+            provenance["calibration"] = read.provenance(windows)
+            place = next(module.parameters()).device
+            batches: Iterable[Batch] = [((), {"input_ids": window[None].to(place)}) for window in windows]
+        else:
+            batches = as_batches(calibration, module)
+        energy = module_energy(module, batches)
+    parts = palettize_model(module, plan, energy=energy, source=where, consume=False, buffers=True)
+    config = getattr(module, "config", None)
+    return Checkpoint(
+        config=portable(module).config.to_dict() if hasattr(config, "model_type") else {},
+        palettized=parts.palettized,
+        dense=parts.dense,
+        tied=parts.tied,
+        recipe=plan.model_dump(mode="json"),
+        provenance=provenance,
+    )
+
+
+def _is_batches(calibration: Any) -> bool:
+    """Whether it is arguments of calls by their names, not ids or text."""
+    rows = calibration if isinstance(calibration, (list, tuple)) else [calibration]
+    return bool(rows) and all(
+        isinstance(row, dict) and all(isinstance(value, Tensor) for value in row.values()) for row in rows
+    )
+
+
+def _of_weight(
+    weight: Tensor, name: str, options: tuple[int | None, int | None, LutDtype | None], calibration: Any
+) -> PalettizedTensor:
+    """One weight."""
+    if not weight.is_floating_point() or weight.dim() < 2 or not weight.numel():
+        raise InputError(
+            f"{name}: is {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}, expected floating point with "
+            "at least two axes, [out, in]."
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError(f"{name}: holds NaN or infinity; it cannot be clustered.")
+    importance = None
+    if calibration is not None:
+        inputs = as_tensor(calibration, "calibration").float()
+        if weight.dim() > 2 or not inputs.numel() or inputs.shape[-1:] != weight.shape[1:]:
+            raise InputError(
+                f"calibration: has shape {list(inputs.shape)}, expected inputs of the layer, [..., {weight.shape[1]}]"
+                + ("; of a convolution, palettize the layer itself." if weight.dim() > 2 else ".")
+            )
+        importance = inputs.reshape(-1, weight.shape[1]).square().mean(0)
+        if not bool(torch.isfinite(importance).all()):
+            raise InputError("calibration: holds NaN or infinity.")
+    rule = fitted_recipe({"": tuple(weight.shape)}, *options).rule_for("")
+    assert rule is not None
+    return palettize_weight(name, weight, rule.fitted(len(weight)), importance=importance)
+
+
+def _provenance(where: str) -> dict[str, Any]:
+    return {
+        "versions": library_versions(),
+        "command": _COMMAND,
+        "seed": None,
+        "base_model": {"reference": f"{where} in memory", "sha256": {}},
+    }
+
+
+def _as_tokenizer(given: Any) -> Any:
+    """A tokenizer of transformers, or the one of a folder."""
+    if isinstance(given, (str, Path)):
+        if not Path(given).is_dir():
+            raise InputError(
+                f"tokenizer: {given}: no such folder; give one that holds a tokenizer, or a tokenizer."
+            )
+        return read_tokenizer(given)
+    if not callable(given) or not hasattr(given, "save_pretrained"):
+        raise InputError(
+            f"tokenizer: is {type(given).__name__}, expected a tokenizer of transformers or a folder with one."
+        )
+    return given

@@ -1,0 +1,96 @@
+"""The two verdicts of a report, and the sentences that all forms of it share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edkm_export.verify.report import Report, Rung, TimeBudget, Verdict
+
+__all__ = [
+    "budget_words",
+    "faithful_export",
+    "faithful_words",
+    "one_line",
+    "quality",
+    "quality_words",
+    "tally",
+]
+
+
+def faithful_export(rungs: Sequence[Rung]) -> Verdict:
+    """Does the artifact compute what was trained?
+
+    FAIL when any rung failed. PASS when none did, the bytes are right, and some execution passed: right bytes that were
+    never run prove nothing of what is computed.
+    """
+    passed = {rung.id for rung in rungs if rung.verdict is Verdict.PASS}
+    if any(rung.verdict is Verdict.FAIL for rung in rungs):
+        return Verdict.FAIL
+    executed = any(name.startswith("execution-") for name in passed)
+    return Verdict.PASS if "bytes" in passed and executed else Verdict.NOT_RUN
+
+
+def quality(rungs: Sequence[Rung]) -> Verdict:
+    """How far did palettization move the model from the original? The verdict of that rung."""
+    return next((rung.verdict for rung in rungs if rung.id == "palettization"), Verdict.NOT_RUN)
+
+
+def tally(report: Report) -> str:
+    """How many rungs there are, and what came of them; the parts add up."""
+    words = (
+        ("passed", lambda verdict: verdict.is_good),
+        ("failed", lambda verdict: verdict.is_bad),
+        ("reported without a threshold", lambda verdict: verdict is Verdict.REPORTED),
+        ("not run", lambda verdict: verdict is Verdict.NOT_RUN),
+    )
+    counts = [(sum(holds(rung.verdict) for rung in report.rungs), word) for word, holds in words]
+    parts = ", ".join(f"{count} {word}" for count, word in counts if count)
+    return f"{len(report.rungs)} rungs: {parts}" if parts else "no rungs"
+
+
+def faithful_words(report: Report) -> str:
+    """What the first verdict means here, in a sentence."""
+    failed = [rung.candidate for rung in report.rungs if rung.verdict is Verdict.FAIL]
+    if failed:
+        return f"The artifact does not compute the model that was palettized or trained. Failed: {'; '.join(failed)}."
+    if report.faithful_export is Verdict.PASS:
+        return (
+            "The artifact computes the model that was palettized or trained: its weights bit for bit, its logits "
+            "within rounding."
+        )
+    return "Nothing failed, but the artifact was not executed, so it is not known what it computes."
+
+
+def quality_words(report: Report) -> str:
+    """What the second verdict means here, in a sentence."""
+    ratio, limit, source = report.perplexity_ratio, report.perplexity_limit, report.perplexity_limit_source
+    if ratio is None:
+        return "The original was not compared with, so it is not known how far palettization moved the model."
+    found = f"Perplexity is {ratio:.3g} times the original's"
+    by = f" ({source})" if source else ""
+    if limit is None:
+        return f"{found}; no limit is set for it{by}."
+    place = {Verdict.WITHIN: "within", Verdict.BEYOND: "beyond"}.get(report.quality, "against")
+    return f"{found}, {place} the limit of {limit:g}{by}."
+
+
+def budget_words(budget: TimeBudget) -> str:
+    """What the limit of the time left out, in a sentence."""
+    given = f"{budget.minutes:g} minute{'' if budget.minutes == 1 else 's'} (--minutes)"
+    return f"{given}; cut: {'; '.join(budget.cut)}" if budget.cut else f"{given}; nothing was left out"
+
+
+def one_line(report: Report) -> str:
+    """Both verdicts, the artifact, and what failed or what was proved, in one line."""
+    failed = [f"{rung.candidate}: {rung.detail}" for rung in report.rungs if rung.verdict.is_bad]
+    parts = [f"{report.bit_exact_tensors} of {len(report.tensors)} tensors bit-exact", tally(report)]
+    if report.perplexity_ratio is not None and report.top1_agreement is not None:
+        parts.insert(
+            0,
+            f"perplexity x{report.perplexity_ratio:.3g}, top-1 {report.top1_agreement:.1%} against the original",
+        )
+    words = (
+        f"faithful export {report.faithful_export.value}, quality {report.quality.value}: {report.artifact}: "
+        + "; ".join(failed or parts)
+    )
+    return " ".join(words.split())
