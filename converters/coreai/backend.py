@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -111,25 +110,20 @@ def _require() -> None:
 def quiet() -> Iterator[None]:
     """Silence warnings about versions, progress lines, and what native code writes to standard error.
 
-    What it wrote is shown when the work fails.
+    Errors are exceptions all the same.
     """
     sys.stderr.flush()
     before = logging.root.manager.disable
-    with tempfile.TemporaryFile() as hidden:
-        kept = os.dup(2)
-        os.dup2(hidden.fileno(), 2)
-        logging.disable(logging.WARNING)
-        try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")
-                yield
-        except BaseException:
-            sys.stderr.flush()
-            hidden.seek(0)
-            os.write(kept, hidden.read()[-4000:])
-            raise
-        finally:
-            sys.stderr.flush()
-            logging.disable(before)
-            os.dup2(kept, 2)
-            os.close(kept)
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.stderr.flush()
+        logging.disable(before)
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -151,8 +151,11 @@ def read_palettes(program: Program, description: Description) -> dict[str, Palet
     stored: dict[str, StoredPalette] = {}
     for palette in stored_palettes(program):
         stored.setdefault(palette.digest, palette)
+    order = {digest: place for place, digest in enumerate(stored)}  # that of the program, not of the metadata
     found = {}
-    for name, told in description.palettized.items():
+    for name, told in sorted(
+        description.palettized.items(), key=lambda each: order.get(each[1].digest, len(order))
+    ):
         if told.digest not in stored:
             raise PackageError(
                 f"{name}: nothing in the program has the digest that the metadata gives for it; LUT or indices were "

@@ -113,7 +113,7 @@ print(len(load_asset("fixtures/coreai/model.aimodel").palettized()))
     assert done.stdout.strip() == str(len(FORMS)), done.stderr
 
 
-def test_a_folder_with_two_models_is_not_guessed():
+def test_a_folder_with_several_models_is_not_guessed():
     with pytest.raises(PackageError, match=r"expected one \.aimodel in it, found 3"):
         load_asset(FOLDER)
 
