@@ -44,7 +44,7 @@ def install() -> None:
     _deps._IS_MACOS = True
     model._MLModelProxy = Predictor
     assert ct.models.model is model
-    if "torchvision" not in sys.modules:
+    if not _deps._HAS_TORCH_VISION:
         sys.modules["torchvision"] = _Absent(
             "torchvision", "its wheel on Linux does not go with PyTorch for the CPU"
         )
