@@ -45,6 +45,7 @@ WORDS = {
     "refused": "refused: an op, or a form of one, that is not implemented",
     "undefined": "refused: an index out of range, whose effect Core ML does not define",
     "not reached": "failed before a prediction: conversion with these versions, or a neural network",
+    "not collected": "modules that cannot be imported with the installed packages",
     "known": "the expectation of the test does not hold, see below",
     "wrong": "**wrong**",
     "package error": "**a valid program refused as damaged**",
@@ -67,7 +68,18 @@ def run(args: argparse.Namespace, results: Path) -> None:
         "no:cacheprovider",
     ]
     command += ["-c", str(ROOT / "tests/coremltools_suite/settings.ini"), "--rootdir", str(folder)]
-    command += ["-q", "--no-header", "--tb=no", "-r", "", "-n", str(args.workers), "--dist", "load"]
+    command += [
+        "-q",
+        "--no-header",
+        "--tb=no",
+        "-r",
+        "",
+        "--continue-on-collection-errors",
+        "-n",
+        str(args.workers),
+        "--dist",
+        "load",
+    ]
     command += ["--suite-results", str(results), "--suite-precision", args.precision]
     command += ["--suite-sample", str(args.sample), "--suite-seed", str(args.seed)]
     for path in args.paths or PATHS:

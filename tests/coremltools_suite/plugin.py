@@ -71,14 +71,22 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """In the process that collects the reports, which is the only one that writes."""
-    target = _Results.path
     found = dict(report.user_properties).get("coremltools")
-    if target is not None and found is not None and report.when != "teardown":
-        with target.open("a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({"test": report.nodeid, "seconds": round(report.duration, 3), **found}) + "\n"
-            )
+    if found is not None and report.when != "teardown":
+        _write({"test": report.nodeid, "seconds": round(report.duration, 3), **found})
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        why = str(report.longrepr).strip().splitlines()[-1]
+        _write({"test": report.nodeid, "seconds": 0.0, "kind": "not collected", "detail": why})
+
+
+def _write(entry: dict[str, Any]) -> None:
+    """In the process that collects the reports, which is the only one that writes."""
+    if _Results.path is not None:
+        with _Results.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
 class _Results:
