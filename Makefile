@@ -16,7 +16,7 @@ CALIBRATION ?= fixtures/calibration.txt
 # Evaluation text of `make smollm2`; empty: the built-in sample.
 TEXT ?=
 
-# Of `make test-coremltools`: one test in so many; 1 runs all of coremltools' tests that predict.
+# Of `make test-coremltools`: one op test in so many; 1 runs all of them.
 SAMPLE ?= 1
 
 .PHONY: demo test test-slow test-browser test-coremltools lint smollm2 clean
