@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Modules of tests that make ML programs. Those of neural networks, of TensorFlow (which is not installed), of
 # scikit-learn and XGBoost, and of training with coremltools.optimize.torch never predict with one.
-PATHS = (
-    "converters/mil/mil/ops/tests",
+OPS = ("converters/mil/mil/ops/tests",)
+REST = (
     "converters/mil/frontend/torch/test",
     "converters/mil/frontend/milproto",
     "converters/mil/mil/tests",
@@ -82,13 +82,19 @@ def run(args: argparse.Namespace, results: Path) -> None:
     ]
     command += ["--suite-results", str(results), "--suite-precision", args.precision]
     command += ["--suite-sample", str(args.sample), "--suite-seed", str(args.seed)]
-    for path in args.paths or PATHS:
+    for path in args.paths or (OPS + REST if args.all else OPS):
         if not (folder / path.partition("::")[0]).exists():
             sys.exit(
                 f"{path}: no such file or folder of coremltools {importlib.metadata.version('coremltools')}"
             )
         command.append(str(folder / path))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "0",
+        "TQDM_DISABLE": "1",
+    }
     if args.float32_programs:
         environment["INCLUDE_MIL_FP32_UNIT_TESTS"] = "1"
     done = subprocess.run(command, env=environment, cwd=ROOT, check=False)
@@ -135,9 +141,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "paths", nargs="*", help="files or folders below coremltools; default: all that predict"
-    )
+    parser.add_argument("paths", nargs="*", help="files or folders below coremltools; default: the op tests")
+    parser.add_argument("--all", action="store_true", help="also the tests of converters and packages")
     parser.add_argument("--sample", type=int, default=1, help="run one test in so many")
     parser.add_argument("--seed", type=int, default=0, help="draws the sample")
     parser.add_argument("--precision", default="float32", help="float32, rounded or float16")

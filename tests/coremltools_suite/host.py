@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.machinery
 import sys
 import types
 from typing import Any
@@ -61,6 +62,7 @@ class _Absent(types.ModuleType):
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
         self.__dict__["_why"] = why
 
     def __getattr__(self, name: str) -> Any:
