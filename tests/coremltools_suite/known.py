@@ -8,8 +8,8 @@ __all__ = ["known_reason"]
 _KNOWN = (
     (
         "ops/tests/iOS15/test_image_resizing.py::TestCropResize::test_builder_to_backend_smoke",
-        "gives crop_resize a normalized box outside of the image, and expects the whole image; iOS 17's own test expects "
-        "padding there, as the interpreter does",
+        "gives crop_resize a normalized box outside of the image, and expects the whole image; the test for iOS 17 "
+        "expects padding there, as the interpreter does",
     ),
     (
         "TestStack::test_stack_dynamic_range_dim",
