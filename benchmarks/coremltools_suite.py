@@ -157,7 +157,11 @@ def main() -> None:
         if not args.given:
             run(args, results)
         found = [entry for file in args.given or [results] for entry in read(file)]
-    size = "all tests of the modules that were run" if args.sample == 1 else f"one test in {args.sample}, seed {args.seed}"
+    size = (
+        "all tests of the modules that were run"
+        if args.sample == 1
+        else f"one test in {args.sample}, seed {args.seed}"
+    )
     version = importlib.metadata.version("coremltools")
     section = table(found, f"coremltools {version}, {size}, in {args.precision}.")
     print(f"\n{section}\n")

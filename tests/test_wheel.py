@@ -147,6 +147,7 @@ def test_a_missing_extra_is_named_in_python(hidden, extra, call):
     assert f"pip install 'edkm-export[{extra}]'" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_matplotlib(tmp_path):
     code = WITHOUT.replace("HIDDEN", repr(("matplotlib",)))
     arguments = [

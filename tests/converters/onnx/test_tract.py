@@ -50,7 +50,9 @@ def test_families(case, runtime, opset, tmp_path):
     assert_computes(family_checkpoint(case), runtime, tmp_path / "out", opset)
 
 
-@pytest.mark.parametrize("n_bits", (1, 2, 3, 4, 6, 8))
+@pytest.mark.parametrize(
+    "n_bits", (*(pytest.param(bits, marks=pytest.mark.slow) for bits in (1, 2, 6, 8)), 3, 4)
+)
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_widths(n_bits, runtime, tmp_path):
     """Float LUTs of two groups of columns; of vectors, where there are bits to spare."""
