@@ -53,6 +53,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "edkm_export.checkpoint",
         "edkm_export.model_card",
+        "edkm_export.device_lint",
         "edkm_export.recipe",
         "edkm_export.weight_storage",
         "edkm_export.clustering",

@@ -10,6 +10,7 @@ import click
 
 from edkm_export.api.formats import CoreAIFormat
 from edkm_export.cli.export import export_arguments, export_options, run_export
+from edkm_export.cli.lint_table import show_findings, warn_of
 from edkm_export.command_line import command_line
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
@@ -69,29 +70,12 @@ class _CoreAIExporter(CoreAIFormat):
         table.add_row("functions", ", ".join(plan.function_names))
         table.add_row("weights", f"{megabytes(plan.weights_size_bytes)} ({plan.weights_size_bytes:,} bytes)")
         out.print(table)
-        findings = lint(checkpoint, plan)
-        if not findings:
-            out.print("device lint: nothing found")
-            return
-        lines = Table(title="device lint", title_justify="left")
-        for heading in ("finding", "reason", "remedy", "source"):
-            lines.add_column(heading)
-        for finding in findings:
-            subject = f"{finding.severity}: {finding.id}\n{finding.subject}"
-            lines.add_row(subject, finding.reason, finding.remedy, finding.source)
-        out.print(lines)
+        show_findings(lint(checkpoint, plan))
 
     def warn(self, checkpoint: Checkpoint, plan: CoreAIPlan) -> None:
         from converters.coreai.write.lint import lint
-        from edkm_export.cli.console import err
 
-        for finding in lint(checkpoint, plan):
-            if finding.severity != "note":
-                err.print(
-                    f"{finding.severity}: {finding.subject}: {finding.reason} {finding.remedy} ({finding.source})",
-                    soft_wrap=True,
-                    highlight=False,
-                )
+        warn_of(lint(checkpoint, plan))
 
     def next_commands(self, plan: CoreAIPlan, folder: Path, checkpoint: Path) -> list[str]:
         return [

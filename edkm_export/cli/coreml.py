@@ -10,6 +10,7 @@ import click
 
 from edkm_export.api.formats import CoreMLFormat
 from edkm_export.cli.export import export_arguments, export_options, run_export
+from edkm_export.cli.lint_table import show_findings, warn_of
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from converters.coreml.write.export_plan import ExportPlan
@@ -129,29 +130,12 @@ class _CoreMLExporter(CoreMLFormat):
                 f"layers {layers.first} to {layers.end - 1}, {megabytes(size)} of weights ({size:,} bytes)",
             )
         out.print(table)
-        findings = lint(checkpoint, plan)
-        if not findings:
-            out.print("device lint: nothing found")
-            return
-        lines = Table(title="device lint", title_justify="left")
-        for heading in ("finding", "reason", "remedy", "source"):
-            lines.add_column(heading)
-        for finding in findings:
-            subject = f"{finding.severity}: {finding.id}\n{finding.subject}"
-            lines.add_row(subject, finding.reason, finding.remedy, finding.source)
-        out.print(lines)
+        show_findings(lint(checkpoint, plan))
 
     def warn(self, checkpoint: Checkpoint, plan: ExportPlan) -> None:
         from converters.coreml.write.lint import lint
-        from edkm_export.cli.console import err
 
-        for finding in lint(checkpoint, plan):
-            if finding.severity != "note":
-                err.print(
-                    f"{finding.severity}: {finding.subject}: {finding.reason} {finding.remedy} ({finding.source})",
-                    soft_wrap=True,
-                    highlight=False,
-                )
+        warn_of(lint(checkpoint, plan))
 
     def next_commands(self, plan: ExportPlan, folder: Path, checkpoint: Path) -> list[str]:
         from converters.coreml.write.card import mac_commands

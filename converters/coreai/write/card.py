@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from converters.coreai.write.export_plan import CoreAIPlan
-from converters.coreai.write.lint import Finding
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.device_lint import Finding, card_sections
 from edkm_export.model_card import FormatCard, plain
 
 __all__ = ["coreai_card"]
@@ -28,12 +28,7 @@ def coreai_card(checkpoint: Checkpoint, plan: CoreAIPlan, name: str, findings: l
         "Use": f"`{plain(name)}.aimodel`, `metadata.json` and `tokenizer/` are a bundle as the language model runner "
         "of apple/coreai-models reads it; open this folder with it on macOS 27 or iOS 27. It was not run on a device."
     }
-    if findings:
-        sections["What devices are known to do"] = "\n".join(
-            f"- **{finding.id}** ({finding.severity}), {plain(finding.subject)}: {finding.reason} "
-            f"Remedy: {finding.remedy}. Source: {finding.source}."
-            for finding in findings
-        )
+    sections |= card_sections(findings)
     return FormatCard(
         library="coreai",
         tags=["coreai"],

@@ -6,45 +6,21 @@ Nothing here is seen by a check on Linux; the sources are issues that users of a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from converters.coreai.write.export_plan import CoreAIPlan
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.device_lint import Finding, worst_first
 
-__all__ = ["Finding", "lint"]
+__all__ = ["lint"]
 
 _LARGEST_FILE = 2 << 30
 _LONGEST_CACHE = 2048
 _MULTIPLE = 32
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that a device is known, or not known, to do.
-
-    Attributes:
-        id: stable name.
-        severity: "error": does not load, or computes wrong numbers; "warning": reported to fail for some; "note": worth
-            knowing.
-        subject: what it is about.
-        reason: what happens.
-        source: where that is known from.
-        remedy: what to do.
-    """
-
-    id: str
-    severity: Literal["error", "warning", "note"]
-    subject: str
-    reason: str
-    source: str
-    remedy: str
-
-
 def lint(checkpoint: Checkpoint, plan: CoreAIPlan) -> list[Finding]:
     """Look at a plan with the eyes of a device; worst findings first."""
-    found = list(_findings(checkpoint, plan))
-    return sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.severity))
+    return worst_first(_findings(checkpoint, plan))
 
 
 def _findings(checkpoint: Checkpoint, plan: CoreAIPlan) -> Iterator[Finding]:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from converters.coreml.write.export_plan import ExportPlan
-from converters.coreml.write.lint import Finding
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.device_lint import Finding, card_sections
 from edkm_export.model_card import FormatCard, code, plain, table
 
 __all__ = ["coreml_card", "mac_commands"]
@@ -31,12 +31,7 @@ def coreml_card(
         "Use": _use(plan, name),
         "On a Mac": f"None of this was run where the package was made.\n\n{code('sh', mac_commands(plan, name))}",
     }
-    if findings:
-        sections["What devices are known to do"] = "\n".join(
-            f"- **{finding.id}** ({finding.severity}), {plain(finding.subject)}: {finding.reason} "
-            f"Remedy: {finding.remedy}. Source: {finding.source}."
-            for finding in findings
-        )
+    sections |= card_sections(findings)
     return FormatCard(
         library="coreml",
         tags=["coreml", *(["swift-transformers"] if plan.interface == "swift-transformers" else [])],

@@ -7,7 +7,6 @@ overflows float16 depends on activations: the verification's rounded run finds i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from converters.coreml.write.export_plan import LARGEST_CHUNK_BYTES, ExportPlan
@@ -15,9 +14,10 @@ from converters.coreml.write.vocabulary import LARGEST_DIMENSION
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import decoder_config
 from edkm_export.decoder.config import DecoderConfig
+from edkm_export.device_lint import Finding, worst_first
 from edkm_export.palette import PalettizedTensor
 
-__all__ = ["Finding", "lint"]
+__all__ = ["lint"]
 
 _STATE_MULTIPLE = 32
 _TRUSTED_GROUPS = (8, 16)
@@ -26,33 +26,10 @@ _LONGEST_VECTOR = 16
 _MOST_CHUNK_BYTES = 2 * LARGEST_CHUNK_BYTES
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that a device is known to do.
-
-    Attributes:
-        id: stable name.
-        severity: "error": does not load, or computes wrong numbers; "warning": falls off the Neural Engine, or is
-            reported to fail for some; "note": worth knowing.
-        subject: what it is about.
-        reason: what happens.
-        source: where that is known from.
-        remedy: what to do.
-    """
-
-    id: str
-    severity: Literal["error", "warning", "note"]
-    subject: str
-    reason: str
-    source: str
-    remedy: str
-
-
 def lint(checkpoint: Checkpoint, plan: ExportPlan) -> list[Finding]:
     """Look at a plan with the eyes of a device; worst findings first."""
     config = decoder_config(checkpoint.config, str(checkpoint.path or "checkpoint"))
-    found = [finding for check in _CHECKS for finding in check(checkpoint, plan, config)]
-    return sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.severity))
+    return worst_first(finding for check in _CHECKS for finding in check(checkpoint, plan, config))
 
 
 _Found = Iterator[Finding]

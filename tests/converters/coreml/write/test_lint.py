@@ -9,8 +9,9 @@ import pytest
 
 from converters.coreml.write import lint as lint_module
 from converters.coreml.write.export_plan import ExportPlan, plan_export
-from converters.coreml.write.lint import Finding, lint
+from converters.coreml.write.lint import lint
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.device_lint import Finding
 from edkm_export.palettization import palettize_model
 from edkm_export.recipe import uniform_recipe
 from tests.helpers.odd_models import build
