@@ -19,7 +19,7 @@ TEXT ?=
 # Of `make test-coremltools`: one op test in so many; 1 runs all of them.
 SAMPLE ?= 1
 
-.PHONY: demo test test-slow test-browser test-coremltools lint smollm2 clean
+.PHONY: demo test test-slow test-browser test-coreai test-coremltools lint smollm2 clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)
@@ -37,6 +37,11 @@ test-slow: $(READY)
 # The report in headless Chromium, which `python -m playwright install chromium` brings.
 test-browser: $(READY)
 	$(BIN)/python -m pytest -m browser
+
+# Core AI models in Apple's runtime for Linux (x86-64, Python 3.11 and later).
+test-coreai: $(READY)
+	$(BIN)/python -m pip install --quiet -e ".[dev,coreai]"
+	$(BIN)/python -m pytest tests/converters/coreai tests/cli/test_cli_coreai.py
 
 # coremltools' own tests with predictions by the interpreter.
 test-coremltools: $(READY)

@@ -55,7 +55,7 @@ def test_without_apples_packages(edkm, work, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--interface", "other"], "--interface 'other' is unknown; use one of dynamic, neural-engine"),
+        (["--interface", "other"], "'other' is not one of 'dynamic', 'neural-engine'"),
         (["--context-length", "1"], "--context-length 1 is outside 2 to 256"),
         (["--context-length", "257"], "--context-length 257 is outside 2 to 256"),
         (["--interface", "neural-engine", "--context-length", "100"], "use one of 256"),
