@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, results: Path) -> None:
         "--dist",
         "load",
     ]
-    command += ["--suite-results", str(results), "--suite-precision", args.precision]
+    command += ["--suite-results", str(results.resolve()), "--suite-precision", args.precision]
     command += ["--suite-sample", str(args.sample), "--suite-seed", str(args.seed)]
     for path in args.paths or (OPS + REST if args.all else OPS):
         if not (folder / path.partition("::")[0]).exists():
@@ -90,14 +90,15 @@ def run(args: argparse.Namespace, results: Path) -> None:
         command.append(str(folder / path))
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "OMP_NUM_THREADS": "1",
         "PYTHONHASHSEED": "0",
         "TQDM_DISABLE": "1",
     }
     if args.float32_programs:
         environment["INCLUDE_MIL_FP32_UNIT_TESTS"] = "1"
-    done = subprocess.run(command, env=environment, cwd=ROOT, check=False)
+    with tempfile.TemporaryDirectory() as elsewhere:  # some tests leave files where they run
+        done = subprocess.run(command, env=environment, cwd=elsewhere, check=False)
     if done.returncode not in (0, 1):  # 1: tests failed, which the table tells apart
         sys.exit(done.returncode)
 
