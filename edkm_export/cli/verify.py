@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def command(
         if report_folder is not None:
             out.print(f"report: {report_folder / 'report.html'}", soft_wrap=True)
     if report.failed:
-        sys.exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def _checkpoint_and_artifact(paths: tuple[Path, ...]) -> tuple[Path, Path]:
