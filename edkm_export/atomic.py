@@ -15,7 +15,16 @@ from edkm_export.errors import InputError, OutputExistsError
 from edkm_export.filesystem import flush, flush_tree
 from edkm_export.interrupts import check_interrupt
 
-__all__ = ["GENERATOR", "MARKER", "atomic_file", "atomic_folder", "check_output", "place_folder"]
+__all__ = [
+    "GENERATOR",
+    "MARKER",
+    "atomic_file",
+    "atomic_files",
+    "atomic_folder",
+    "check_output",
+    "made_folder",
+    "place_folder",
+]
 
 MARKER = "metadata.json"
 """Every folder that we make holds one, with a `generator`; a folder without it is never replaced."""
@@ -123,6 +132,44 @@ def atomic_file(
         else:
             _place_file(temporary, path)
         flush(whole(path).parent)
+
+
+@contextlib.contextmanager
+def atomic_files(folder: Path, name: str) -> Iterator[Path]:
+    """Yield a temporary folder in one that exists; on success its files are put into that one, on any error none is.
+
+    Files of these names are replaced. A process that is killed meanwhile leaves each as it was, or whole.
+
+    Args:
+        folder: to hold them.
+        name: of what they are together, for messages.
+
+    Raises:
+        OutputExistsError: another process writes them at the same time.
+        DiskFullError: there is no space for them.
+    """
+    with _full_disk(folder / name, None), claimed(folder / name) as temporary:
+        with _watching_disk(folder / name, temporary):
+            yield temporary
+            flush_tree(temporary)
+        check_interrupt()
+        for file in sorted(temporary.iterdir()):
+            file.replace(folder / file.name)
+        flush(folder)
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and those above it, if they are not there; on any error, those that hold nothing are gone again."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for each in missing:
+                each.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 from edkm_export.errors import OutputExistsError
 from edkm_export.filesystem import exchange, flush, remove
 
-__all__ = ["claimed", "is_leftover", "refuse_claimed", "replace_folder", "restore", "whole"]
+__all__ = ["claimed", "clear", "is_leftover", "refuse_claimed", "replace_folder", "restore", "whole"]
 
 _BUSY = -1
 
@@ -58,6 +58,13 @@ def refuse_claimed(path: Path) -> None:
             raise _busy(path)
         if descriptor is not None:
             os.close(descriptor)
+
+
+def clear(path: Path) -> None:
+    """Remove what a process which was killed left beside `path`, when that is not written again."""
+    if _partial(path).exists():
+        with contextlib.suppress(OutputExistsError), claimed(path):
+            pass
 
 
 def replace_folder(made: Path, path: Path) -> None:

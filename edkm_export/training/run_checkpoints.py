@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 import pydantic
 
 from edkm_export.atomic import atomic_file
+from edkm_export.claims import clear
 from edkm_export.digest import file_sha256
 from edkm_export.errors import InputError
 from edkm_export.filesystem import flush_tree, remove
@@ -191,6 +192,7 @@ def retire(folder: Path, keep: int) -> None:
 
 def drop_others(folder: Path, kept: Path) -> None:
     """Remove what a run that goes on from a checkpoint will write again, and what one that was stopped left."""
+    clear(kept / _MARK)
     for path in _all(folder):
         if step(path) > step(kept) or not (path / _MARK).is_file():
             _drop(path)

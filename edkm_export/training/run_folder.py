@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edkm_export.atomic import MARKER, check_output, place_folder
-from edkm_export.claims import claimed, refuse_claimed, whole
+from edkm_export.claims import claimed, clear, refuse_claimed, whole
 from edkm_export.errors import InputError
 from edkm_export.filesystem import remove
 from edkm_export.training import run_checkpoints, run_log
@@ -137,6 +137,7 @@ class RunFolder(contextlib.ExitStack):
             raise InputError(
                 f"{self.generated}: is not what the run was started with; start anew with --overwrite."
             )
+        clear(path)
         run_checkpoints.drop_others(self.checkpoints, last)
         run_log.cut(self.log, run_checkpoints.step(last))
         return found
