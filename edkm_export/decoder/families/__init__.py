@@ -6,6 +6,7 @@ from edkm_export.decoder.families.gemma import Gemma2Settings, Gemma3Settings
 from edkm_export.decoder.families.gpt2 import GPT2Settings
 from edkm_export.decoder.families.llama import LlamaSettings
 from edkm_export.decoder.families.mistral import MistralSettings
+from edkm_export.decoder.families.olmo import Olmo2Settings
 from edkm_export.decoder.families.phi3 import Phi3Settings
 from edkm_export.decoder.families.qwen import Qwen2Settings, Qwen3Settings
 from edkm_export.decoder.families.settings import Settings
@@ -20,6 +21,7 @@ FAMILIES: dict[str, type[Settings]] = {
         GPT2Settings,
         LlamaSettings,
         MistralSettings,
+        Olmo2Settings,
         Phi3Settings,
         Qwen2Settings,
         Qwen3Settings,
