@@ -1,4 +1,4 @@
-"""OLMo 2."""
+"""OLMo 2 and OLMo 3."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from dataclasses import replace
 import pydantic
 
 from edkm_export.decoder.config import DecoderConfig, Names
-from edkm_export.decoder.families.settings import POST_NORM_INNER_SCALE, RotarySettings
+from edkm_export.decoder.families.settings import (
+    MIXED_LAYERS,
+    POST_NORM_INNER_SCALE,
+    LayerType,
+    LayerTypeSettings,
+    RotarySettings,
+)
 
-__all__ = ["Olmo2Settings"]
+__all__ = ["Olmo2Settings", "Olmo3Settings"]
 
 _NAMES = Names(
     attention_norm=None,
@@ -38,3 +44,17 @@ class Olmo2Settings(RotarySettings):
             output_bias=self.attention_bias,
             inner_scale=POST_NORM_INNER_SCALE,
         )
+
+
+class Olmo3Settings(Olmo2Settings, LayerTypeSettings):
+    """As `olmo2`, with three of four layers sliding, and RoPE scaling (YaRN) in full layers only."""
+
+    model_type = "olmo3"
+    models = "OLMo 3"
+
+    sliding_window: pydantic.PositiveInt | None = pydantic.Field(4096, examples=[6, 3])
+    layer_types: list[LayerType] | None = pydantic.Field(None, examples=MIXED_LAYERS)
+
+    def full_layer_every(self) -> int:
+        """Distance of full layers when `layer_types` is not given."""
+        return 4
