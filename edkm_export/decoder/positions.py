@@ -47,7 +47,7 @@ class PositionTables(nn.Module):
             )
         if not decoder_config.rotary_dim:
             return
-        for kind in sorted(set(decoder_config.layer_kinds[layers])):
+        for kind in decoder_config.attention_kinds(layers):
             cos, sin = rope_tables(hf_config, decoder_config.rotary_dim, length, kind)
             same = (k for k in self.tables if torch.equal(cos, self.get_buffer(f"cos_{k}")))
             self.tables[kind] = next(same, kind)

@@ -46,7 +46,7 @@ class WholeSequence(nn.Module):
         masks = {FULL: causal}
         if decoder.config.sliding_window is not None:
             masks[SLIDING] = sliding_mask(causal, positions, positions, decoder.config.sliding_window)
-        for kind in sorted(set(decoder.config.layer_kinds)):
+        for kind in decoder.config.attention_kinds():
             self.register_buffer(f"mask_{kind}", masks[kind], persistent=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -54,5 +54,5 @@ class WholeSequence(nn.Module):
         # Learned positions must be looked up by the program: a constant result would hide the table's name.
         position_ids = self.positions + input_ids * 0
         rotary = {k: (self.get_buffer(f"cos_{k}"), self.get_buffer(f"sin_{k}")) for k in self.rotary}
-        masks = {k: self.get_buffer(f"mask_{k}") for k in sorted(set(self.decoder.config.layer_kinds))}
+        masks = {k: self.get_buffer(f"mask_{k}") for k in self.decoder.config.attention_kinds()}
         return self.decoder(input_ids, Context(position_ids, rotary, masks))  # type: ignore[no-any-return]

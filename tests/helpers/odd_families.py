@@ -39,6 +39,18 @@ _GPT2: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _ONE_HEAD = {"num_key_value_heads": 1, "head_dim": 10, "hidden_size": 36, "intermediate_size": 20}
+_LFM2: dict[str, Any] = {
+    **{key: size for key, size in _SIZES.items() if key != "head_dim"},
+    "intermediate_size": 72,
+    "block_multiple_of": 16,
+}
+_QWEN35: dict[str, Any] = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 _MIXED = ["sliding_attention", "full_attention"]
 _LONGROPE = {
     "rope_type": "longrope",
@@ -104,6 +116,44 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "lfm2": (
+        "lfm2",
+        {**_LFM2, "layer_types": ["conv", "full_attention"]},
+    ),
+    "lfm2: odd": (
+        "lfm2",
+        {
+            **_LFM2,
+            "hidden_size": 36,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "num_hidden_layers": 3,
+            "conv_L_cache": 4,
+            "block_multiple_of": 20,
+            "block_ffn_dim_multiplier": 1.3,
+            "layer_types": ["full_attention", "conv", "conv"],
+            "tie_word_embeddings": False,
+        },
+    ),
+    "qwen3_5": ("qwen3_5_text", {**_SIZES, **_QWEN35}),
+    "qwen3_5: odd": (
+        "qwen3_5_text",
+        {
+            **_SIZES,
+            **_ONE_HEAD,
+            **_QWEN35,
+            "head_dim": 12,
+            "num_hidden_layers": 3,
+            "linear_conv_kernel_dim": 3,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 10,
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 3,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5},
+            "tie_word_embeddings": True,
+        },
+    ),
     "phi3": ("phi3", {**_SIZES, "sliding_window": 11}),
     "phi3: longrope": (
         "phi3",
@@ -133,7 +183,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """{case: (model type, arguments of its configuration)}"""
 
-EXPORTED = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
+EXPORTED = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "lfm2", "qwen3_5")
 """One case a family whose sizes are also good for palettes of 16 rows."""
 
 
@@ -154,6 +204,8 @@ def build_case(kind: str, given: dict[str, Any], seed: int = 0) -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.2)
+            elif name.endswith("A_log"):
+                parameter.uniform_(-5, 1)  # heads that remember two tokens, and others that remember hundreds
             elif parameter.dim() == 1:
                 parameter.uniform_(centre - 0.5, centre + 0.5)
     return model.float().eval()

@@ -84,9 +84,9 @@ class _FusedAttention:
         mask: Any = context.masks[module.kind]
         projected: Any = project(module, names.attention_inputs, module.sizes, x)  # type: ignore[arg-type]
         queries, keys, values = projected
-        if module.q_norm is not None and module.k_norm is not None:
-            queries = self._each_head(module.q_norm, queries, module.heads)
-            keys = self._each_head(module.k_norm, keys, module.kv_heads)
+        if module.norms:
+            queries = self._each_head(module.query_norm, queries, module.heads)
+            keys = self._each_head(module.key_norm, keys, module.kv_heads)
         if self._rotation is not None:
             queries, keys = self._rotation.turn(queries, self._turned_scale), self._rotation.turn(keys)
         layer = module.layer

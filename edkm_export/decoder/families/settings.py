@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pydantic
 
@@ -23,6 +23,9 @@ class Settings(pydantic.BaseModel, ABC):
     A key with values that the decoder cannot serve is a `Literal` of those that it can. Defaults are those of
     transformers.
     """
+
+    model_type: ClassVar[str]
+    models: ClassVar[str]
 
     model_config = pydantic.ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
