@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["CHUNK", "Triangle", "chunked_delta_rule", "delta_step"]
+__all__ = ["CHUNK", "Triangle", "TriangleBuffers", "chunked_delta_rule", "delta_step"]
 
 CHUNK = 64
 """Tokens that are taken together."""
@@ -33,14 +33,14 @@ class Triangle:
     Attributes:
         lower: [tokens, tokens], one where the column is not after the row.
         unit: [tokens, tokens], the identity.
-        blocks: [levels, tokens, tokens]; one where, in a block of 2 ** (level + 1) tokens, the row is in the second half
-            and the column in the first.
+        blocks: for each level [tokens, tokens], one where, in a block of 2 ** (level + 1) tokens, the row is in the second
+            half and the column in the first.
         tokens: of a chunk; None: all tokens of a call are one.
     """
 
     lower: Tensor
     unit: Tensor
-    blocks: Tensor
+    blocks: tuple[Tensor, ...]
     tokens: int | None
 
     @classmethod
@@ -63,10 +63,36 @@ class Triangle:
         rows, columns = places[:, None], places[None, :]
         blocks = []
         for level in range(levels):
-            row, column = rows >> level, columns >> level  # blocks of one half
-            blocks.append(((row == column + 1) & (column % 2 == 0)).float())
+            row, column = rows // 2**level, columns // 2**level  # halves of blocks
+            blocks.append(((row == column + 1) & (row // 2 == column // 2)).float())
         lower, unit = (columns <= rows).float(), (columns == rows).float()
-        return cls(lower, unit, torch.stack(blocks) if blocks else unit[None][:0], tokens)
+        return cls(lower, unit, tuple(blocks), tokens)
+
+
+class TriangleBuffers(nn.Module):
+    """The masks of chunks of fixed size as constants that all layers share.
+
+    Args:
+        tokens: of a chunk.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        masks = Triangle.of(tokens)
+        self.levels = len(masks.blocks)
+        if tokens > 1:
+            self.register_buffer("lower", masks.lower, persistent=False)
+            self.register_buffer("unit", masks.unit, persistent=False)
+        for level, block in enumerate(masks.blocks):
+            self.register_buffer(f"block_{level}", block, persistent=False)
+
+    def masks(self) -> Triangle:
+        """The masks."""
+        if self.tokens == 1:  # no mask is needed
+            return Triangle.of(1)
+        blocks = tuple(self.get_buffer(f"block_{level}") for level in range(self.levels))
+        return Triangle(self.get_buffer("lower"), self.get_buffer("unit"), blocks, self.tokens)
 
 
 def delta_step(
@@ -96,10 +122,14 @@ def chunked_delta_rule(
     values: Tensor,
     decay: Tensor,
     strength: Tensor,
-    matrices: Tensor,
+    matrices: Tensor | None,
     triangle: Triangle,
 ) -> tuple[Tensor, Tensor]:
-    """Any number of tokens, a chunk at a time; arguments and results as `delta_step`, with tokens on the third axis."""
+    """Any number of tokens, a chunk at a time.
+
+    Arguments and results are those of `delta_step`, with tokens on the third axis; without matrices the first token is that
+    of a text.
+    """
     size = triangle.tokens
     if size is None:
         return _chunk(queries, keys, values, decay, strength, matrices, triangle)
@@ -115,6 +145,7 @@ def chunked_delta_rule(
     ):
         outputs, matrices = _chunk(*piece, matrices, triangle)
         parts.append(outputs)
+    assert matrices is not None, "no tokens"
     outputs = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
     return outputs[:, :, :tokens] if missing else outputs, matrices
 
@@ -125,27 +156,32 @@ def _chunk(
     values: Tensor,
     decay: Tensor,
     strength: Tensor,
-    matrices: Tensor,
+    matrices: Tensor | None,
     triangle: Triangle,
 ) -> tuple[Tensor, Tensor]:
     total = triangle.lower @ decay  # [batch, heads, tokens, 1], of the chunk up to each token
     # Where the column is after the row the difference is positive, and is masked away after all.
     fading = (total - total.transpose(-1, -2)).clamp(max=0).exp() * triangle.lower
-    stronger = keys * strength
     turned = keys.transpose(-1, -2)
-    inverse = _inverse(stronger @ turned * fading, triangle)
-    since = total.exp()  # of what was there before the chunk, at each token
-    written = inverse @ (values * strength - (stronger * since) @ matrices)
-    outputs = (queries * since) @ matrices + (queries @ turned * fading) @ written
+    inverse = _inverse((keys * strength) @ turned * fading, triangle)
+    written = values * strength
+    since = total.exp()  # what is left at each token of what was there before the chunk
+    if matrices is not None:
+        written = written - (keys * strength * since) @ matrices
+    written = inverse @ written
+    outputs = (queries @ turned * fading) @ written
     last = total[:, :, -1:]
-    kept = (keys * (last - total).exp()).transpose(-1, -2)
-    return outputs, matrices * last.exp() + kept @ written
+    after = (keys * (last - total).exp()).transpose(-1, -2) @ written
+    if matrices is not None:
+        outputs = (queries * since) @ matrices + outputs
+        after = matrices * last.exp() + after
+    return outputs, after
 
 
 def _inverse(system: Tensor, triangle: Triangle) -> Tensor:
     """Inverse of the identity plus what lies below the diagonal of a system [..., tokens, tokens]."""
     inverse = triangle.unit
-    for level in range(triangle.blocks.shape[0]):
-        across = system * triangle.blocks[level]
+    for level, block in enumerate(triangle.blocks):
+        across = system * block
         inverse = inverse - across if level == 0 else inverse - inverse @ across @ inverse
     return inverse

@@ -103,17 +103,14 @@ class Rule(nn.Module):
         Returns:
             Outputs float32 [batch, new, value_heads, value_dim], and the matrices after the tokens.
         """
-        queries, keys, values = self.heads(mixed.float())
-        decay, strength = decays(fading.float(), a_log.float(), dt_bias.float()), strength.float().sigmoid()
+        queries, keys, values = self.heads(_wide(mixed))
+        decay, strength = decays(_wide(fading), _wide(a_log), _wide(dt_bias)), _wide(strength).sigmoid()
         if context.real is not None:  # padding neither fades nor writes
-            real = context.real.float()
+            real = _wide(context.real)
             decay, strength = decay * real, strength * real
         decay, strength = decay.transpose(1, 2).unsqueeze(-1), strength.transpose(1, 2).unsqueeze(-1)
-        if before is None:
-            sizes = self.sizes
-            before = keys.new_zeros(mixed.shape[0], sizes.value_heads, sizes.key_dim, sizes.value_dim)
         triangle = self._triangle(mixed.shape[1]) if context.triangle is None else context.triangle
-        if triangle.tokens == 1 and mixed.shape[1] == 1:
+        if before is not None and triangle.tokens == 1 and mixed.shape[1] == 1:
             outputs, after = delta_step(queries, keys, values, decay, strength, before)
         else:
             outputs, after = chunked_delta_rule(queries, keys, values, decay, strength, before, triangle)
@@ -147,6 +144,11 @@ class Rule(nn.Module):
         if torch.jit.is_tracing():
             return Triangle.open(new, self.longest)
         return Triangle.of(min(new, CHUNK))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32; a cast that does nothing would be folded into a parameter, which could then not be read back."""
+    return x if x.dtype == torch.float32 else x.float()
 
 
 def decays(fading: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
