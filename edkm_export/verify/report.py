@@ -288,14 +288,15 @@ class Report(Record):
         Raises:
             InputError: `folder` is a file.
         """
+        from edkm_export.atomic import made_folder
         from edkm_export.verify.write import write_report
 
         place = Path(folder)
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            with made_folder(place):
+                write_report(self, place)
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"{folder}: is a file; give a folder.") from error
-        write_report(self, place)
         return place / "report.html"
 
     @property

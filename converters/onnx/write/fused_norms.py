@@ -90,9 +90,10 @@ class _SkipRMSNorm(_RMSNorm):
 
 
 class _LayerNorm(_Norm):
-    """Layer norm with weight and bias: x [..., size] -> [..., size]."""
+    """Layer norm with weight, and with or without bias: x [..., size] -> [..., size]."""
 
     def __call__(self, x: Value) -> Value:
         wide = x.to(torch.float32)
         normal = self._normalize(wide - self._mean(wide)).to(self._tracer.dtype)
-        return normal * self._weight("weight") + self._weight("bias")
+        scaled = normal * self._weight("weight")
+        return scaled if self._module.bias is None else scaled + self._weight("bias")

@@ -37,8 +37,8 @@ class Lfm2Settings(RotarySettings):
     rms_norm_eps: pydantic.PositiveFloat = pydantic.Field(1e-5, alias="norm_eps")
     hidden_act: Literal["silu"] = "silu"
     tie_word_embeddings: bool = True
-    sliding_window: Literal[None] = None
-    conv_bias: bool = False
+    # transformers' own padded batches differ from its single texts where there are biases
+    conv_bias: bool = pydantic.Field(False, examples=[False])
     conv_L_cache: pydantic.PositiveInt = pydantic.Field(3, examples=[3, 4])  # noqa: N815
     block_multiple_of: pydantic.PositiveInt = pydantic.Field(256, examples=[16, 20])
     block_ffn_dim_multiplier: pydantic.PositiveFloat | None = pydantic.Field(1.0, examples=[1.0, 1.3])
@@ -71,8 +71,9 @@ class Lfm2Settings(RotarySettings):
         return replace(
             super().decoder_config(),
             intermediate_size=self.inner_size(),
+            layer_kinds=tuple(self.layer_kinds()),
             kernel_size=self.conv_L_cache,
             convolution_bias=self.conv_bias,
-            query_key_norm=True,
+            query_key_norm="head",
             names=_NAMES,
         )

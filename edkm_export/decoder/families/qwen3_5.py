@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import pydantic
 
 from edkm_export.decoder.config import FULL, LINEAR, DecoderConfig, LinearAttention
-from edkm_export.decoder.families.settings import RotarySettings
+from edkm_export.decoder.families.settings import PartlyRotarySettings
 
 __all__ = ["Qwen35Settings"]
 
 _KINDS = {"linear_attention": LINEAR, "full_attention": FULL}
-_ROTATED = 0.25  # of a head, where the configuration does not say
 
 
-class Qwen35Settings(RotarySettings):
+class Qwen35Settings(PartlyRotarySettings):
     """Linear attention (gated DeltaNet) in most layers; the others have gated attention with RMSNorm of queries and
     keys, and a part of each head rotates.
     """
 
     model_type = "qwen3_5_text"
     models = "Qwen3.5 (text)"
+    rotated_part = 0.25
 
-    head_dim: pydantic.PositiveInt | None = 256
+    head_dim: pydantic.PositiveInt | None = pydantic.Field(256, examples=[16, 24])
     num_key_value_heads: pydantic.PositiveInt | None = 4
     max_position_embeddings: pydantic.PositiveInt = 32768
     hidden_act: Literal["silu"] = "silu"
-    sliding_window: Literal[None] = None
     attention_bias: bool = False
-    rope_parameters: dict[str, Any] | None = None
     linear_conv_kernel_dim: pydantic.PositiveInt = pydantic.Field(4, examples=[4, 3])
     linear_key_head_dim: pydantic.PositiveInt = pydantic.Field(128, examples=[8, 6])
     linear_value_head_dim: pydantic.PositiveInt = pydantic.Field(128, examples=[16, 10])
@@ -40,14 +38,6 @@ class Qwen35Settings(RotarySettings):
     layer_types: list[Literal["linear_attention", "full_attention"]] | None = pydantic.Field(
         None, examples=[["linear_attention", "full_attention"], ["full_attention", "linear_attention"]]
     )
-
-    @pydantic.field_validator("rope_parameters")
-    @classmethod
-    def _rotates_a_part(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
-        part = (given or {}).get("partial_rotary_factor", _ROTATED)
-        if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 < part <= 1:
-            raise ValueError(f"partial_rotary_factor is {part!r}, expected more than 0 and at most 1")
-        return given
 
     @pydantic.field_validator("linear_num_value_heads")
     @classmethod
@@ -66,15 +56,13 @@ class Qwen35Settings(RotarySettings):
 
     def decoder_config(self) -> DecoderConfig:
         """The decoder that the configuration describes."""
-        config = super().decoder_config()
-        part = float((self.rope_parameters or {}).get("partial_rotary_factor", _ROTATED))
         return replace(
-            config,
-            rotary_dim=int(config.head_dim * part),
+            super().decoder_config(),
+            layer_kinds=tuple(self.layer_kinds()),
             norm_offset=True,
             qkv_bias=self.attention_bias,
             output_bias=self.attention_bias,
-            query_key_norm=True,
+            query_key_norm="head",
             attention_gate=True,
             kernel_size=self.linear_conv_kernel_dim,
             linear=LinearAttention(
