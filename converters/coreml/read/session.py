@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from converters.coreml.format import (
+    COUNT,
     DECODE,
     HIDDEN_IN,
     HIDDEN_OUT,
@@ -244,12 +245,15 @@ class _NeuralEngine:
         common = {
             POSITION: torch.tensor([position], dtype=torch.int32),
             MASK: _mask(new, position, self._context),
+            COUNT: torch.tensor([len(tokens)], dtype=torch.int32),
         }
         outputs: dict[str, Tensor] = {}
         for package, state in zip(self._packages, self._states, strict=True):
             first = {TOKENS: values} if not outputs else {HIDDEN_IN: outputs[HIDDEN_OUT]}
+            # layers without attention need no mask, and only states that do not grow need the count
+            taken = {name: value for name, value in common.items() if name in package.functions[function].inputs}
             outputs = package.run(
-                {**first, **common}, function=function, state=state, precision=self._precision
+                {**first, **taken}, function=function, state=state, precision=self._precision
             )
             if package is not self._packages[-1] and HIDDEN_OUT not in outputs:
                 raise PackageError(f"{package.path}: has no output {HIDDEN_OUT!r}; export it again.")

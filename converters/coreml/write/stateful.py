@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from converters.coreml.backend import load_coremltools
 from converters.coreml.format import MASK, TOKENS
-from converters.coreml.write.state_cache import StateCache, add_states, state_shape
+from converters.coreml.write.state_cache import StateCache, StateLayout
 from edkm_export.decoder.config import FULL, SLIDING
 from edkm_export.decoder.context import MASKED, Context, sliding_mask
 from edkm_export.decoder.decoder import Decoder
@@ -40,8 +40,8 @@ class Stateful(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.tables = PositionTables(decoder.config, hf_config, context)
-        self.shape = state_shape(decoder.config, decoder.config.num_layers, context)
-        add_states(self, self.shape)
+        self.layout = StateLayout.of(decoder.config, context)
+        self.layout.add_to(self)
 
     def forward(self, inputIds: Tensor, fullAttentionMask: Tensor) -> Tensor:
         """Logits of the new tokens.
@@ -61,7 +61,7 @@ class Stateful(nn.Module):
         if window is not None and SLIDING in self.decoder.config.layer_kinds:
             masks[SLIDING] = sliding_mask(masks[FULL], positions, torch.arange(end)[None], window)
         context = Context(positions, self.tables(positions), masks)
-        cache = StateCache(self, 0, begin, end, visible=end)
+        cache = StateCache(self, self.layout, self.decoder.config, begin, end, visible=end)
         return self.decoder(inputIds, context, cache)  # type: ignore[no-any-return]
 
 
