@@ -43,6 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.digest",
         "edkm_export.hub_id",
         "edkm_export.checkpoint_record",
+        "edkm_export.embedding_settings",
         "edkm_export.unfinished",
         "edkm_export.packing",
         "edkm_export.local_paths",

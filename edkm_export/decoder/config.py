@@ -54,6 +54,7 @@ class DecoderConfig:
         sliding_window: positions that a sliding layer sees, the token's own included.
         rotary_dim: channels of a head that rotate; 0: positions are learned.
         norm: root mean square norm, or layer norm with bias.
+        norm_bias: a layer norm has one.
         norm_offset: the norm multiplies by one plus its weight.
         query_key_norm: queries and keys are normalized head by head.
         activation: key of `mlp.ACTIVATIONS`.
@@ -63,6 +64,8 @@ class DecoderConfig:
         embedding_scale: factor on the token embeddings.
         residual_scale: power of two by which the residual stream is held smaller than in the Hugging Face model.
             Norms do not see it; it keeps streams beyond 65,504 inside float16.
+        bidirectional: a token sees later ones, too, in sliding layers as far as earlier ones; only for embeddings.
+        token_types: rows of the table of token types; 0: there is none.
         tied: the output head is the embedding.
     """
 
@@ -78,6 +81,7 @@ class DecoderConfig:
     sliding_window: int | None = None
     rotary_dim: int = 0
     norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = True
     norm_offset: bool = False
     query_key_norm: bool = False
     activation: str = "silu"
@@ -90,6 +94,8 @@ class DecoderConfig:
     logit_cap: float | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
+    bidirectional: bool = False
+    token_types: int = 0
     tied: bool = False
     names: Names = field(default_factory=Names)
 

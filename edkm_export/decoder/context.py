@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["MASKED", "Cache", "Context", "causal_mask", "sliding_mask"]
+__all__ = ["MASKED", "Cache", "Context", "causal_mask", "padding_mask", "sliding_mask"]
 
 # Additive mask of a forbidden position: exp underflows to zero, and adding a score does not overflow float16.
 MASKED = -3e4
@@ -21,11 +21,13 @@ class Context:
         position_ids: int [batch, new].
         rotary: cos and sin, each float [batch, new, rotary_dim]; empty when positions are learned.
         masks: additive, float [batch, 1, new, total].
+        token_types: int [batch, new]; None: the model has none.
     """
 
     position_ids: Tensor
     rotary: dict[str, tuple[Tensor, Tensor]]
     masks: dict[str, Tensor]
+    token_types: Tensor | None = None
 
 
 class Cache(Protocol):
@@ -48,6 +50,11 @@ def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:
     """
     later = key_positions[:, None, None, :] > query_positions[:, None, :, None]
     return later.float() * MASKED
+
+
+def padding_mask(attention_mask: Tensor) -> Tensor:
+    """The mask that hides padding: int [batch, total], 1 for a token -> float [batch, 1, 1, total], 0 or MASKED."""
+    return (1 - attention_mask)[:, None, None, :].float() * MASKED
 
 
 def sliding_mask(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:

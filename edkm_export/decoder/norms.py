@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from edkm_export.decoder.config import DecoderConfig
 
-__all__ = ["LayerNorm", "RMSNorm", "build_norm"]
+__all__ = ["LayerNorm", "RMSNorm", "UnitNorm", "build_norm"]
 
 # Under the largest magnitude, so that a zero input is not divided by zero. It needs no care, since any positive
 # divisor gives the same result; a 64th of it is the smallest normal number of float16.
 _FLOOR = 2.0**-8
 _TOP = 64.0  # largest magnitude after scaling
+_LEAST = 2.0**-14  # the smallest normal number of float16
+_NOTHING = 2.0**-20  # beside the length of a vector whose largest channel is about one
 
 
 class _Norm(nn.Module):
@@ -74,16 +76,17 @@ class RMSNorm(_Norm):
 
 
 class LayerNorm(_Norm):
-    """Layer norm with weight and bias.
+    """Layer norm with weight and, unless told otherwise, bias.
 
     Args:
         size: channels.
         eps: added to the variance of the input.
+        bias: it has one.
     """
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, *, bias: bool = True) -> None:
         super().__init__(size, eps)
-        self.bias = nn.Parameter(torch.zeros(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> [..., size]."""
@@ -91,7 +94,17 @@ class LayerNorm(_Norm):
         mean = (wide * (1 / _TOP)).mean(
             -1, keepdim=True
         ) * _TOP  # of numbers up to one: their sum stays small
-        return self._normalize(wide - mean, largest) * self.weight + self.bias
+        scaled = self._normalize(wide - mean, largest) * self.weight
+        return scaled if self.bias is None else scaled + self.bias
+
+
+class UnitNorm(nn.Module):
+    """Divides a vector by its length; one of zeros stays as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> [..., size]."""
+        narrow = x / (x.abs().amax(-1, keepdim=True) + _LEAST)
+        return narrow * torch.rsqrt(narrow.square().sum(-1, keepdim=True) + _NOTHING)
 
 
 def build_norm(config: DecoderConfig, *, post: bool = False) -> nn.Module:

@@ -73,6 +73,7 @@ class Gemma3Settings(Gemma2Settings):
     max_position_embeddings: pydantic.PositiveInt = 131072
     attn_logit_softcapping: Literal[None] = None
     final_logit_softcapping: pydantic.PositiveFloat | None = None
+    use_bidirectional_attention: bool | None = None  # type: ignore[assignment]
     sliding_window_pattern: pydantic.PositiveInt = 6
 
     def full_layer_every(self) -> int:
@@ -81,4 +82,9 @@ class Gemma3Settings(Gemma2Settings):
 
     def decoder_config(self) -> DecoderConfig:
         """The decoder that the configuration describes."""
-        return replace(super().decoder_config(), query_key_norm=True)
+        config = replace(super().decoder_config(), query_key_norm=True)
+        if not self.use_bidirectional_attention:
+            return config
+        # transformers halves the window of the file: so far a token sees to either side
+        window = None if config.sliding_window is None else config.sliding_window // 2 + 1
+        return replace(config, bidirectional=True, sliding_window=window)

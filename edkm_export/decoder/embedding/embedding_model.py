@@ -1,0 +1,155 @@
+"""A model that makes one vector of a text: token vectors, pooling, dense layers, norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.decoder.build import read_settings
+from edkm_export.decoder.config import FULL, SLIDING, DecoderConfig
+from edkm_export.decoder.context import Context, causal_mask, padding_mask, sliding_mask
+from edkm_export.decoder.decoder import Stack
+from edkm_export.decoder.embedding.bert import BertSettings
+from edkm_export.decoder.embedding.modernbert import ModernBertSettings
+from edkm_export.decoder.embedding.pooling import pool
+from edkm_export.decoder.families import FAMILIES
+from edkm_export.decoder.norms import UnitNorm
+from edkm_export.embedding_settings import Activation, EmbeddingSettings
+from edkm_export.errors import ConversionError
+
+__all__ = ["ENCODERS", "EmbeddingModel", "embedding_config", "empty_embedding_model"]
+
+ENCODERS: dict[str, type[BertSettings] | type[ModernBertSettings]] = {
+    "bert": BertSettings,
+    "modernbert": ModernBertSettings,
+}
+"""{`model_type` of the Hugging Face configuration: what reads it}, of models that are no decoders."""
+
+_STACK = "model"  # the checkpoint's name of what gives the token vectors
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+
+
+class EmbeddingModel(nn.Module):
+    """Token ids to token vectors and one vector a text; parameter names are those of the checkpoint.
+
+    Args:
+        body: gives token vectors; has a `config`.
+        config: of the body.
+        settings: of pooling and what follows.
+    """
+
+    def __init__(self, body: nn.Module, config: DecoderConfig, settings: EmbeddingSettings) -> None:
+        super().__init__()
+        self.config, self.settings = config, settings
+        self.model = body
+        self.dense = nn.ModuleList(
+            nn.Linear(layer.in_features, layer.out_features, bias=layer.bias) for layer in settings.dense
+        )
+        self.unit = UnitNorm() if settings.normalize else nn.Identity()
+
+    @property
+    def dimension(self) -> int:
+        """Channels of an embedding."""
+        return self.settings.dimension(self.config.hidden_size)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_types: Tensor | None,
+        positions: Tensor,
+        rotary: dict[str, tuple[Tensor, Tensor]],
+        prompt_length: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Token vectors and embeddings.
+
+        Args:
+            input_ids: int [batch, tokens].
+            attention_mask: int [batch, tokens], 1 for a token, 0 for padding on either side.
+            token_types: int [batch, tokens] where the model has types of tokens; None elsewhere.
+            positions: int [1, tokens], 0, 1, 2, ...
+            rotary: cos and sin by kind of layer, as in `Context`.
+            prompt_length: int [1], tokens at the beginning of each text that are not pooled; None: all are.
+
+        Returns:
+            float [batch, tokens, hidden] and [batch, dimension].
+        """
+        masks = self.masks(attention_mask, positions)
+        context = Context(positions, rotary, masks, token_types)
+        vectors: Tensor = self.model(input_ids, context, None)
+        x = pool(self.settings.pooling, vectors, attention_mask, positions, prompt_length)
+        for layer, settings in zip(self.dense, self.settings.dense, strict=True):
+            x = _ACTIVATIONS[settings.activation](layer(x))
+        x = self.unit(x)
+        return vectors, x.reshape(x.shape[0], self.dimension)
+
+    def masks(self, attention_mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """Additive masks of each kind of layer, float [batch, 1, tokens, tokens]."""
+        window = self.config.sliding_window
+        # to a model that looks both ways no key is later than a query; the mask has all of its rows all the same
+        keys = positions * 0 if self.config.bidirectional else positions
+        full = causal_mask(positions, keys).minimum(padding_mask(attention_mask))
+        masks = {FULL: full}
+        if window is not None:
+            masks[SLIDING] = sliding_mask(full, positions, positions, window)
+            if self.config.bidirectional:  # the same seen from the other end
+                masks[SLIDING] = sliding_mask(masks[SLIDING], positions * -1, positions * -1, window)
+        return {kind: masks[kind] for kind in sorted(set(self.config.layer_kinds))}
+
+
+def embedding_config(config: dict[str, Any], source: str) -> DecoderConfig:
+    """Map a Hugging Face configuration to that of an embedding model's token vectors.
+
+    Raises:
+        ConversionError: the model type is not supported, or the configuration lacks a key or holds a wrong value.
+    """
+    return _settings(config, source).decoder_config()
+
+
+def empty_embedding_model(checkpoint: Checkpoint) -> EmbeddingModel:
+    """The embedding model of a checkpoint without its weights, on the meta device.
+
+    Returns:
+        In eval mode; its parameter names are those of the checkpoint.
+
+    Raises:
+        ConversionError: the checkpoint holds a language model, or a family that is not supported.
+        CheckpointError: a parameter is missing, unknown, or of another shape.
+    """
+    source = str(checkpoint.path or "checkpoint")
+    if checkpoint.embedding is None:
+        raise ConversionError(
+            f"{source}: holds a language model; --interface embedding is for models that were palettized from a "
+            "folder of sentence-transformers (modules.json)."
+        )
+    settings = _settings(checkpoint.config, source)
+    config = settings.decoder_config()
+    with torch.device("meta"):
+        body = settings.body() if isinstance(settings, (BertSettings, ModernBertSettings)) else Stack(config)
+        model = EmbeddingModel(body, config, checkpoint.embedding)
+    checkpoint.check_parameters({name: tuple(each.shape) for name, each in model.state_dict().items()})
+    return model.eval().requires_grad_(False)
+
+
+def _settings(config: dict[str, Any], source: str) -> Any:
+    """The checked keys of a configuration."""
+    known = {**{name: kind for name, kind in FAMILIES.items() if name != "gpt2"}, **ENCODERS}
+    settings = read_settings(config, known, source)
+    found = settings.decoder_config()
+    if found.hidden_size % found.num_heads and isinstance(settings, (BertSettings, ModernBertSettings)):
+        raise ConversionError(
+            f"{source}: {found.num_heads} heads do not divide hidden_size {found.hidden_size} of its configuration."
+        )
+    return settings
