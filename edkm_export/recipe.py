@@ -144,9 +144,16 @@ class Recipe(_Strict):
 
 
 # Embeddings and output heads, by the names that the supported families use.
-_OUTER = ("*embed_tokens", "*lm_head", "*transformer.wte")
-# Tables of learned positions: small, and added to every token.
-_DENSE = ("*transformer.wpe",)
+_OUTER = (
+    "*embed_tokens",
+    "*lm_head",
+    "*transformer.wte",
+    "*word_embeddings",
+    "*tok_embeddings",
+    "dense.[0-9]*",  # what an embedding model does with its pooled vector
+)
+# Tables of learned positions and token types: small, and added to every token.
+_DENSE = ("*transformer.wpe", "*position_embeddings", "*token_type_embeddings")
 
 
 def uniform_recipe(

@@ -8,9 +8,11 @@ __all__ = [
     "CODES",
     "CODES_HIGH",
     "DATA_FILE",
+    "EMBEDDING",
     "FORMAT",
     "INDICES_IN_SYMBOL",
     "INPUT_IDS",
+    "INTERFACES",
     "LOGITS",
     "LUT",
     "LUT_SCALE",
@@ -20,11 +22,16 @@ __all__ = [
     "POSITION_IDS",
     "PRESENT_PREFIX",
     "PROFILES",
+    "TOKEN_TYPES",
     "TWO_PLANES",
+    "VECTORS",
     "part_name",
     "past_name",
     "present_name",
 ]
+
+INTERFACES = ("decoder", "embedding")
+"""What a graph computes: logits with a cache, or token vectors and one vector a text."""
 
 PROFILES = ("exact", "low-memory", "fast")
 """Runtime profiles, by the names that the command line uses."""
@@ -41,6 +48,9 @@ FORMAT = "1"
 
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
 """Inputs and output beside the cache, as optimum names them."""
+
+TOKEN_TYPES, VECTORS, EMBEDDING = "token_type_ids", "last_hidden_state", "sentence_embedding"
+"""Further input and the outputs of an embedding model, as optimum, transformers.js and sentence-transformers name them."""
 
 CACHE_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 """Of the cache among inputs and outputs, as optimum names them."""

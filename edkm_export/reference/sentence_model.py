@@ -158,6 +158,20 @@ class SentenceTokenizer:
         prompt = "" if role is None else self._settings.prompt_for(role)
         return self._ids(prompt + text), self._prompt_length(prompt) if prompt else 0
 
+    def framed(self, windows: Tensor) -> Tensor:
+        """Pieces of a long text as texts: int64 [windows, tokens] with the special tokens around each row."""
+        whole = self._tokenizer("a")["input_ids"]
+        bare = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        place = next(
+            (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare), None
+        )
+        if place is None:
+            return windows
+        sides = [torch.tensor(part, dtype=torch.int64) for part in (whole[:place], whole[place + len(bare) :])]
+        before, behind = (side.expand(len(windows), -1) for side in sides)
+        kept = max(self.limit - sum(map(len, sides)), 1)
+        return torch.cat([before, windows[:, :kept], behind], 1)
+
     def _ids(self, text: str) -> Tensor:
         lowered = text.lower() if self._settings.lower_case else text
         found = self._tokenizer(

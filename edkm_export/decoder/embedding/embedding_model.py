@@ -71,25 +71,27 @@ class EmbeddingModel(nn.Module):
         token_types: Tensor | None,
         positions: Tensor,
         rotary: dict[str, tuple[Tensor, Tensor]],
-        prompt_length: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Token vectors and embeddings.
 
         Args:
             input_ids: int [batch, tokens].
-            attention_mask: int [batch, tokens], 1 for a token, 0 for padding on either side.
+            attention_mask: int [batch, tokens], 1 for a token, 0 for padding on either side; 2 for a token of the
+                prompt where the settings leave it out: others see it, but it is not pooled.
             token_types: int [batch, tokens] where the model has types of tokens; None elsewhere.
             positions: int [1, tokens], 0, 1, 2, ...
             rotary: cos and sin by kind of layer, as in `Context`.
-            prompt_length: int [1], tokens at the beginning of each text that are not pooled; None: all are.
 
         Returns:
             float [batch, tokens, hidden] and [batch, dimension].
         """
-        masks = self.masks(attention_mask, positions)
+        seen = counted = attention_mask
+        if not self.settings.include_prompt:
+            seen, counted = attention_mask.clamp(max=1), attention_mask.eq(1).to(attention_mask.dtype)
+        masks = self.masks(seen, positions)
         context = Context(positions, rotary, masks, token_types)
         vectors: Tensor = self.model(input_ids, context, None)
-        x = pool(self.settings.pooling, vectors, attention_mask, positions, prompt_length)
+        x = pool(self.settings.pooling, vectors, counted, positions)
         for layer, settings in zip(self.dense, self.settings.dense, strict=True):
             x = _ACTIVATIONS[settings.activation](layer(x))
         x = self.unit(x)
