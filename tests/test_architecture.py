@@ -54,6 +54,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "edkm_export.checkpoint",
         "edkm_export.model_card",
+        "edkm_export.embedding_card",
         "edkm_export.sentence_documents",
         "edkm_export.device_lint",
         "edkm_export.recipe",

@@ -153,7 +153,7 @@ def _climb_embeddings(
     checkpoint: Checkpoint, path: Path, evaluation: VerificationInputs, predicted_size_bytes: int | None
 ) -> Report:
     """The ladder of an embedding model."""
-    from edkm_export.artifact.embedding import DamagedEmbeddingArtifact
+    from edkm_export.artifact.encodings import DamagedEmbeddingArtifact
     from edkm_export.verify.embedding_ladder import count_embedding_stages, verify_embedding_artifact
 
     with activity("reading the artifact"):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edkm_export.artifact.embedding import EmbeddingArtifact, Encoding, TextTokens
+from edkm_export.artifact.encodings import EmbeddingArtifact, Encoding, TextTokens
 from edkm_export.artifact.execution import AT_FAULT
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.embedding_settings import EmbeddingSettings

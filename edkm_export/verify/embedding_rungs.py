@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edkm_export.artifact.embedding import Encoding, cosine_limit
+from edkm_export.artifact.encodings import Encoding, cosine_limit
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.verify.embedding_metrics import Closeness
 from edkm_export.verify.inputs import VerificationInputs

@@ -15,9 +15,17 @@ from safetensors.torch import save_file
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from edkm_export.artifact.encodings import TextTokens
+from edkm_export.checkpoint import Checkpoint
+from edkm_export.embedding_settings import Role
+from edkm_export.palettization import palettize_model
+from edkm_export.recipe import uniform_recipe
+from edkm_export.reference.sentence_model import SentenceModel, SentenceTokenizer
+from edkm_export.reference.source import Source, load_embedding_model, load_tokenizer
+from edkm_export.reference.tokenizer_files import embedding_tokenizer_files
 from tests.helpers.odd_models import build_tokenizer
 
-__all__ = ["CASES", "SENTENCES", "EmbeddingCase", "base_model", "write_folder"]
+__all__ = ["CASES", "SENTENCES", "EmbeddingCase", "base_model", "edited", "palettized", "texts_of", "write_folder"]
 
 VOCABULARY = 300
 
@@ -219,3 +227,37 @@ def write_folder(case: EmbeddingCase, folder: Path, seed: int = 0) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(document))
     return folder
+
+
+def edited(folder: Path, file: str, **changes: Any) -> None:
+    """Change fields of a JSON object in a folder; None takes one out."""
+    path = folder / file
+    document = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in document.items() if value is not None}))
+
+
+def palettized(folder: Path, bits: int = 4, lut_dtype: Any = "float16") -> Checkpoint:
+    """The model of a folder, palettized without calibration."""
+    source = Source.parse(folder)
+    model: SentenceModel = load_embedding_model(source)
+    config = model.config.to_dict()
+    recipe = uniform_recipe(bits, 16, lut_dtype, fit_groups=True)
+    parts = palettize_model(model, recipe, source=str(folder))
+    return Checkpoint(
+        config=config,
+        palettized=parts.palettized,
+        dense=parts.dense,
+        tied=parts.tied,
+        tokenizer=embedding_tokenizer_files(load_tokenizer(source), model.settings.max_tokens),
+        recipe=recipe.model_dump(mode="json"),
+        embedding=model.settings,
+    )
+
+
+def texts_of(
+    folder: Path, model: SentenceModel, role: Role | None = "query", limit: int | None = None
+) -> list[TextTokens]:
+    """`SENTENCES` as token ids, with the prompt of a role."""
+    tokens = SentenceTokenizer(load_tokenizer(Source.parse(folder)), model.settings, limit)
+    encoded = [tokens.encode(text, role) for text in SENTENCES]
+    return [TextTokens(ids, 0 if model.settings.include_prompt else prompt) for ids, prompt in encoded]

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from converters.onnx.format import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
-from converters.onnx.read.embedding import OnnxEmbeddingArtifact
+from converters.onnx.read.embedding_artifact import OnnxEmbeddingArtifact
 from converters.onnx.read.executors import Executor, ReferenceRuntime
 from converters.onnx.read.graph_files import KIND, GraphFiles
 from converters.onnx.read.interface import batch_feeds, check_interface, past_of
 from converters.onnx.read.lut_graph import LutGraph, load_graph
 from converters.onnx.read.observe import trace_graph
 from converters.onnx.read.session import OnnxSession
-from edkm_export.artifact.embedding import EmbeddingArtifact
+from edkm_export.artifact.encodings import EmbeddingArtifact
 from edkm_export.artifact.execution import Execution
 from edkm_export.artifact.protocol import Artifact, DamagedArtifact
 from edkm_export.artifact.thresholds import EXECUTION, INT8_ACTIVATIONS, ExecutionThreshold

@@ -12,7 +12,7 @@ from converters.onnx.write.builder import GraphBuilder
 from converters.onnx.write.cached_decoder import BATCH, NEW
 from converters.onnx.write.fused_norms import replace_norm
 from converters.onnx.write.tracing import Tracer, Value, WeightForms
-from edkm_export.decoder.embedding.embedding_model import EmbeddingModel
+from edkm_export.decoder.embedding.embedding_model import EmbeddingModel, visible_masks
 from edkm_export.decoder.positions import PositionTables
 
 __all__ = ["build_embedding_graph", "embedding_interface"]
@@ -51,7 +51,8 @@ def build_embedding_graph(
     positions: Any = Value(tracer, POSITION_IDS, (1, NEW), torch.int64)
     rotary = PositionTables(model.config, hf_config, context)(positions)
     types = inputs[TOKEN_TYPES] if model.config.token_types else None
-    vectors, embeddings = model(inputs[INPUT_IDS], inputs[ATTENTION_MASK], types, positions, rotary)
+    visible = visible_masks(model.config, positions)
+    vectors, embeddings = model(inputs[INPUT_IDS], inputs[ATTENTION_MASK], types, positions, rotary, visible)
     outputs = {VECTORS: vectors.name, EMBEDDING: embeddings.name}
     graph.rename({value: name for name, value in outputs.items()})
     graph.prune(list(outputs))

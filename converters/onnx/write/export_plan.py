@@ -31,7 +31,7 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import empty_decoder
 from edkm_export.decoder.config import DecoderConfig
 from edkm_export.decoder.embedding.embedding_model import EmbeddingModel, empty_embedding_model
-from edkm_export.decoder.embedding.interface import chosen_interface
+from edkm_export.decoder.embedding.export_interface import chosen_interface
 from edkm_export.errors import ConversionError
 
 __all__ = ["OnnxPlan", "plan_onnx"]

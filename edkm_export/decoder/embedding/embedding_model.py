@@ -16,13 +16,13 @@ from edkm_export.decoder.context import Context, causal_mask, padding_mask, slid
 from edkm_export.decoder.decoder import Stack
 from edkm_export.decoder.embedding.bert import BertSettings
 from edkm_export.decoder.embedding.modernbert import ModernBertSettings
-from edkm_export.decoder.embedding.pooling import pool
+from edkm_export.decoder.embedding.token_pooling import pool
 from edkm_export.decoder.families import FAMILIES
 from edkm_export.decoder.norms import UnitNorm
 from edkm_export.embedding_settings import Activation, EmbeddingSettings
 from edkm_export.errors import ConversionError
 
-__all__ = ["ENCODERS", "EmbeddingModel", "embedding_config", "empty_embedding_model"]
+__all__ = ["ENCODERS", "EmbeddingModel", "embedding_config", "empty_embedding_model", "visible_masks"]
 
 ENCODERS: dict[str, type[BertSettings] | type[ModernBertSettings]] = {
     "bert": BertSettings,
@@ -71,6 +71,7 @@ class EmbeddingModel(nn.Module):
         token_types: Tensor | None,
         positions: Tensor,
         rotary: dict[str, tuple[Tensor, Tensor]],
+        visible: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Token vectors and embeddings.
 
@@ -81,6 +82,7 @@ class EmbeddingModel(nn.Module):
             token_types: int [batch, tokens] where the model has types of tokens; None elsewhere.
             positions: int [1, tokens], 0, 1, 2, ...
             rotary: cos and sin by kind of layer, as in `Context`.
+            visible: from `visible_masks`.
 
         Returns:
             float [batch, tokens, hidden] and [batch, dimension].
@@ -88,7 +90,7 @@ class EmbeddingModel(nn.Module):
         seen = counted = attention_mask
         if not self.settings.include_prompt:
             seen, counted = attention_mask.clamp(max=1), attention_mask.eq(1).to(attention_mask.dtype)
-        masks = self.masks(seen, positions)
+        masks = {kind: mask.minimum(padding_mask(seen)) for kind, mask in visible.items()}
         context = Context(positions, rotary, masks, token_types)
         vectors: Tensor = self.model(input_ids, context, None)
         x = pool(self.settings.pooling, vectors, counted, positions)
@@ -97,18 +99,28 @@ class EmbeddingModel(nn.Module):
         x = self.unit(x)
         return vectors, x.reshape(x.shape[0], self.dimension)
 
-    def masks(self, attention_mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """Additive masks of each kind of layer, float [batch, 1, tokens, tokens]."""
-        window = self.config.sliding_window
-        # to a model that looks both ways no key is later than a query; the mask has all of its rows all the same
-        keys = positions * 0 if self.config.bidirectional else positions
-        full = causal_mask(positions, keys).minimum(padding_mask(attention_mask))
-        masks = {FULL: full}
-        if window is not None:
-            masks[SLIDING] = sliding_mask(full, positions, positions, window)
-            if self.config.bidirectional:  # the same seen from the other end
-                masks[SLIDING] = sliding_mask(masks[SLIDING], positions * -1, positions * -1, window)
-        return {kind: masks[kind] for kind in sorted(set(self.config.layer_kinds))}
+
+def visible_masks(config: DecoderConfig, positions: Tensor) -> dict[str, Tensor]:
+    """What a token may see, padding aside, in each kind of layer.
+
+    Args:
+        config: of the model.
+        positions: int [1, tokens], 0, 1, 2, ...
+
+    Returns:
+        Additive masks, float [1, 1, tokens, tokens]; [1, 1, tokens, 1] where nothing is hidden.
+    """
+    if config.bidirectional:
+        full = (positions * 0).float()[:, None, :, None]
+    else:
+        full = causal_mask(positions, positions)
+    masks, window = {FULL: full}, config.sliding_window
+    if window is not None:
+        masks[SLIDING] = sliding_mask(full, positions, positions, window)
+        if config.bidirectional:  # the same seen from the other end
+            back = positions * -1
+            masks[SLIDING] = sliding_mask(masks[SLIDING], back, back, window)
+    return {kind: masks[kind] for kind in sorted(set(config.layer_kinds))}
 
 
 def embedding_config(config: dict[str, Any], source: str) -> DecoderConfig:

@@ -16,7 +16,7 @@ from converters.onnx.read.executors import Executor, ReferenceRuntime
 from converters.onnx.read.graph import Graph
 from converters.onnx.read.graph_files import GraphFiles
 from converters.onnx.read.lut_graph import LutGraph
-from edkm_export.artifact.embedding import CLOSE, Encode, Encoding, TextTokens
+from edkm_export.artifact.encodings import CLOSE, Encode, Encoding, TextTokens
 from edkm_export.errors import PackageError
 from edkm_export.quantities import short_size
 
