@@ -45,7 +45,7 @@ def test_whole_job(made, folder, edkm):
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["pipeline_tag"] == "feature-extraction" and "sentence-transformers" in front["tags"]
-    assert "task: search | query: " in card and "40 channels: mean, 2 dense layers, normalized" in card
+    assert "task: search \\| query: " in card and "40 channels: mean, 2 dense layers, normalized" in card
     assert "generate" not in result.out
     again = edkm("verify", made, out, *TOKENS)
     assert again.status == 0 and "cosine" in again.out
@@ -85,7 +85,7 @@ def test_dry_run(made, edkm):
     ("arguments", "words"),
     [
         (("generate", "{made}", "--prompt", "a"), "is an embedding model"),
-        (("train", "{folder}", "--data", "text"), "is an embedding model"),
+        (("train", "{folder}", "--data", "text", "-o", "run"), "is an embedding model"),
         (("onnx", "{made}", "--interface", "decoder"), "gives no logits"),
         (("coreml", "{made}", "--interface", "neural-engine"), "gives no logits"),
         (("onnx", "{made}", "--prompt", "a"), "is for language models"),

@@ -236,12 +236,14 @@ def edited(folder: Path, file: str, **changes: Any) -> None:
     path.write_text(json.dumps({name: value for name, value in document.items() if value is not None}))
 
 
-def palettized(folder: Path, bits: int = 4, lut_dtype: Any = "float16") -> Checkpoint:
+def palettized(
+    folder: Path, bits: int = 4, lut_dtype: Any = "float16", group_size: int = 16
+) -> Checkpoint:
     """The model of a folder, palettized without calibration."""
     source = Source.parse(folder)
     model: SentenceModel = load_embedding_model(source)
     config = model.config.to_dict()
-    recipe = uniform_recipe(bits, 16, lut_dtype, fit_groups=True)
+    recipe = uniform_recipe(bits, group_size, lut_dtype, fit_groups=True)
     parts = palettize_model(model, recipe, source=str(folder))
     return Checkpoint(
         config=config,

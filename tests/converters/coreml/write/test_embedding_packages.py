@@ -22,8 +22,8 @@ from tests.helpers.embedding_models import CASES, palettized, texts_of, write_fo
 LENGTH = 24
 
 
-def export(folder, out, **options):
-    checkpoint = palettized(folder)
+def export(folder, out, group_size=16, **options):
+    checkpoint = palettized(folder, group_size=group_size)
     plan = plan_export(checkpoint, sequence_length=LENGTH, **options)
     out.mkdir()
     artifact = open_artifact(write_bundle(checkpoint, plan, out, "model"))
@@ -65,7 +65,7 @@ def test_all_cases(tmp_path, case):
 def bert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     write_folder(CASES["minilm"], folder / "model")
-    return export(folder / "model", folder / "out", target="iOS17")
+    return export(folder / "model", folder / "out", group_size=0, target="iOS17")
 
 
 def test_interface(bert):
