@@ -72,6 +72,7 @@ def input_energy(
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
     ]
+
     def run(ids: Tensor) -> Tensor:
         if isinstance(model, SentenceModel):
             return model(ids, torch.ones_like(ids))  # type: ignore[no-any-return]

@@ -50,7 +50,7 @@ INPUT_IDS, ATTENTION_MASK, POSITION_IDS, LOGITS = "input_ids", "attention_mask",
 """Inputs and output beside the cache, as optimum names them."""
 
 TOKEN_TYPES, VECTORS, EMBEDDING = "token_type_ids", "last_hidden_state", "sentence_embedding"
-"""Further input and the outputs of an embedding model, as optimum, transformers.js and sentence-transformers name them."""
+"""Further input and the outputs of an embedding model, as optimum and transformers.js name them."""
 
 CACHE_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 """Of the cache among inputs and outputs, as optimum names them."""

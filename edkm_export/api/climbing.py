@@ -114,7 +114,8 @@ def _refuse_for_embeddings(
     }
     if asked := next((what for what, wanted in given.items() if wanted), None):
         raise InputError(
-            f"{checkpoint.path or 'checkpoint'}: is an embedding model, and {asked} is for language models; leave it out."
+            f"{checkpoint.path or 'checkpoint'}: is an embedding model, and {asked} is for language models; leave "
+            "it out."
         )
 
 

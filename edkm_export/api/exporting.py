@@ -11,7 +11,7 @@ from torch import nn
 
 from edkm_export.api.artifacts import open_session
 from edkm_export.api.formats import CoreAIFormat, CoreMLFormat, Format, OnnxFormat, write_folder
-from edkm_export.atomic import check_output
+from edkm_export.atomic import atomic_folder, check_output
 from edkm_export.checkpoint import Checkpoint, load
 from edkm_export.decoder.build import FAMILIES
 from edkm_export.disk_space import require_space
@@ -208,14 +208,10 @@ def _export_module(
         raise InputError(f"{min(wrong)}: is an option of language models.")
     if path.suffix != _PACKAGE:
         raise InputError(f"{path}: name the package of a module NAME{_PACKAGE}.")
-    import shutil
-
     from converters.coreml import convert, save_package
     from converters.coreml.write.deployment_target import parse_target
 
-    replaces = path.is_dir() and (path / "Manifest.json").is_file()
-    if not (overwrite and replaces):
-        check_output(path, overwrite=overwrite, folder=True)
+    check_output(path, overwrite=overwrite, folder=True, is_ours=_is_package)
     if not isinstance(example_inputs, (Mapping, tuple, list)):
         example_inputs = (example_inputs,)
     model = convert(
@@ -225,9 +221,10 @@ def _export_module(
         target=parse_target(options.get("target") or CoreMLFormat.target),
         source=type(module).__name__,
     )
-    temporary = path.with_name(f".{path.stem}.partial{_PACKAGE}")
-    save_package(model, temporary)
-    if replaces:
-        shutil.rmtree(path)
-    temporary.replace(path)
+    with atomic_folder(path, overwrite=overwrite, is_ours=_is_package) as temporary:
+        save_package(model, temporary)
     return Exported(path, format, f"of a {type(module).__name__}", None, checkpoint)
+
+
+def _is_package(folder: Path) -> bool:
+    return (folder / "Manifest.json").is_file()

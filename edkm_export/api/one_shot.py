@@ -29,7 +29,9 @@ from edkm_export.versions import library_versions
 
 __all__ = ["OneShot", "palettize_language_model"]
 
-_SENTENCES = 64  # tokens of a window that an embedding model is calibrated with: its texts are no longer, mostly
+_SENTENCES = (
+    64  # tokens of a window that an embedding model is calibrated with: its texts are no longer, mostly
+)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ class CosineThreshold:
 
     def __str__(self) -> str:
         return (
-            f"cosine of every text at least {self.cosine:g}, lengths within {self.length:g}, the same order of texts but "
-            f"for those within {self.tie:g}"
+            f"cosine of every text at least {self.cosine:g}, lengths within {self.length:g}, the same order of texts "
+            f"but for those within {self.tie:g}"
         )
 
 
@@ -100,8 +100,8 @@ CLOSE = {
 """By the arithmetic."""
 
 COSINE_LIMIT: dict[int, float | None] = {8: 0.995, 6: 0.98, 4: 0.9, 3: 0.8, 2: None, 1: None}
-"""Least allowed mean cosine of hard PyTorch's embeddings with the original's, by the fewest bits of a palettized weight;
-None: there is none. docs/report.md has what was measured."""
+"""Least allowed mean cosine of hard PyTorch's embeddings with the original's, by the fewest bits of a palettized
+weight; None: there is none. all-MiniLM-L6-v2, calibrated, has 0.9999, 0.998, 0.970, 0.886 and 0.62 at 8 to 2 bits."""
 
 _DENSE_COSINE = 0.9999
 

@@ -59,9 +59,10 @@ def command(
 ) -> None:
     """Convert MODEL.PT to an ONNX decoder with cache, bit for bit, and verify the files on disk.
 
-    An embedding model becomes a graph of token vectors and one vector a text, for any batch. The folder holds the graph, its weights, the tokenizer, a model card and the verification report;
-    onnxruntime-genai, optimum and transformers.js load it as it is. Exit status 1: it was made, but the export is not
-    proved faithful, or the quality is beyond its limit.
+    An embedding model becomes a graph of token vectors and one vector a text, for any batch. The folder holds the
+    graph, its weights, the tokenizer, a model card and the verification report; onnxruntime-genai, optimum and
+    transformers.js load it as it is. Exit status 1: it was made, but the export is not proved faithful, or the quality
+    is beyond its limit.
     """
     exporter = _OnnxExporter(runtime, dtype, opset, context_length, standard_ops, interface)
     run_export(exporter, checkpoint, output, **common)

@@ -24,18 +24,10 @@ def decoder_config(config: dict[str, Any], source: str) -> DecoderConfig:
     Raises:
         ConversionError: the family is not supported, or the configuration lacks a key or holds a wrong value.
     """
-    found = read_settings(config, FAMILIES, source).decoder_config()
-    if found.bidirectional:
-        raise ConversionError(
-            f"{source}: use_bidirectional_attention of its configuration is true, so its tokens see later ones, and it "
-            "continues no text; as an embedding model it needs the files of sentence-transformers (modules.json)."
-        )
-    return found
+    return read_settings(config, FAMILIES, source).decoder_config()
 
 
-def read_settings(
-    config: dict[str, Any], families: Mapping[str, type[Settings]], source: str
-) -> Settings:
+def read_settings(config: dict[str, Any], families: Mapping[str, type[Settings]], source: str) -> Settings:
     """The checked keys of a Hugging Face configuration.
 
     Args:

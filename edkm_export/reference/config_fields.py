@@ -7,8 +7,10 @@ itself takes any other field too, and forgets it: what such a field asks for wou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
+
+from edkm_export.reference.config_class import ConfigClass, config_class
 
 __all__ = ["ConfigFields", "sort_fields"]
 
@@ -127,20 +129,8 @@ _ROPE_FIELDS: dict[str, set[str]] = {
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor", "short_mscale", "long_mscale"},
 }  # fmt: skip
 _ROPE_ALIASES = {"su": "longrope"}
-_WHOLE_ROTATION = (
-    "gemma2",
-    "gemma3_text",
-    "llama",
-    "mistral",
-    "modernbert",
-    "qwen2",
-    "qwen3",
-)  # heads never rotate in part
-# Arguments of older files that a class converts without declaring them.
-_CONVERTED: dict[str, tuple[str, ...]] = {
-    "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"),
-    "modernbert": ("global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"),
-}
+# A model that stretches the base of its rotation by a fixed alpha leaves these aside.
+_UNUSED_BESIDE_ALPHA = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 
 
 @dataclass
@@ -168,7 +158,6 @@ def sort_fields(config: Mapping[str, Any], *, embeds: bool = False) -> ConfigFie
         embeds: it is that of an embedding model: its token vectors are what is wanted, not logits.
     """
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     found = ConfigFields()
     family = config.get("model_type")
@@ -179,13 +168,12 @@ def sort_fields(config: Mapping[str, Any], *, embeds: bool = False) -> ConfigFie
             "its text model, saved on its own"
         )
         return found
-    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+    kind = config_class(family) if isinstance(family, str) else None
+    if not isinstance(family, str) or kind is None:
         own = " and its own Python code is not run" if config.get("auto_map") else ""
         found.not_understood["model_type"] = f"{family!r} is not known to transformers{own}"
         return found
-    kind = CONFIG_MAPPING[family]
-    declared = {each.name for each in fields(kind)} | set(kind.attribute_map)
-    rotates = "rope_parameters" in declared
+    declared, rotates = kind.declared, kind.rotates
     generation = transformers.GenerationConfig().to_dict().keys()
     for name, value in config.items():
         if name in ("model_type", "quantization_config"):
@@ -206,20 +194,22 @@ def sort_fields(config: Mapping[str, Any], *, embeds: bool = False) -> ConfigFie
         elif name in _ONLY_AS and (name not in declared or name == "is_encoder_decoder"):
             _require(found, name, value, *_ONLY_AS[name])
         elif rotates and name in ("rope_parameters", "rope_scaling"):
-            _sort_rope(found, name, family, value)
+            _sort_rope(found, name, kind, family, value)
         elif rotates and name == "rope_theta" and _said_otherwise(config, value):
             found.not_understood[name] = f"is {value!r}, and rope_parameters says another base"
         elif name == "partial_rotary_factor":
-            if family not in _WHOLE_ROTATION:
+            if kind.rotates_in_part:
                 found.used[name] = value
             else:
                 _require(found, name, value, 1.0, "heads rotate as a whole")
         elif name in declared or (rotates and name in ("head_dim", "rope_theta") and value is not None):
             found.used[name] = value  # a head size is read where it is not declared, too
-        elif name in _CONVERTED.get(family, ()):
+        elif name in kind.converted:
             found.used[name] = value
         elif name in _SAME_AS and config.get(_SAME_AS[name]) is not None:
             _require(found, name, value, config[_SAME_AS[name]], f"says what {_SAME_AS[name]} says")
+        elif name == "max_window_layers" and not config.get("use_sliding_window"):
+            _forget(found, name, "no layer slides by its number")
         elif name == "sliding_window":
             _forget(found, name, f"the {family} family attends to all positions, whatever this says")
         elif name in generation:
@@ -289,7 +279,7 @@ def _sort_architectures(found: ConfigFields, family: str, value: Any, *, embeds:
         found.without_effect["architectures"] = f"model type {family!r} decides the class, {own}"
 
 
-def _sort_rope(found: ConfigFields, name: str, family: str, value: Any) -> None:
+def _sort_rope(found: ConfigFields, name: str, kind: ConfigClass, family: str, value: Any) -> None:
     """Rotary positions: the kinds of scaling, and the fields of each."""
     if value is None:
         _forget(found, name, "is not set")
@@ -306,14 +296,16 @@ def _sort_rope(found: ConfigFields, name: str, family: str, value: Any) -> None:
         {f"{name}.{each}": inner for each, inner in layers.items()} or {name: value}
     ).items():
         if isinstance(inner, dict):
-            _sort_rope_kind(found, prefix, family, inner)
+            _sort_rope_kind(found, prefix, kind, family, inner)
         elif inner is not None:
             found.not_understood[prefix] = f"is {inner!r}, expected an object"
     if len(found.not_understood) == before:
         found.used[name] = value
 
 
-def _sort_rope_kind(found: ConfigFields, prefix: str, family: str, value: Mapping[str, Any]) -> None:
+def _sort_rope_kind(
+    found: ConfigFields, prefix: str, config: ConfigClass, family: str, value: Mapping[str, Any]
+) -> None:
     named = [value[key] for key in ("rope_type", "type") if value.get(key) is not None]
     kinds = {_ROPE_ALIASES.get(each, each) for each in named if isinstance(each, str)}
     if family == "phi3":  # its older files say yarn for what is longrope
@@ -324,10 +316,11 @@ def _sort_rope_kind(found: ConfigFields, prefix: str, family: str, value: Mappin
             f"is {' and '.join(map(repr, named))}; known are {', '.join(sorted(_ROPE_FIELDS))}"
         )
         return
+    known = _ROPE_ALWAYS | _ROPE_FIELDS[kind] | config.rotary | config.rotary_notes
+    if "alpha" in config.rotary and value.get("alpha"):
+        known |= _UNUSED_BESIDE_ALPHA
     for name, inner in value.items():
-        if inner is None or name in _ROPE_ALWAYS | _ROPE_FIELDS[kind]:
-            continue
-        if name == "partial_rotary_factor" and (family not in _WHOLE_ROTATION or inner == 1):
+        if inner is None or name in known or (name == "partial_rotary_factor" and inner == 1):
             continue
         found.not_understood[f"{prefix}.{name}"] = (
             f"is {inner!r}; rotary positions of kind {kind!r} have no such field"

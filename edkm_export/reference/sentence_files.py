@@ -71,9 +71,7 @@ class SentenceFiles:
     settings: EmbeddingSettings | None = None
 
 
-def read_sentence_files(
-    folder: Path, reference: str, *, hidden_size: int, positions: int
-) -> SentenceFiles:
+def read_sentence_files(folder: Path, reference: str, *, hidden_size: int, positions: int) -> SentenceFiles:
     """Read the files of a folder.
 
     Args:
@@ -147,7 +145,9 @@ class _Reader:
             return ""
         expected, following = stages[kind]
         if self.stage != expected:
-            return f"a {kind} module here is not understood: the order is Transformer, Pooling, Dense, Normalize"
+            return (
+                f"a {kind} module here is not understood: the order is Transformer, Pooling, Dense, Normalize"
+            )
         self.stage = following
         return ""
 
@@ -168,7 +168,9 @@ class _Reader:
         self.given["lower_case"] = fields.take("do_lower_case", False, lambda value: type(value) is bool)
         fields.only("transformer_task", "feature-extraction")
         fields.only("module_output_name", "token_embeddings")
-        fields.only("modality_config", {"text": {"method": "forward", "method_output_name": "last_hidden_state"}})
+        fields.only(
+            "modality_config", {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+        )
         fields.drop("unpad_inputs", "how a batch is computed, not what")
         fields.finish()
 
@@ -176,7 +178,9 @@ class _Reader:
         """What the tokenizer cuts texts to."""
         path = self.folder / "tokenizer_config.json"
         limit = self._json(path.name, dict).get("model_max_length") if path.is_file() else None
-        return int(limit) if isinstance(limit, (int, float)) and 0 < limit < self.positions else self.positions
+        return (
+            int(limit) if isinstance(limit, (int, float)) and 0 < limit < self.positions else self.positions
+        )
 
     def _pooling(self, path: str) -> None:
         name = f"{path}/config.json" if path else "config.json"
@@ -210,7 +214,8 @@ class _Reader:
         name = f"{path}/config.json"
         fields = _Fields(self.found, name, self._json(name, dict))
         sizes = [
-            fields.take(key, None, lambda value: type(value) is int) for key in ("in_features", "out_features")
+            fields.take(key, None, lambda value: type(value) is int)
+            for key in ("in_features", "out_features")
         ]
         bias = fields.take("bias", True, lambda value: type(value) is bool)
         activation = fields.take("activation_function", "torch.nn.modules.activation.Tanh", _is_torch_class)
@@ -260,8 +265,10 @@ class _Reader:
         prompts = fields.take(
             "prompts",
             {},
-            lambda value: isinstance(value, dict)
-            and all(isinstance(text, (str, type(None))) for text in value.values()),
+            lambda value: (
+                isinstance(value, dict)
+                and all(isinstance(text, (str, type(None))) for text in value.values())
+            ),
         )
         self.given["prompts"] = {name: text or "" for name, text in (prompts or {}).items()}
         self.given["default_prompt"] = fields.take(

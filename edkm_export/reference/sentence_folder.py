@@ -6,7 +6,6 @@ import dataclasses
 import re
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edkm_export.embedding_settings import EmbeddingSettings

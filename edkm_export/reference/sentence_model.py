@@ -162,21 +162,21 @@ class SentenceTokenizer:
         """Pieces of a long text as texts: int64 [windows, tokens] with the special tokens around each row."""
         whole = self._tokenizer("a")["input_ids"]
         bare = self._tokenizer("a", add_special_tokens=False)["input_ids"]
-        place = next(
-            (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare), None
-        )
+        place = next((start for start in range(len(whole)) if whole[start : start + len(bare)] == bare), None)
         if place is None:
             return windows
-        sides = [torch.tensor(part, dtype=torch.int64) for part in (whole[:place], whole[place + len(bare) :])]
+        sides = [
+            torch.tensor(part, dtype=torch.int64) for part in (whole[:place], whole[place + len(bare) :])
+        ]
         before, behind = (side.expand(len(windows), -1) for side in sides)
         kept = max(self.limit - sum(map(len, sides)), 1)
         return torch.cat([before, windows[:, :kept], behind], 1)
 
     def _ids(self, text: str) -> Tensor:
         lowered = text.lower() if self._settings.lower_case else text
-        found = self._tokenizer(
-            lowered, truncation=True, max_length=self.limit, return_attention_mask=False
-        )["input_ids"]
+        found = self._tokenizer(lowered, truncation=True, max_length=self.limit, return_attention_mask=False)[
+            "input_ids"
+        ]
         return torch.tensor(found, dtype=torch.int64)
 
     def _prompt_length(self, prompt: str) -> int:
@@ -186,7 +186,9 @@ class SentenceTokenizer:
         return len(ids) - ends
 
 
-def padded(texts: Sequence[Tensor], *, left: bool = False, length: int | None = None) -> tuple[Tensor, Tensor]:
+def padded(
+    texts: Sequence[Tensor], *, left: bool = False, length: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Texts of different lengths as one batch.
 
     Args:

@@ -157,7 +157,9 @@ class Source:
         if self.gguf_file:
             return part_paths(folder / self.gguf_file)
         found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
-        return [*found, *sorted(folder.glob("[0-9]_*/*.safetensors"))] if is_sentence_folder(folder) else found
+        return (
+            [*found, *sorted(folder.glob("[0-9]_*/*.safetensors"))] if is_sentence_folder(folder) else found
+        )
 
     def provenance(self) -> dict[str, Any]:
         """The reference and, for a local model, the sha256 of each weight file; those of an adapter likewise."""

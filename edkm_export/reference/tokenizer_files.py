@@ -48,7 +48,9 @@ def embedding_tokenizer_files(tokenizer: Any, max_tokens: int) -> dict[str, byte
     try:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
-            files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+            files = {
+                path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()
+            }
     finally:
         tokenizer.model_max_length = before
     _make_portable(files, tokenizer.chat_template)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edkm_export.errors import TrainingError
+from edkm_export.limits import is_out_of_memory
 from edkm_export.training import run_checkpoints
 from edkm_export.training.palettized.surgery import clusters_of
 
@@ -58,10 +60,11 @@ def load_weights(model: Any, folder: Path) -> None:
     Raises:
         TrainingError: it belongs to another model or recipe.
     """
-    state = read_weights(folder)
     try:
-        missing, unknown = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
+        missing, unknown = model.load_state_dict(read_weights(folder), strict=False)
+    except (RuntimeError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        if is_out_of_memory(error):
+            raise
         raise TrainingError(
             f"{folder}: does not fit the model ({' '.join(str(error).split())[:200]})."
         ) from error

@@ -93,7 +93,12 @@ def verify_embedding_artifact(
         _embed(model, texts.tokens[:1])
     hard = _embed(model, texts.tokens)
     rungs = [source_rung(checkpoint, evaluation.original, missing)]
-    before, errors, weights, snr = None, dict[str, list[LayerError]](), dict[str, Tensor](), dict[str, float]()
+    before, errors, weights, snr = (
+        None,
+        dict[str, list[LayerError]](),
+        dict[str, Tensor](),
+        dict[str, float](),
+    )
     if original is not None:
         with comparing_outputs(original, checkpoint) as snr, hidden_states(original) as expected:
             _embed(original, texts.tokens[:1])
@@ -193,9 +198,7 @@ def _embed(model: SentenceModel, texts: Sequence[TextTokens]) -> Tensor:
     return torch.cat(rows).float()
 
 
-def _original(
-    checkpoint: Checkpoint, evaluation: VerificationInputs
-) -> tuple[SentenceModel | None, str]:
+def _original(checkpoint: Checkpoint, evaluation: VerificationInputs) -> tuple[SentenceModel | None, str]:
     """The float model; None and the reason when there is none.
 
     Raises:
@@ -208,7 +211,8 @@ def _original(
         model: SentenceModel = load_embedding_model(evaluation.original, torch.float32)
         if model.settings != checkpoint.embedding:
             raise InputError(
-                f"{where}: its pooling, dense layers or prompts are not those of {checkpoint.path}; it is another model."
+                f"{where}: its pooling, dense layers or prompts are not those of {checkpoint.path}; it is another "
+                "model."
             )
         state = model.state_dict()
         for name, tensor in checkpoint.palettized.items():

@@ -13,8 +13,8 @@ from edkm_export.verify.report import Rung, Verdict
 __all__ = ["encoding_rung", "nearness_rung"]
 
 _WHY = (
-    "a sound model of so few bits stays above it, and one whose clustering went wrong does not; both models embedded the "
-    "same texts"
+    "a sound model of so few bits stays above it, and one whose clustering went wrong does not; both models embedded "
+    "the same texts"
 )
 
 
@@ -65,7 +65,7 @@ def encoding_rung(encoding: Encoding, found: Closeness | str | None, missing: st
     ok = (
         found.cosine_min >= threshold.cosine
         and found.length_error <= threshold.length
-        and found.rank_agreement * found.pairs + found.near_ties >= found.pairs
+        and round(found.rank_agreement * found.pairs) + found.near_ties == found.pairs
     )
     return Rung(
         **names,

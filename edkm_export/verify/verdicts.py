@@ -57,7 +57,7 @@ def faithful_words(report: Report) -> str:
     if report.faithful_export is Verdict.PASS:
         return (
             "The artifact computes the model that was palettized or trained: its weights bit for bit, its "
-            f"{'logits' if report.perplexities or report.nearness is None else 'embeddings'} within rounding."
+            f"{'embeddings' if report.embeds else 'logits'} within rounding."
         )
     return "Nothing failed, but the artifact was not executed, so it is not known what it computes."
 

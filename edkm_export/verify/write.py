@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from edkm_export.atomic import atomic_files
 from edkm_export.verify.html import report_page
 from edkm_export.verify.quoting import quoted
 from edkm_export.verify.ranking import decibels, ranked, ranking_words
@@ -19,19 +20,18 @@ _WORST = 10
 
 
 def write_report(report: Report, folder: str | Path) -> None:
-    """Write `report.json` (schema in docs/report.md), `report.md` and `report.html` into an existing folder."""
-    folder = Path(folder)
-    for name, content in (
-        ("report.json", report.model_dump_json(indent=2) + "\n"),
-        ("report.md", markdown(report)),
-        ("report.html", report_page(report)),
-    ):
-        temporary = folder / f".{name}.partial"
-        try:
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+    """Write `report.json` (schema in docs/report.md), `report.md` and `report.html` into an existing folder.
+
+    Raises:
+        DiskFullError: there is no space for them; none is written then.
+    """
+    with atomic_files(Path(folder), "report") as temporary:
+        for name, content in (
+            ("report.json", report.model_dump_json(indent=2) + "\n"),
+            ("report.md", markdown(report)),
+            ("report.html", report_page(report)),
+        ):
+            (temporary / name).write_text(content, encoding="utf-8")
 
 
 def markdown(report: Report) -> str:

@@ -25,7 +25,16 @@ from edkm_export.reference.source import Source, load_embedding_model, load_toke
 from edkm_export.reference.tokenizer_files import embedding_tokenizer_files
 from tests.helpers.odd_models import build_tokenizer
 
-__all__ = ["CASES", "SENTENCES", "EmbeddingCase", "base_model", "edited", "palettized", "texts_of", "write_folder"]
+__all__ = [
+    "CASES",
+    "SENTENCES",
+    "EmbeddingCase",
+    "base_model",
+    "edited",
+    "palettized",
+    "texts_of",
+    "write_folder",
+]
 
 VOCABULARY = 300
 
@@ -121,7 +130,9 @@ CASES: dict[str, EmbeddingCase] = {
         "BertConfig", {**_BERT, "type_vocab_size": 1}, pooling=_CLS, prompts={"query": "search: "}
     ),
     "e5": EmbeddingCase(
-        "BertConfig", {**_BERT, "hidden_act": "gelu_new"}, prompts={"query": "query: ", "passage": "passage: "}
+        "BertConfig",
+        {**_BERT, "hidden_act": "gelu_new"},
+        prompts={"query": "query: ", "passage": "passage: "},
     ),
     "embeddinggemma": EmbeddingCase(
         "Gemma3TextConfig",
@@ -132,7 +143,11 @@ CASES: dict[str, EmbeddingCase] = {
     "gemma even window": EmbeddingCase("Gemma3TextConfig", {**_GEMMA, "sliding_window": 8}, left=True),
     "gemma causal": EmbeddingCase("Gemma3TextConfig", {**_GEMMA, "use_bidirectional_attention": False}),
     "qwen3": EmbeddingCase(
-        "Qwen3Config", _QWEN, pooling=_LAST, left=True, prompts={"query": "Instruct: find\nQuery:", "document": ""}
+        "Qwen3Config",
+        _QWEN,
+        pooling=_LAST,
+        left=True,
+        prompts={"query": "Instruct: find\nQuery:", "document": ""},
     ),
     "qwen3 cls": EmbeddingCase("Qwen3Config", {**_QWEN, "num_key_value_heads": 1}, pooling=_CLS, left=True),
     "modernbert": EmbeddingCase("ModernBertConfig", _MODERN, pooling=_CLS),
@@ -177,7 +192,9 @@ def tokenizer(case: EmbeddingCase) -> PreTrainedTokenizerFast:
     made = build_tokenizer(VOCABULARY)
     made.padding_side = "left" if case.left else "right"
     begin, end = made.convert_ids_to_tokens([VOCABULARY - 2, VOCABULARY - 1])
-    made.add_special_tokens({"cls_token": begin, "sep_token": end, "pad_token": made.convert_ids_to_tokens(0)})
+    made.add_special_tokens(
+        {"cls_token": begin, "sep_token": end, "pad_token": made.convert_ids_to_tokens(0)}
+    )
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A {end}", special_tokens=[(begin, VOCABULARY - 2), (end, VOCABULARY - 1)]
     )
@@ -236,9 +253,7 @@ def edited(folder: Path, file: str, **changes: Any) -> None:
     path.write_text(json.dumps({name: value for name, value in document.items() if value is not None}))
 
 
-def palettized(
-    folder: Path, bits: int = 4, lut_dtype: Any = "float16", group_size: int = 16
-) -> Checkpoint:
+def palettized(folder: Path, bits: int = 4, lut_dtype: Any = "float16", group_size: int = 16) -> Checkpoint:
     """The model of a folder, palettized without calibration."""
     source = Source.parse(folder)
     model: SentenceModel = load_embedding_model(source)

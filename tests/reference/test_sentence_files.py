@@ -152,7 +152,9 @@ def test_pooling_that_is_refused(folder_of, changes, words):
     folder = folder_of("minilm")
     edited(folder, "1_Pooling/config.json", **changes)
     found = refused(folder)
-    assert any(name.startswith("1_Pooling/config.json: ") and words in why for name, why in found.items()), found
+    assert any(name.startswith("1_Pooling/config.json: ") and words in why for name, why in found.items()), (
+        found
+    )
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,11 @@ def test_a_file_that_modules_name_is_missing(folder_of):
         ("sentence_bert_config.json", {"max_seq_length": 0}, "max_seq_length"),
         ("sentence_bert_config.json", {"do_lower_case": "yes"}, "do_lower_case"),
         ("sentence_bert_config.json", {"query_length": 32}, "query_length"),
-        ("config.json", {"architectures": ["BertForSequenceClassification"]}, "BertForSequenceClassification"),
+        (
+            "config.json",
+            {"architectures": ["BertForSequenceClassification"]},
+            "BertForSequenceClassification",
+        ),
         ("config.json", {"position_embedding_type": "relative_key"}, "relative_key"),
         ("config.json", {"quantization_config": {"bits": 4}}, "quantized weights"),
     ],

@@ -96,9 +96,7 @@ def test_words(report):
 def test_prompts_are_applied(report, made):
     """Six hundred tokens of texts with their prompts: fewer texts than without."""
     used = report.provenance["evaluation"]
-    bare = dataclasses.replace(
-        made[1], embedding=made[1].embedding.model_copy(update={"prompts": {}})
-    )
+    bare = dataclasses.replace(made[1], embedding=made[1].embedding.model_copy(update={"prompts": {}}))
     without = verify(bare, made[2]).provenance["evaluation"]
     assert used["texts"] < without["texts"] and used["queries"] >= 3
 

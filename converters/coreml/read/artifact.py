@@ -24,6 +24,7 @@ from edkm_export.quantities import short_size
 
 __all__ = ["KIND", "CoreMLArtifact", "open_artifact"]
 
+
 class CoreMLArtifact(PackageFiles):
     """A model in one package, or in several that run one after the other.
 

@@ -97,7 +97,9 @@ class CoreMLEmbeddingArtifact(PackageFiles):
         """float32 [1, dimension]."""
         count = len(text.ids)
         if count > self.context:
-            raise InputError(f"{self.path}: a text has {count} tokens, more than its {self.context} positions.")
+            raise InputError(
+                f"{self.path}: a text has {count} tokens, more than its {self.context} positions."
+            )
         ids = torch.zeros(1, self.context, dtype=torch.int32)
         mask = torch.zeros_like(ids)
         ids[0, :count], mask[0, :count] = text.ids.int(), 1

@@ -86,8 +86,8 @@ def _embedding_use(settings: EmbeddingSettings, plan: ExportPlan) -> str:
     marks = "" if settings.include_prompt else MARKED_PROMPTS
     return (
         f"`input_ids` and `attention_mask` int32 [1, {plan.context}] give `sentence_embedding` float16 "
-        f"[1, {settings.dimension(plan.hidden_size)}] ({settings.words()}). The tokens of the text stand first, with a 1 "
-        f"in the mask each; the rest is padding, with a 0.{marks} Texts are cut to {settings.max_tokens} tokens."
+        f"[1, {settings.dimension(plan.hidden_size)}] ({settings.words()}). The tokens of the text stand first, with a "
+        f"1 in the mask each; the rest is padding, with a 0.{marks} Texts are cut to {settings.max_tokens} tokens."
     )
 
 

@@ -170,7 +170,9 @@ def _state_sizes(checkpoint: Checkpoint, plan: ExportPlan, config: DecoderConfig
 
 
 def _crashes(checkpoint: Checkpoint, plan: ExportPlan, config: DecoderConfig) -> _Found:
-    if plan.interface not in ("logits", "embedding") and (subject := _select(checkpoint, lambda tensor: tensor.n_bits == 4)):
+    if plan.interface not in ("logits", "embedding") and (
+        subject := _select(checkpoint, lambda tensor: tensor.n_bits == 4)
+    ):
         yield Finding(
             "stateful-4-bit",
             "warning",

@@ -84,8 +84,8 @@ def _without_effect(layer: nn.Module) -> list[Tensor]:
     found: list[Tensor] = []
     if isinstance(layer, LayerNorm) or (isinstance(layer, RMSNorm) and not layer.offset):
         found += [layer.weight] if bool((layer.weight == 1).all()) else []
-    if isinstance(layer, LayerNorm):
-        found += [layer.bias] if layer.bias is not None and bool((layer.bias == 0).all()) else []
+    if isinstance(layer, LayerNorm) and layer.bias is not None:
+        found += [layer.bias] if bool((layer.bias == 0).all()) else []
     return found
 
 

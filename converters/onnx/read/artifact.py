@@ -143,7 +143,11 @@ def open_artifact(path: str | Path) -> Artifact | EmbeddingArtifact:
     """Open an ONNX folder, or the .onnx file in it, for the verifier; a broken one becomes a DamagedArtifact."""
     try:
         graph = load_graph(path)
-        return OnnxEmbeddingArtifact(graph) if graph.description.interface == "embedding" else OnnxArtifact(graph)
+        return (
+            OnnxEmbeddingArtifact(graph)
+            if graph.description.interface == "embedding"
+            else OnnxArtifact(graph)
+        )
     except PackageError as error:
         return DamagedArtifact(Path(path), KIND, str(error))
 

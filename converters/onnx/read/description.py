@@ -106,7 +106,9 @@ def _embedding(metadata: Mapping[str, str], path: Path) -> EmbeddingSettings:
     except pydantic.ValidationError as error:
         detail = error.errors()[0]
         where = ".".join(map(str, detail["loc"]))
-        raise PackageError(f"{path}: metadata {METADATA_PREFIX}embedding: {where}: {detail['msg']}.") from error
+        raise PackageError(
+            f"{path}: metadata {METADATA_PREFIX}embedding: {where}: {detail['msg']}."
+        ) from error
 
 
 def _object(metadata: Mapping[str, str], key: str, path: Path) -> dict[str, Any]:

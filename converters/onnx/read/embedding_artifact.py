@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from edkm_export.quantities import short_size
 
 __all__ = ["OnnxEmbeddingArtifact", "check_embedding_interface", "embedding_feeds"]
 
+_BATCH_TOKENS = 8192  # attention takes memory with the square of a text's length
 _REFERENCE_WEIGHTS = 20_000_000  # the reference decodes every weight again for each text, on one core
 
 
@@ -40,8 +41,8 @@ def check_embedding_interface(graph: Graph) -> int:
         EMBEDDING,
     }:
         raise PackageError(
-            f"{graph.path}: takes {', '.join(graph.inputs)} and gives {', '.join(graph.outputs)}; expected an embedding "
-            f"model with {INPUT_IDS}, {ATTENTION_MASK}, {VECTORS} and {EMBEDDING}."
+            f"{graph.path}: takes {', '.join(graph.inputs)} and gives {', '.join(graph.outputs)}; expected an "
+            f"embedding model with {INPUT_IDS}, {ATTENTION_MASK}, {VECTORS} and {EMBEDDING}."
         )
     for name, value in graph.inputs.items():
         if value.dtype != np.int64 or len(value.shape) != 2:
@@ -53,7 +54,9 @@ def check_embedding_interface(graph: Graph) -> int:
     return int(graph.outputs[EMBEDDING].shape[-1])
 
 
-def embedding_feeds(graph: Graph, texts: Sequence[TextTokens], *, left: bool = False) -> dict[str, NDArray[Any]]:
+def embedding_feeds(
+    graph: Graph, texts: Sequence[TextTokens], *, left: bool = False
+) -> dict[str, NDArray[Any]]:
     """Inputs for a batch of texts.
 
     Args:
@@ -71,6 +74,18 @@ def embedding_feeds(graph: Graph, texts: Sequence[TextTokens], *, left: bool = F
         mask[row, start : start + text.prompt] = 2
     feeds = {INPUT_IDS: ids, ATTENTION_MASK: mask, TOKEN_TYPES: np.zeros_like(ids)}
     return {name: value for name, value in feeds.items() if name in graph.inputs}
+
+
+def _batches(texts: Sequence[TextTokens]) -> Iterator[list[TextTokens]]:
+    """Texts in their order, as many together as have so many tokens when padded."""
+    batch: list[TextTokens] = []
+    for text in texts:
+        width = max(len(each.ids) for each in (*batch, text))
+        if batch and (len(batch) + 1) * width > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(text)
+    yield batch
 
 
 class OnnxEmbeddingArtifact(GraphFiles):
@@ -91,7 +106,9 @@ class OnnxEmbeddingArtifact(GraphFiles):
 
     def __repr__(self) -> str:
         """One line: folder, profile, size."""
-        return f"OnnxEmbeddingArtifact({self.path.name}, {self.graph.profile}, {short_size(self.size_bytes())})"
+        return (
+            f"OnnxEmbeddingArtifact({self.path.name}, {self.graph.profile}, {short_size(self.size_bytes())})"
+        )
 
     def _encodings(self) -> list[Encoding]:
         rounds = self.graph.profile == "fast"
@@ -112,13 +129,13 @@ class OnnxEmbeddingArtifact(GraphFiles):
         why = "a server runs texts of different lengths together; padding must change nothing"
         padded = Encoding(
             "execution-onnxruntime-padded",
-            "onnxruntime, all texts in one batch, padded on the right",
+            "onnxruntime, texts in batches, padded on the right",
             coarse.because(why),
             self._batch(left=False),
         )
         before = Encoding(
             "execution-onnxruntime-padded-left",
-            "onnxruntime, all texts in one batch, padded on the left",
+            "onnxruntime, texts in batches, padded on the left",
             coarse.because(why),
             self._batch(left=True),
         )
@@ -128,8 +145,12 @@ class OnnxEmbeddingArtifact(GraphFiles):
 
     def _batch(self, *, left: bool) -> Encode:
         def encode(texts: Sequence[TextTokens]) -> Tensor:
-            feeds = embedding_feeds(self.graph.graph, texts, left=left)
-            return torch.from_numpy(self.graph.runtime("all").run(feeds)[EMBEDDING]).float()
+            runtime = self.graph.runtime("all")
+            rows = [
+                runtime.run(embedding_feeds(self.graph.graph, batch, left=left))[EMBEDDING]
+                for batch in _batches(texts)
+            ]
+            return torch.from_numpy(np.concatenate(rows)).float()
 
         return encode
 

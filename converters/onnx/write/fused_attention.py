@@ -74,7 +74,7 @@ class _FusedAttention:
         # Scaled by its tables of rotation a query needs no scale in the operator, and with a scale of 1 onnxruntime
         # multiplies a single query without a copy of the keys.
         self._turned_scale = 1.0
-        if tracer.weights.contrib and rotation is not None and rotation.is_whole:
+        if tracer.weights.contrib and rotation is not None and rotation.is_whole and not module.norms_last:
             self._scale, self._turned_scale = 1.0, self._scale
 
     def __call__(self, x: Value, context: Context, cache: GrowingCache) -> Value:
@@ -84,11 +84,12 @@ class _FusedAttention:
         mask: Any = context.masks[module.kind]
         projected: Any = project(module, names.attention_inputs, module.sizes, x)  # type: ignore[arg-type]
         queries, keys, values = projected
-        if module.q_norm is not None and module.k_norm is not None:
-            queries = self._each_head(module.q_norm, queries, module.heads)
-            keys = self._each_head(module.k_norm, keys, module.kv_heads)
+        if module.norms and not module.norms_last:
+            queries, keys = self._normed(queries, keys)
         if self._rotation is not None:
-            queries, keys = self._rotation.turn(queries, self._turned_scale), self._rotation.turn(keys)
+            queries, keys = self._rotation.turn(queries, keys, self._turned_scale)
+        if module.norms and module.norms_last:
+            queries, keys = self._normed(queries, keys)
         layer = module.layer
         mixed = graph.unique("Attention")
         cache.present |= {present_name(layer, what): f"{mixed}.{what}" for what in ("key", "value")}
@@ -105,6 +106,16 @@ class _FusedAttention:
         )  # fmt: skip
         value = Value(self._tracer, mixed, (*x.shape[:2], module.heads * module.head_dim), x.dtype)
         return module.get_submodule(names.attention_output)(value)  # type: ignore[no-any-return]
+
+    def _normed(self, queries: Value, keys: Value) -> tuple[Value, Value]:
+        module = self._module
+        query_norm, key_norm = module.query_norm, module.key_norm
+        if module.norms != "head":
+            return query_norm(queries), key_norm(keys)
+        return (
+            self._each_head(query_norm, queries, module.heads),
+            self._each_head(key_norm, keys, module.kv_heads),
+        )
 
     def _each_head(self, norm: torch.nn.Module, x: Value, heads: int) -> Value:
         """Norm of [batch, new, heads * head_dim], head by head."""

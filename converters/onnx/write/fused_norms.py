@@ -104,7 +104,7 @@ class _SkipRMSNorm(_RMSNorm):
 
 
 class _LayerNorm(_Norm):
-    """Layer norm with weight, and bias if it has one: x [..., size] -> [..., size]."""
+    """Layer norm with weight, and with or without bias: x [..., size] -> [..., size]."""
 
     def __call__(self, x: Value) -> Value:
         wide = x.to(torch.float32)

@@ -257,6 +257,8 @@ class Value:
 
     def split(self, sizes: Sequence[int], dim: int) -> tuple[Value, ...]:
         """Cut along an axis."""
+        if len(sizes) == 1:
+            return (self,)
         axis = dim % len(self.shape)
         names = self.tracer.graph.node(
             "Split", self.name, self.tracer.graph.integers(*sizes), outputs=len(sizes), axis=axis
@@ -364,12 +366,22 @@ def _table(ids: Value, table: Tensor) -> Value:
     return Value(tracer, rows, (*ids.shape, table.shape[1]), torch.float32).to(tracer.dtype)
 
 
-def half_table(table: Tensor) -> NDArray[np.float32] | None:
-    """Half of a table of rotations, float32 [positions, width / 2]; None when its two halves differ."""
+def half_table(table: Tensor, *, interleaved: bool = False) -> NDArray[np.float32] | None:
+    """Each angle of a table of rotations once, float32 [positions, width / 2].
+
+    Args:
+        table: [positions, width]; it holds each angle twice.
+        interleaved: side by side; otherwise in its two halves.
+
+    Returns:
+        None when the two differ.
+    """
     array = table.float().numpy()
-    width = array.shape[1]
-    equal = width % 2 == 0 and np.array_equal(array[:, : width // 2], array[:, width // 2 :])
-    return array[:, : width // 2] if equal else None
+    width = array.shape[1] // 2
+    if array.shape[1] % 2:
+        return None
+    first, second = (array[:, ::2], array[:, 1::2]) if interleaved else (array[:, :width], array[:, width:])
+    return first if np.array_equal(first, second) else None
 
 
 def _attention(queries: Value, keys: Value, values: Value, attn_mask: Value) -> Value:

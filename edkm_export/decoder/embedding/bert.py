@@ -21,6 +21,9 @@ __all__ = ["Bert", "BertSettings"]
 class BertSettings(Settings):
     """Keys of transformers' BertConfig."""
 
+    model_type = "bert"
+    models = "all-MiniLM, E5, BGE, GTE"
+
     vocab_size: pydantic.PositiveInt = 30522
     hidden_size: pydantic.PositiveInt = 768
     num_hidden_layers: pydantic.PositiveInt = 12

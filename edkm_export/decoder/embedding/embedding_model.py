@@ -15,20 +15,23 @@ from edkm_export.decoder.config import FULL, SLIDING, DecoderConfig
 from edkm_export.decoder.context import Context, causal_mask, padding_mask, sliding_mask
 from edkm_export.decoder.decoder import Stack
 from edkm_export.decoder.embedding.bert import BertSettings
+from edkm_export.decoder.embedding.gemma_embedding import GemmaEmbeddingSettings
 from edkm_export.decoder.embedding.modernbert import ModernBertSettings
 from edkm_export.decoder.embedding.token_pooling import pool
 from edkm_export.decoder.families import FAMILIES
+from edkm_export.decoder.families.settings import Settings
 from edkm_export.decoder.norms import UnitNorm
 from edkm_export.embedding_settings import Activation, EmbeddingSettings
 from edkm_export.errors import ConversionError
 
 __all__ = ["ENCODERS", "EmbeddingModel", "embedding_config", "empty_embedding_model", "visible_masks"]
 
-ENCODERS: dict[str, type[BertSettings] | type[ModernBertSettings]] = {
-    "bert": BertSettings,
-    "modernbert": ModernBertSettings,
+ENCODERS: dict[str, type[Settings]] = {
+    family.model_type: family for family in (BertSettings, GemmaEmbeddingSettings, ModernBertSettings)
 }
-"""{`model_type` of the Hugging Face configuration: what reads it}, of models that are no decoders."""
+"""{`model_type` of the Hugging Face configuration: what reads it}, of models that are no plain decoders."""
+
+_NO_ENCODERS = ("gpt2",)  # its stack has a name of its own
 
 _STACK = "model"  # the checkpoint's name of what gives the token vectors
 
@@ -90,7 +93,7 @@ class EmbeddingModel(nn.Module):
         seen = counted = attention_mask
         if not self.settings.include_prompt:
             seen, counted = attention_mask.clamp(max=1), attention_mask.eq(1).to(attention_mask.dtype)
-        masks = {kind: mask.minimum(padding_mask(seen)) for kind, mask in visible.items()}
+        masks = {kind: mask.minimum(padding_mask(seen).to(mask.dtype)) for kind, mask in visible.items()}
         context = Context(positions, rotary, masks, token_types)
         vectors: Tensor = self.model(input_ids, context, None)
         x = pool(self.settings.pooling, vectors, counted, positions)
@@ -110,10 +113,8 @@ def visible_masks(config: DecoderConfig, positions: Tensor) -> dict[str, Tensor]
     Returns:
         Additive masks, float [1, 1, tokens, tokens]; [1, 1, tokens, 1] where nothing is hidden.
     """
-    if config.bidirectional:
-        full = (positions * 0).float()[:, None, :, None]
-    else:
-        full = causal_mask(positions, positions)
+    nothing = (positions * 0).float()[:, None, :, None]
+    full = nothing if config.bidirectional else causal_mask(positions, positions)
     masks, window = {FULL: full}, config.sliding_window
     if window is not None:
         masks[SLIDING] = sliding_mask(full, positions, positions, window)
@@ -159,7 +160,7 @@ def empty_embedding_model(checkpoint: Checkpoint) -> EmbeddingModel:
 
 def _settings(config: dict[str, Any], source: str) -> Any:
     """The checked keys of a configuration."""
-    known = {**{name: kind for name, kind in FAMILIES.items() if name != "gpt2"}, **ENCODERS}
+    known = {name: kind for name, kind in FAMILIES.items() if name not in _NO_ENCODERS} | ENCODERS
     settings = read_settings(config, known, source)
     found = settings.decoder_config()
     if found.hidden_size % found.num_heads and isinstance(settings, (BertSettings, ModernBertSettings)):

@@ -32,12 +32,12 @@ def chosen_interface(checkpoint: Checkpoint, asked: str | None, known: Sequence[
         raise ConversionError(f"--interface {asked!r} is unknown; use one of {', '.join(known)}.")
     if embeds and asked != EMBEDDING_INTERFACE:
         raise ConversionError(
-            f"{source}: holds an embedding model, which gives no logits; use --interface {EMBEDDING_INTERFACE}, or leave "
-            "it out."
+            f"{source}: holds an embedding model, which gives no logits; use --interface {EMBEDDING_INTERFACE}, or "
+            "leave it out."
         )
     if not embeds and asked == EMBEDDING_INTERFACE:
         raise ConversionError(
-            f"{source}: holds a language model; --interface {EMBEDDING_INTERFACE} is for a checkpoint that was palettized "
-            "from a folder of sentence-transformers (modules.json)."
+            f"{source}: holds a language model; --interface {EMBEDDING_INTERFACE} is for a checkpoint that was "
+            "palettized from a folder of sentence-transformers (modules.json)."
         )
     return asked

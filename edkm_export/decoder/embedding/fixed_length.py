@@ -61,7 +61,9 @@ class FixedLength(nn.Module):
         positions = self.positions
         if self.decoder.config.names.positions is not None:
             positions = positions + nothing
-        rotary = {kind: (self.get_buffer(f"cos_{kind}"), self.get_buffer(f"sin_{kind}")) for kind in self.rotary}
+        rotary = {
+            kind: (self.get_buffer(f"cos_{kind}"), self.get_buffer(f"sin_{kind}")) for kind in self.rotary
+        }
         visible = {kind: self.get_buffer(f"mask_{kind}") for kind in self.kinds}
         _, embeddings = self.decoder(input_ids, attention_mask, types, positions, rotary, visible)
         return embeddings  # type: ignore[no-any-return]

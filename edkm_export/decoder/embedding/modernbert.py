@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from edkm_export.decoder.attention import Attention
 from edkm_export.decoder.config import FULL, SLIDING, DecoderConfig, Names
 from edkm_export.decoder.context import Context
-from edkm_export.decoder.families.settings import KINDS, Activation, LayerType, Settings
+from edkm_export.decoder.families.settings import Activation, LayerType, Settings
 from edkm_export.decoder.mlp import MLP
 from edkm_export.decoder.norms import LayerNorm
 
@@ -21,6 +21,9 @@ _NAMES = Names(
 
 class ModernBertSettings(Settings):
     """Keys of transformers' ModernBertConfig."""
+
+    model_type = "modernbert"
+    models = "ModernBERT Embed, GTE ModernBERT"
 
     vocab_size: pydantic.PositiveInt = 50368
     hidden_size: pydantic.PositiveInt = 768
@@ -40,7 +43,7 @@ class ModernBertSettings(Settings):
     def layer_kinds(self) -> tuple[str, ...]:
         """As `layer_types` says, or in a fixed pattern."""
         if self.layer_types is not None:
-            return tuple(KINDS[each] for each in self.layer_types)
+            return tuple(FULL if each == "full_attention" else SLIDING for each in self.layer_types)
         every = self.global_attn_every_n_layers
         return tuple(SLIDING if layer % every else FULL for layer in range(self.num_hidden_layers))
 

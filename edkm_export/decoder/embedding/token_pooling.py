@@ -1,4 +1,4 @@
-"""One vector of many, as a product with weights of the tokens: nothing is gathered, so any batch and padding will do."""
+"""One vector of many, as a product with weights of the tokens: nothing is gathered, any batch and padding will do."""
 
 from __future__ import annotations
 
@@ -30,4 +30,4 @@ def pool(kind: Pooling, vectors: Tensor, mask: Tensor, positions: Tensor) -> Ten
         places = positions * -1 + _BEYOND if kind == "cls" else positions + 1
         chosen = (mask * places).amax(-1, keepdim=True)
         weights = (mask * places.eq(chosen).to(mask.dtype)).float()
-    return weights.unsqueeze(1) @ vectors
+    return weights.to(vectors.dtype).unsqueeze(1) @ vectors

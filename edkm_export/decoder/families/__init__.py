@@ -1,4 +1,4 @@
-"""Model families that can be exported: one file and one row each, see docs/families.md."""
+"""Model families that can be exported: a file and a line here each, see docs/families.md."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from edkm_export.decoder.families.settings import Settings
 __all__ = ["FAMILIES"]
 
 FAMILIES: dict[str, type[Settings]] = {
-    "gemma2": Gemma2Settings,
-    "gemma3_text": Gemma3Settings,
-    "gpt2": GPT2Settings,
-    "llama": LlamaSettings,
-    "mistral": MistralSettings,
-    "phi3": Phi3Settings,
-    "qwen2": Qwen2Settings,
-    "qwen3": Qwen3Settings,
+    family.model_type: family
+    for family in (
+        Gemma2Settings,
+        Gemma3Settings,
+        GPT2Settings,
+        LlamaSettings,
+        MistralSettings,
+        Phi3Settings,
+        Qwen2Settings,
+        Qwen3Settings,
+    )
 }
-"""{`model_type` of the Hugging Face configuration: what reads it}."""
+"""{`model_type` of the Hugging Face configuration: what reads it}, in order."""

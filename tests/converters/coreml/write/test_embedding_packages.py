@@ -28,8 +28,8 @@ def export(folder, out, group_size=16, **options):
     out.mkdir()
     artifact = open_artifact(write_bundle(checkpoint, plan, out, "model"))
     assert isinstance(artifact, CoreMLEmbeddingArtifact), artifact.reason
-    # the last constant in the file is not padded
-    assert 0 <= plan.weights_size_bytes - artifact.weights_size_bytes() < 64
+    # what the rung of the size allows; the numbers of the positions may be narrower than predicted
+    assert artifact.weights_size_bytes() == pytest.approx(plan.weights_size_bytes, rel=0.01)
     return checkpoint, artifact
 
 
@@ -42,7 +42,10 @@ def compare(case, tmp_path):
     texts = texts_of(folder, model, limit=LENGTH)
     with torch.no_grad():
         expected = torch.cat(
-            [model(text.ids[None], torch.ones_like(text.ids[None]), prompt_length=text.prompt) for text in texts]
+            [
+                model(text.ids[None], torch.ones_like(text.ids[None]), prompt_length=text.prompt)
+                for text in texts
+            ]
         )
     for encoding in artifact.encodings:
         if encoding.encode is not None:

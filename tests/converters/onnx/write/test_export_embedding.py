@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,7 @@ from converters.onnx.write.export_plan import plan_onnx
 from edkm_export.artifact.protocol import DamagedArtifact
 from edkm_export.errors import ConversionError
 from edkm_export.reference.hard_model import load_hard_embedding_model
-from tests.helpers.embedding_models import CASES, SENTENCES, palettized, texts_of, write_folder
+from tests.helpers.embedding_models import CASES, palettized, texts_of, write_folder
 
 PROFILES = ("exact", "low-memory", "fast", "fast standard")
 QUICK = [("minilm", "exact"), ("embeddinggemma", "low-memory"), ("qwen3", "fast"), ("modernbert", "exact")]
@@ -46,7 +45,10 @@ def compare(folder, out, profile, dtype):
     texts = texts_of(folder, model)
     with torch.no_grad():
         expected = torch.cat(
-            [model(text.ids[None], torch.ones_like(text.ids[None]), prompt_length=text.prompt) for text in texts]
+            [
+                model(text.ids[None], torch.ones_like(text.ids[None]), prompt_length=text.prompt)
+                for text in texts
+            ]
         )
     assert {"execution-onnxruntime-padded", "execution-onnxruntime-plain"} <= {
         encoding.id for encoding in artifact.encodings
@@ -119,7 +121,7 @@ def test_sentence_transformers_reads_its_files(bert, tmp_path):
     """What it would pool and how; with the weights in a graph, its own reader of our files is ours."""
     from edkm_export.reference.sentence_files import read_sentence_files
 
-    folder, checkpoint, artifact = bert
+    _, checkpoint, artifact = bert
     found = read_sentence_files(artifact.path, "out", hidden_size=48, positions=64)
     assert found.settings == checkpoint.embedding and not found.not_understood
 
@@ -140,9 +142,7 @@ def test_tables_of_positions_and_types_may_be_palettized(tmp_path):
     folder = write_folder(CASES["minilm"], tmp_path / "model")
     plain = palettized(folder)
     model = load_embedding_model(Source.parse(folder))
-    parts = palettize_model(
-        model, Recipe(rules=(Rule(match="*", bits=4, group_size=0),)), source="model"
-    )
+    parts = palettize_model(model, Recipe(rules=(Rule(match="*", bits=4, group_size=0),)), source="model")
     checkpoint = type(plain)(
         plain.config, parts.palettized, parts.dense, parts.tied, plain.tokenizer, embedding=plain.embedding
     )
@@ -191,20 +191,3 @@ def test_damaged_descriptions(bert, tmp_path, key, value, words):
     onnx.save_model(model, out / "onnx/model.onnx")
     found = open_artifact(out)
     assert isinstance(found, DamagedArtifact) and words in found.reason
-
-
-@pytest.mark.optimum
-def test_optimum_reads_it(bert):
-    """`ORTModelForFeatureExtraction`, which sentence-transformers uses for its ONNX backend."""
-    optimum = pytest.importorskip("optimum.onnxruntime")
-    from transformers import AutoTokenizer
-
-    _, _, artifact = bert
-    model = optimum.ORTModelForFeatureExtraction.from_pretrained(
-        artifact.path, subfolder="onnx", file_name="model.onnx"
-    )
-    batch = AutoTokenizer.from_pretrained(artifact.path)(list(SENTENCES), padding=True, return_tensors="np")
-    found = model(**batch).last_hidden_state
-    feeds = {name: np.asarray(value, np.int64) for name, value in batch.items()}
-    feeds.setdefault("token_type_ids", np.zeros_like(feeds["input_ids"]))
-    np.testing.assert_allclose(found, artifact.graph.runtime().run(feeds)["last_hidden_state"], atol=1e-5)
