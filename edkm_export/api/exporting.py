@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from edkm_export.api.artifacts import open_session
-from edkm_export.api.formats import CoreAIFormat, CoreMLFormat, Format, OnnxFormat, write_folder
+from edkm_export.api.formats import CoreAIFormat, CoreMLFormat, Format, OnnxFormat, Plan, write_folder
 from edkm_export.atomic import atomic_folder, check_output
 from edkm_export.checkpoint import Checkpoint, load
 from edkm_export.decoder.build import FAMILIES
@@ -179,10 +179,7 @@ def export(
     require_space(path, plan.weights_size_bytes)
     stem = name or (held.path.stem if held.path is not None else "model")
     write_folder(form, held, plan, path, stem, overwrite=overwrite)
-    kind = plan.interface
-    if isinstance(form, OnnxFormat) and held.embedding is None:
-        kind = form.runtime
-    return Exported(path, format, f"for {kind}", plan.weights_size_bytes, held)
+    return Exported(path, format, _kind(form, plan), plan.weights_size_bytes, held)
 
 
 def _export_module(
@@ -228,3 +225,12 @@ def _export_module(
 
 def _is_package(folder: Path) -> bool:
     return (folder / "Manifest.json").is_file()
+
+
+def _kind(form: Format[Any], plan: Plan) -> str:
+    """Who runs what a format writes, for people."""
+    if isinstance(form, OnnxFormat) and plan.interface != "embedding":
+        return f"for {form.runtime}"
+    if isinstance(form, CoreAIFormat):
+        return f"for the {form.interface} engine"
+    return f"for {plan.interface}"
