@@ -45,6 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.digest",
         "edkm_export.hub_id",
         "edkm_export.checkpoint_record",
+        "edkm_export.embedding_settings",
         "edkm_export.unfinished",
         "edkm_export.packing",
         "edkm_export.local_paths",
@@ -55,6 +56,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "edkm_export.checkpoint",
         "edkm_export.model_card",
+        "edkm_export.embedding_card",
+        "edkm_export.sentence_documents",
         "edkm_export.device_lint",
         "edkm_export.recipe",
         "edkm_export.weight_storage",

@@ -9,6 +9,8 @@ __all__ = [
     "COLUMN_CACHE",
     "COUNT",
     "DECODE",
+    "EMBEDDING",
+    "EMBEDDING_KEY",
     "HIDDEN_IN",
     "HIDDEN_OUT",
     "INTERFACES",
@@ -25,13 +27,14 @@ __all__ = [
     "SPLIT_KEY",
     "STATES",
     "TEXT",
+    "TEXT_MASK",
     "TOKENS",
     "VALUE_CACHE",
     "Interface",
     "row_part",
 ]
 
-Interface: TypeAlias = Literal["swift-transformers", "neural-engine", "logits"]
+Interface: TypeAlias = Literal["swift-transformers", "neural-engine", "logits", "embedding"]
 INTERFACES: tuple[Interface, ...] = get_args(Interface)
 """How an app calls a package; docs/coreml.md describes each."""
 
@@ -47,7 +50,10 @@ TOKENS, MASK, POSITION, LOGITS = "inputIds", "fullAttentionMask", "position", "l
 """Inputs and output of an interface with cache, as swift-transformers names them; the position is our own."""
 
 TEXT = "input_ids"
-"""Input of the interface without cache: the whole text, padded."""
+"""Input of the interfaces without cache: the whole text, padded."""
+
+TEXT_MASK, EMBEDDING = "attention_mask", "sentence_embedding"
+"""Further input and output of an embedding model: 1 for a token, 0 for padding; and one vector."""
 
 COUNT = "tokenCount"
 """Input of a prefill function whose states padding must not enter: how many of its tokens are real."""
@@ -63,6 +69,9 @@ METADATA_PREFIX = "com.github.edkm-export."
 
 PARAMETERS_KEY = f"{METADATA_PREFIX}parameters"
 """JSON {name of the output of the op that decodes a weight: name of the parameter}."""
+
+EMBEDDING_KEY = f"{METADATA_PREFIX}embedding"
+"""JSON of the settings of an embedding model: pooling, prompts, longest text."""
 
 SPLIT_KEY = f"{METADATA_PREFIX}split"
 """JSON {name of a weight that is held in parts of rows: number of its LUT groups of rows}."""

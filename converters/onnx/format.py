@@ -11,9 +11,11 @@ __all__ = [
     "CODES_HIGH",
     "COLUMNS",
     "DATA_FILE",
+    "EMBEDDING",
     "FORMAT",
     "INDICES_IN_SYMBOL",
     "INPUT_IDS",
+    "INTERFACES",
     "KEY",
     "LOGITS",
     "LUT",
@@ -25,14 +27,19 @@ __all__ = [
     "PRESENT_PREFIX",
     "PROFILES",
     "RECURRENCE",
+    "TOKEN_TYPES",
     "TWO_PLANES",
     "VALUE",
+    "VECTORS",
     "StateName",
     "part_name",
     "past_name",
     "past_of_present",
     "present_name",
 ]
+
+INTERFACES = ("decoder", "embedding")
+"""What a graph computes: logits with a cache, or token vectors and one vector a text."""
 
 PROFILES = ("exact", "low-memory", "fast")
 """Runtime profiles, by the names that the command line uses."""
@@ -49,6 +56,9 @@ FORMAT = "1"
 
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
 """Inputs and output beside the cache, as optimum names them."""
+
+TOKEN_TYPES, VECTORS, EMBEDDING = "token_type_ids", "last_hidden_state", "sentence_embedding"
+"""Further input and the outputs of an embedding model, as optimum and transformers.js name them."""
 
 CACHE_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 """Of keys and values among inputs and outputs, as optimum names them."""

@@ -104,6 +104,8 @@ class DecoderConfig:
         convolution_bias: CONVOLUTION layers have biases.
         linear: sizes of LINEAR layers.
         attention_gate: the projection to queries makes a gate for each channel of attention's output, too.
+        bidirectional: a token sees later ones, too, in sliding layers as far as earlier ones; only for embeddings.
+        token_types: rows of the table of token types; 0: there is none.
         tied: the output head is the embedding.
     """
 
@@ -145,6 +147,8 @@ class DecoderConfig:
     convolution_bias: bool = False
     linear: LinearAttention | None = None
     attention_gate: bool = False
+    bidirectional: bool = False
+    token_types: int = 0
     tied: bool = False
     names: Names = field(default_factory=Names)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from edkm_export.decoder.delta_rule import Triangle
 
-__all__ = ["MASKED", "Context", "causal_mask", "sliding_mask"]
+__all__ = ["MASKED", "Context", "causal_mask", "padding_mask", "sliding_mask"]
 
 # Additive mask of a forbidden position: exp underflows to zero, and adding a score does not overflow float16.
 MASKED = -3e4
@@ -25,6 +25,7 @@ class Context:
         real: float [batch, new, 1], one for a token and zero for padding; None: there is no padding. States that do not
             grow need it: a mask hides the keys of padding, but what has entered them stays.
         triangle: masks of chunks for linear attention; None: made by each layer.
+        token_types: int [batch, new]; None: the model has none.
     """
 
     position_ids: Tensor
@@ -32,6 +33,7 @@ class Context:
     masks: dict[str, Tensor]
     real: Tensor | None = None
     triangle: Triangle | None = None
+    token_types: Tensor | None = None
 
 
 def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:
@@ -46,6 +48,11 @@ def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:
     """
     later = key_positions[:, None, None, :] > query_positions[:, None, :, None]
     return later.float() * MASKED
+
+
+def padding_mask(attention_mask: Tensor) -> Tensor:
+    """The mask that hides padding: int [batch, total], 1 for a token -> float [batch, 1, 1, total], 0 or MASKED."""
+    return (1 - attention_mask)[:, None, None, :].float() * MASKED
 
 
 def sliding_mask(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from edkm_export.decoder.config import DecoderConfig
 
-__all__ = ["HeadNorms", "LayerNorm", "RMSNorm", "build_norm", "build_query_key_norm"]
+__all__ = ["HeadNorms", "LayerNorm", "RMSNorm", "UnitNorm", "build_norm", "build_query_key_norm"]
 
 # Under the largest magnitude, so that a zero input is not divided by zero. It needs no care, since any positive
 # divisor gives the same result; a 64th of it is the smallest normal number of float16.
 _FLOOR = 2.0**-8
 _TOP = 64.0  # largest magnitude after scaling
+_LEAST = 2.0**-14  # the smallest normal number of float16
+_NOTHING = 2.0**-20  # beside the length of a vector whose largest channel is about one
 
 
 class _Norm(nn.Module):
@@ -94,6 +96,15 @@ class LayerNorm(_Norm):
         ) * _TOP  # of numbers up to one: their sum stays small
         normal = self._normalize(wide - mean, largest) * self.weight
         return normal if self.bias is None else normal + self.bias
+
+
+class UnitNorm(nn.Module):
+    """Divides a vector by its length; one of zeros stays as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> [..., size]."""
+        narrow = x / (x.abs().amax(-1, keepdim=True) + _LEAST)
+        return narrow * torch.rsqrt(narrow.square().sum(-1, keepdim=True) + _NOTHING)
 
 
 class HeadNorms(nn.Module):

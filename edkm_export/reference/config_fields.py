@@ -39,7 +39,20 @@ _WITHOUT_EFFECT: dict[str, str] = {
     "resid_pdrop": _DROPOUT,
     "hidden_dropout": _DROPOUT,
     "hidden_dropout_prob": _DROPOUT,
+    "attention_probs_dropout_prob": _DROPOUT,
+    "embedding_dropout": _DROPOUT,
+    "mlp_dropout": _DROPOUT,
     "classifier_dropout": _TASKS,
+    "classifier_activation": _TASKS,
+    "classifier_bias": _TASKS,
+    "classifier_pooling": _TASKS,
+    "decoder_bias": _TASKS,
+    "sparse_prediction": _TASKS,
+    "sparse_pred_ignore_index": _TASKS,
+    "repad_logits_with_grad": "for training only",
+    "initializer_cutoff_factor": "for new weights only",
+    "deterministic_flash_attn": "which kernel computes attention",
+    "reference_compile": "which kernel computes attention",
     "use_cache": "a cache changes no logit",
     "cache_implementation": "a cache changes no logit",
     "return_dict": _OUTPUT,
@@ -84,12 +97,14 @@ _ONLY_AS: dict[str, tuple[Any, str]] = {
     "tie_encoder_decoder": (False, "a decoder alone"),
     "add_cross_attention": (False, "a decoder alone"),
     "pruned_heads": ({}, "no heads were removed"),
+    "position_embedding_type": ("absolute", "positions are those of the family"),
 }
 # Fields that must say what another one says.
 _SAME_AS = {
     "n_ctx": "n_positions",
     "hidden_act": "hidden_activation",
     "sliding_window_size": "sliding_window",
+    "layer_norm_eps": "norm_eps",
 }
 
 _PARTS = {
@@ -135,8 +150,13 @@ class ConfigFields:
     forgotten: set[str] = field(default_factory=set)
 
 
-def sort_fields(config: Mapping[str, Any]) -> ConfigFields:
-    """Say what becomes of every field of a config.json. `quantization_config` is left to `quantized_weights`."""
+def sort_fields(config: Mapping[str, Any], *, embeds: bool = False) -> ConfigFields:
+    """Say what becomes of every field of a config.json. `quantization_config` is left to `quantized_weights`.
+
+    Args:
+        config: what the file holds.
+        embeds: it is that of an embedding model: its token vectors are what is wanted, not logits.
+    """
     import transformers
 
     found = ConfigFields()
@@ -159,7 +179,7 @@ def sort_fields(config: Mapping[str, Any]) -> ConfigFields:
         if name in ("model_type", "quantization_config"):
             found.used[name] = value
         elif name == "architectures":
-            _sort_architectures(found, family, value)
+            _sort_architectures(found, family, value, embeds=embeds)
         elif name == "auto_map":
             found.without_effect[name] = (
                 "Python code of the folder, which is not run; transformers has its own"
@@ -225,13 +245,25 @@ def _require(found: ConfigFields, name: str, value: Any, expected: Any, why: str
         found.not_understood[name] = f"is {value!r}, and only {expected!r} is understood here"
 
 
-def _sort_architectures(found: ConfigFields, family: str, value: Any) -> None:
+def _sort_architectures(found: ConfigFields, family: str, value: Any, *, embeds: bool) -> None:
     """The class that a file names must be the one that transformers makes for its model type."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         MODEL_MAPPING_NAMES,
     )
 
+    if embeds:
+        base = str(MODEL_MAPPING_NAMES.get(family))
+        mappings = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+        known = {base, *(str(mapping.get(family)) for mapping in mappings)}
+        if other := [str(name) for name in value or () if str(name) not in known]:
+            found.not_understood["architectures"] = (
+                f"names {other[0]}, but the token vectors of model type {family!r} are those of {base}"
+            )
+        else:
+            found.without_effect["architectures"] = f"model type {family!r} decides the class, {base}"
+        return
     own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
     if own is None:
         found.not_understood["model_type"] = f"{family!r} is no causal language model"

@@ -16,7 +16,12 @@ from edkm_export.errors import InputError
 from edkm_export.recipe import Recipe
 from edkm_export.reference.hard_model import load_hard_model
 from edkm_export.reference.outline import outline
-from edkm_export.reference.source import Source, load_model, load_tokenizer
+from edkm_export.reference.source import (
+    Source,
+    load_model,
+    load_tokenizer,
+    require_language_model,
+)
 from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.text import LEAST_TOKENS, read_text, token_windows
 from edkm_export.training import run_checkpoints, run_log
@@ -155,6 +160,7 @@ class Run:
         Returns:
             What to train on.
         """
+        require_language_model(self.source, "train")
         self.announce("reading the data")
         if last is None:
             check_target(outline(self.source), self.recipe, self.config, source=self.source.reference)

@@ -87,6 +87,11 @@ def plan_coreai(
         BackendMissingError: Core AI is not installed.
     """
     source = str(checkpoint.path or "checkpoint")
+    if checkpoint.embedding is not None:
+        raise ConversionError(
+            f"{checkpoint.path or 'checkpoint'}: holds an embedding model, which is not exported to Core AI; use coreml "
+            "or onnx."
+        )
     if interface not in INTERFACES:
         raise ConversionError(f"--interface {interface!r} is unknown; use one of {', '.join(INTERFACES)}.")
     load_converter()

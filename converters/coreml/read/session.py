@@ -118,6 +118,8 @@ class CoreMLSession:
     def __init__(
         self, packages: Sequence[Runnable], description: Description, precision: str = "float32"
     ) -> None:
+        if description.interface == "embedding":
+            raise PackageError(f"{packages[0].path}: gives embeddings and continues no text.")
         self.context = description.context
         self.has_cache = description.interface != "logits"
         self._where, self._how = str(packages[0].path), f"{description.interface}, {precision}"

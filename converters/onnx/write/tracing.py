@@ -178,12 +178,22 @@ class Value:
         """Product with itself."""
         return self * self
 
+    def eq(self, other: Value | Number) -> Value:
+        """Whether they are equal, element by element."""
+        return self._binary("Equal", other, torch.bool)
+
+    def clamp(self, *, min: Number | None = None, max: Number | None = None) -> Value:
+        """Bound from one side."""
+        assert (min is None) != (max is None), "one bound"
+        return self._binary("Min", max) if max is not None else self._binary("Max", min or 0)
+
+    def amax(self, dim: int, keepdim: bool) -> Value:
+        """The largest along an axis, which stays."""
+        return self._reduced("ReduceMax", dim, keepdim)
+
     def sum(self, dim: int, keepdim: bool) -> Value:
-        """Sum over an axis, which keeps its place."""
-        assert keepdim, "only with the axis kept"
-        shape, axes = list(self.shape), self.tracer.graph.integers(dim)
-        shape[dim] = 1
-        return self.tracer.emit("ReduceSum", self.name, axes, shape=shape, dtype=self.dtype, keepdims=1)
+        """The sum along an axis, which stays."""
+        return self._reduced("ReduceSum", dim, keepdim)
 
     def tanh(self) -> Value:
         """Hyperbolic tangent."""
@@ -318,6 +328,13 @@ class Value:
         else:
             name, shape = self.tracer.constant(other, self.dtype), self.shape
         return self.tracer.emit(op, self.name, name, shape=shape, dtype=dtype or self.dtype)
+
+    def _reduced(self, op: str, dim: int, keepdim: bool) -> Value:
+        assert keepdim, "only with its axis kept"
+        shape = list(self.shape)
+        shape[dim] = 1
+        axes = self.tracer.graph.integers(dim % len(shape))
+        return self.tracer.emit(op, self.name, axes, shape=shape, dtype=self.dtype, keepdims=1)
 
     def _unary(self, op: str) -> Value:
         return self.tracer.emit(op, self.name, shape=self.shape, dtype=self.dtype)
