@@ -178,8 +178,7 @@ def export(
     require_space(path, plan.weights_size_bytes)
     stem = name or (held.path.stem if held.path is not None else "model")
     write_folder(form, held, plan, path, stem, overwrite=overwrite)
-    kind = form.runtime if isinstance(form, OnnxFormat) else getattr(form, "interface", "")
-    return Exported(path, format, f"for {kind}", plan.weights_size_bytes, held)
+    return Exported(path, format, _kind(form), plan.weights_size_bytes, held)
 
 
 def _export_module(
@@ -225,3 +224,12 @@ def _export_module(
 
 def _is_package(folder: Path) -> bool:
     return (folder / "Manifest.json").is_file()
+
+
+def _kind(form: Format[Any]) -> str:
+    """Who runs what a format writes, for people."""
+    if isinstance(form, OnnxFormat):
+        return f"for {form.runtime}"
+    if isinstance(form, CoreAIFormat):
+        return f"for the {form.interface} engine"
+    return f"for {getattr(form, 'interface', '')}"
