@@ -21,6 +21,7 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import decoder_config
 from edkm_export.decoder.decoder import Decoder
 from edkm_export.decoder.positions import PositionTables
+from edkm_export.decoder.states import KeysValues, layers_with
 from edkm_export.decoder.whole_sequence import WholeSequence
 from edkm_export.errors import ConversionError
 
@@ -107,6 +108,10 @@ def plan_export(
         raise ConversionError(f"{source}: --chunks {chunks} is for --interface neural-engine.")
     check_target(checkpoint.palettized, target, source)
     config = decoder_config(checkpoint.config, source)
+    if chosen != "logits" and not layers_with(config, KeysValues):
+        raise ConversionError(
+            f"{source}: no layer of it attends, and --interface {chosen} asks for keys and values; use --interface logits."
+        )
     context = _context(chosen, config.max_positions, sequence_length, prefill, source)
     PositionTables(config, checkpoint.config, context)  # refuses positions that constant tables cannot hold
     split = vocabulary_split(checkpoint) if chosen == "neural-engine" else None
