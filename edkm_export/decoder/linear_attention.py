@@ -14,7 +14,7 @@ from edkm_export.decoder.projections import linears
 from edkm_export.decoder.short_convolution import along_text, depthwise
 from edkm_export.decoder.states import Cache
 
-__all__ = ["NORM_EPS", "GatedDeltaNet", "Rule"]
+__all__ = ["NORM_EPS", "GatedDeltaNet", "Rule", "decays"]
 
 NORM_EPS = 1e-6
 """Added to the squared length of queries and keys."""
