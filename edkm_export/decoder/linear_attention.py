@@ -14,7 +14,7 @@ from edkm_export.decoder.projections import linears
 from edkm_export.decoder.short_convolution import along_text, depthwise
 from edkm_export.decoder.states import Cache
 
-__all__ = ["NORM_EPS", "GatedDeltaNet", "Rule"]
+__all__ = ["NORM_EPS", "GatedDeltaNet", "Rule", "decays"]
 
 NORM_EPS = 1e-6
 """Added to the squared length of queries and keys."""
@@ -103,28 +103,33 @@ class Rule(nn.Module):
         Returns:
             Outputs float32 [batch, new, value_heads, value_dim], and the matrices after the tokens.
         """
+        tokens = self.operands(mixed, strength, fading, a_log, dt_bias, context)
+        triangle = self._triangle(mixed.shape[1]) if context.triangle is None else context.triangle
+        if before is not None and triangle.tokens == 1 and mixed.shape[1] == 1:
+            outputs, after = delta_step(*tokens, before)
+        else:
+            outputs, after = chunked_delta_rule(*tokens, before, triangle)
+        return outputs.transpose(1, 2), after
+
+    def operands(
+        self, mixed: Tensor, strength: Tensor, fading: Tensor, a_log: Tensor, dt_bias: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys, values, decay and strength as `delta_step` takes them, with tokens on the third axis."""
         queries, keys, values = self.heads(_wide(mixed))
         decay, strength = decays(_wide(fading), _wide(a_log), _wide(dt_bias)), _wide(strength).sigmoid()
         if context.real is not None:  # padding neither fades nor writes
             real = _wide(context.real)
             decay, strength = decay * real, strength * real
         decay, strength = decay.transpose(1, 2).unsqueeze(-1), strength.transpose(1, 2).unsqueeze(-1)
-        triangle = self._triangle(mixed.shape[1]) if context.triangle is None else context.triangle
-        if before is not None and triangle.tokens == 1 and mixed.shape[1] == 1:
-            outputs, after = delta_step(queries, keys, values, decay, strength, before)
-        else:
-            outputs, after = chunked_delta_rule(queries, keys, values, decay, strength, before, triangle)
-        return outputs.transpose(1, 2), after
+        return queries, keys, values, decay, strength
 
     def heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys of unit length, and values: [batch, new, channels] -> [batch, value_heads, new, dim] each."""
         sizes = self.sizes
         width = sizes.key_heads * sizes.key_dim
         queries, keys, values = mixed.split([width, width, sizes.value_heads * sizes.value_dim], dim=-1)
-        # The factor is that of the scores of attention.
-        turned = self._split(queries, sizes.key_heads, sizes.key_dim, sizes.key_dim**-0.5)
-        return (
-            turned,
+        return (  # queries have the factor that scores of attention have
+            self._split(queries, sizes.key_heads, sizes.key_dim, sizes.key_dim**-0.5),
             self._split(keys, sizes.key_heads, sizes.key_dim, 1.0),
             self._split(values, sizes.value_heads, sizes.value_dim, None),
         )
