@@ -85,8 +85,9 @@ def palettize(
 
     Args:
         model: a language model: a Hugging Face folder, hub id or GGUF file, or a model of transformers in memory, which
-            is left as it is. Or an embedding model: a folder of sentence-transformers. Or any other
-            `torch.nn.Module`, whose linear, embedding and convolution layers are palettized. Or one weight, float [out, in] or [out, in, *kernel].
+            is left as it is. Or an embedding model: a folder of sentence-transformers. Or any other `torch.nn.Module`,
+            whose linear, embedding and convolution layers are palettized. Or one weight, float [out, in] or
+            [out, in, *kernel].
         tokenizer: of transformers, or a folder with one; for a model in memory. A path brings its own.
         calibration: what weighs the clustering; recommended, it is worth about a bit. For a language model: the path of
             a text file, strings, a dataset with a "text" or "input_ids" column, or token ids. For other modules:

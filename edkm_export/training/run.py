@@ -133,9 +133,7 @@ class Run:
             self.processes.share(self.config.batch_size)
             count = self.processes.count
             last = self.processes.first(
-                lambda: self.folder.open(
-                    resume=resume, overwrite=overwrite, processes=count, tell=self.tell
-                )
+                lambda: self.folder.open(resume=resume, overwrite=overwrite, processes=count, tell=self.tell)
             )
             if resume:
                 self._tell_start(last)
@@ -215,7 +213,9 @@ class Run:
                 f"of {rows}."
             )
 
-    def _begin(self, data: Tokens, last: Path | None) -> tuple[Tokens | None, Recipe, dict[str, dict[str, Evaluation]]]:
+    def _begin(
+        self, data: Tokens, last: Path | None
+    ) -> tuple[Tokens | None, Recipe, dict[str, dict[str, Evaluation]]]:
         """What the first process does alone.
 
         Returns:

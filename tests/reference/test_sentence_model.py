@@ -96,6 +96,15 @@ def test_prompts_stand_before_the_text(loaded):
     assert tokenizer.encode("a boat", "query")[1] == len(tokenizer.encode("query: ")[0]) - 1
 
 
+def test_lower_case(loaded):
+    """sentence-transformers lowers texts itself where its file asks for it."""
+    folder, model, plain = loaded("minilm")
+    settings = model.settings.model_copy(update={"lower_case": True, "prompts": {"query": "Search: "}})
+    lowered = SentenceTokenizer(load_tokenizer(Source.parse(folder)), settings)
+    assert lowered.encode("A Boat", "query")[0].equal(plain.encode("search: a boat")[0])
+    assert not plain.encode("A Boat")[0].equal(plain.encode("a boat")[0])
+
+
 def test_windows_are_framed_as_texts(loaded):
     _, _, tokenizer = loaded("minilm")
     framed = tokenizer.framed(torch.arange(100).view(2, 50))

@@ -90,8 +90,8 @@ def plan_coreai(
     source = str(checkpoint.path or "checkpoint")
     if checkpoint.embedding is not None:
         raise ConversionError(
-            f"{checkpoint.path or 'checkpoint'}: holds an embedding model, which is not exported to Core AI; use coreml "
-            "or onnx."
+            f"{checkpoint.path or 'checkpoint'}: holds an embedding model, which is not exported to Core AI; use "
+            "coreml or onnx."
         )
     if interface not in INTERFACES:
         raise ConversionError(f"--interface {interface!r} is unknown; use one of {', '.join(INTERFACES)}.")

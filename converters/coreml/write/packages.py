@@ -78,7 +78,7 @@ def _export_logits(checkpoint: Checkpoint, plan: ExportPlan, metadata: dict[str,
 
 
 def _export_embedding(checkpoint: Checkpoint, plan: ExportPlan, metadata: dict[str, str], path: Path) -> None:
-    """One function: `input_ids` and `attention_mask` int32 [1, context] -> `sentence_embedding` float16 [1, channels]."""
+    """One function: `input_ids` and `attention_mask` int32 [1, context] -> `sentence_embedding` [1, channels]."""
     ct = load_coremltools()
     module = FixedLength(embedding_model_of_stand_ins(checkpoint), checkpoint.config, plan.context).eval()
     text = torch.zeros(1, plan.context, dtype=torch.int32)

@@ -153,6 +153,26 @@ def test_tables_of_positions_and_types_may_be_palettized(tmp_path):
     assert all(tensor.same_bits(found[name]) for name, tensor in checkpoint.palettized.items())
 
 
+def test_long_texts_are_run_in_several_batches(bert, monkeypatch):
+    from converters.onnx.read import embedding_artifact
+
+    _, checkpoint, artifact = bert
+    texts = texts_of(artifact.path, load_hard_embedding_model(checkpoint))
+    (padded,) = (each for each in artifact.encodings if each.id == "execution-onnxruntime-padded")
+    whole = padded.encode(texts)
+    sizes = []
+    plain = embedding_artifact.embedding_feeds
+
+    def counted(graph, batch, **options):
+        sizes.append(len(batch))
+        return plain(graph, batch, **options)
+
+    monkeypatch.setattr(embedding_artifact, "embedding_feeds", counted)
+    monkeypatch.setattr(embedding_artifact, "_BATCH_TOKENS", 60)
+    torch.testing.assert_close(padded.encode(texts), whole, atol=1e-5, rtol=0)
+    assert len(sizes) > 1 and sum(sizes) == len(texts)
+
+
 def test_context_is_the_longest_text(bert):
     assert bert[2].context == 48
     assert plan_onnx(bert[1], context=64).context == 64
