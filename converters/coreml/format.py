@@ -6,6 +6,8 @@ import re
 from typing import Literal, TypeAlias, get_args
 
 __all__ = [
+    "COLUMN_CACHE",
+    "COUNT",
     "DECODE",
     "EMBEDDING",
     "EMBEDDING_KEY",
@@ -19,8 +21,11 @@ __all__ = [
     "PARAMETERS_KEY",
     "POSITION",
     "PREFILL",
+    "RECURRENCE_CACHE",
+    "REMAINDER_CACHE",
     "ROW_PART",
     "SPLIT_KEY",
+    "STATES",
     "TEXT",
     "TEXT_MASK",
     "TOKENS",
@@ -34,7 +39,12 @@ INTERFACES: tuple[Interface, ...] = get_args(Interface)
 """How an app calls a package; docs/coreml.md describes each."""
 
 KEY_CACHE, VALUE_CACHE = "keyCache", "valueCache"
-"""Names of the states, as swift-transformers looks for them."""
+"""Names of the states of attention, as swift-transformers looks for them."""
+
+COLUMN_CACHE, RECURRENCE_CACHE, REMAINDER_CACHE = "convolutionCache", "recurrenceCache", "recurrenceRemainder"
+"""States of layers without attention: the last inputs of a convolution, and a recurrence as the sum of two."""
+
+STATES = (KEY_CACHE, VALUE_CACHE, COLUMN_CACHE, RECURRENCE_CACHE, REMAINDER_CACHE)
 
 TOKENS, MASK, POSITION, LOGITS = "inputIds", "fullAttentionMask", "position", "logits"
 """Inputs and output of an interface with cache, as swift-transformers names them; the position is our own."""
@@ -44,6 +54,9 @@ TEXT = "input_ids"
 
 TEXT_MASK, EMBEDDING = "attention_mask", "sentence_embedding"
 """Further input and output of an embedding model: 1 for a token, 0 for padding; and one vector."""
+
+COUNT = "tokenCount"
+"""Input of a prefill function whose states padding must not enter: how many of its tokens are real."""
 
 PREFILL, DECODE = "prefill", "decode"
 """Functions of the interface for the Neural Engine."""

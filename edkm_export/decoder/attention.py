@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edkm_export.decoder.config import DecoderConfig
-from edkm_export.decoder.context import Cache, Context
+from edkm_export.decoder.context import Context
 from edkm_export.decoder.norms import build_query_key_norm
 from edkm_export.decoder.positions import table_of_queries
 from edkm_export.decoder.projections import add_projections, project
+from edkm_export.decoder.states import Cache
 
 __all__ = ["Attention"]
 
@@ -30,7 +31,8 @@ class Attention(nn.Module):
         self.rotary_dim = 0 if layer in config.unrotated else config.rotary_dim
         self.interleaved, self.names = config.rotary_interleaved, config.names
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.sizes = (width, kv_width, kv_width)
+        self.gates = config.attention_gate
+        self.sizes = (2 * width if self.gates else width, kv_width, kv_width)
         add_projections(self, self.names.attention_inputs, config.hidden_size, self.sizes, config.qkv_bias)
         self.add_module(
             self.names.attention_output, nn.Linear(width, config.hidden_size, bias=config.output_bias)
@@ -47,6 +49,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
         """x [batch, new, hidden] -> [batch, new, hidden]; rotary of the context [batch, 1, new, rotary_dim]."""
         queries, keys, values = project(self, self.names.attention_inputs, self.sizes, x)
+        queries, gate = self._without_gate(queries)
         if self.norms in ("whole", "apart"):
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         queries, keys = self._split(queries, self.heads), self._split(keys, self.kv_heads)
@@ -64,6 +67,8 @@ class Attention(nn.Module):
         mixed = self._attend(queries, self._repeat(keys), self._repeat(values), context.masks[self.kind])
         batch, new = x.shape[:2]
         mixed = mixed.transpose(1, 2).reshape(batch, new, self.heads * self.head_dim)
+        if gate is not None:
+            mixed = mixed * torch.sigmoid(gate)
         return self.get_submodule(self.names.attention_output)(mixed)  # type: ignore[no-any-return]
 
     @property
@@ -75,6 +80,16 @@ class Attention(nn.Module):
     def key_norm(self) -> nn.Module:
         """Of keys, in families that have it."""
         return self.get_submodule(self.names.key_norm)
+
+    def _without_gate(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries, and the gate [batch, new, heads * head_dim] that stands behind the queries of each head."""
+        if not self.gates:
+            return queries, None
+        batch, new = queries.shape[:2]
+        pairs = queries.reshape(batch, new, self.heads, 2 * self.head_dim)
+        queries, gate = pairs.chunk(2, dim=-1)
+        width = self.heads * self.head_dim
+        return queries.reshape(batch, new, width), gate.reshape(batch, new, width)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """Queries [batch, heads, new, head_dim], the others [batch, heads, total, head_dim] -> as queries."""

@@ -9,7 +9,7 @@ import pydantic
 import torch
 
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.decoder.config import FULL, DecoderConfig
+from edkm_export.decoder.config import SLIDING, DecoderConfig
 from edkm_export.decoder.decoder import Decoder
 from edkm_export.decoder.families import FAMILIES
 from edkm_export.decoder.families.settings import Settings
@@ -63,7 +63,7 @@ def _check_sizes(found: DecoderConfig, config: dict[str, Any], source: str) -> N
             f"{source}: layer_types of its configuration names {found.num_layers} layers, but num_hidden_layers is "
             f"{layers}; palettize the model again."
         )
-    if found.sliding_window is None and set(found.layer_kinds) != {FULL}:
+    if found.sliding_window is None and SLIDING in found.layer_kinds:
         raise ConversionError(
             f"{source}: some of its layers are of type 'sliding_attention', but sliding_window of its configuration "
             f"is {config.get('sliding_window')!r}; palettize the model again."

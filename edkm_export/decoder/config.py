@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["FULL", "SLIDING", "DecoderConfig", "Names"]
+__all__ = ["ATTENDS", "CONVOLUTION", "FULL", "LINEAR", "SLIDING", "DecoderConfig", "LinearAttention", "Names"]
 
-FULL, SLIDING = "full", "sliding"
+FULL, SLIDING = ATTENDS = ("full", "sliding")
 """Kinds of layers: attention over all earlier positions, or over the last `sliding_window`."""
+
+CONVOLUTION, LINEAR = "convolution", "linear"
+"""Kinds of layers without attention: a gated short convolution, or linear attention with a recurrence (gated DeltaNet)."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Names:
         embedding, layers, final_norm: in the stack.
         positions: table of learned positions in the stack, None with rotary ones.
         attention, mlp: in a layer.
+        convolution, linear: what CONVOLUTION and LINEAR layers have in the place of attention.
         attention_norm, mlp_norm: pre-norms, on their inputs; None: the family has none.
         attention_output_norm, mlp_output_norm: post-norms, on their outputs; None: the family has none.
         attention_inputs: projections to queries, keys and values; a single one makes all three.
@@ -35,6 +39,8 @@ class Names:
     final_norm: str = "norm"
     attention: str = "self_attn"
     mlp: str = "mlp"
+    convolution: str = "conv"
+    linear: str = "linear_attn"
     attention_norm: str | None = "input_layernorm"
     attention_output_norm: str | None = None
     mlp_norm: str | None = "post_attention_layernorm"
@@ -48,12 +54,27 @@ class Names:
 
 
 @dataclass(frozen=True)
+class LinearAttention:
+    """Sizes of linear attention: each head of keys serves consecutive heads of values."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def channels(self) -> int:
+        """Queries, keys and values together."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """Shape and options of a decoder; sizes in elements.
 
     Attributes:
         max_positions: longest text that the model was made for.
-        layer_kinds: FULL or SLIDING for each layer.
+        layer_kinds: FULL, SLIDING, CONVOLUTION or LINEAR for each layer.
         sliding_window: positions that a sliding layer sees, the token's own included.
         rotary_dim: channels of a head that rotate; 0: positions are learned.
         rotary_interleaved: pairs of neighbouring channels rotate, instead of the two halves of a head.
@@ -79,6 +100,10 @@ class DecoderConfig:
             model, where a norm of its output takes it away again.
         residual_scale: power of two by which the residual stream is held smaller than in the Hugging Face model.
             Norms do not see it; it keeps streams beyond 65,504 inside float16.
+        kernel_size: of the convolutions of CONVOLUTION and LINEAR layers, in tokens.
+        convolution_bias: CONVOLUTION layers have biases.
+        linear: sizes of LINEAR layers.
+        attention_gate: the projection to queries makes a gate for each channel of attention's output, too.
         bidirectional: a token sees later ones, too, in sliding layers as far as earlier ones; only for embeddings.
         token_types: rows of the table of token types; 0: there is none.
         tied: the output head is the embedding.
@@ -118,6 +143,10 @@ class DecoderConfig:
     output_scale: float = 1.0
     inner_scale: float = 1.0
     residual_scale: float = 1.0
+    kernel_size: int = 0
+    convolution_bias: bool = False
+    linear: LinearAttention | None = None
+    attention_gate: bool = False
     bidirectional: bool = False
     token_types: int = 0
     tied: bool = False
@@ -125,5 +154,9 @@ class DecoderConfig:
 
     @property
     def num_layers(self) -> int:
-        """Layers of attention and MLP."""
+        """Layers of attention, or what stands for it, and MLP."""
         return len(self.layer_kinds)
+
+    def attention_kinds(self, layers: slice = slice(None)) -> list[str]:
+        """Kinds of the layers that attend, sorted: those that need masks and positions."""
+        return sorted(set(self.layer_kinds[layers]).intersection(ATTENDS))

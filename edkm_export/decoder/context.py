@@ -1,13 +1,14 @@
-"""Where the new tokens of a forward pass stand, what they may see, and where keys and values are kept."""
+"""Where the new tokens of a forward pass stand, and what they may see."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["MASKED", "Cache", "Context", "causal_mask", "padding_mask", "sliding_mask"]
+from edkm_export.decoder.delta_rule import Triangle
+
+__all__ = ["MASKED", "Context", "causal_mask", "padding_mask", "sliding_mask"]
 
 # Additive mask of a forbidden position: exp underflows to zero, and adding a score does not overflow float16.
 MASKED = -3e4
@@ -21,21 +22,18 @@ class Context:
         position_ids: int [batch, new].
         rotary: cos and sin, each float [batch, new, rotary_dim]; empty when positions are learned.
         masks: additive, float [batch, 1, new, total].
+        real: float [batch, new, 1], one for a token and zero for padding; None: there is no padding. States that do not
+            grow need it: a mask hides the keys of padding, but what has entered them stays.
+        triangle: masks of chunks for linear attention; None: made by each layer.
         token_types: int [batch, new]; None: the model has none.
     """
 
     position_ids: Tensor
     rotary: dict[str, tuple[Tensor, Tensor]]
     masks: dict[str, Tensor]
+    real: Tensor | None = None
+    triangle: Triangle | None = None
     token_types: Tensor | None = None
-
-
-class Cache(Protocol):
-    """Keys and values of earlier positions."""
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [batch, kv_heads, new, head_dim]; return those of all positions (total)."""
-        ...
 
 
 def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:

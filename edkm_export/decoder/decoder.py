@@ -12,22 +12,36 @@ import torch
 from torch import Tensor, nn
 
 from edkm_export.decoder.attention import Attention
-from edkm_export.decoder.config import DecoderConfig
-from edkm_export.decoder.context import Cache, Context
+from edkm_export.decoder.config import CONVOLUTION, LINEAR, DecoderConfig
+from edkm_export.decoder.context import Context
+from edkm_export.decoder.linear_attention import GatedDeltaNet
 from edkm_export.decoder.mlp import MLP
 from edkm_export.decoder.norms import build_norm
+from edkm_export.decoder.short_convolution import ShortConvolution
+from edkm_export.decoder.states import Cache
 
 __all__ = ["Decoder", "Layer", "Stack"]
 
 
+_MIXERS: dict[str, type[nn.Module]] = {CONVOLUTION: ShortConvolution, LINEAR: GatedDeltaNet}
+"""What layers of a kind have in the place of attention: made of a configuration and the layer's number."""
+
+
+def _mixer_name(config: DecoderConfig, layer: int) -> str:
+    names = config.names
+    known = {CONVOLUTION: names.convolution, LINEAR: names.linear}
+    return known.get(config.layer_kinds[layer], names.attention)
+
+
 class Layer(nn.Module):
-    """Attention and MLP, each with a pre-norm, a residual connection, and in some families a post-norm."""
+    """Attention, or what stands for it, and MLP, each with a pre-norm, a residual connection, and in some families a post-norm."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.names = names = config.names
         self.parallel, self.output_scale = config.parallel, config.output_scale
-        self.add_module(names.attention, Attention(config, layer))
+        self.mixer = _mixer_name(config, layer)
+        self.add_module(self.mixer, _MIXERS.get(config.layer_kinds[layer], Attention)(config, layer))
         self.add_module(names.mlp, MLP(config))
         for name in (names.attention_norm, names.mlp_norm):
             if name is not None:
@@ -43,7 +57,7 @@ class Layer(nn.Module):
         """x [batch, new, hidden] -> [batch, new, hidden]."""
         names = self.names
         normed = self._through(names.attention_norm, x)
-        mixed = self._through(names.attention, normed, context, cache)
+        mixed = self._through(self.mixer, normed, context, cache)
         x = x + self._scaled(self._through(names.attention_output_norm, mixed))
         if not self.parallel:
             normed = self._through(names.mlp_norm, x)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edkm_export.decoder.config import DecoderConfig
+from edkm_export.decoder.config import ATTENDS, DecoderConfig
 from edkm_export.decoder.rope import rope_tables
 from edkm_export.errors import ConversionError
 
@@ -88,7 +88,7 @@ def _rotated_kinds(config: DecoderConfig, layers: slice) -> list[str]:
     if not config.rotary_dim:
         return []
     numbered = list(enumerate(config.layer_kinds))[layers]
-    return sorted({kind for layer, kind in numbered if layer not in config.unrotated})
+    return sorted({kind for layer, kind in numbered if kind in ATTENDS and layer not in config.unrotated})
 
 
 def _growth(length: int, beta: float, original: float) -> Tensor:

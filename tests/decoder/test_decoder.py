@@ -86,7 +86,7 @@ def test_prompt_and_single_tokens_with_a_cache(case):
     tokens = tokens_of(model)
     decoder = build_decoder(checkpoint_of(model))
     tables = PositionTables(decoder.config, model.config.to_dict(), LENGTH)
-    cache, parts = GrowingCache(decoder.config.num_layers), []
+    cache, parts = GrowingCache(decoder.config, len(tokens)), []
     for start, stop in [(0, 30), *((position, position + 1) for position in range(30, LENGTH))]:
         positions = torch.arange(start, stop)[None]
         masks = {"full": causal_mask(positions, torch.arange(stop)[None])}

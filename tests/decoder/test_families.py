@@ -46,7 +46,8 @@ def context_of(decoder, tables, positions: Tensor, keys: Tensor, hidden: Tensor 
     masks = {FULL: mask}
     if decoder.config.sliding_window is not None:
         masks[SLIDING] = sliding_mask(mask, positions, keys, decoder.config.sliding_window)
-    return Context(positions.clamp_min(0), tables(positions.clamp_min(0)), masks)
+    real = None if hidden is None else (~hidden).float()[:, -positions.shape[1] :, None]
+    return Context(positions.clamp_min(0), tables(positions.clamp_min(0)), masks, real)
 
 
 @torch.no_grad()
@@ -62,7 +63,7 @@ def test_whole_sequence(model):
 def test_prompt_and_single_tokens_with_a_cache(model):
     tokens = tokens_of(model, 2)
     decoder = build_decoder(checkpoint_of(model))
-    tables, cache = PositionTables(decoder.config, model.config.to_dict(), 48), GrowingCache(2 + 1)
+    tables, cache = PositionTables(decoder.config, model.config.to_dict(), 48), GrowingCache(decoder.config, 2)
     parts = []
     for start, stop in [(0, 13), (13, 16), *((at, at + 1) for at in range(16, LENGTH))]:
         positions = torch.arange(start, stop).expand(2, -1)

@@ -155,6 +155,8 @@ def build_case(kind: str, given: dict[str, Any], seed: int = 0) -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.2)
+            elif name.endswith("A_log"):
+                parameter.uniform_(-5, 1)  # heads that remember two tokens, and others that remember hundreds
             elif parameter.dim() == 1:
                 parameter.uniform_(centre - 0.5, centre + 0.5)
     return model.float().eval()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from converters.coreai.format import INPUT_IDS, LOGITS, MAIN, POSITION_IDS
+from converters.coreai.format import INPUT_IDS, KEY_CACHE, LOGITS, MAIN, POSITION_IDS, VALUE_CACHE
 from converters.coreai.read.asset import load_asset
 from converters.coreai.read.observing import ObservedRuntime
 from converters.coreai.read.running import RunningModel
@@ -86,7 +86,7 @@ class CoreAISession:
         while self._length < total:
             self._length *= 2
         self._length = min(self._length, self.context)
-        for name in self._states:
+        for name in (KEY_CACHE, VALUE_CACHE):
             self._runtime.grow_state(name, 3, self._length)
 
 

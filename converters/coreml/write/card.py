@@ -103,7 +103,8 @@ def _use(plan: ExportPlan, name: str) -> str:
             f"Two functions with static shapes: `prefill` takes {plan.prefill} tokens, `decode` one. Inputs: "
             "`inputIds` int32 [1, n], `position` int32 [1] of the first token, `fullAttentionMask` float16 [1, 1, n, "
             f"{plan.context}], 0 where a token may look and -65504 elsewhere. A prompt's last piece is padded "
-            "on the right; what the padding writes to the cache is overwritten before any token attends to it."
+            "on the right; what the padding writes to the cache is overwritten before any token attends to it. Where "
+            "`prefill` has an input `tokenCount`, int32 [1], it takes how many of its tokens are real."
         )
         return f"{words}\n\n{_swift(_NEURAL_ENGINE, name)}"
     return (

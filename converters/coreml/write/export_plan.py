@@ -23,6 +23,7 @@ from edkm_export.decoder.decoder import Decoder
 from edkm_export.decoder.embedding.export_interface import chosen_interface
 from edkm_export.decoder.embedding.fixed_length import FixedLength
 from edkm_export.decoder.positions import PositionTables
+from edkm_export.decoder.states import KeysValues, layers_with
 from edkm_export.decoder.whole_sequence import WholeSequence
 from edkm_export.embedding_settings import EmbeddingSettings
 from edkm_export.errors import ConversionError
@@ -114,6 +115,10 @@ def plan_export(
     if checkpoint.embedding is not None:
         return _plan_embedding(checkpoint, checkpoint.embedding, target, sequence_length, source)
     config = decoder_config(checkpoint.config, source)
+    if chosen != "logits" and not layers_with(config, KeysValues):
+        raise ConversionError(
+            f"{source}: no layer of it attends, and --interface {chosen} asks for keys and values; use --interface logits."
+        )
     context = _context(chosen, config.max_positions, sequence_length, prefill, source)
     PositionTables(config, checkpoint.config, context)  # refuses positions that constant tables cannot hold
     split = vocabulary_split(checkpoint) if chosen == "neural-engine" else None

@@ -19,7 +19,6 @@ from converters.coreml.write.metadata import describe
 from converters.coreml.write.multifunction import merge_functions
 from converters.coreml.write.neural_engine import Chunk, LayerRange
 from converters.coreml.write.standins import decoder_of_stand_ins, embedding_model_of_stand_ins
-from converters.coreml.write.state_cache import state_types
 from converters.coreml.write.vocabulary import split_palettes
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.embedding.fixed_length import FixedLength
@@ -105,7 +104,7 @@ def _export_stateful(checkpoint: Checkpoint, plan: ExportPlan, metadata: dict[st
         checkpoint.palettized,
         inputs=stateful.input_types(plan.context),
         outputs=[ct.TensorType(LOGITS, dtype=np.float16)],
-        states=state_types(module.shape),
+        states=module.layout.types(),
         target=plan.target,
         **_options(checkpoint, metadata),
     )
@@ -149,7 +148,7 @@ def _export_function(
         palettes,
         inputs=neural_engine.input_types(chunk),
         outputs=[ct.TensorType(LOGITS if chunk.layers.gives_logits else HIDDEN_OUT, dtype=np.float16)],
-        states=state_types(chunk.shape),
+        states=chunk.layout.types(),
         target=plan.target,
         **_options(checkpoint, metadata),
     )

@@ -14,6 +14,7 @@ from edkm_export._version import __version__
 from edkm_export.atomic import GENERATOR, MARKER
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.checkpoint_record import KEY, CheckpointRecord
+from edkm_export.decoder.states import Columns, layers_with
 from edkm_export.end_tokens import with_end_tokens
 from edkm_export.errors import ConversionError
 from edkm_export.model_card import FILE
@@ -59,6 +60,8 @@ def write_bundle(checkpoint: Checkpoint, plan: OnnxPlan, folder: str | Path) -> 
         documents |= sentence_documents(checkpoint.embedding, plan.config.hidden_size)
     else:
         documents[GENERATION_CONFIG] = generation_config(checkpoint)
+    if checkpoint.embedding is None and not layers_with(plan.config, Columns):
+        # the runtime's configuration has no names for other states than keys and values
         documents["genai_config.json"] = genai_config(checkpoint, plan, f"{_GRAPH_FOLDER}/{MODEL_FILE}")
     for name, document in documents.items():
         (folder / name).parent.mkdir(exist_ok=True)

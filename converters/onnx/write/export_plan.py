@@ -18,13 +18,15 @@ from converters.onnx.format import (
     LOGITS,
     METADATA_PREFIX,
     POSITION_IDS,
+    RECURRENCE,
     past_name,
     present_name,
 )
 from converters.onnx.write.builder import CONTRIB, GraphBuilder, Weight
-from converters.onnx.write.cached_decoder import BATCH, NEW, PAST, TOTAL, build_graph
+from converters.onnx.write.cached_decoder import build_graph
 from converters.onnx.write.embedding_graph import build_embedding_graph, embedding_interface
 from converters.onnx.write.fused_attention import ATTENTION_OPSET
+from converters.onnx.write.growing_cache import BATCH, NEW, TOTAL, graph_states
 from converters.onnx.write.profiles import FORMS_OF_PROFILE, StandardFastForms
 from edkm_export._version import __version__
 from edkm_export.checkpoint import Checkpoint
@@ -186,21 +188,23 @@ def _decoder_interface(config: DecoderConfig, dtype: str) -> tuple[list[Any], li
     """Inputs and outputs of a decoder with cache, as `ValueInfoProto`."""
     helper, types = load_onnx().helper, load_onnx().TensorProto
     real = types.FLOAT16 if dtype == "float16" else types.FLOAT
-    cache = [(layer, what) for layer in range(config.num_layers) for what in ("key", "value")]
+    states = graph_states(config)
 
     def describe(name: str, kind: int, *shape: str | int) -> Any:
         return helper.make_tensor_value_info(name, kind, list(shape))
 
-    heads, width = config.num_kv_heads, config.head_dim
+    def kind(what: str) -> int:
+        return int(types.FLOAT if what == RECURRENCE else real)
+
     inputs = [
         describe(INPUT_IDS, types.INT64, BATCH, NEW),
         describe(ATTENTION_MASK, types.INT64, BATCH, TOTAL),
         describe(POSITION_IDS, types.INT64, BATCH, NEW),
-        *(describe(past_name(*each), real, BATCH, heads, PAST, width) for each in cache),
+        *(describe(past_name(layer, what), kind(what), *past) for layer, what, past, _ in states),
     ]
     outputs = [
         describe(LOGITS, real, BATCH, NEW, config.vocab_size),
-        *(describe(present_name(*each), real, BATCH, heads, TOTAL, width) for each in cache),
+        *(describe(present_name(layer, what), kind(what), *now) for layer, what, _, now in states),
     ]
     return inputs, outputs
 

@@ -23,10 +23,13 @@ from converters.onnx.write.builder import GraphBuilder
 from edkm_export.decoder.projections import linears
 from edkm_export.errors import ConversionError
 
-__all__ = ["Dimension", "Tracer", "Value", "WeightForms", "half_table"]
+__all__ = ["END", "Dimension", "Tracer", "Value", "WeightForms", "half_table"]
 
 Dimension: TypeAlias = "int | str"
 """A size, or the name of one that is open."""
+
+END = np.iinfo(np.int64).max
+"""Of an axis, for Slice."""
 
 Number: TypeAlias = float  # inside of `Value` that name is a method
 
@@ -54,6 +57,10 @@ class WeightForms(Protocol):
 
     def vector(self, name: str) -> str:
         """A dense parameter, in the dtype of activations."""
+        ...
+
+    def kernel(self, name: str) -> str:
+        """The weight of a convolution, in the dtype of activations."""
         ...
 
 
@@ -162,6 +169,14 @@ class Value:
     def minimum(self, other: Value) -> Value:
         """The smaller one, element by element."""
         return self._binary("Min", other)
+
+    def exp(self) -> Value:
+        """Exponential."""
+        return self._unary("Exp")
+
+    def square(self) -> Value:
+        """Product with itself."""
+        return self * self
 
     def eq(self, other: Value | Number) -> Value:
         """Whether they are equal, element by element."""
@@ -282,6 +297,8 @@ class Value:
             assert isinstance(chosen, slice) and chosen.step is None, (
                 "only a range of the last axis is supported"
             )
+            if isinstance(self.shape[-1], str):
+                return self._open_axis(chosen)
             return self._last_axis(*chosen.indices(_number(self.shape[-1]))[:2])
         result = self
         for axis, each in enumerate(key):
@@ -294,6 +311,16 @@ class Value:
         ends = (self.tracer.graph.integers(place) for place in (start, stop, -1))
         shape = (*self.shape[:-1], stop - start)
         return self.tracer.emit("Slice", self.name, *ends, shape=shape, dtype=self.dtype)
+
+    def _open_axis(self, chosen: slice) -> Value:
+        """All but the first elements of a last axis that is open, or so many of its last."""
+        start, size = chosen.start, str(self.shape[-1])
+        assert isinstance(start, int) and chosen.stop is None, "only a beginning is supported"
+        ends = (self.tracer.graph.integers(place) for place in (start, END, -1))
+        kept = -start if start < 0 else _less(size, start)
+        return self.tracer.emit(
+            "Slice", self.name, *ends, shape=(*self.shape[:-1], kept), dtype=self.dtype
+        )
 
     def _binary(self, op: str, other: Value | Number, dtype: torch.dtype | None = None) -> Value:
         if isinstance(other, Value):
@@ -311,6 +338,14 @@ class Value:
 
     def _unary(self, op: str) -> Value:
         return self.tracer.emit(op, self.name, shape=self.shape, dtype=self.dtype)
+
+
+def _less(size: str, by: int) -> Dimension:
+    """An open size without some elements: "4 + new" without four is "new"."""
+    number, plus, rest = size.partition(" + ")
+    if not plus or not number.isdecimal() or int(number) < by:
+        return f"{size} - {by}"
+    return rest if int(number) == by else f"{int(number) - by} + {rest}"
 
 
 def _number(size: Dimension) -> int:
@@ -425,6 +460,24 @@ def _cat(values: Sequence[Value], dim: int) -> Value:
     return first.tracer.emit("Concat", *names, shape=shape, dtype=first.dtype, axis=axis)
 
 
+def _convolution(
+    x: Value, weight: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Value:  # fmt: skip
+    """Each channel [batch, channels, columns] with a kernel of its own, without padding."""
+    channels, one, width = weight.shape
+    plain = (stride, padding, dilation, groups, one) == (1, 0, 1, channels, 1)
+    assert plain, "only plain depthwise convolutions are known"
+    tracer = x.tracer
+    operands = [tracer.weights.kernel(tracer.parameters[id(weight)])]
+    if bias is not None:
+        operands.append(tracer.weights.vector(tracer.parameters[id(bias)]))
+    size = x.shape[2]
+    columns = size - width + 1 if isinstance(size, int) else _less(size, width - 1) if width > 1 else size
+    return tracer.emit(
+        "Conv", x.name, *operands, shape=(*x.shape[:2], columns), dtype=x.dtype, group=channels, kernel_shape=[width]
+    )
+
+
 def _silu(x: Value, inplace: bool = False) -> Value:
     return x * x._unary("Sigmoid")
 
@@ -439,11 +492,15 @@ def _gelu(x: Value, approximate: str = "none") -> Value:
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     linears: _linears,
     F.linear: _linear,
+    F.conv1d: _convolution,
     F.embedding: _embedding,
     F.silu: _silu,
     F.gelu: _gelu,
     F.relu: lambda x, inplace=False: x._unary("Relu"),
+    F.softplus: lambda x: x._unary("Softplus"),
     F.scaled_dot_product_attention: _attention,
     torch.cat: _cat,
+    torch.rsqrt: lambda x: x._unary("Sqrt")._unary("Reciprocal"),
+    torch.sigmoid: lambda x: x._unary("Sigmoid"),
     torch.tanh: Value.tanh,
 }

@@ -94,7 +94,7 @@ class EmbeddingModel(nn.Module):
         if not self.settings.include_prompt:
             seen, counted = attention_mask.clamp(max=1), attention_mask.eq(1).to(attention_mask.dtype)
         masks = {kind: mask.minimum(padding_mask(seen).to(mask.dtype)) for kind, mask in visible.items()}
-        context = Context(positions, rotary, masks, token_types)
+        context = Context(positions, rotary, masks, token_types=token_types)
         vectors: Tensor = self.model(input_ids, context, None)
         x = pool(self.settings.pooling, vectors, counted, positions)
         for layer, settings in zip(self.dense, self.settings.dense, strict=True):

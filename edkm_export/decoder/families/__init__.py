@@ -8,12 +8,14 @@ from edkm_export.decoder.families.gemma import Gemma2Settings, Gemma3Settings
 from edkm_export.decoder.families.gpt2 import GPT2Settings
 from edkm_export.decoder.families.granite import GraniteSettings
 from edkm_export.decoder.families.hunyuan import HunyuanSettings
+from edkm_export.decoder.families.lfm2 import Lfm2Settings
 from edkm_export.decoder.families.llama import LlamaSettings
 from edkm_export.decoder.families.ministral3 import Ministral3Settings
 from edkm_export.decoder.families.mistral import MistralSettings
 from edkm_export.decoder.families.olmo import Olmo2Settings, Olmo3Settings
 from edkm_export.decoder.families.phi3 import Phi3Settings
 from edkm_export.decoder.families.qwen import Qwen2Settings, Qwen3Settings
+from edkm_export.decoder.families.qwen3_5 import Qwen35Settings
 from edkm_export.decoder.families.settings import Settings
 from edkm_export.decoder.families.smollm3 import SmolLM3Settings
 from edkm_export.decoder.families.stablelm import StableLmSettings
@@ -31,6 +33,7 @@ FAMILIES: dict[str, type[Settings]] = {
         GPT2Settings,
         GraniteSettings,
         HunyuanSettings,
+        Lfm2Settings,
         LlamaSettings,
         Ministral3Settings,
         MistralSettings,
@@ -39,6 +42,7 @@ FAMILIES: dict[str, type[Settings]] = {
         Phi3Settings,
         Qwen2Settings,
         Qwen3Settings,
+        Qwen35Settings,
         SmolLM3Settings,
         StableLmSettings,
         Starcoder2Settings,
