@@ -130,7 +130,8 @@ def embedding_config(config: dict[str, Any], source: str) -> DecoderConfig:
     Raises:
         ConversionError: the model type is not supported, or the configuration lacks a key or holds a wrong value.
     """
-    return _settings(config, source).decoder_config()
+    found: DecoderConfig = _settings(config, source).decoder_config()
+    return found
 
 
 def empty_embedding_model(checkpoint: Checkpoint) -> EmbeddingModel:
