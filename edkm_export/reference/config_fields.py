@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-__all__ = ["ConfigFields", "sort_fields"]
+__all__ = ["ConfigFields", "shaping_fields", "sort_fields"]
 
 _TASKS = "for models of another task"
 _OUTPUT = "the form of what the model gives, not its values"
@@ -112,6 +112,7 @@ _ROPE_FIELDS: dict[str, set[str]] = {
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor", "short_mscale", "long_mscale"},
 }  # fmt: skip
 _ROPE_ALIASES = {"su": "longrope"}
+_ROPE_SETTINGS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 _WHOLE_ROTATION = (
     "gemma2",
     "gemma3_text",
@@ -211,6 +212,32 @@ def sort_fields(config: Mapping[str, Any]) -> ConfigFields:
     if config.get("rope_parameters") and config.get("rope_scaling"):
         found.not_understood["rope_scaling"] = "stands beside rope_parameters; which of them is meant?"
     return found
+
+
+# of a checkpoint's configuration: about weights that are no longer there, and code that is not run
+_NEVER = ("quantization_config", "auto_map", "architectures")
+
+
+def shaping_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields from which transformers builds a model, of a configuration that anybody may have written.
+
+    Those that its class declares and that change what is computed. Others would steer transformers itself: the form of
+    what it returns, the kernels that it takes, the code that it runs.
+    """
+    found = sort_fields(config)
+    odd = {name.partition(".")[0] for name in found.not_understood}  # transformers refuses them, or not
+    kept = (found.used.keys() | odd) - found.without_effect.keys() - set(_NEVER)
+    declared = _declared(config.get("model_type"))
+    return {name: value for name, value in config.items() if name in kept and (name in found.used or name in declared)}
+
+
+def _declared(family: Any) -> set[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        return {"model_type"}
+    kind = CONFIG_MAPPING[family]
+    return {"model_type", *_ROPE_SETTINGS, *(each.name for each in fields(kind)), *kind.attribute_map}
 
 
 def _said_otherwise(config: Mapping[str, Any], base: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import CheckpointError
 from edkm_export.library_logs import silence
+from edkm_export.reference.config_fields import shaping_fields
 from edkm_export.reference.conv1d import as_linear
 
 __all__ = ["load_hard_model", "load_hard_tokenizer"]
@@ -33,9 +34,8 @@ def load_hard_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
 
     source = str(checkpoint.path or "checkpoint")
     silence("transformers")
-    settings = {key: value for key, value in checkpoint.config.items() if key != "dtype"}
     try:
-        config = transformers.AutoConfig.for_model(**settings)
+        config = transformers.AutoConfig.for_model(**shaping_fields(checkpoint.config))
         with accelerate.init_empty_weights():
             model = transformers.AutoModelForCausalLM.from_config(
                 config, attn_implementation="eager", dtype=dtype
