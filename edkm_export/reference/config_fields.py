@@ -12,7 +12,7 @@ from typing import Any
 
 from edkm_export.reference.config_class import ConfigClass, config_class
 
-__all__ = ["ConfigFields", "sort_fields"]
+__all__ = ["ConfigFields", "shaping_fields", "sort_fields"]
 
 _TASKS = "for models of another task"
 _OUTPUT = "the form of what the model gives, not its values"
@@ -131,6 +131,7 @@ _ROPE_FIELDS: dict[str, set[str]] = {
 _ROPE_ALIASES = {"su": "longrope"}
 # A model that stretches the base of its rotation by a fixed alpha leaves these aside.
 _UNUSED_BESIDE_ALPHA = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+_ROPE_SETTINGS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 
 
 @dataclass
@@ -223,6 +224,29 @@ def sort_fields(config: Mapping[str, Any], *, embeds: bool = False) -> ConfigFie
     if config.get("rope_parameters") and config.get("rope_scaling"):
         found.not_understood["rope_scaling"] = "stands beside rope_parameters; which of them is meant?"
     return found
+
+
+# of a checkpoint's configuration: about weights that are no longer there, and code that is not run
+_NEVER = ("quantization_config", "auto_map", "architectures")
+
+
+def shaping_fields(config: Mapping[str, Any], *, embeds: bool = False) -> dict[str, Any]:
+    """The fields from which transformers builds a model, of a configuration that anybody may have written.
+
+    Those that its class declares and that change what is computed. Others would steer transformers itself: the form of
+    what it returns, the kernels that it takes, the code that it runs.
+
+    Args:
+        config: as it is stored.
+        embeds: it is that of an embedding model.
+    """
+    found = sort_fields(config, embeds=embeds)
+    odd = {name.partition(".")[0] for name in found.not_understood}  # transformers refuses them, or not
+    kept = (found.used.keys() | odd) - found.without_effect.keys() - set(_NEVER)
+    family = config.get("model_type")
+    kind = config_class(family) if isinstance(family, str) else None
+    declared = {"model_type"} if kind is None else {"model_type", *_ROPE_SETTINGS, *kind.declared}
+    return {name: value for name, value in config.items() if name in kept and (name in found.used or name in declared)}
 
 
 def _said_otherwise(config: Mapping[str, Any], base: Any) -> bool:

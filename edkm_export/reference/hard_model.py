@@ -14,6 +14,7 @@ import torch
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import CheckpointError
 from edkm_export.library_logs import silence
+from edkm_export.reference.config_fields import shaping_fields
 from edkm_export.reference.conv1d import as_linear
 from edkm_export.reference.sentence_model import SentenceModel
 
@@ -81,9 +82,10 @@ def _empty(checkpoint: Checkpoint, build: Callable[[Any], Any]) -> Any:
 
     source = str(checkpoint.path or "checkpoint")
     silence("transformers")
-    settings = {key: value for key, value in checkpoint.config.items() if key != "dtype"}
     try:
-        config = transformers.AutoConfig.for_model(**settings)
+        config = transformers.AutoConfig.for_model(
+            **shaping_fields(checkpoint.config, embeds=checkpoint.embedding is not None)
+        )
         with accelerate.init_empty_weights(include_buffers=False):
             return build(config)
     except Exception as error:  # what a configuration that makes no sense raises has no common base

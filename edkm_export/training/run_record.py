@@ -12,6 +12,7 @@ import pydantic
 from edkm_export._version import __version__
 from edkm_export.atomic import GENERATOR, atomic_file
 from edkm_export.errors import InputError
+from edkm_export.plain_data import printable
 from edkm_export.recipe import Recipe
 from edkm_export.reference.source import Source
 from edkm_export.training.evaluation import Evaluation
@@ -42,7 +43,7 @@ class Identity(pydantic.BaseModel):
     def of(cls, source: Source, data: Sequence[Path], tokens: Tokens) -> Identity:
         """Of what was given."""
         return cls(
-            model=source.provenance(), data=[path.name for path in data], tokens_sha256=tokens.sha256()
+            model=source.provenance(), data=[printable(path.name) for path in data], tokens_sha256=tokens.sha256()
         )
 
 

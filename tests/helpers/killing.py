@@ -18,7 +18,7 @@ from edkm_export import claims, filesystem
 
 __all__ = ["FileSystem", "Outcome", "run_command"]
 
-_CALLS = ("fsync", "rename", "replace", "link", "symlink", "mkdir", "rmdir", "unlink", "remove")
+_CALLS = ("fsync", "rename", "replace", "link", "rmdir", "unlink", "remove")
 _FD = Path("/proc/self/fd")
 
 

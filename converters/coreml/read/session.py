@@ -264,7 +264,9 @@ class _NeuralEngine:
         for package, state in zip(self._packages, self._states, strict=True):
             first = {TOKENS: values} if not outputs else {HIDDEN_IN: outputs[HIDDEN_OUT]}
             # layers without attention need no mask, and only states that do not grow need the count
-            taken = {name: value for name, value in common.items() if name in package.functions[function].inputs}
+            taken = {
+                name: value for name, value in common.items() if name in package.functions[function].inputs
+            }
             outputs = package.run(
                 {**first, **taken}, function=function, state=state, precision=self._precision
             )
