@@ -293,6 +293,7 @@ def _validated(path: Path, contents: Any) -> Checkpoint:
             path,
             f"tokenizer file {name}: expected its bytes as a uint8 tensor",
         )
+    embedding = _read_embedding(path, contents.get("embedding"))
     _check_digests(path, contents, version)
     return Checkpoint(
         config=contents["config"],
@@ -303,7 +304,7 @@ def _validated(path: Path, contents: Any) -> Checkpoint:
         recipe=contents["recipe"],
         provenance=contents["provenance"],
         path=path,
-        embedding=_read_embedding(path, contents.get("embedding")),
+        embedding=embedding,
         format_version=version,
     )
 
