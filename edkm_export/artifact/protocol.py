@@ -17,7 +17,7 @@ from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
 from edkm_export.token_ids import Ids
 
-__all__ = ["Artifact", "DamagedArtifact", "Decoding", "Session", "Traceable"]
+__all__ = ["Artifact", "DamagedArtifact", "Decoding", "Reaching", "Session", "Traceable"]
 
 
 class Session(Protocol):
@@ -62,6 +62,11 @@ class Artifact(Protocol):
     @property
     def context(self) -> int:
         """Most positions that one execution takes."""
+        ...
+
+    @property
+    def claimed_context(self) -> int | None:
+        """Positions that it says it can hold; None: nothing that could be read."""
         ...
 
     @property
@@ -124,6 +129,19 @@ class Traceable(Protocol):
 
 
 @runtime_checkable
+class Reaching(Protocol):
+    """An artifact that can be tried at the end of its context without a text of that length."""
+
+    def reach(self, context: int) -> None:
+        """Try the last of so many positions.
+
+        Raises:
+            PackageError: it cannot be had.
+        """
+        ...
+
+
+@runtime_checkable
 class Decoding(Protocol):
     """An artifact whose palettes a program that is not ours can decode."""
 
@@ -156,6 +174,7 @@ class DamagedArtifact:
     """
 
     context = 512  # what the original and hard PyTorch are measured with
+    claimed_context = None
 
     def __init__(self, path: str | Path, kind: str, reason: str) -> None:
         self.path = Path(path)

@@ -99,6 +99,8 @@ def run_export(
         check_output(folder, overwrite=overwrite, folder=True)
     with err.status(f"reading {path}"):
         checkpoint = load(path)
+    if checkpoint.weakness:
+        err.print(f"- {checkpoint.weakness}", markup=False, soft_wrap=True)
     with err.status("planning"):
         plan = exporter.plan(checkpoint)
     if dry_run:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from converters.coreml.format import TEXT
 from converters.coreml.read.description import Description
 from converters.coreml.read.joined_vocabulary import joined_dense, joined_palettes, read_splits
 from converters.coreml.read.observe import trace_packages
@@ -42,7 +43,7 @@ class CoreMLArtifact:
     def __init__(self, packages: Sequence[Package], description: Description) -> None:
         self._packages, self.description = packages, description
         self.path: Path = packages[0].path
-        self.context = description.context
+        self.context = self.claimed_context = description.context
         _ = self.weights_size_bytes()  # opens every file of weights
         CoreMLSession(packages, description)  # has the inputs and outputs that it should
         drawn = ""
@@ -66,6 +67,20 @@ class CoreMLArtifact:
         return (
             f"CoreMLArtifact({self.path.name}, {self.description.interface}, {short_size(self.size_bytes())})"
         )
+
+    def reach(self, context: int) -> None:
+        """Look for a cache of so many positions, or for a text of them where there are no caches.
+
+        Raises:
+            PackageError: there is none.
+        """
+        shapes = []
+        for package, where in self._functions():
+            function = package.functions[where]
+            held = function.states or {TEXT: function.inputs[TEXT]}
+            shapes += [given.type.shape for given in held.values()]
+        if not any(context in shape for shape in shapes):
+            raise PackageError(f"{self.path}: its caches hold {list(shapes[0])}, which are not so many.")
 
     def palettized(self) -> dict[str, PalettizedTensor]:
         """Palettized weights by parameter name, read from disk."""
