@@ -13,6 +13,7 @@ never runs code. Keys:
     recipe          the recipe, a dict
     provenance      versions, command, seed, base model, sha256 of each part (see `checkpoint_digest`); no absolute
                     path: the base model is named as seen from the folder of the checkpoint
+    embedding       of an embedding model alone: `EmbeddingSettings`, a dict
 
 Versions 1 and 2 have digests of the tensors and the tokenizer alone: damage of the configuration goes unnoticed.
 Version 1 had no "lut_dtype". It is then the dtype of the LUT: an int4 grid of version 1 reads as int8.
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ from edkm_export.activity import tracked
 from edkm_export.atomic import atomic_file
 from edkm_export.checkpoint_digest import RECORD, changed, part_digests
 from edkm_export.command_line import command_line
+from edkm_export.embedding_settings import EmbeddingSettings
 from edkm_export.errors import CheckpointError, EdkmExportError, PaletteError
 from edkm_export.limits import is_out_of_memory, words_of
 from edkm_export.local_paths import without_folders
@@ -64,6 +67,7 @@ class Checkpoint:
         recipe: the recipe that made it.
         provenance: versions, command, seed, base model.
         path: where it was read from, None for one that was just made.
+        embedding: pooling and what follows, of an embedding model; None: it is none.
         format_version: of the file that it was read from.
     """
 
@@ -75,13 +79,14 @@ class Checkpoint:
     recipe: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    embedding: EmbeddingSettings | None = None
     format_version: int = FORMAT_VERSION
 
     def __repr__(self) -> str:
         """One line: family, parameters, what is palettized, size."""
         parts = [f"{short_count(self.numel)} parameters"]
         if family := self.config.get("model_type"):
-            parts.insert(0, str(family))
+            parts.insert(0, f"{family} embeddings" if self.embedding is not None else str(family))
         if self.palettized:
             bits = bit_range(tensor.n_bits for tensor in self.palettized.values())
             parts.append(f"{len(self.palettized)} palettized at {bits}")
@@ -184,6 +189,8 @@ def save(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool = False) -
         "tokenizer": tokenizer,
         "recipe": as_plain(checkpoint.recipe),
     }
+    if checkpoint.embedding is not None:
+        contents["embedding"] = as_plain(checkpoint.embedding.model_dump(mode="json"))
     contents["provenance"] = _provenance(as_plain(checkpoint.provenance))
     contents["provenance"][RECORD] = part_digests(contents)
     with atomic_file(path, overwrite=overwrite, needed_bytes=checkpoint.size_bytes) as temporary:
@@ -296,8 +303,20 @@ def _validated(path: Path, contents: Any) -> Checkpoint:
         recipe=contents["recipe"],
         provenance=contents["provenance"],
         path=path,
+        embedding=_read_embedding(path, contents.get("embedding")),
         format_version=version,
     )
+
+
+def _read_embedding(path: Path, stored: Any) -> EmbeddingSettings | None:
+    if stored is None:
+        return None
+    try:
+        return EmbeddingSettings.model_validate(stored)
+    except pydantic.ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(("embedding", *map(str, detail["loc"])))
+        raise CheckpointError(f"{path}: {where}: {detail['msg']}; palettize the model again.") from error
 
 
 def _make_one(path: str | Path = "model.pt") -> str:

@@ -19,13 +19,14 @@ RECORD = "sha256"
 
 _TENSORS = ("palettized", "dense", "tokenizer")
 _SETTINGS = ("config", "tied", "recipe", "provenance")
+_OPTIONAL = ("embedding",)
 PARTS = (*_TENSORS, *_SETTINGS)
 """What has a digest since format version 3; before, the first three had."""
 
 
 def part_digests(contents: Mapping[str, Any]) -> dict[str, str]:
     """Digest of each part of the contents of a model.pt; that of the provenance leaves the digests out."""
-    return {part: _part_digest(contents, part) for part in PARTS}
+    return {part: _part_digest(contents, part) for part in (*PARTS, *_OPTIONAL) if part in contents}
 
 
 def changed(contents: Mapping[str, Any], version: int) -> tuple[str, str, str] | None:
@@ -40,10 +41,10 @@ def changed(contents: Mapping[str, Any], version: int) -> tuple[str, str, str] |
     """
     recorded = contents["provenance"].get(RECORD)
     recorded = recorded if isinstance(recorded, dict) else {}
-    needed = PARTS if version >= 3 else _TENSORS
-    for part in PARTS:
+    needed = {*PARTS, *(part for part in _OPTIONAL if part in contents)} if version >= 3 else _TENSORS
+    for part in (*PARTS, *_OPTIONAL):
         if part in needed or part in recorded:
-            found = _part_digest(contents, part)
+            found = _part_digest(contents, part) if part in contents else ""
             if recorded.get(part) != found:
                 return part, found, str(recorded.get(part) or "")
     return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
+    from edkm_export.artifact.encodings import EmbeddingArtifact
     from edkm_export.artifact.protocol import Artifact, Session
     from edkm_export.checkpoint import Checkpoint
 
@@ -13,6 +14,7 @@ __all__ = [
     "find_artifact",
     "is_artifact",
     "open_artifact",
+    "open_embedding_artifact",
     "open_session",
     "predicted_size_bytes",
 ]
@@ -42,7 +44,29 @@ def find_artifact(path: str | Path) -> Path:
 
 
 def open_artifact(path: str | Path) -> Artifact:
-    """Open what `find_artifact` found, for the verifier."""
+    """Open what `find_artifact` found, for the verifier; an embedding model is a damaged language model."""
+    from edkm_export.artifact.protocol import DamagedArtifact
+
+    found = _open(path)
+    if hasattr(found, "encodings"):
+        reason = f"{path}: holds an embedding model, not a language model; it was exported from another checkpoint."
+        return DamagedArtifact(path, found.kind, reason)
+    return found
+
+
+def open_embedding_artifact(path: str | Path) -> EmbeddingArtifact:
+    """The same, where an embedding model should be."""
+    from edkm_export.artifact.encodings import DamagedEmbeddingArtifact
+
+    found = _open(path)
+    if hasattr(found, "encodings"):
+        return cast("EmbeddingArtifact", found)
+    reason = getattr(found, "reason", f"{path}: gives logits, not embeddings; it was exported from another checkpoint.")
+    return DamagedEmbeddingArtifact(path, found.kind, reason)
+
+
+def _open(path: str | Path) -> Artifact | EmbeddingArtifact:
+    """Whatever lies there."""
     from converters.onnx.read.folder import is_onnx
 
     path = Path(path)
@@ -88,7 +112,7 @@ def open_session(path: str | Path) -> tuple[Session, Path]:
     return CoreMLSession.open(package), package.parent
 
 
-def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact) -> int | None:
+def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact | EmbeddingArtifact) -> int | None:
     """What the weights of a checkpoint should take in the form of an artifact that was opened.
 
     The export is planned again from what the artifact says of itself.
@@ -98,7 +122,9 @@ def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact) -> int | No
     """
     from converters.coreai.read.artifact import CoreAIArtifact
     from converters.coreml.read.artifact import CoreMLArtifact
+    from converters.coreml.read.embedding_artifact import CoreMLEmbeddingArtifact
     from converters.onnx.read.artifact import OnnxArtifact
+    from converters.onnx.read.embedding_artifact import OnnxEmbeddingArtifact
     from edkm_export.errors import EdkmExportError
 
     try:
@@ -112,7 +138,7 @@ def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact) -> int | No
                 context=told.context,
                 pad_3bit=artifact.pads_3bit,
             ).weights_size_bytes
-        if isinstance(artifact, CoreMLArtifact):
+        if isinstance(artifact, (CoreMLArtifact, CoreMLEmbeddingArtifact)):
             from converters.coreml.write.export_plan import plan_export
 
             found = artifact.description
@@ -123,14 +149,14 @@ def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact) -> int | No
                 prefill=found.prefill or 2,
                 chunks=len(found.packages),
             ).weights_size_bytes
-        if isinstance(artifact, OnnxArtifact):
+        if isinstance(artifact, (OnnxArtifact, OnnxEmbeddingArtifact)):
             from converters.onnx.write.export_plan import plan_onnx
 
             graph = artifact.graph
             return plan_onnx(
                 checkpoint,
                 runtime=graph.profile,
-                dtype=graph.outputs["logits"].dtype.name,
+                dtype=next(iter(graph.outputs.values())).dtype.name,
                 opset=graph.graph.opsets[""],
                 context=graph.description.context,
                 standard_ops="DequantizeLinear" in graph.op_counts(),

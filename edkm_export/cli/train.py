@@ -185,7 +185,7 @@ def command(
 
     from edkm_export.errors import InputError
     from edkm_export.recipe import load_recipe
-    from edkm_export.reference.source import account
+    from edkm_export.reference.source import account, require_language_model
     from edkm_export.training.run import Run
     from edkm_export.training.train_config import PRESETS, load_config_file
     from edkm_export.versions import library_versions
@@ -203,6 +203,7 @@ def command(
     if config.target_bits is not None and config.strict_target and "bits" not in changes and recipe is None:
         config = _widest(source, config)
     rules = None if recipe is None else load_recipe(recipe)
+    require_language_model(source, "train")
     accounted = account(source)
     accounted.require_understood()
     provenance = {

@@ -17,7 +17,12 @@ from edkm_export.plain_data import printable
 from edkm_export.recipe import Recipe
 from edkm_export.reference.hard_model import load_hard_model
 from edkm_export.reference.outline import outline
-from edkm_export.reference.source import Source, load_model, load_tokenizer
+from edkm_export.reference.source import (
+    Source,
+    load_model,
+    load_tokenizer,
+    require_language_model,
+)
 from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.text import LEAST_TOKENS, read_text, token_windows
 from edkm_export.training import run_checkpoints, run_log
@@ -129,9 +134,7 @@ class Run:
             self.processes.share(self.config.batch_size)
             count = self.processes.count
             last = self.processes.first(
-                lambda: self.folder.open(
-                    resume=resume, overwrite=overwrite, processes=count, tell=self.tell
-                )
+                lambda: self.folder.open(resume=resume, overwrite=overwrite, processes=count, tell=self.tell)
             )
             if resume:
                 self._tell_start(last)
@@ -156,6 +159,7 @@ class Run:
         Returns:
             What to train on.
         """
+        require_language_model(self.source, "train")
         self.announce("reading the data")
         if last is None:
             check_target(outline(self.source), self.recipe, self.config, source=self.source.reference)
@@ -210,7 +214,9 @@ class Run:
                 f"of {rows}."
             )
 
-    def _begin(self, data: Tokens, last: Path | None) -> tuple[Tokens | None, Recipe, dict[str, dict[str, Evaluation]]]:
+    def _begin(
+        self, data: Tokens, last: Path | None
+    ) -> tuple[Tokens | None, Recipe, dict[str, dict[str, Evaluation]]]:
         """What the first process does alone.
 
         Returns:

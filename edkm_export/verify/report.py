@@ -324,6 +324,17 @@ class Report(Record):
         """Who set the limit, in words; empty in reports before version 5."""
         return str(self._of_palettization("perplexity_limit_source") or "")
 
+    @property
+    def embeds(self) -> bool:
+        """Whether it is of an embedding model: what was measured are cosines."""
+        return any("cosine_mean" in rung.measures for rung in self.rungs)
+
+    @property
+    def nearness(self) -> dict[str, Any] | None:
+        """What was measured of an embedding model against the original; None of a language model, or not measured."""
+        found = next((rung.measures for rung in self.rungs if rung.id == "palettization"), {})
+        return found if "cosine_mean" in found else None
+
     def _of_palettization(self, name: str) -> Any:
         return next((rung.measures.get(name) for rung in self.rungs if rung.id == "palettization"), None)
 

@@ -49,6 +49,11 @@ def markdown(report: Report) -> str:
             f"- top-1 agreement with the original: {report.top1_agreement:.1%} of positions have the same most likely "
             "token"
         )
+    if (nearness := report.nearness) is not None:
+        lines.append(
+            f"- rank agreement with the original: {nearness['rank_agreement']:.1%} of {nearness['pairs']:,} pairs of "
+            f"documents come in the same order, {nearness['same_nearest']:.1%} of the queries have the same nearest one"
+        )
     lines += [
         f"- {report.bit_exact_tensors} of {len(report.tensors)} palettized tensors bit-exact on disk",
         f"- {report.parameters:,} parameters at {report.bits_per_weight:.2f} bits a weight, LUTs and unpalettized "
@@ -97,10 +102,9 @@ def quality(report: Report) -> str:
         f"Quality: **{report.quality.value}**. {quality_words(report)}",
         "",
         "report.md has the details, and explains the words.",
-        "",
-        "| | perplexity |",
-        "|---|---|",
     ]
+    if report.perplexities:
+        lines += ["", "| | perplexity |", "|---|---|"]
     lines += [
         f"| {cell(readable(name))} | {found.value:.2f} ± {found.standard_error:.2f} |"
         for name, found in report.perplexities.items()

@@ -113,7 +113,7 @@ class Weights:
         return True
 
     def dense(self) -> dict[str, Tensor]:
-        """Constants of at least 10 elements that are not palettized, as stored; other constexprs decoded.
+        """Parameters, and constants of at least 10 elements, that are not palettized, as stored or decoded.
 
         Raises:
             PackageError: one is damaged.
@@ -123,7 +123,8 @@ class Weights:
             users = self._users[output]
             if users and all(user.type.startswith("constexpr_") for user in users):
                 continue
-            if self._holds_palette(operation) or (self._constants.declared(output).numel or 0) < _MIN_NUMEL:
+            small = (self._constants.declared(output).numel or 0) < _MIN_NUMEL
+            if self._holds_palette(operation) or (small and output not in self._names):
                 continue
             value = self._constants.stored(output)
             if isinstance(value, Tensor):
