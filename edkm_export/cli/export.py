@@ -81,7 +81,8 @@ def run_export(
         verification: see `verification.prepare`.
 
     Raises:
-        click.exceptions.Exit: status 1 when it was made, but is not proved faithful, or its quality is beyond the limit.
+        click.exceptions.Exit: status 1, when it was made, but is not proved faithful, or its quality is beyond the
+            limit.
     """
     from edkm_export.atomic import check_output
     from edkm_export.text import check_text

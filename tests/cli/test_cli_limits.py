@@ -94,7 +94,9 @@ def test_a_signal_ends_a_command_in_order(tmp_path, work, command, number):
     assert snapshot(work) == {}
 
 
-@pytest.mark.parametrize("command", ["inspect", "coreml", "onnx", "coreai", "verify", "compare", "generate", "import"])
+@pytest.mark.parametrize(
+    "command", ["inspect", "coreml", "onnx", "coreai", "verify", "compare", "generate", "import"]
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_each_command_in_order(edkm, saved, work, monkeypatch, command, number):
     """It arrives while the model is read, which each of these does first."""

@@ -15,8 +15,8 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.recipe import PRESETS
 from edkm_export.training.train_config import PRESETS as TRAINED
 from edkm_export.verify.bytes import compare_bytes
-from edkm_export.verify.foreign_decoding import compare_decoding
 from edkm_export.verify.context_claim import context_rung
+from edkm_export.verify.foreign_decoding import compare_decoding
 from edkm_export.verify.report import Rung
 from edkm_export.verify.rungs import (
     continuation_rung,
