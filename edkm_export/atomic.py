@@ -163,7 +163,7 @@ def atomic_files(folder: Path, name: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Make a folder, and those above it, if they are not there; on any error, those that hold nothing are gone again."""
+    """Make a folder and those above it, if they are not there; on any error, those that hold nothing go again."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -267,4 +267,3 @@ def _full_disk(path: Path, needed_bytes: int | None) -> Iterator[None]:
         yield
     except _Full as error:
         raise disk_full(path, needed_bytes, error.available_bytes) from error.__cause__
-

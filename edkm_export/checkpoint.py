@@ -202,7 +202,9 @@ def save(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool = False) -
 
 def _check_names(path: Path, checkpoint: Checkpoint) -> None:
     """Refuse names that the file could not hold, or that nothing could read again."""
-    _require(is_utf8(str(path)), path, "its name is not UTF-8 text, and torch opens no such file; choose another")
+    _require(
+        is_utf8(str(path)), path, "its name is not UTF-8 text, and torch opens no such file; choose another"
+    )
     for name in (*checkpoint.palettized, *checkpoint.dense, *checkpoint.tied, *checkpoint.tokenizer):
         _require(is_utf8(name), path, f"{printable(name)}: the name is not UTF-8 text; rename it")
 
@@ -428,6 +430,6 @@ def _check_digests(path: Path, contents: dict[str, Any], version: int) -> None:
         return
     part, actual, recorded = found
     raise CheckpointError(
-        f"{path}: the sha256 of its '{part}' part is {actual[:16]}..., but {recorded[:16] or None}... was recorded when "
-        "it was written: the file was damaged or changed; write it again."
+        f"{path}: the sha256 of its '{part}' part is {actual[:16]}..., but {recorded[:16] or None}... was recorded "
+        "when it was written: the file was damaged or changed; write it again."
     )

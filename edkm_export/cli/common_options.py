@@ -227,12 +227,12 @@ class _ToFile(logging.FileHandler):
 
     told = False
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, D102  # the name is Python's
+    def handleError(self, record: logging.LogRecord) -> None:  # the name is Python's
         if not self.told:
             self.told = True
             err.print(f"--log-file {self.baseFilename}: {sys.exc_info()[1]}; the log is not complete")
 
-    def close(self) -> None:  # noqa: D102
+    def close(self) -> None:
         with contextlib.suppress(OSError):
             super().close()
 

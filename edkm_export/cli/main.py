@@ -103,7 +103,9 @@ def main() -> NoReturn:
     try:
         with watching_signals():
             status = _run()
-    except BaseException as error:  # of libraries in Rust, some are no Exception; and none may end with Python's 1
+    except (
+        BaseException
+    ) as error:  # of libraries in Rust, some are no Exception; and none may end with Python's 1
         status = _explained(error)
     sys.exit(status)
 
@@ -135,13 +137,17 @@ def _explained(error: BaseException) -> int:
         return 0
     _close_output()
     if is_out_of_memory(error):
-        return _say("out of memory; use a machine with more, raise its limit (ulimit -v), or a smaller --tokens.", 2)
+        return _say(
+            "out of memory; use a machine with more, raise its limit (ulimit -v), or a smaller --tokens.", 2
+        )
     if is_out_of_files(error):
         return _say("too many open files; raise the limit with `ulimit -n 1024`.", 2)
     if isinstance(error, OSError):
         return _say(explain(error), 2)
     if is_disk_full(error):
-        return _say("no space left on the device that was written to, or a quota is reached. Free some space.", 2)
+        return _say(
+            "no space left on the device that was written to, or a quota is reached. Free some space.", 2
+        )
     return _say(our_mistake(error), 70)
 
 

@@ -262,7 +262,11 @@ def shaping_fields(config: Mapping[str, Any], *, embeds: bool = False) -> dict[s
     family = config.get("model_type")
     kind = config_class(family) if isinstance(family, str) else None
     declared = {"model_type"} if kind is None else {"model_type", *_ROPE_SETTINGS, *kind.declared}
-    return {name: value for name, value in config.items() if name in kept and (name in found.used or name in declared)}
+    return {
+        name: value
+        for name, value in config.items()
+        if name in kept and (name in found.used or name in declared)
+    }
 
 
 def _said_otherwise(config: Mapping[str, Any], base: Any) -> bool:
