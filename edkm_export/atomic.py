@@ -15,6 +15,7 @@ from edkm_export.claims import claimed
 from edkm_export.disk_space import disk_full, free_bytes, stopped_by_disk
 from edkm_export.errors import InputError, OutputExistsError
 from edkm_export.interrupts import check_interrupt
+from edkm_export.regular_file import read_regular
 
 __all__ = ["GENERATOR", "MARKER", "atomic_file", "atomic_folder", "check_output"]
 
@@ -61,7 +62,7 @@ def check_output(path: str | Path, *, overwrite: bool, folder: bool = False) -> 
 
 def _is_ours(folder: Path) -> bool:
     try:
-        metadata = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        metadata = json.loads(read_regular(folder / MARKER))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(metadata, dict) and str(metadata.get("generator", "")).startswith(GENERATOR)

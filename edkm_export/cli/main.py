@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -16,6 +17,7 @@ import click
 from edkm_export._version import __version__
 from edkm_export.disk_space import explain
 from edkm_export.errors import EdkmExportError
+from edkm_export.escaping import for_terminal
 from edkm_export.interrupts import check_interrupt, watching_signals
 
 __all__ = ["cli", "main"]
@@ -106,7 +108,9 @@ def main() -> NoReturn:
                 check_interrupt()  # an error after a swallowed signal is not one
                 raise
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(for_terminal(shown.getvalue()), nl=False, err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; nothing was left behind.", 130)
@@ -148,5 +152,5 @@ def _our_mistake(error: Exception) -> str:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    click.echo(f"edkm-export: {message}", err=True)
+    click.echo(f"edkm-export: {for_terminal(message)}", err=True)
     sys.exit(status)

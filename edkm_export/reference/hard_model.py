@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.config_bounds import check_config
 from edkm_export.errors import CheckpointError
+from edkm_export.guarded_tokenizer import TokenizerError, open_tokenizer
 from edkm_export.library_logs import silence
 from edkm_export.reference.conv1d import as_linear
 
@@ -34,6 +36,7 @@ def load_hard_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
     source = str(checkpoint.path or "checkpoint")
     silence("transformers")
     settings = {key: value for key, value in checkpoint.config.items() if key != "dtype"}
+    check_config(settings, source, checkpoint.shapes, CheckpointError)
     try:
         config = transformers.AutoConfig.for_model(**settings)
         with accelerate.init_empty_weights():
@@ -58,8 +61,6 @@ def load_hard_tokenizer(checkpoint: Checkpoint) -> Any:
     import tempfile
     from pathlib import Path
 
-    import transformers
-
     source = str(checkpoint.path or "checkpoint")
     if not checkpoint.tokenizer:
         raise CheckpointError(f"{source}: holds no tokenizer; palettize from a folder that has one.")
@@ -67,6 +68,8 @@ def load_hard_tokenizer(checkpoint: Checkpoint) -> Any:
         for name, content in checkpoint.tokenizer.items():
             (Path(folder) / name).write_bytes(content)
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return open_tokenizer(folder, source)
+        except TokenizerError as error:
+            raise CheckpointError(str(error)) from error
         except Exception as error:  # likewise for a damaged tokenizer
             raise CheckpointError(f"{source}: its tokenizer cannot be read: {error}") from error

@@ -27,6 +27,7 @@ from converters.coreai.format import (
 from converters.coreai.read.running import RunningModel
 from converters.coreai.read.runtime import AppleRuntime, zeros
 from edkm_export.context_window import require_room
+from edkm_export.taking_turns import taking_turns
 from edkm_export.token_ids import Ids
 
 __all__ = ["StaticSession"]
@@ -66,6 +67,7 @@ class StaticSession:
         self._runtime.call(LOAD_EMBEDDINGS, {}, keep={EMBEDDING_TABLE: EMBEDDING_TABLE})
         self.reset()
 
+    @taking_turns
     def reset(self) -> None:
         """Forget the text."""
         self._text = torch.empty(0, dtype=torch.long)
@@ -78,6 +80,7 @@ class StaticSession:
         """One line: model, positions taken."""
         return f"StaticSession({self._name}, {len(self._text):,} of {self.context:,} positions taken)"
 
+    @taking_turns
     def feed(self, tokens: Ids) -> Tensor:
         """Go on with the text: ids [new], in any form that `as_ids` takes -> logits float32 [new, vocab_size].
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 from converters.coreml.write.export_plan import ExportPlan
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.device_lint import Finding, card_sections
-from edkm_export.model_card import FormatCard, code, plain, table
+from edkm_export.escaping import for_markdown, for_swift
+from edkm_export.model_card import FormatCard, code, table
 
 __all__ = ["coreml_card", "mac_commands"]
 
@@ -59,7 +59,7 @@ def mac_commands(
 
 def _packages(plan: ExportPlan, name: str) -> str:
     rows = [("file", "layers", "weights")] + [
-        (plain(file), f"{layers.first} to {layers.end - 1}", f"{size / 1e6:,.1f} MB")
+        (for_markdown(file), f"{layers.first} to {layers.end - 1}", f"{size / 1e6:,.1f} MB")
         for file, layers, size in zip(
             plan.package_names(name), plan.chunks, plan.package_sizes_bytes, strict=True
         )
@@ -96,7 +96,7 @@ def _use(plan: ExportPlan, name: str) -> str:
 
 def _swift(example: str, name: str) -> str:
     """A block of code with the name as the contents of a string."""
-    return code("swift", example.format(name=json.dumps(name)[1:-1]).strip().splitlines())
+    return code("swift", example.format(name=for_swift(name)).strip().splitlines())
 
 
 _SWIFT_TRANSFORMERS = """
