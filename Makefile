@@ -45,7 +45,8 @@ test-browser: $(READY)
 # Core AI models in Apple's runtime for Linux (x86-64, Python 3.11 and later).
 test-coreai: $(READY)
 	$(BIN)/python -m pip install --quiet -e ".[dev,coreai]"
-	$(BIN)/python -m pytest tests/converters/coreai tests/cli/test_cli_coreai.py
+	$(BIN)/python -m pytest tests/converters/coreai tests/cli/test_cli_coreai.py \
+		tests/verify/test_coreai_mutations_found.py
 
 # coremltools' own tests with predictions by the interpreter.
 test-coremltools: $(READY)

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import click
 
+from converters.coreai.backend import missing_backend
+
 _TERMINAL = {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
 _ASIDE = ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "CI")  # they decide what a terminal is taken for
 
@@ -34,7 +36,7 @@ class Measured:
     """One run.
 
     Attributes:
-        command: name of the command.
+        command: name of the command, and the format where several are tried.
         where: "terminal" or "pipe".
         status: exit status.
         seconds: of the whole run.
@@ -52,7 +54,7 @@ class Measured:
     before: str
 
 
-def measure(arguments: list[str], where: str) -> Measured:
+def measure(arguments: list[str], where: str, name: str) -> Measured:
     """Run a command, and listen to it."""
     command = [sys.executable, "-m", "edkm_export", *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in _ASIDE} | _TERMINAL
@@ -81,24 +83,35 @@ def measure(arguments: list[str], where: str) -> Measured:
     os.close(reader)
     status = process.wait()
     line = (before.strip().splitlines() or [""])[-1][-80:]
-    return Measured(arguments[0], where, status, now - started, longest, at, line)
+    return Measured(name, where, status, now - started, longest, at, line)
 
 
 def jobs(model: str, folder: Path, calibration: Path) -> Iterator[list[str]]:
     """Each command, on what the one before has made."""
     made = folder / "model.pt"
+    formats = ["coreml", "onnx"] + ([] if missing_backend() else ["coreai"])
+    story = ["--prompt", "Once upon a time", "--max-new-tokens", "24"]
+    yield ["doctor", model]
     yield ["inspect", model]
     yield ["palettize", model, "--calibration", str(calibration), "-o", str(made)]
-    yield ["coreml", str(made), "-o", str(folder / "coreml")]
-    yield ["onnx", str(made), "-o", str(folder / "onnx")]
-    yield ["verify", str(made), str(folder / "coreml")]
-    yield ["compare", str(made), str(folder / "coreml"), str(folder / "onnx")]
-    yield ["generate", str(folder / "coreml"), "--prompt", "Once upon a time", "--max-new-tokens", "24"]
-    yield ["generate", str(folder / "onnx"), "--prompt", "Once upon a time", "--max-new-tokens", "24"]
+    for name in formats:
+        yield [name, str(made), "-o", str(folder / name)]
+    for name in formats:
+        yield ["verify", str(made), str(folder / name)]
+        yield ["generate", str(folder / name), *story]
+    yield ["compare", str(made), *(str(folder / name) for name in formats)]
     yield [
         "train", model, "--data", str(calibration), "--bits", "4", "--context", "128", "--batch-size", "1",
         "--steps", "4", "-o", str(folder / "run"),
     ]  # fmt: skip
+
+
+def named(arguments: list[str], folder: Path) -> str:
+    """The command, and the format when it is one of several."""
+    formats = [
+        Path(each).name for each in arguments[1:] if Path(each).parent == folder and not Path(each).suffix
+    ]
+    return arguments[0] + (f" ({formats[0]})" if arguments[0] in ("verify", "generate") else "")
 
 
 @click.command()
@@ -113,12 +126,13 @@ def main(model: str, calibration: Path, only: tuple[str, ...], json_file: Path |
         folder = Path(tempfile.mkdtemp(prefix="silence"))
         try:
             for arguments in jobs(model, folder, calibration):
-                if only and arguments[0] not in only:
+                name = named(arguments, folder)
+                if only and arguments[0] not in only and name not in only:
                     continue
-                one = measure(arguments, where)
+                one = measure(arguments, where, name)
                 found.append(one)
                 click.echo(
-                    f"{one.command:10} {one.where:8} {one.longest_s:6.1f} s silent of {one.seconds:6.1f} s, from "
+                    f"{one.command:17} {one.where:8} {one.longest_s:6.1f} s silent of {one.seconds:6.1f} s, from "
                     f"{one.at_s:.1f} s on, after {one.before!r}"
                     + (f"; exit status {one.status}: {shlex.join(arguments)}" if one.status else "")
                 )

@@ -6,18 +6,26 @@ import contextlib
 import errno
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from edkm_export.claims import claimed
+from edkm_export.claims import claimed, is_leftover, replace_folder, restore, whole
 from edkm_export.disk_space import disk_full, free_bytes, stopped_by_disk
 from edkm_export.errors import InputError, OutputExistsError
+from edkm_export.filesystem import flush, flush_tree
 from edkm_export.interrupts import check_interrupt
 from edkm_export.regular_file import read_regular
 
-__all__ = ["GENERATOR", "MARKER", "atomic_file", "atomic_folder", "check_output"]
+__all__ = [
+    "GENERATOR",
+    "MARKER",
+    "atomic_file",
+    "atomic_files",
+    "atomic_folder",
+    "check_output",
+    "made_folder",
+    "place_folder",
+]
 
 MARKER = "metadata.json"
 """Every folder that we make holds one, with a `generator`; a folder without it is never replaced."""
@@ -25,13 +33,22 @@ MARKER = "metadata.json"
 GENERATOR = "edkm-export"
 
 
-def check_output(path: str | Path, *, overwrite: bool, folder: bool = False) -> None:
+def check_output(
+    path: str | Path,
+    *,
+    overwrite: bool,
+    folder: bool = False,
+    is_ours: Callable[[Path], bool] | None = None,
+    in_place: bool = False,
+) -> None:
     """Refuse, before the long work, an output that could not be written at its end.
 
     Args:
         path: what is to be written.
         overwrite: whether it may replace what is there.
         folder: whether it will be a folder or a file.
+        is_ours: whether a folder that is there may be replaced; None: if its `MARKER` says so.
+        in_place: it is not replaced, but written into.
 
     Raises:
         OutputExistsError: `path` exists and `overwrite` is false, is of the other kind, or is a folder that is not
@@ -39,6 +56,9 @@ def check_output(path: str | Path, *, overwrite: bool, folder: bool = False) -> 
         InputError: the folder that is to hold it does not exist or cannot be written.
     """
     path = Path(path)
+    if folder:
+        with contextlib.suppress(OSError):
+            restore(path)
     if path.exists() or path.is_symlink():
         if path.is_dir() and not folder:
             raise OutputExistsError(f"{path} is a folder, not a file; choose another -o.")
@@ -48,19 +68,33 @@ def check_output(path: str | Path, *, overwrite: bool, folder: bool = False) -> 
             raise OutputExistsError(
                 f"{path} already exists; choose another -o, or replace it with --overwrite."
             )
-        if folder and any(path.iterdir()) and not _is_ours(path):
-            raise OutputExistsError(
-                f"{path} is a folder that edkm-export did not make (its {MARKER} does not say so), so it is not "
-                "replaced; choose another -o."
-            )
-    parent = path.absolute().parent
+        if folder:
+            _check_ours(path, is_ours or _has_marker)
+            if not in_place:
+                _check_replaceable(path)
+    parent = whole(path).parent
     if not parent.is_dir():
         raise InputError(f"{path}: its folder {parent} does not exist; make it first.")
     if not os.access(parent, os.W_OK):
         raise InputError(f"{path}: no permission to write to {parent}; choose another -o.")
 
 
-def _is_ours(folder: Path) -> bool:
+def _check_ours(path: Path, is_ours: Callable[[Path], bool]) -> None:
+    if any(not is_leftover(each) for each in path.iterdir()) and not is_ours(path):
+        raise OutputExistsError(
+            f"{path} is a folder that edkm-export did not make (its {MARKER} does not say so), so it is not "
+            "replaced; choose another -o."
+        )
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.is_symlink():
+        raise OutputExistsError(f"{path} is a link; name the folder itself, {path.resolve()}, or another -o.")
+    if os.path.ismount(path):
+        raise OutputExistsError(f"{path} is a mount point, which nothing can replace; name a folder in it.")
+
+
+def _has_marker(folder: Path) -> bool:
     try:
         metadata = json.loads(read_regular(folder / MARKER))
     except (OSError, ValueError, RecursionError):
@@ -89,55 +123,99 @@ def atomic_file(
     check_output(path, overwrite=overwrite)
     # In a folder of its own, so that the file has its final name: torch writes the name into the archive.
     with _full_disk(path, needed_bytes), claimed(path) as folder:
-        temporary = folder / path.name
+        temporary = folder / whole(path).name
         with _watching_disk(path, folder):
             yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
+            flush(temporary)
         check_interrupt()
         if overwrite:
             temporary.replace(path)
         else:
             _place_file(temporary, path)
+        flush(whole(path).parent)
+
+
+@contextlib.contextmanager
+def atomic_files(folder: Path, name: str) -> Iterator[Path]:
+    """Yield a temporary folder in one that exists; on success its files are put into that one, on any error none is.
+
+    Files of these names are replaced. A process that is killed meanwhile leaves each as it was, or whole.
+
+    Args:
+        folder: to hold them.
+        name: of what they are together, for messages.
+
+    Raises:
+        OutputExistsError: another process writes them at the same time.
+        DiskFullError: there is no space for them.
+    """
+    with _full_disk(folder / name, None), claimed(folder / name) as temporary:
+        with _watching_disk(folder / name, temporary):
+            yield temporary
+            flush_tree(temporary)
+        check_interrupt()
+        for file in sorted(temporary.iterdir()):
+            file.replace(folder / file.name)
+        flush(folder)
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and those above it, if they are not there; on any error, those that hold nothing are gone again."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for each in missing:
+                each.rmdir()
+        raise
 
 
 @contextlib.contextmanager
 def atomic_folder(
-    path: str | Path, *, overwrite: bool = False, needed_bytes: int | None = None
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    needed_bytes: int | None = None,
+    is_ours: Callable[[Path], bool] | None = None,
 ) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it on success, remove it on any error.
+    """Yield an empty temporary folder of the same name; give it its place on success, remove it on any error.
 
-    The one that is replaced stays in place until the new one is complete. Arguments and errors are those of
-    `atomic_file`.
+    The one that is replaced stays in place until the new one is complete, and both exchange their names in one step
+    where the system can do that. Arguments and errors are those of `atomic_file` and `check_output`.
     """
     path = Path(path)
-    check_output(path, overwrite=overwrite, folder=True)
-    with _full_disk(path, needed_bytes), claimed(path) as temporary:
-        retired: Path | None = None
-        try:
-            with _watching_disk(path, temporary):
-                yield temporary
-                _fsync_tree(temporary)
-            temporary.chmod(0o777 & ~_umask())
-            check_interrupt()
-            if path.exists():
-                if not overwrite:
-                    raise _taken(path)
-                retired = Path(
-                    tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.absolute().parent)
-                )
-                path.replace(retired)
-            try:
-                temporary.replace(path)
-            except OSError as error:  # a rename never replaces a folder that holds something
-                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise _taken(path) from error
-                raise
-        finally:  # a signal can arrive between any two renames: what lies on disk decides, not how far we came
-            if retired is not None and path.exists():
-                shutil.rmtree(retired, ignore_errors=True)
-            elif retired is not None:
-                retired.replace(path)
+    check_output(path, overwrite=overwrite, folder=True, is_ours=is_ours)
+    with _full_disk(path, needed_bytes), claimed(path) as folder:
+        temporary = folder / whole(path).name
+        temporary.mkdir()
+        with _watching_disk(path, folder):
+            yield temporary
+            flush_tree(temporary)
+        check_interrupt()
+        place_folder(temporary, path, overwrite=overwrite)
+
+
+def place_folder(made: Path, path: Path, *, overwrite: bool) -> None:
+    """Give a folder, which lies in a claimed one, its place.
+
+    Raises:
+        OutputExistsError: something has its place; with `overwrite`, something that is no folder.
+    """
+    try:
+        if overwrite and path.is_dir() and not path.is_symlink():
+            replace_folder(made, path)
+        else:
+            if os.path.lexists(path) and not overwrite:
+                raise _taken(path)
+            made.replace(path)  # which never replaces a folder that holds something
+            flush(whole(path).parent)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise _taken(path) from error
+        raise
 
 
 def _place_file(temporary: Path, path: Path) -> None:
@@ -187,16 +265,3 @@ def _full_disk(path: Path, needed_bytes: int | None) -> Iterator[None]:
         yield
     except _Full as error:
         raise disk_full(path, needed_bytes, error.available_bytes) from error.__cause__
-
-
-def _fsync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -18,6 +18,7 @@ from edkm_export.activity import tracked
 from edkm_export.errors import InputError
 from edkm_export.memory import return_freed_memory
 from edkm_export.reference.conv1d import is_conv1d
+from edkm_export.reference.sentence_model import SentenceModel
 from edkm_export.text import LEAST_TOKENS, in_windows, token_ids, token_windows
 from edkm_export.token_ids import Ids, as_ids
 
@@ -47,7 +48,7 @@ def input_energy(
     layer only and activations beyond float16 do no harm.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or a `SentenceModel`.
         windows: int64 [windows, context].
         advance: called after each window.
 
@@ -71,11 +72,17 @@ def input_energy(
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
     ]
+
+    def run(ids: Tensor) -> Tensor:
+        if isinstance(model, SentenceModel):
+            return model(ids, torch.ones_like(ids))  # type: ignore[no-any-return]
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
     try:
         with float32_activations(model):
             for window in tracked(windows, "calibration text", "windows"):
                 ids = window[None].to(model.device)
-                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                hidden = run(ids)
                 if head_name is not None:  # its own product, a whole vocabulary wide, is not needed
                     record(head_name, hidden)
                 if advance is not None:

@@ -13,6 +13,7 @@ never runs code. Keys:
     recipe          the recipe, a dict
     provenance      versions, command, seed, base model, sha256 of the three groups of tensors; no absolute path:
                     the base model is named as seen from the folder of the checkpoint
+    embedding       of an embedding model alone: `EmbeddingSettings`, a dict
 
 Version 1 had no "lut_dtype". It is then the dtype of the LUT: an int4 grid of version 1 reads as int8.
 """
@@ -26,12 +27,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor
 
 from edkm_export.activity import tracked
 from edkm_export.atomic import atomic_file
 from edkm_export.command_line import command_line
+from edkm_export.embedding_settings import EmbeddingSettings
 from edkm_export.errors import CheckpointError, PaletteError
 from edkm_export.local_paths import without_folders
 from edkm_export.palette import PalettizedTensor, all_finite
@@ -61,6 +64,7 @@ class Checkpoint:
         recipe: the recipe that made it.
         provenance: versions, command, seed, base model.
         path: where it was read from, None for one that was just made.
+        embedding: pooling and what follows, of an embedding model; None: it is none.
     """
 
     config: dict[str, Any]
@@ -71,12 +75,13 @@ class Checkpoint:
     recipe: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    embedding: EmbeddingSettings | None = None
 
     def __repr__(self) -> str:
         """One line: family, parameters, what is palettized, size."""
         parts = [f"{short_count(self.numel)} parameters"]
         if family := self.config.get("model_type"):
-            parts.insert(0, str(family))
+            parts.insert(0, f"{family} embeddings" if self.embedding is not None else str(family))
         if self.palettized:
             bits = bit_range(tensor.n_bits for tensor in self.palettized.values())
             parts.append(f"{len(self.palettized)} palettized at {bits}")
@@ -135,6 +140,9 @@ class Checkpoint:
         """
         source, again = str(self.path or "checkpoint"), "palettize the model again"
         actual = self.shapes
+        for name, target in self.tied.items():
+            if target not in actual:
+                raise CheckpointError(f"{source}: parameter {target}, which {name} shares, is missing; {again}.")
         actual |= {name: actual[target] for name, target in self.tied.items()}
         for name in expected:
             if name not in actual:
@@ -173,6 +181,8 @@ def save(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool = False) -
         "tokenizer": tokenizer,
         "recipe": _plain(checkpoint.recipe),
     }
+    if checkpoint.embedding is not None:
+        contents["embedding"] = _plain(checkpoint.embedding.model_dump(mode="json"))
     digests = {key: _digest(contents[key]) for key in ("palettized", "dense", "tokenizer")}
     contents["provenance"] = {**_provenance(_plain(checkpoint.provenance)), "sha256": digests}
     with atomic_file(path, overwrite=overwrite, needed_bytes=checkpoint.size_bytes) as temporary:
@@ -258,7 +268,19 @@ def load(path: str | Path) -> Checkpoint:
         recipe=contents["recipe"],
         provenance=contents["provenance"],
         path=path,
+        embedding=_read_embedding(path, contents.get("embedding")),
     )
+
+
+def _read_embedding(path: Path, stored: Any) -> EmbeddingSettings | None:
+    if stored is None:
+        return None
+    try:
+        return EmbeddingSettings.model_validate(stored)
+    except pydantic.ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(("embedding", *map(str, detail["loc"])))
+        raise CheckpointError(f"{path}: {where}: {detail['msg']}; palettize the model again.") from error
 
 
 def _make_one(path: str | Path = "model.pt") -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from edkm_export.errors import ConversionError, DiskFullError
+from edkm_export.limits import causes, words_of
 
 __all__ = ["disk_full", "explain", "free_bytes", "is_disk_full", "require_space", "stopped_by_disk"]
 
@@ -22,8 +22,8 @@ _VAGUE = (OSError, RuntimeError, SystemError, ConversionError)
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error, or one that caused it, says that there is no space left."""
     return any(
-        getattr(each, "errno", None) in _FULL or any(words in str(each).lower() for words in _WORDS)
-        for each in _chain(error)
+        getattr(each, "errno", None) in _FULL or any(words in words_of(each).lower() for words in _WORDS)
+        for each in causes(error)
     )
 
 
@@ -86,12 +86,3 @@ def explain(error: OSError) -> str:
         return "no space left on the device that was written to, or a quota is reached. Free some space."
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    following: BaseException | None = error
-    while following is not None and id(following) not in seen:
-        seen.add(id(following))
-        yield following
-        following = following.__cause__ or following.__context__

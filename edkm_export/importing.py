@@ -32,6 +32,7 @@ from edkm_export.reference.source import (
     load_tokenizer,
     read_generation_settings,
     read_origin,
+    require_language_model,
 )
 from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.regular_file import require_regular
@@ -354,6 +355,7 @@ def as_checkpoint(imported: Imported, model: Source, file: str | Path, command: 
     import accelerate
     import transformers
 
+    require_language_model(model, "import")
     config = load_config(model, weights=False)
     with accelerate.init_empty_weights():
         skeleton = transformers.AutoModelForCausalLM.from_config(config)

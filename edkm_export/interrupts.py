@@ -1,4 +1,4 @@
-"""Ctrl-C and a polite kill, also where a library swallows them.
+"""Ctrl-C, a polite kill and a terminal that is closed, also where a library swallows them.
 
 Some conversion code catches every exception and goes on. The signal is remembered, so that a command stops at the
 next checkpoint of ours, before anything is put in its place.
@@ -11,16 +11,26 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["check_interrupt", "watching_signals"]
+__all__ = ["SIGNALS", "check_interrupt", "watching_signals"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+"""What ends a command in order."""
 
 _arrived = False
 
 
 @contextlib.contextmanager
 def watching_signals() -> Iterator[None]:
-    """Make SIGINT and SIGTERM raise KeyboardInterrupt, and remember them. For the main thread of a command."""
+    """Make `SIGNALS` raise KeyboardInterrupt, and remember them. For the main thread of a command.
+
+    Under nohup SIGHUP is ignored, and stays so.
+    """
     global _arrived
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, _interrupt)
+        for number in SIGNALS
+        if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:

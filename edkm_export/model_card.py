@@ -205,7 +205,7 @@ def _front_matter(
         front["base_model_relation"] = "quantized"
     front |= {
         "library_name": form.library,
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-generation" if checkpoint.embedding is None else "feature-extraction",
         "tags": [*form.tags, "palettization", "edkm-export"],
         "quantization": {
             "method": "palettization",

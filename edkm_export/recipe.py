@@ -145,9 +145,26 @@ class Recipe(_Strict):
 
 
 # Embeddings and output heads, by the names that the supported families use.
-_OUTER = ("*embed_tokens", "*lm_head", "*transformer.wte")
-# Tables of learned positions: small, and added to every token.
-_DENSE = ("*transformer.wpe",)
+_OUTER = (
+    "*embed_tokens",
+    "*lm_head",
+    "*transformer.wte",
+    "*word_embeddings",
+    "*tok_embeddings",
+    "dense.[0-9]*",  # what an embedding model does with its pooled vector
+)
+# Tables of learned positions and token types: small, and added to every token. Convolutions along the text have a few
+# weights a channel: their LUTs would be larger than they are. What strength and decay of a recurrence are made of is a
+# thousandth of a model, and an error of it grows with every token.
+_DENSE = (
+    "*transformer.wpe",
+    "*position_embeddings",
+    "*token_type_embeddings",
+    "*.conv.conv",
+    "*.linear_attn.conv1d",
+    "*.linear_attn.in_proj_a",
+    "*.linear_attn.in_proj_b",
+)
 
 
 def uniform_recipe(

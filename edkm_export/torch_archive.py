@@ -27,7 +27,7 @@ _SATURATED = 0xFFFFFFFF
 _END, _LOCATOR, _END64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 
 
-class UnsafeArchiveError(Exception):
+class UnsafeArchiveError(ValueError):
     """A file that is no archive of plain tensors, or one that would take more memory than it has bytes.
 
     Attributes:

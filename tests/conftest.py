@@ -85,7 +85,7 @@ def edkm(monkeypatch, capsys) -> Callable[..., Result]:
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["edkm-export", *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         capsys.readouterr()
         try:

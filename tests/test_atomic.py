@@ -3,10 +3,13 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
+from edkm_export import claims
 from edkm_export.atomic import MARKER, atomic_file, atomic_folder, check_output
 from edkm_export.errors import InputError, OutputExistsError
 from tests.helpers.snapshots import snapshot
@@ -140,8 +143,7 @@ def test_folder_is_never_a_file(tmp_path):
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("failing_rename", [1, 2])
-@pytest.mark.parametrize(
+FAILING = pytest.mark.parametrize(
     ("failure", "renamed"),
     [
         (OSError(errno.EIO, "Input/output error"), False),
@@ -150,8 +152,35 @@ def test_folder_is_never_a_file(tmp_path):
     ],
     ids=["error", "signal before", "signal after"],
 )
+
+
+def fail_to_replace(path: Path, failure: BaseException) -> str:
+    """Replace a folder, which fails; what lies in its place then."""
+    with pytest.raises(type(failure)), atomic_folder(path, overwrite=True) as temporary:
+        (temporary / MARKER).write_text("new")
+        (temporary / "weights").write_text("new")
+    assert snapshot(path.parent).keys() == {"bundle", f"bundle/{MARKER}", "bundle/weights"}
+    return (path / "weights").read_text()
+
+
+@FAILING
+def test_old_or_new_folder_survives_a_failing_exchange(tmp_path, monkeypatch, failure, renamed):
+    path = make_bundle(tmp_path / "bundle")
+    real = claims.exchange
+
+    def exchange(first: Path, second: Path) -> bool:
+        if renamed:
+            real(first, second)
+        raise failure
+
+    monkeypatch.setattr(claims, "exchange", exchange)
+    assert fail_to_replace(path, failure) == ("new" if renamed else "old")
+
+
+@pytest.mark.parametrize("failing_rename", [1, 2])
+@FAILING
 def test_old_or_new_folder_survives_a_failing_rename(tmp_path, monkeypatch, failing_rename, failure, renamed):
-    """The old folder makes room for the new one in two renames; a signal can arrive around each of them."""
+    """Where names cannot be exchanged, the old folder makes room in two renames; a signal can arrive around each."""
     path = make_bundle(tmp_path / "bundle")
     real, calls = Path.replace, []
 
@@ -163,12 +192,71 @@ def test_old_or_new_folder_survives_a_failing_rename(tmp_path, monkeypatch, fail
             real(self, target)
         raise failure
 
+    monkeypatch.setattr(claims, "exchange", lambda *_: False)
     monkeypatch.setattr(Path, "replace", replace)
-    with pytest.raises(type(failure)), atomic_folder(path, overwrite=True) as temporary:
+    assert fail_to_replace(path, failure) == ("new" if renamed and failing_rename == 2 else "old")
+
+
+@pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="other systems exchange no names")
+def test_names_are_exchanged_in_one_step(tmp_path, monkeypatch):
+    """A folder that is replaced has its name at every moment: nothing else is renamed."""
+    path = make_bundle(tmp_path / "bundle")
+    if not claims.exchange(make_bundle(tmp_path / "other", "other"), path):
+        pytest.skip("this file system exchanges no names")
+    assert (path / "weights").read_text() == "other"
+    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("renamed"))
+    with atomic_folder(path, overwrite=True) as temporary:
         (temporary / MARKER).write_text("new")
-        (temporary / "weights").write_text("new")
-    assert snapshot(tmp_path).keys() == {"bundle", f"bundle/{MARKER}", "bundle/weights"}
-    assert (path / "weights").read_text() == ("new" if renamed and failing_rename == 2 else "old")
+    assert (path / MARKER).read_text() == "new" and not (path / "weights").exists()
+
+
+@pytest.mark.parametrize("check", [check_output, atomic_folder])
+def test_folder_that_a_killed_process_was_replacing_comes_back(tmp_path, monkeypatch, check):
+    """Killed between two renames, on a file system that exchanges no names."""
+    path = make_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(claims, "exchange", lambda *_: False)
+    child = os.fork()
+    if not child:
+        real, calls = Path.replace, []
+
+        def replace(self: Path, target: Path) -> Path:
+            calls.append(self)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, target)
+
+        Path.replace = replace
+        with atomic_folder(path, overwrite=True) as temporary:
+            (temporary / MARKER).write_text("new")
+    os.waitpid(child, 0)
+    assert not path.exists()
+    with pytest.raises(OutputExistsError, match="already exists"):
+        if check is check_output:
+            check_output(path, overwrite=False, folder=True)
+        else:
+            with atomic_folder(path):
+                pytest.fail("the body must not run")
+    assert (path / "weights").read_text() == "old"
+    with atomic_folder(path, overwrite=True) as temporary:
+        (temporary / MARKER).write_text("new")
+    assert snapshot(tmp_path).keys() == {"bundle", f"bundle/{MARKER}"}
+
+
+def test_link_in_the_place_of_the_temporary_folder_is_not_followed(tmp_path):
+    precious = make_bundle(tmp_path / "precious")
+    (tmp_path / ".model.pt.partial").symlink_to(precious, target_is_directory=True)
+    before = snapshot(tmp_path)
+    with pytest.raises(OutputExistsError, match="is in the way"), atomic_file(tmp_path / "model.pt"):
+        pytest.fail("the body must not run")
+    assert snapshot(tmp_path) == before
+
+
+def test_folder_with_nothing_but_leftovers_can_be_replaced(tmp_path):
+    (tmp_path / "run" / f".{MARKER}.partial").mkdir(parents=True)
+    check_output(tmp_path / "run", overwrite=True, folder=True)
+    with atomic_folder(tmp_path / "run", overwrite=True) as temporary:
+        (temporary / MARKER).write_text("new")
+    assert snapshot(tmp_path).keys() == {"run", f"run/{MARKER}"}
 
 
 def test_link_to_a_folder_is_not_followed_into_losing_it(tmp_path):

@@ -110,20 +110,51 @@ def _require() -> None:
 def quiet() -> Iterator[None]:
     """Silence warnings about versions, progress lines, and what native code writes to standard error.
 
-    Errors are exceptions all the same.
+    Errors are exceptions all the same, and our own progress is shown.
     """
     sys.stderr.flush()
     before = logging.root.manager.disable
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    told = _Aside(sys.stderr, kept)
     os.dup2(nowhere, 2)
     os.close(nowhere)
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(told),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
+        told.rich_proxied_file.flush()
         sys.stderr.flush()
         logging.disable(before)
         os.dup2(kept, 2)
         os.close(kept)
+
+
+class _Aside(io.StringIO):
+    """Takes what libraries print to standard error, and lets consoles of rich write past it.
+
+    Args:
+        stream: standard error as it is now.
+        kept: a descriptor of where it goes.
+
+    Attributes:
+        rich_proxied_file: where those consoles write, by the name that rich gives it.
+    """
+
+    def __init__(self, stream: Any, kept: int) -> None:
+        super().__init__()
+        stream = getattr(stream, "rich_proxied_file", stream)
+        try:
+            own = stream.fileno() == 2
+        except (OSError, ValueError):  # a stream in memory
+            own = False
+        self.rich_proxied_file: Any = stream
+        if own:
+            self.rich_proxied_file = os.fdopen(
+                kept, "w", encoding=stream.encoding, errors=stream.errors, closefd=False
+            )

@@ -13,6 +13,7 @@ __all__ = [
     "BUNDLE_VERSION",
     "BYTECODE_FILE",
     "CAUSAL_MASK",
+    "COLUMN_STATES",
     "DESCRIPTION_KEY",
     "EMBEDDING_TABLE",
     "EXTEND",
@@ -31,6 +32,7 @@ __all__ = [
     "POSITION_IDS",
     "PROMPT",
     "QUERY_LENGTHS",
+    "RECURRENT_STATES",
     "SHORTEST_CONTEXT",
     "STATIC_KEY_CACHE",
     "STATIC_LOGITS",
@@ -71,6 +73,9 @@ MAIN = "main"
 INPUT_IDS, POSITION_IDS, LOGITS = "input_ids", "position_ids", "logits"
 KEY_CACHE, VALUE_CACHE = "keyCache", "valueCache"
 """Function, inputs, output and states of the dynamic engine."""
+
+COLUMN_STATES, RECURRENT_STATES = "convStates", "recurrentStates"
+"""States of layers without attention, which do not grow: the last inputs of convolutions, and recurrences."""
 
 STATIC_KEY_CACHE, STATIC_VALUE_CACHE = "key_cache", "value_cache"
 TOKEN_IDS, TRANSFORMER_INPUT = "in_new_token_ids", "transformer_input"

@@ -6,7 +6,11 @@ import re
 from typing import Literal, TypeAlias, get_args
 
 __all__ = [
+    "COLUMN_CACHE",
+    "COUNT",
     "DECODE",
+    "EMBEDDING",
+    "EMBEDDING_KEY",
     "HIDDEN_IN",
     "HIDDEN_OUT",
     "INTERFACES",
@@ -17,27 +21,42 @@ __all__ = [
     "PARAMETERS_KEY",
     "POSITION",
     "PREFILL",
+    "RECURRENCE_CACHE",
+    "REMAINDER_CACHE",
     "ROW_PART",
     "SPLIT_KEY",
+    "STATES",
     "TEXT",
+    "TEXT_MASK",
     "TOKENS",
     "VALUE_CACHE",
     "Interface",
     "row_part",
 ]
 
-Interface: TypeAlias = Literal["swift-transformers", "neural-engine", "logits"]
+Interface: TypeAlias = Literal["swift-transformers", "neural-engine", "logits", "embedding"]
 INTERFACES: tuple[Interface, ...] = get_args(Interface)
 """How an app calls a package; docs/coreml.md describes each."""
 
 KEY_CACHE, VALUE_CACHE = "keyCache", "valueCache"
-"""Names of the states, as swift-transformers looks for them."""
+"""Names of the states of attention, as swift-transformers looks for them."""
+
+COLUMN_CACHE, RECURRENCE_CACHE, REMAINDER_CACHE = "convolutionCache", "recurrenceCache", "recurrenceRemainder"
+"""States of layers without attention: the last inputs of a convolution, and a recurrence as the sum of two."""
+
+STATES = (KEY_CACHE, VALUE_CACHE, COLUMN_CACHE, RECURRENCE_CACHE, REMAINDER_CACHE)
 
 TOKENS, MASK, POSITION, LOGITS = "inputIds", "fullAttentionMask", "position", "logits"
 """Inputs and output of an interface with cache, as swift-transformers names them; the position is our own."""
 
 TEXT = "input_ids"
-"""Input of the interface without cache: the whole text, padded."""
+"""Input of the interfaces without cache: the whole text, padded."""
+
+TEXT_MASK, EMBEDDING = "attention_mask", "sentence_embedding"
+"""Further input and output of an embedding model: 1 for a token, 0 for padding; and one vector."""
+
+COUNT = "tokenCount"
+"""Input of a prefill function whose states padding must not enter: how many of its tokens are real."""
 
 PREFILL, DECODE = "prefill", "decode"
 """Functions of the interface for the Neural Engine."""
@@ -50,6 +69,9 @@ METADATA_PREFIX = "com.github.edkm-export."
 
 PARAMETERS_KEY = f"{METADATA_PREFIX}parameters"
 """JSON {name of the output of the op that decodes a weight: name of the parameter}."""
+
+EMBEDDING_KEY = f"{METADATA_PREFIX}embedding"
+"""JSON of the settings of an embedding model: pooling, prompts, longest text."""
 
 SPLIT_KEY = f"{METADATA_PREFIX}split"
 """JSON {name of a weight that is held in parts of rows: number of its LUT groups of rows}."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
+    from edkm_export.artifact.encodings import EmbeddingArtifact
     from edkm_export.artifact.protocol import Artifact, Session
     from edkm_export.checkpoint import Checkpoint
 
@@ -41,7 +42,7 @@ def find_artifact(path: str | Path) -> Path:
     return path if is_onnx(path) else find_package(path)
 
 
-def open_artifact(path: str | Path) -> Artifact:
+def open_artifact(path: str | Path) -> Artifact | EmbeddingArtifact:
     """Open what `find_artifact` found, for the verifier."""
     from converters.onnx.read.folder import is_onnx
 
@@ -88,7 +89,7 @@ def open_session(path: str | Path) -> tuple[Session, Path]:
     return CoreMLSession.open(package), package.parent
 
 
-def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact) -> int | None:
+def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact | EmbeddingArtifact) -> int | None:
     """What the weights of a checkpoint should take in the form of an artifact that was opened.
 
     The export is planned again from what the artifact says of itself.
@@ -98,7 +99,9 @@ def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact) -> int | No
     """
     from converters.coreai.read.artifact import CoreAIArtifact
     from converters.coreml.read.artifact import CoreMLArtifact
+    from converters.coreml.read.embedding_artifact import CoreMLEmbeddingArtifact
     from converters.onnx.read.artifact import OnnxArtifact
+    from converters.onnx.read.embedding_artifact import OnnxEmbeddingArtifact
     from edkm_export.errors import EdkmExportError
 
     try:
@@ -112,7 +115,7 @@ def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact) -> int | No
                 context=told.context,
                 pad_3bit=artifact.pads_3bit,
             ).weights_size_bytes
-        if isinstance(artifact, CoreMLArtifact):
+        if isinstance(artifact, (CoreMLArtifact, CoreMLEmbeddingArtifact)):
             from converters.coreml.write.export_plan import plan_export
 
             found = artifact.description
@@ -123,14 +126,14 @@ def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact) -> int | No
                 prefill=found.prefill or 2,
                 chunks=len(found.packages),
             ).weights_size_bytes
-        if isinstance(artifact, OnnxArtifact):
+        if isinstance(artifact, (OnnxArtifact, OnnxEmbeddingArtifact)):
             from converters.onnx.write.export_plan import plan_onnx
 
             graph = artifact.graph
             return plan_onnx(
                 checkpoint,
                 runtime=graph.profile,
-                dtype=graph.outputs["logits"].dtype.name,
+                dtype=next(iter(graph.outputs.values())).dtype.name,
                 opset=graph.graph.opsets[""],
                 context=graph.description.context,
                 standard_ops="DequantizeLinear" in graph.op_counts(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edkm_export.atomic import atomic_file
 from edkm_export.model_card import FILE, NOT_VERIFIED, card_verdict, with_verification
 from edkm_export.regular_file import read_regular
 
@@ -32,4 +33,5 @@ def refresh_card(folder: Path, report: Report) -> None:
     except (OSError, UnicodeDecodeError):
         return
     if card_verdict(card) is not None:
-        path.write_text(with_verification(card, *verification_words(report)), encoding="utf-8")
+        with atomic_file(path, overwrite=True) as temporary:
+            temporary.write_text(with_verification(card, *verification_words(report)), encoding="utf-8")

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Literal
 from edkm_export.activity import activity, stages
 from edkm_export.api.artifacts import open_artifact
 from edkm_export.api.artifacts import predicted_size_bytes as predict
-from edkm_export.api.originals import check_length, find_original, find_soft, read_evaluation_text
+from edkm_export.api.originals import (
+    check_length,
+    check_sentences,
+    find_original,
+    find_soft,
+    read_evaluation_text,
+)
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
@@ -19,6 +25,8 @@ if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait f
     from edkm_export.verify.report import Report
 
 __all__ = ["climb", "verification_inputs"]
+
+_OTHER = "it was exported from another checkpoint"
 
 
 def verification_inputs(
@@ -55,8 +63,13 @@ def verification_inputs(
     from edkm_export.reference.hard_model import load_hard_tokenizer
     from edkm_export.verify.inputs import VerificationInputs
 
-    content, name = read_evaluation_text(None) if text is None else text
-    if text is not None:
+    embeds = checkpoint.embedding is not None
+    if embeds:
+        _refuse_for_embeddings(checkpoint, max_perplexity_ratio, prompts, localize, run)
+    content, name = read_evaluation_text(None, sentences=embeds) if text is None else text
+    if embeds:
+        check_sentences(content, name)
+    elif text is not None:
         check_length(content, load_hard_tokenizer(checkpoint), tokens, name)
     source, missing = find_original(checkpoint, original)
     soft, no_soft = find_soft(checkpoint, run)
@@ -79,6 +92,33 @@ def verification_inputs(
     )
 
 
+def _refuse_for_embeddings(
+    checkpoint: Checkpoint,
+    max_perplexity_ratio: float | Literal["preset"] | None,
+    prompts: Sequence[str],
+    localize: bool,
+    run: str | Path | None,
+) -> None:
+    """Refuse what only a language model has.
+
+    Raises:
+        InputError: such a thing was asked for.
+    """
+    from edkm_export.errors import InputError
+
+    given = {
+        "a prompt to continue (--prompt)": bool(prompts),
+        "a limit of the perplexity (--max-perplexity-ratio)": max_perplexity_ratio not in ("preset", None),
+        "--localize": localize,
+        "a training run (--run)": run is not None,
+    }
+    if asked := next((what for what, wanted in given.items() if wanted), None):
+        raise InputError(
+            f"{checkpoint.path or 'checkpoint'}: is an embedding model, and {asked} is for language models; leave "
+            "it out."
+        )
+
+
 def climb(
     checkpoint: Checkpoint,
     path: Path,
@@ -93,13 +133,38 @@ def climb(
         evaluation: from `verification_inputs`.
         predicted_size_bytes: what the exporter promised; None: what a plan of the same export says.
     """
+    from edkm_export.artifact.protocol import DamagedArtifact
     from edkm_export.verify.ladder import count_stages, verify_artifact
 
+    if checkpoint.embedding is not None:
+        return _climb_embeddings(checkpoint, path, evaluation, predicted_size_bytes)
     with activity("reading the artifact"):
         artifact = open_artifact(path)
+        if hasattr(artifact, "encodings"):
+            artifact = DamagedArtifact(path, artifact.kind, f"{path}: holds an embedding model; {_OTHER}.")
         if predicted_size_bytes is None:
             predicted_size_bytes = predict(checkpoint, artifact)
     with stages(count_stages(artifact, evaluation)) as advance:
         return verify_artifact(
+            checkpoint, artifact, evaluation, predicted_size_bytes=predicted_size_bytes, advance=advance
+        )
+
+
+def _climb_embeddings(
+    checkpoint: Checkpoint, path: Path, evaluation: VerificationInputs, predicted_size_bytes: int | None
+) -> Report:
+    """The ladder of an embedding model."""
+    from edkm_export.artifact.encodings import DamagedEmbeddingArtifact
+    from edkm_export.verify.embedding_ladder import count_embedding_stages, verify_embedding_artifact
+
+    with activity("reading the artifact"):
+        artifact = open_artifact(path)
+        if not hasattr(artifact, "encodings"):
+            reason = getattr(artifact, "reason", f"{path}: gives logits, not embeddings; {_OTHER}.")
+            artifact = DamagedEmbeddingArtifact(path, artifact.kind, reason)
+        if predicted_size_bytes is None:
+            predicted_size_bytes = predict(checkpoint, artifact)
+    with stages(count_embedding_stages(artifact)) as advance:
+        return verify_embedding_artifact(
             checkpoint, artifact, evaluation, predicted_size_bytes=predicted_size_bytes, advance=advance
         )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from edkm_export.api.artifacts import open_session
-from edkm_export.api.formats import CoreAIFormat, CoreMLFormat, Format, OnnxFormat, write_folder
-from edkm_export.atomic import check_output
+from edkm_export.api.formats import CoreAIFormat, CoreMLFormat, Format, OnnxFormat, Plan, write_folder
+from edkm_export.atomic import atomic_folder, check_output
 from edkm_export.checkpoint import Checkpoint, load
 from edkm_export.decoder.build import FAMILIES
 from edkm_export.disk_space import require_space
@@ -109,7 +109,8 @@ def export(
         name: of the packages; default: that of the model.pt, or "model".
         overwrite: replace an existing output.
         interface: Core ML: "swift-transformers" (default), "neural-engine" or "logits". Core AI: "dynamic" (default) or
-            "neural-engine".
+            "neural-engine". ONNX: "decoder" (default). Of an embedding model Core ML and ONNX have "embedding" alone,
+            their default then.
         target: Core ML: "iOS18" (default), "iOS17" or "iOS16".
         sequence_length: Core ML: positions that it can hold.
         prefill: Core ML: tokens of a prefill call, "neural-engine" only; default 64.
@@ -166,7 +167,7 @@ def export(
     held = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
     if module is not None:
         return _export_module(held, path, format, module, example_inputs, chosen, overwrite=overwrite)
-    if held.config.get("model_type") not in FAMILIES and not held.tokenizer:
+    if held.config.get("model_type") not in FAMILIES and not held.tokenizer and held.embedding is None:
         kind = held.config.get("model_type") or "no language model"
         raise InputError(
             f"{held.path or 'checkpoint'}: is {kind}; give the module that it was made of (module=) and "
@@ -178,8 +179,7 @@ def export(
     require_space(path, plan.weights_size_bytes)
     stem = name or (held.path.stem if held.path is not None else "model")
     write_folder(form, held, plan, path, stem, overwrite=overwrite)
-    kind = form.runtime if isinstance(form, OnnxFormat) else getattr(form, "interface", "")
-    return Exported(path, format, f"for {kind}", plan.weights_size_bytes, held)
+    return Exported(path, format, _kind(form, plan), plan.weights_size_bytes, held)
 
 
 def _export_module(
@@ -205,14 +205,10 @@ def _export_module(
         raise InputError(f"{min(wrong)}: is an option of language models.")
     if path.suffix != _PACKAGE:
         raise InputError(f"{path}: name the package of a module NAME{_PACKAGE}.")
-    import shutil
-
     from converters.coreml import convert, save_package
     from converters.coreml.write.deployment_target import parse_target
 
-    replaces = path.is_dir() and (path / "Manifest.json").is_file()
-    if not (overwrite and replaces):
-        check_output(path, overwrite=overwrite, folder=True)
+    check_output(path, overwrite=overwrite, folder=True, is_ours=_is_package)
     if not isinstance(example_inputs, (Mapping, tuple, list)):
         example_inputs = (example_inputs,)
     model = convert(
@@ -222,9 +218,19 @@ def _export_module(
         target=parse_target(options.get("target") or CoreMLFormat.target),
         source=type(module).__name__,
     )
-    temporary = path.with_name(f".{path.stem}.partial{_PACKAGE}")
-    save_package(model, temporary)
-    if replaces:
-        shutil.rmtree(path)
-    temporary.replace(path)
+    with atomic_folder(path, overwrite=overwrite, is_ours=_is_package) as temporary:
+        save_package(model, temporary)
     return Exported(path, format, f"of a {type(module).__name__}", None, checkpoint)
+
+
+def _is_package(folder: Path) -> bool:
+    return (folder / "Manifest.json").is_file()
+
+
+def _kind(form: Format[Any], plan: Plan) -> str:
+    """Who runs what a format writes, for people."""
+    if isinstance(form, OnnxFormat) and plan.interface != "embedding":
+        return f"for {form.runtime}"
+    if isinstance(form, CoreAIFormat):
+        return f"for the {form.interface} engine"
+    return f"for {plan.interface}"

@@ -24,6 +24,10 @@ class Plan(Protocol):
     """What an export will make."""
 
     @property
+    def interface(self) -> str:
+        """How it is called."""
+
+    @property
     def weights_size_bytes(self) -> int:
         """Predicted size of all weights on disk."""
 
@@ -45,7 +49,7 @@ class Format(Protocol[_Plan]):
 class CoreMLFormat:
     """Core ML packages; the attributes are the options of `edkm-export coreml`."""
 
-    interface: str = "swift-transformers"
+    interface: str | None = None
     target: str = "iOS18"
     sequence_length: int | None = None
     prefill: int = 64
@@ -81,13 +85,14 @@ class CoreMLFormat:
 
 @dataclass(frozen=True)
 class OnnxFormat:
-    """A folder with an ONNX decoder; the attributes are the options of `edkm-export onnx`."""
+    """A folder with an ONNX decoder or embedding model; the attributes are the options of `edkm-export onnx`."""
 
     runtime: str = "exact"
     dtype: str = "float32"
     opset: int | None = None
     context_length: int | None = None
     standard_ops: bool = False
+    interface: str | None = None
 
     def plan(self, checkpoint: Checkpoint) -> OnnxPlan:
         """See `Format`."""
@@ -95,6 +100,7 @@ class OnnxFormat:
 
         return plan_onnx(
             checkpoint,
+            interface=self.interface,
             runtime=self.runtime,
             dtype=self.dtype,
             opset=self.opset,

@@ -17,15 +17,21 @@ from edkm_export.api.subjects import Subject
 from edkm_export.calibration import CalibrationText, check_vocabulary, input_energy
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import decoder_config
+from edkm_export.decoder.embedding.embedding_model import embedding_config
 from edkm_export.errors import InputError
 from edkm_export.loss_estimate import ESTIMATE_CONTEXT, LossEstimate, Predictions, estimate_tokens
 from edkm_export.palettization import palettizable_shapes, palettize_model
 from edkm_export.recipe import Recipe
-from edkm_export.reference.tokenizer_files import tokenizer_files
+from edkm_export.reference.sentence_model import SentenceTokenizer
+from edkm_export.reference.tokenizer_files import embedding_tokenizer_files, tokenizer_files
 from edkm_export.text import in_windows, token_windows
 from edkm_export.versions import library_versions
 
 __all__ = ["OneShot", "palettize_language_model"]
+
+_SENTENCES = (
+    64  # tokens of a window that an embedding model is calibrated with: its texts are no longer, mostly
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ def palettize_language_model(
     estimate: bool,
     command: Sequence[str],
 ) -> OneShot:
-    """Palettize a language model. What can be refused is refused before its weights are read.
+    """Palettize a language model, or an embedding model. What can be refused is refused before its weights are read.
 
     Args:
         subject: the model.
@@ -71,18 +77,22 @@ def palettize_language_model(
     """
     where = subject.where
     with activity(f"reading {where}"):
-        config = subject.config()
-        decoder_config(config.to_dict(), where)
+        settings, config = subject.embedding(), subject.config()
+        if settings is None:
+            decoder_config(config.to_dict(), where)
+        else:
+            embedding_config(config.to_dict(), where)
         account = subject.account()
         outline = subject.outline()
         shapes = palettizable_shapes(outline)
         rules = plan.plan(shapes, where)
         tokenizer = subject.tokenizer()
-        estimate = estimate and bool(rules) and tokenizer is not None
+        estimate = estimate and bool(rules) and tokenizer is not None and settings is None
         wanted = estimate_tokens(config.vocab_size) if estimate else 0
-        windows, held_out = _texts(
-            calibration, tokenizer, calibration_tokens, wanted, config.max_position_embeddings
-        )
+        longest = config.max_position_embeddings if settings is None else min(settings.max_tokens, _SENTENCES)
+        windows, held_out = _texts(calibration, tokenizer, calibration_tokens, wanted, longest)
+        if settings is not None and windows is not None and tokenizer is not None:
+            windows = SentenceTokenizer(tokenizer, settings).framed(windows)
         for tokens in (windows, held_out):
             if tokens is not None:
                 check_vocabulary(outline, tokens)
@@ -105,9 +115,13 @@ def palettize_language_model(
         if held_out is not None:
             with activity("predicting with the original"):
                 predictions = Predictions(model, held_out)
-    settings = subject.settings(model)
-    files = {} if tokenizer is None else tokenizer_files(tokenizer, settings)
-    finished = settings.config.to_dict()
+    if settings is not None:
+        files = {} if tokenizer is None else embedding_tokenizer_files(tokenizer, settings.max_tokens)
+        finished = model.config.to_dict()
+    else:
+        changed = subject.settings(model)
+        files = {} if tokenizer is None else tokenizer_files(tokenizer, changed)
+        finished = changed.config.to_dict()
     with activity("palettizing", sum(shapes[name][0] * shapes[name][1] for name in rules)) as counted:
         parts = palettize_model(
             model,
@@ -130,6 +144,7 @@ def palettize_language_model(
         tokenizer=files,
         recipe=plan.model_dump(mode="json"),
         provenance=provenance,
+        embedding=settings,
     )
     regrouped = plan.regrouped(shapes)
     return OneShot(checkpoint, (*account.remarks, *([regrouped] if regrouped else [])), found, tokenizer)

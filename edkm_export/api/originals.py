@@ -12,13 +12,20 @@ if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait f
     from edkm_export.reference.source import Source
     from edkm_export.token_ids import Ids
 
-__all__ = ["check_length", "find_original", "find_soft", "read_evaluation_text"]
+__all__ = ["check_length", "check_sentences", "find_original", "find_soft", "read_evaluation_text"]
 
 
-def read_evaluation_text(path: str | Path | None) -> tuple[str, str]:
-    """A text and what to call it; the built-in sample when no file is named."""
+def read_evaluation_text(path: str | Path | None, *, sentences: bool = False) -> tuple[str, str]:
+    """A text and what to call it; the built-in sample when no file is named.
+
+    Args:
+        path: of the file; None: none is named.
+        sentences: the built-in one is to be the texts for embedding models, one a line.
+    """
     from edkm_export.text import read_text
 
+    if path is None and sentences:
+        return (files("edkm_export.verify") / "sentences.txt").read_text(encoding="utf-8"), "built-in texts"
     if path is None:
         return (files("edkm_export.verify") / "sample.txt").read_text(encoding="utf-8"), "built-in sample"
     return read_text(path), str(path)
@@ -33,6 +40,20 @@ def check_length(text: str | Ids, tokenizer: Any, tokens: int, name: str) -> Non
     from edkm_export.text import LEAST_TOKENS, token_windows
 
     token_windows(text, tokenizer, tokens=tokens, context=tokens, source=name, least=LEAST_TOKENS)
+
+
+def check_sentences(text: str | Ids, name: str) -> None:
+    """Refuse texts that an embedding model cannot be verified with.
+
+    Raises:
+        InputError: they are token ids, or too few.
+    """
+    from edkm_export.errors import InputError
+    from edkm_export.verify.sentences import read_sentences
+
+    if not isinstance(text, str):
+        raise InputError(f"{name}: are token ids; an embedding model is verified with texts, one a line.")
+    read_sentences(text, name)
 
 
 def find_original(checkpoint: Checkpoint, asked: Source | None) -> tuple[Source | None, str]:

@@ -85,8 +85,9 @@ def palettize(
 
     Args:
         model: a language model: a Hugging Face folder, hub id or GGUF file, or a model of transformers in memory, which
-            is left as it is. Or any other `torch.nn.Module`, whose linear, embedding and convolution layers are
-            palettized. Or one weight, float [out, in] or [out, in, *kernel].
+            is left as it is. Or an embedding model: a folder of sentence-transformers. Or any other `torch.nn.Module`,
+            whose linear, embedding and convolution layers are palettized. Or one weight, float [out, in] or
+            [out, in, *kernel].
         tokenizer: of transformers, or a folder with one; for a model in memory. A path brings its own.
         calibration: what weighs the clustering; recommended, it is worth about a bit. For a language model: the path of
             a text file, strings, a dataset with a "text" or "input_ids" column, or token ids. For other modules:
@@ -123,6 +124,8 @@ def palettize(
         _only_for_modules(skip)
         given = None if tokenizer is None else _as_tokenizer(tokenizer)
         subject: Subject = SourceSubject(sources.Source.parse(model, adapter).locate(), given)
+        if estimate and subject.embedding() is not None:
+            raise InputError("estimate: is for language models; `verify` measures an embedding model.")
         return _of_subject(
             subject, choose_recipe(recipe, *options), calibration, calibration_tokens, estimate
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from edkm_export.embedding_settings import EmbeddingSettings
 from edkm_export.reference import source as sources
 from edkm_export.reference.account import Account
 from edkm_export.reference.memory_model import account_of_model, portable
@@ -24,6 +25,9 @@ class Subject(Protocol):
     def consume(self) -> bool:
         """Whether the loaded model may be used up."""
 
+    def embedding(self) -> EmbeddingSettings | None:
+        """Pooling and what follows, of an embedding model; None: it is a language model."""
+
     def config(self) -> Any:
         """Configuration of transformers."""
 
@@ -37,7 +41,7 @@ class Subject(Protocol):
         """Tokenizer of transformers; None: it has none."""
 
     def load(self) -> Any:
-        """The model of transformers, in eval mode, on the CPU or where it is."""
+        """The model, in eval mode, on the CPU or where it is: transformers' own, or a `SentenceModel`."""
 
     def settings(self, model: Any) -> Any:
         """What holds `config` and `generation_config`, which may be changed."""
@@ -64,6 +68,10 @@ class SourceSubject:
         """What the user gave."""
         return self.source.reference
 
+    def embedding(self) -> EmbeddingSettings | None:
+        """See `Subject`."""
+        return sources.embedding_settings(self.source)
+
     def config(self) -> Any:
         """See `Subject`."""
         return sources.load_config(self.source)
@@ -84,6 +92,8 @@ class SourceSubject:
 
     def load(self) -> Any:
         """See `Subject`."""
+        if self.embedding() is not None:
+            return sources.load_embedding_model(self.source)
         return sources.load_model(self.source)
 
     def settings(self, model: Any) -> Any:
@@ -112,6 +122,10 @@ class MemorySubject:
     def where(self) -> str:
         """Its class."""
         return f"{type(self.model).__name__} in memory"
+
+    def embedding(self) -> None:
+        """See `Subject`."""
+        return None
 
     def config(self) -> Any:
         """See `Subject`."""

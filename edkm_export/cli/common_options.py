@@ -23,25 +23,32 @@ from edkm_export.activity import activity, watched_by
 from edkm_export.cli.console import err, out
 from edkm_export.cli.display import Display
 from edkm_export.cli.help_sections import UNITS, arrange
+from edkm_export.cli.mistakes import in_one_line, loaded_versions
 from edkm_export.cli.table_layout import wrapped
 from edkm_export.cli.terminal import PRINTED, Terminal
 from edkm_export.errors import EdkmExportError, InputError
 from edkm_export.escaping import for_terminal
 
-__all__ = ["CommonCommand", "answering", "is_quiet", "is_verbose"]
+__all__ = ["CommonCommand", "answering", "is_quiet", "is_verbose", "log_path"]
 
 _HELP_WIDTH = 100  # columns; a terminal that is narrower decides
-_asked = {"quiet": False, "verbose": False}
+_asked: dict[str, Any] = {"quiet": False, "verbose": False, "log_file": None}
 
 
 def is_quiet() -> bool:
     """Whether the user asked for results and errors alone."""
-    return _asked["quiet"]
+    return bool(_asked["quiet"])
 
 
 def is_verbose() -> bool:
     """Whether the user asked to see everything; true of the last command, too, when it has failed."""
-    return _asked["verbose"]
+    return bool(_asked["verbose"])
+
+
+def log_path() -> Path | None:
+    """The file that the user named with --log-file; likewise true of the last command."""
+    path: Path | None = _asked["log_file"]
+    return path
 
 
 @contextlib.contextmanager
@@ -136,7 +143,7 @@ def _session(
     name: str, *, quiet: bool, verbose: bool, log_file: Path | None, answers: bool
 ) -> Iterator[None]:
     """Print, show and log what a command does as the user asked."""
-    _asked.update(quiet=quiet, verbose=verbose)
+    _asked.update(quiet=quiet, verbose=verbose, log_file=None)
     for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode shows question marks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -148,6 +155,7 @@ def _session(
         stack.callback(_speak, out.quiet, err.quiet)
         out.quiet, err.quiet = (quiet and not answers), silent
         stack.enter_context(_logging(verbose, log_file))
+        _asked["log_file"] = log_file
         PRINTED.info("edkm-export %s, Python %s, %s", __version__, platform.python_version(), sys.argv[1:])
         if verbose:
             err.print(f"edkm-export {__version__}, Python {platform.python_version()}, {platform.platform()}")
@@ -156,11 +164,13 @@ def _session(
         try:
             with watched_by(display), activity(f"edkm-export {name}"):
                 yield
-        except Exception as error:
+        except (KeyboardInterrupt, click.exceptions.Exit):
+            raise
+        except BaseException as error:
             _log_error(error)
             raise
         if verbose:
-            err.print(f"versions: {', '.join(_versions())}")
+            err.print(f"versions: {loaded_versions()}")
             err.print(f"{name}: took {time.monotonic() - started:.1f} s")
 
 
@@ -193,7 +203,7 @@ def _logging(verbose: bool, log_file: Path | None) -> Iterator[None]:
         handlers.append(_ToTerminal())
     if log_file is not None:
         try:
-            handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="replace"))
+            handlers.append(_ToFile(log_file, encoding="utf-8", errors="backslashreplace"))
         except OSError as error:
             raise InputError(f"--log-file {log_file}: {error.strerror}; choose another file.") from error
         handlers[-1].setFormatter(_Harmless("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -220,6 +230,21 @@ class _Harmless(logging.Formatter):
         return for_terminal(super().format(record))
 
 
+class _ToFile(logging.FileHandler):
+    """Writes the log as long as that is possible; a full disk does not end the command, and is told once."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # the name is Python's
+        if not self.told:
+            self.told = True
+            err.print(f"--log-file {self.baseFilename}: {sys.exc_info()[1]}; the log is not complete")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 class _ToTerminal(logging.Handler):
     """Prints what libraries log, and how long activities took."""
 
@@ -232,15 +257,8 @@ def _log_activity(words: str) -> None:
     logging.getLogger("edkm_export.activity").info("%s", words)
 
 
-def _log_error(error: Exception) -> None:
+def _log_error(error: BaseException) -> None:
     if isinstance(error, EdkmExportError | click.ClickException | OSError):
         PRINTED.error("%s", getattr(error, "message", None) or error)
     else:
-        PRINTED.error("%s: %s", type(error).__name__, error, exc_info=error)
-
-
-def _versions() -> list[str]:
-    """Of the libraries that were imported, as far as they say it."""
-    names = ("torch", "transformers", "numpy", "coremltools", "onnx", "onnxruntime", "gguf", "peft")
-    loaded = {name: getattr(sys.modules.get(name), "__version__", None) for name in names}
-    return [f"{name} {version}" for name, version in loaded.items() if version]
+        PRINTED.error("%s", in_one_line(error), exc_info=error)

@@ -79,6 +79,11 @@ def summary_table(report: Report) -> Table:
     table.add_row("quality", _verdict(report.quality, quality_words(report)))
     if report.top1_agreement is not None:
         table.add_row("top-1 agreement", f"{report.top1_agreement:.1%} of positions, with the original")
+    if (nearness := report.nearness) is not None:
+        order = f"{nearness['rank_agreement']:.1%} of pairs of documents in the same order"
+        table.add_row(
+            "rank agreement", f"{order}, {nearness['same_nearest']:.1%} same nearest, with the original"
+        )
     table.add_row("size", f"{megabytes(report.size_bytes)} (float16: {megabytes(report.parameters * 2)})")
     table.add_row("bits a weight", f"{report.bits_per_weight:.2f}, LUTs and unpalettized weights included")
     table.add_row("bit-exact tensors", f"{report.bit_exact_tensors} of {len(report.tensors)}")

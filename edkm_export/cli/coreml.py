@@ -51,11 +51,10 @@ class _Target(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 @export_arguments
 @click.option(
     "--interface",
-    type=click.Choice(["swift-transformers", "neural-engine", "logits"]),
-    default="swift-transformers",
-    show_default=True,
+    type=click.Choice(["swift-transformers", "neural-engine", "logits", "embedding"]),
     help="How an app calls it: swift-transformers (cache, any length), neural-engine (cache, static prefill and "
-    "decode functions) or logits (whole texts, no cache).",
+    "decode functions), logits (whole texts, no cache) or embedding (one vector a text, of a model from a folder of "
+    "sentence-transformers).  [default: swift-transformers, or embedding where MODEL.PT holds such a model]",
 )
 @click.option(
     "--target",
@@ -84,7 +83,7 @@ class _Target(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 def command(
     checkpoint: Path,
     output: Path | None,
-    interface: str,
+    interface: str | None,
     target: str,
     sequence_length: int | None,
     prefill: int,
@@ -143,9 +142,10 @@ class _CoreMLExporter(CoreMLFormat):
 
         name = checkpoint.stem
         packages = " and ".join(plan.package_names(name))
+        generate = command_line("generate", folder, "--prompt", "Once upon a time")
         return [
             f"{folder}: drag {packages} into Xcode; report.md says what was proved and what was not.",
             "on a Mac, where this was not run:",
             *(f"    {line}" for line in mac_commands(plan, name, folder, checkpoint)),
-            f"next: {command_line('generate', folder, '--prompt', 'Once upon a time')}",
+            *([] if plan.interface == "embedding" else [f"next: {generate}"]),
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -82,7 +81,7 @@ def run_export(
         verification: see `verification.prepare`.
 
     Raises:
-        SystemExit: status 1 when it was made, but is not proved faithful, or its quality is beyond the limit.
+        click.exceptions.Exit: status 1 when it was made, but is not proved faithful, or its quality is beyond the limit.
     """
     from edkm_export.atomic import check_output
     from edkm_export.text import check_text
@@ -133,5 +132,5 @@ def run_export(
     for line in exporter.next_commands(plan, folder, path):
         out.print(line, soft_wrap=True)
     if report.failed:
-        sys.exit(1)
+        raise click.exceptions.Exit(1)
     out.print_command("share it with:", command_line("push", folder, "OWNER/NAME"))

@@ -15,6 +15,7 @@ import click
 from edkm_export.cli.parameter_types import find_source
 
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
+    from edkm_export.embedding_settings import EmbeddingSettings
     from edkm_export.palette import PalettizedTensor
     from edkm_export.reference.account import Account
 
@@ -142,9 +143,17 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         "bits_per_weight": checkpoint.bits_per_weight,
         "tied": checkpoint.tied,
         "functions": [],
+        **_describe_embedding(checkpoint.embedding),
         "palettized": [_describe_tensor(tensor) for tensor in checkpoint.palettized.values()],
         "dense": {name: list(tensor.shape) for name, tensor in checkpoint.dense.items()},
     }
+
+
+def _describe_embedding(settings: EmbeddingSettings | None) -> dict[str, Any]:
+    """What an embedding model does with its token vectors; nothing of a language model."""
+    if settings is None:
+        return {}
+    return {"embedding": {"words": settings.words(), **settings.model_dump(mode="json")}}
 
 
 def _describe_package(path: Path) -> dict[str, Any]:
@@ -200,6 +209,7 @@ def _describe_onnx(path: Path) -> dict[str, Any]:
         "path": str(found.path),
         "kind": "ONNX folder",
         "profile": found.profile,
+        **_describe_embedding(found.description.embedding),
         "context_length": found.description.context,
         "size_bytes": found.size_bytes,
         "weights_size_bytes": found.weights_size_bytes,
@@ -294,6 +304,14 @@ def _print(description: Mapping[str, Any]) -> None:
             f"{description['model_type']}, {description['parameters']:,} parameters, recipe {description['recipe']}, "
             f"{description['bits_per_weight']:.2f} bits a weight",
             soft_wrap=True,
+        )
+    if "embedding" in description:
+        found = description["embedding"]
+        prompts = ", ".join(found["prompts"]) or "none"
+        out.print(
+            f"embedding model: {found['words']}; texts of {found['max_tokens']:,} tokens, prompts: {prompts}",
+            soft_wrap=True,
+            markup=False,
         )
     if description["kind"] == "ONNX folder":
         out.print(

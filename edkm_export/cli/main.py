@@ -9,16 +9,17 @@ import importlib
 import io
 import os
 import sys
-import traceback
 from typing import NoReturn
 
 import click
 
 from edkm_export._version import __version__
-from edkm_export.disk_space import explain
+from edkm_export.cli.mistakes import our_mistake
+from edkm_export.disk_space import explain, is_disk_full
 from edkm_export.errors import EdkmExportError
 from edkm_export.escaping import for_terminal
 from edkm_export.interrupts import check_interrupt, watching_signals
+from edkm_export.limits import is_out_of_files, is_out_of_memory
 
 __all__ = ["cli", "main"]
 
@@ -101,32 +102,53 @@ def main() -> NoReturn:
     )  # else Python looks through all that torch has imported before it ends: a second
     try:
         with watching_signals():
-            try:
-                status = cli(standalone_mode=False)
-                sys.stdout.flush()
-            except Exception:
-                check_interrupt()  # an error after a swallowed signal is not one
-                raise
-    except click.ClickException as error:
+            status = _run()
+    except (
+        BaseException
+    ) as error:  # of libraries in Rust, some are no Exception; and none may end with Python's 1
+        status = _explained(error)
+    sys.exit(status)
+
+
+def _run() -> int:
+    """The command; its exit status is 0, or that of the `click.exceptions.Exit` that it raised."""
+    try:
+        status = cli(standalone_mode=False)
+        sys.stdout.flush()
+    except Exception:
+        check_interrupt()  # an error after a swallowed signal is not one
+        raise
+    return status if isinstance(status, int) else 0
+
+
+def _explained(error: BaseException) -> int:
+    """Say in one line how a command ended; its exit status."""
+    if isinstance(error, click.ClickException):
         shown = io.StringIO()
         error.show(shown)
         click.echo(for_terminal(shown.getvalue()), nl=False, err=True)
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing was left behind.", 130)
-    except EdkmExportError as error:
-        _fail(str(error), 2)
-    except (BrokenPipeError, _ReaderLeft):
+        return error.exit_code
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return _say("interrupted; nothing was left behind.", 130)
+    if isinstance(error, EdkmExportError):
+        return _say(str(error), 2)
+    if isinstance(error, (BrokenPipeError, _ReaderLeft)):
         _close_output()
-        sys.exit(0)
-    except OSError as error:
-        _close_output()
-        _fail(explain(error), 2)
-    except MemoryError:
-        _fail("out of memory; use a machine with more, or a smaller --tokens.", 2)
-    except Exception as error:
-        _fail(_our_mistake(error), 70)
-    sys.exit(status if isinstance(status, int) else 0)
+        return 0
+    _close_output()
+    if is_out_of_memory(error):
+        return _say(
+            "out of memory; use a machine with more, raise its limit (ulimit -v), or a smaller --tokens.", 2
+        )
+    if is_out_of_files(error):
+        return _say("too many open files; raise the limit with `ulimit -n 1024`.", 2)
+    if isinstance(error, OSError):
+        return _say(explain(error), 2)
+    if is_disk_full(error):
+        return _say(
+            "no space left on the device that was written to, or a quota is reached. Free some space.", 2
+        )
+    return _say(our_mistake(error), 70)
 
 
 def _close_output() -> None:
@@ -138,19 +160,7 @@ def _close_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _our_mistake(error: Exception) -> str:
-    from edkm_export.cli.common_options import is_verbose
-
-    if is_verbose():
-        traceback.print_exception(error)
-    first = (str(error).strip().splitlines() or [""])[0]
-    how = "" if is_verbose() else " run the command again with --verbose to see where, and"
-    return (
-        f"a mistake of edkm-export, not yours: {type(error).__name__}: {first}\n"
-        f"Please{how} report it with `edkm-export --version`."
-    )
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    click.echo(f"edkm-export: {for_terminal(message)}", err=True)
-    sys.exit(status)
+def _say(message: str, status: int) -> int:
+    with contextlib.suppress(OSError, ValueError):  # nobody can read it; the status still tells
+        click.echo(f"edkm-export: {for_terminal(message)}", err=True)
+    return status

@@ -30,6 +30,12 @@ __all__ = ["command"]
     "fast: int8 or int4 LUTs, activations rounded to int8.",
 )
 @click.option(
+    "--interface",
+    type=click.Choice(["decoder", "embedding"]),
+    help="decoder: logits, with a cache. embedding: one vector a text, of a model from a folder of "
+    "sentence-transformers.  [default: what MODEL.PT holds]",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "float16"]),
     default="float32",
@@ -44,6 +50,7 @@ def command(
     checkpoint: Path,
     output: Path | None,
     runtime: str,
+    interface: str | None,
     dtype: str,
     opset: int | None,
     context_length: int | None,
@@ -52,11 +59,12 @@ def command(
 ) -> None:
     """Convert MODEL.PT to an ONNX decoder with cache, bit for bit, and verify the files on disk.
 
-    The folder holds the graph, its weights, the tokenizer, a model card and the verification report;
-    onnxruntime-genai, optimum and transformers.js load it as it is. Exit status 1: it was made, but the export is not
-    proved faithful, or the quality is beyond its limit.
+    An embedding model becomes a graph of token vectors and one vector a text, for any batch. The folder holds the
+    graph, its weights, the tokenizer, a model card and the verification report; onnxruntime-genai, optimum and
+    transformers.js load it as it is. Exit status 1: it was made, but the export is not proved faithful, or the quality
+    is beyond its limit.
     """
-    exporter = _OnnxExporter(runtime, dtype, opset, context_length, standard_ops)
+    exporter = _OnnxExporter(runtime, dtype, opset, context_length, standard_ops, interface)
     run_export(exporter, checkpoint, output, **common)
 
 
@@ -72,6 +80,7 @@ class _OnnxExporter(OnnxFormat):
         from edkm_export.cli.console import megabytes, out
 
         table = Table(title="plan (nothing was written)", title_justify="left", show_header=False)
+        table.add_row("interface", plan.interface)
         table.add_row("runtime profile", plan.runtime)
         table.add_row("activations and cache", plan.dtype)
         table.add_row("opset", str(plan.opset))
@@ -83,7 +92,10 @@ class _OnnxExporter(OnnxFormat):
         """Nothing: what a profile cannot hold is refused by its plan."""
 
     def next_commands(self, plan: OnnxPlan, folder: Path, checkpoint: Path) -> list[str]:
+        first = f"{folder}: report.md says what was proved and what was not."
+        if plan.interface == "embedding":
+            return [first]
         return [
-            f"{folder}: report.md says what was proved and what was not.",
+            first,
             f"next: {command_line('generate', folder, '--prompt', 'Once upon a time')}",
         ]

@@ -85,7 +85,8 @@ def command(
 ) -> None:
     """Cluster the weights of MODEL into lookup tables and write a checkpoint.
 
-    MODEL is a Hugging Face folder, a hub id or a GGUF file; `edkm-export inspect MODEL` says what is used of it.
+    MODEL is a Hugging Face folder, a hub id or a GGUF file; `edkm-export inspect MODEL` says what is used of it. A
+    folder of sentence-transformers (modules.json) is an embedding model; it gets no estimate, `verify` measures it.
     Linear layers get --bits in groups of --group-size rows, the embedding and the output head 8 bits with one LUT
     each; a --recipe decides otherwise.
     """
@@ -142,6 +143,8 @@ def command(
         if not found.is_tolerable:
             tokens = 0 if text is None else len(token_ids(text, done.tokenizer, _CONTEXT))
             _print_remedy(finished, model, adapter, calibration, tokens)
+    elif finished.embedding is not None:
+        out.print(f"embedding model: {finished.embedding.words()}", soft_wrap=True, markup=False)
     elif estimate and calibration is not None and finished.palettized:
         out.print(
             f"No estimate of the loss: {calibration} has too few tokens to hold some out.",

@@ -167,10 +167,14 @@ def command(
         )
 
     from edkm_export.atomic import check_output
+    from edkm_export.claims import refuse_claimed
     from edkm_export.text import check_text
 
     source = find_source(model, adapter)
-    check_output(output, overwrite=overwrite or resume, folder=True)
+    if _is_first():
+        folder = output.resolve() if output.is_symlink() else output
+        refuse_claimed(folder)
+        check_output(folder, overwrite=overwrite or resume, folder=True, in_place=resume)
     for path in data:
         if path.suffix != ".tokens":  # text that is tokenized already
             check_text(path, least_characters=1)
@@ -181,7 +185,7 @@ def command(
 
     from edkm_export.errors import InputError
     from edkm_export.recipe import load_recipe
-    from edkm_export.reference.source import account
+    from edkm_export.reference.source import account, require_language_model
     from edkm_export.training.run import Run
     from edkm_export.training.train_config import PRESETS, load_config_file
     from edkm_export.versions import library_versions
@@ -199,6 +203,7 @@ def command(
     if config.target_bits is not None and config.strict_target and "bits" not in changes and recipe is None:
         config = _widest(source, config)
     rules = None if recipe is None else load_recipe(recipe)
+    require_language_model(source, "train")
     accounted = account(source)
     accounted.require_understood()
     provenance = {
@@ -268,9 +273,9 @@ def _shown(
     with activity("starting") as stage:
         try:
             yield stage.rename, tell, advance
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             tell(_stopped(output, save_every) if stepped else _NO_STEP)
-            sys.exit(130)
+            raise click.exceptions.Exit(130) from error
 
 
 _NO_STEP = "stopped before the first step; nothing was left behind"
@@ -283,7 +288,7 @@ def _stopped(output: Path, save_every: int) -> str:
 
     last = run_checkpoints.last_complete(RunFolder(output).checkpoints)
     if last is not None:
-        step = run_checkpoints.read_state(last)["step"]
+        step = run_checkpoints.step(last)
         return f"stopped; the same command with --resume goes on from step {step} ({last})"
     if not RunFolder(output).log.exists():
         return _NO_STEP

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,10 @@ def command(
     checkpoint, package = _checkpoint_and_artifact(paths)  # before torch is imported
 
     from edkm_export.api.cards import refresh_card
-    from edkm_export.atomic import atomic_file, check_output
+    from edkm_export.atomic import atomic_file, check_output, made_folder
     from edkm_export.checkpoint import load
     from edkm_export.cli.common_options import answering, is_quiet
     from edkm_export.cli.console import err, fault_lines, out, print_report, summary_line
-    from edkm_export.errors import InputError
     from edkm_export.verify.junit import junit
     from edkm_export.verify.write import write_report
 
@@ -59,17 +58,15 @@ def command(
     if junit_file is not None:
         check_output(junit_file, overwrite=True)
     if report_folder is not None:
-        try:
-            report_folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise InputError(f"{report_folder}: is a file; --report takes a folder.") from error
+        _check_folder(report_folder)
     if len(paths) == 1:
         err.print(f"- {package} was exported from {checkpoint}", markup=False, soft_wrap=True)
     with err.status(f"reading {checkpoint}"):
         loaded = load(checkpoint)
     report = climb(loaded, found, prepare(loaded, **verification))
     if report_folder is not None:
-        write_report(report, report_folder)
+        with made_folder(report_folder):
+            write_report(report, report_folder)
         refresh_card(report_folder, report)
     if junit_file is not None:
         with atomic_file(junit_file, overwrite=True) as temporary:
@@ -84,7 +81,22 @@ def command(
         if report_folder is not None:
             out.print(f"report: {report_folder / 'report.html'}", soft_wrap=True)
     if report.failed:
-        sys.exit(1)
+        raise click.exceptions.Exit(1)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse, before the long work, a folder for the report that could not be written.
+
+    Raises:
+        InputError: it is a file, or there is no permission.
+    """
+    from edkm_export.errors import InputError
+
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise InputError(f"{there}: is a file; --report takes a folder.")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"{folder}: no permission to write to {there}; choose another --report.")
 
 
 def _checkpoint_and_artifact(paths: tuple[Path, ...]) -> tuple[Path, Path]:

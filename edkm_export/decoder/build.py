@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pydantic
@@ -9,12 +10,13 @@ import torch
 
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.config_bounds import check_config
-from edkm_export.decoder.config import FULL, DecoderConfig
+from edkm_export.decoder.config import SLIDING, DecoderConfig
 from edkm_export.decoder.decoder import Decoder
 from edkm_export.decoder.families import FAMILIES
+from edkm_export.decoder.families.settings import Settings
 from edkm_export.errors import CheckpointError, ConversionError
 
-__all__ = ["FAMILIES", "build_decoder", "decoder_config", "empty_decoder"]
+__all__ = ["FAMILIES", "build_decoder", "decoder_config", "empty_decoder", "read_settings"]
 
 
 def decoder_config(config: dict[str, Any], source: str) -> DecoderConfig:
@@ -23,19 +25,32 @@ def decoder_config(config: dict[str, Any], source: str) -> DecoderConfig:
     Raises:
         ConversionError: the family is not supported, or the configuration lacks a key or holds a wrong value.
     """
+    return read_settings(config, FAMILIES, source).decoder_config()
+
+
+def read_settings(config: dict[str, Any], families: Mapping[str, type[Settings]], source: str) -> Settings:
+    """The checked keys of a Hugging Face configuration.
+
+    Args:
+        config: what config.json holds.
+        families: {`model_type`: what reads it}.
+        source: where it is from, for messages.
+
+    Raises:
+        ConversionError: the family is not one of these, or the configuration lacks a key or holds a wrong value.
+    """
     check_config(config, source, error=ConversionError)
     family = config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
+    if not isinstance(family, str) or family not in families:
         raise ConversionError(
-            f"{source}: model type {family!r} cannot be exported yet; supported are {', '.join(sorted(FAMILIES))}."
+            f"{source}: model type {family!r} cannot be exported yet; supported are {', '.join(sorted(families))}."
         )
     try:
-        settings = FAMILIES[family].model_validate(config)
+        settings = families[family].model_validate(config)
     except pydantic.ValidationError as error:
         raise ConversionError(f"{source}: {_explain(error.errors()[0], family)}") from error
-    found = settings.decoder_config()
-    _check_sizes(found, config, source)
-    return found
+    _check_sizes(settings.decoder_config(), config, source)
+    return settings
 
 
 def _check_sizes(found: DecoderConfig, config: dict[str, Any], source: str) -> None:
@@ -50,7 +65,7 @@ def _check_sizes(found: DecoderConfig, config: dict[str, Any], source: str) -> N
             f"{source}: layer_types of its configuration names {found.num_layers} layers, but num_hidden_layers is "
             f"{layers}; palettize the model again."
         )
-    if found.sliding_window is None and set(found.layer_kinds) != {FULL}:
+    if found.sliding_window is None and SLIDING in found.layer_kinds:
         raise ConversionError(
             f"{source}: some of its layers are of type 'sliding_attention', but sliding_window of its configuration "
             f"is {config.get('sliding_window')!r}; palettize the model again."

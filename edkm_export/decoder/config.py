@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["FULL", "SLIDING", "DecoderConfig", "Names"]
+__all__ = ["ATTENDS", "CONVOLUTION", "FULL", "LINEAR", "SLIDING", "DecoderConfig", "LinearAttention", "Names"]
 
-FULL, SLIDING = "full", "sliding"
+FULL, SLIDING = ATTENDS = ("full", "sliding")
 """Kinds of layers: attention over all earlier positions, or over the last `sliding_window`."""
+
+CONVOLUTION, LINEAR = "convolution", "linear"
+"""Kinds of layers without attention: a gated short convolution, or linear attention with a recurrence (gated DeltaNet)."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,11 @@ class Names:
         embedding, layers, final_norm: in the stack.
         positions: table of learned positions in the stack, None with rotary ones.
         attention, mlp: in a layer.
-        attention_norm, mlp_norm: pre-norms, on their inputs.
+        convolution, linear: what CONVOLUTION and LINEAR layers have in the place of attention.
+        attention_norm, mlp_norm: pre-norms, on their inputs; None: the family has none.
         attention_output_norm, mlp_output_norm: post-norms, on their outputs; None: the family has none.
         attention_inputs: projections to queries, keys and values; a single one makes all three.
+        query_norm, key_norm: in attention, of families that have them.
         mlp_inputs: projections to gate and values; a single one makes both.
         attention_output, mlp_output: projections back to the hidden size.
     """
@@ -34,14 +39,33 @@ class Names:
     final_norm: str = "norm"
     attention: str = "self_attn"
     mlp: str = "mlp"
-    attention_norm: str = "input_layernorm"
+    convolution: str = "conv"
+    linear: str = "linear_attn"
+    attention_norm: str | None = "input_layernorm"
     attention_output_norm: str | None = None
-    mlp_norm: str = "post_attention_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
     mlp_output_norm: str | None = None
     attention_inputs: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     attention_output: str = "o_proj"
+    query_norm: str = "q_norm"
+    key_norm: str = "k_norm"
     mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_output: str = "down_proj"
+
+
+@dataclass(frozen=True)
+class LinearAttention:
+    """Sizes of linear attention: each head of keys serves consecutive heads of values."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def channels(self) -> int:
+        """Queries, keys and values together."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
 @dataclass(frozen=True)
@@ -50,19 +74,38 @@ class DecoderConfig:
 
     Attributes:
         max_positions: longest text that the model was made for.
-        layer_kinds: FULL or SLIDING for each layer.
+        layer_kinds: FULL, SLIDING, CONVOLUTION or LINEAR for each layer.
         sliding_window: positions that a sliding layer sees, the token's own included.
         rotary_dim: channels of a head that rotate; 0: positions are learned.
-        norm: root mean square norm, or layer norm with bias.
+        rotary_interleaved: pairs of neighbouring channels rotate, instead of the two halves of a head.
+        rotary_alpha: stretches the base of the rotation whatever the length of the text (NTK-aware scaling); None: no.
+        unrotated: numbers of layers whose queries and keys know no positions.
+        query_growth: beta and length L in 1 + beta * log(1 + floor(position / L)), the factor on queries of Llama 4's
+            attention temperature; None: no factor.
+        norm: root mean square norm, or layer norm.
+        norm_bias: layer norms have a bias.
         norm_offset: the norm multiplies by one plus its weight.
-        query_key_norm: queries and keys are normalized head by head.
+        query_key_norm: queries and keys are normalized, all heads with one weight ("head"), all channels of all heads
+            together ("whole"), or each head with a layer norm of its own ("apart"); None: they are not.
+        query_key_norm_last: after the rotation.
         activation: key of `mlp.ACTIVATIONS`.
         gated: the MLP multiplies its values by an activated gate.
+        parallel: attention and MLP read the same normed activations, and both outputs are added.
         attention_scale: factor on the scores; None: one over the root of `head_dim`.
         attention_cap, logit_cap: c in c * tanh(x / c) of scores and logits; None: no cap.
+        logit_scale: factor on the logits.
         embedding_scale: factor on the token embeddings.
+        output_scale: factor on what attention and MLP add to the residual stream.
+        inner_scale: power of two by which the inner activations of the MLP are held smaller than in the Hugging Face
+            model, where a norm of its output takes it away again.
         residual_scale: power of two by which the residual stream is held smaller than in the Hugging Face model.
             Norms do not see it; it keeps streams beyond 65,504 inside float16.
+        kernel_size: of the convolutions of CONVOLUTION and LINEAR layers, in tokens.
+        convolution_bias: CONVOLUTION layers have biases.
+        linear: sizes of LINEAR layers.
+        attention_gate: the projection to queries makes a gate for each channel of attention's output, too.
+        bidirectional: a token sees later ones, too, in sliding layers as far as earlier ones; only for embeddings.
+        token_types: rows of the table of token types; 0: there is none.
         tied: the output head is the embedding.
     """
 
@@ -77,23 +120,43 @@ class DecoderConfig:
     layer_kinds: tuple[str, ...]
     sliding_window: int | None = None
     rotary_dim: int = 0
+    rotary_interleaved: bool = False
+    rotary_alpha: float | None = None
+    unrotated: frozenset[int] = frozenset()
+    query_growth: tuple[float, float] | None = None
     norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = True
     norm_offset: bool = False
-    query_key_norm: bool = False
+    query_key_norm: Literal["head", "whole", "apart"] | None = None
+    query_key_norm_last: bool = False
     activation: str = "silu"
     gated: bool = True
+    parallel: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     attention_scale: float | None = None
     attention_cap: float | None = None
     logit_cap: float | None = None
+    logit_scale: float = 1.0
     embedding_scale: float = 1.0
+    output_scale: float = 1.0
+    inner_scale: float = 1.0
     residual_scale: float = 1.0
+    kernel_size: int = 0
+    convolution_bias: bool = False
+    linear: LinearAttention | None = None
+    attention_gate: bool = False
+    bidirectional: bool = False
+    token_types: int = 0
     tied: bool = False
     names: Names = field(default_factory=Names)
 
     @property
     def num_layers(self) -> int:
-        """Layers of attention and MLP."""
+        """Layers of attention, or what stands for it, and MLP."""
         return len(self.layer_kinds)
+
+    def attention_kinds(self, layers: slice = slice(None)) -> list[str]:
+        """Kinds of the layers that attend, sorted: those that need masks and positions."""
+        return sorted(set(self.layer_kinds[layers]).intersection(ATTENDS))

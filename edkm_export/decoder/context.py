@@ -1,13 +1,14 @@
-"""Where the new tokens of a forward pass stand, what they may see, and where keys and values are kept."""
+"""Where the new tokens of a forward pass stand, and what they may see."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["MASKED", "Cache", "Context", "causal_mask", "sliding_mask"]
+from edkm_export.decoder.delta_rule import Triangle
+
+__all__ = ["MASKED", "Context", "causal_mask", "padding_mask", "sliding_mask"]
 
 # Additive mask of a forbidden position: exp underflows to zero, and adding a score does not overflow float16.
 MASKED = -3e4
@@ -21,19 +22,18 @@ class Context:
         position_ids: int [batch, new].
         rotary: cos and sin, each float [batch, new, rotary_dim]; empty when positions are learned.
         masks: additive, float [batch, 1, new, total].
+        real: float [batch, new, 1], one for a token and zero for padding; None: there is no padding. States that do not
+            grow need it: a mask hides the keys of padding, but what has entered them stays.
+        triangle: masks of chunks for linear attention; None: made by each layer.
+        token_types: int [batch, new]; None: the model has none.
     """
 
     position_ids: Tensor
     rotary: dict[str, tuple[Tensor, Tensor]]
     masks: dict[str, Tensor]
-
-
-class Cache(Protocol):
-    """Keys and values of earlier positions."""
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [batch, kv_heads, new, head_dim]; return those of all positions (total)."""
-        ...
+    real: Tensor | None = None
+    triangle: Triangle | None = None
+    token_types: Tensor | None = None
 
 
 def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:
@@ -48,6 +48,11 @@ def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:
     """
     later = key_positions[:, None, None, :] > query_positions[:, None, :, None]
     return later.float() * MASKED
+
+
+def padding_mask(attention_mask: Tensor) -> Tensor:
+    """The mask that hides padding: int [batch, total], 1 for a token -> float [batch, 1, 1, total], 0 or MASKED."""
+    return (1 - attention_mask)[:, None, None, :].float() * MASKED
 
 
 def sliding_mask(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:

@@ -12,37 +12,60 @@ import torch
 from torch import Tensor, nn
 
 from edkm_export.decoder.attention import Attention
-from edkm_export.decoder.config import DecoderConfig
-from edkm_export.decoder.context import Cache, Context
+from edkm_export.decoder.config import CONVOLUTION, LINEAR, DecoderConfig
+from edkm_export.decoder.context import Context
+from edkm_export.decoder.linear_attention import GatedDeltaNet
 from edkm_export.decoder.mlp import MLP
 from edkm_export.decoder.norms import build_norm
+from edkm_export.decoder.short_convolution import ShortConvolution
+from edkm_export.decoder.states import Cache
 
 __all__ = ["Decoder", "Layer", "Stack"]
 
 
+_MIXERS: dict[str, type[nn.Module]] = {CONVOLUTION: ShortConvolution, LINEAR: GatedDeltaNet}
+"""What layers of a kind have in the place of attention: made of a configuration and the layer's number."""
+
+
+def _mixer_name(config: DecoderConfig, layer: int) -> str:
+    names = config.names
+    known = {CONVOLUTION: names.convolution, LINEAR: names.linear}
+    return known.get(config.layer_kinds[layer], names.attention)
+
+
 class Layer(nn.Module):
-    """Attention and MLP, each with a pre-norm, a residual connection, and in some families a post-norm."""
+    """Attention, or what stands for it, and MLP, each with a pre-norm, a residual connection, and in some families a post-norm."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.names = names = config.names
-        self.add_module(names.attention, Attention(config, layer))
+        self.parallel, self.output_scale = config.parallel, config.output_scale
+        self.mixer = _mixer_name(config, layer)
+        self.add_module(self.mixer, _MIXERS.get(config.layer_kinds[layer], Attention)(config, layer))
         self.add_module(names.mlp, MLP(config))
         for name in (names.attention_norm, names.mlp_norm):
-            self.add_module(name, build_norm(config))
+            if name is not None:
+                self.add_module(name, build_norm(config))
         post = (names.attention_output_norm, names.mlp_output_norm)
         assert config.residual_scale == 1 or all(post), "only a post-norm can bring its output to the scale"
-        for each in post:
+        assert config.inner_scale == 1 or post[1], "only a post-norm takes the scale away"
+        for each, inner in zip(post, (1.0, config.inner_scale), strict=True):
             if each is not None:
-                self.add_module(each, build_norm(config, post=True))
+                self.add_module(each, build_norm(config, post=True, inner=inner))
 
     def forward(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
         """x [batch, new, hidden] -> [batch, new, hidden]."""
         names = self.names
-        mixed = self._through(names.attention, self._through(names.attention_norm, x), context, cache)
-        x = x + self._through(names.attention_output_norm, mixed)
-        inner = self._through(names.mlp, self._through(names.mlp_norm, x))
-        return x + self._through(names.mlp_output_norm, inner)
+        normed = self._through(names.attention_norm, x)
+        mixed = self._through(self.mixer, normed, context, cache)
+        x = x + self._scaled(self._through(names.attention_output_norm, mixed))
+        if not self.parallel:
+            normed = self._through(names.mlp_norm, x)
+        inner = self._through(names.mlp, normed)
+        return x + self._scaled(self._through(names.mlp_output_norm, inner))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.output_scale == 1 else x * self.output_scale
 
     def _through(self, name: str | None, x: Tensor, *others: object) -> Tensor:
         return x if name is None else self.get_submodule(name)(x, *others)
@@ -128,5 +151,7 @@ class Decoder(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Logits of normed activations: [batch, new, hidden] -> [batch, new, vocab_size]."""
         logits: Tensor = self.lm_head(x)
-        cap = self.config.logit_cap
+        cap, scale = self.config.logit_cap, self.config.logit_scale
+        if scale != 1:
+            logits = logits * scale
         return logits if cap is None else torch.tanh(logits * (1 / cap)) * cap

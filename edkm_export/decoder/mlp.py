@@ -33,6 +33,7 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.names, self.activation = config.names, ACTIVATIONS[config.activation]
+        self.inner_scale = config.inner_scale
         self.sizes = (config.intermediate_size,) * (2 if config.gated else 1)
         add_projections(self, self.names.mlp_inputs, config.hidden_size, self.sizes, config.mlp_bias)
         output = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
@@ -42,6 +43,6 @@ class MLP(nn.Module):
         """x [..., hidden] -> [..., hidden]."""
         first, *values = project(self, self.names.mlp_inputs, self.sizes, x)
         inner = self.activation(first)
-        for each in values:
-            inner = inner * each
+        for each in values:  # scaled before the product, which could leave the range of float16
+            inner = inner * (each if self.inner_scale == 1 else each * self.inner_scale)
         return self.get_submodule(self.names.mlp_output)(inner)  # type: ignore[no-any-return]

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from edkm_export.decoder.config import DecoderConfig
 
-__all__ = ["LayerNorm", "RMSNorm", "build_norm"]
+__all__ = ["HeadNorms", "LayerNorm", "RMSNorm", "UnitNorm", "build_norm", "build_query_key_norm"]
 
 # Under the largest magnitude, so that a zero input is not divided by zero. It needs no care, since any positive
 # divisor gives the same result; a 64th of it is the smallest normal number of float16.
 _FLOOR = 2.0**-8
 _TOP = 64.0  # largest magnitude after scaling
+_LEAST = 2.0**-14  # the smallest normal number of float16
+_NOTHING = 2.0**-20  # beside the length of a vector whose largest channel is about one
 
 
 class _Norm(nn.Module):
@@ -74,16 +76,17 @@ class RMSNorm(_Norm):
 
 
 class LayerNorm(_Norm):
-    """Layer norm with weight and bias.
+    """Layer norm with weight, and with or without bias.
 
     Args:
         size: channels.
         eps: added to the variance of the input.
+        bias: add one.
     """
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, *, bias: bool = True) -> None:
         super().__init__(size, eps)
-        self.bias = nn.Parameter(torch.zeros(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> [..., size]."""
@@ -91,20 +94,64 @@ class LayerNorm(_Norm):
         mean = (wide * (1 / _TOP)).mean(
             -1, keepdim=True
         ) * _TOP  # of numbers up to one: their sum stays small
-        return self._normalize(wide - mean, largest) * self.weight + self.bias
+        normal = self._normalize(wide - mean, largest) * self.weight
+        return normal if self.bias is None else normal + self.bias
 
 
-def build_norm(config: DecoderConfig, *, post: bool = False) -> nn.Module:
+class UnitNorm(nn.Module):
+    """Divides a vector by its length; one of zeros stays as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> [..., size]."""
+        narrow = x / (x.abs().amax(-1, keepdim=True) + _LEAST)
+        return narrow * torch.rsqrt(narrow.square().sum(-1, keepdim=True) + _NOTHING)
+
+
+class HeadNorms(nn.Module):
+    """A layer norm of its own, without bias, for each of the heads that lie side by side.
+
+    Args:
+        heads: number of them.
+        size: channels of each.
+        eps: added to the variance of a head.
+    """
+
+    def __init__(self, heads: int, size: int, eps: float) -> None:
+        super().__init__()
+        self.size = size
+        self.norms = nn.ModuleList(LayerNorm(size, eps, bias=False) for _ in range(heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [batch, new, heads * size] -> the same."""
+        parts: tuple[Tensor, ...] = x.split([self.size] * len(self.norms), dim=-1)  # type: ignore[no-untyped-call]
+        return torch.cat([norm(part) for norm, part in zip(self.norms, parts, strict=True)], dim=-1)
+
+
+def build_norm(config: DecoderConfig, *, post: bool = False, inner: float = 1.0) -> nn.Module:
     """A norm over the hidden size.
 
     Args:
         config: of the decoder.
         post: a post-norm, whose output is added to the residual stream; otherwise a pre-norm, which reads it.
+        inner: power of two by which the input of a post-norm is held smaller.
     """
     size, eps, residual = config.hidden_size, config.norm_eps, config.residual_scale
     if config.norm == "layer":
         assert residual == 1 and not post, "no family asks for it"
-        return LayerNorm(size, eps)
+        return LayerNorm(size, eps, bias=config.norm_bias)
     if post:
-        return RMSNorm(size, eps, offset=config.norm_offset, scale=residual)
+        return RMSNorm(size, eps * inner**2, offset=config.norm_offset, scale=residual)
     return RMSNorm(size, eps * residual**2, offset=config.norm_offset)
+
+
+def build_query_key_norm(config: DecoderConfig, heads: int) -> nn.Module:
+    """The norm of queries or keys that `config.query_key_norm` names.
+
+    Args:
+        config: of the decoder.
+        heads: of the queries, or of the keys.
+    """
+    size, eps = config.head_dim, config.norm_eps
+    if config.query_key_norm == "apart":
+        return HeadNorms(heads, size, eps)
+    return RMSNorm(size * (heads if config.query_key_norm == "whole" else 1), eps, offset=config.norm_offset)

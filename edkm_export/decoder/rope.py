@@ -22,15 +22,23 @@ _LAYER_TYPES = {FULL: "full_attention", SLIDING: "sliding_attention"}
 
 
 def rope_tables(
-    config: dict[str, Any], rotary_dim: int, length: int, layer_kind: str = FULL
+    config: dict[str, Any],
+    rotary_dim: int,
+    length: int,
+    layer_kind: str = FULL,
+    *,
+    interleaved: bool = False,
+    alpha: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position, as the model's configuration scales them.
 
     Args:
         config: Hugging Face configuration with `rope_parameters`.
-        rotary_dim: channels of a head that rotate, its two halves together ("rotate half").
+        rotary_dim: channels of a head that rotate.
         length: number of positions, from 0.
         layer_kind: FULL or SLIDING; some models have parameters for each.
+        interleaved: pairs of neighbouring channels share an angle, instead of the two halves.
+        alpha: the base is stretched by it, to the power of rotary_dim / (rotary_dim - 2); None: as the kind says.
 
     Returns:
         cos, sin: float32 [length, rotary_dim], with the attention factor of YaRN or LongRoPE folded in.
@@ -39,7 +47,7 @@ def rope_tables(
         ConversionError: unsupported kind of scaling, or more positions than its frequencies hold for.
     """
     parameters = _Parameters(config, layer_kind)
-    kind = parameters.kind
+    kind = parameters.kind if alpha is None else "default"
     if kind not in _FREQUENCIES:
         raise ConversionError(
             f"RoPE scaling {kind!r} is not supported; supported are {', '.join(sorted(_FREQUENCIES))}."
@@ -61,10 +69,12 @@ def rope_tables(
             "--sequence-length or --context-length."
         )
     base = parameters.number("rope_theta", 10000.0)
+    if alpha is not None:
+        base *= alpha ** (rotary_dim / (rotary_dim - 2))
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
     frequencies, factor = _FREQUENCIES[kind](base**-exponents, parameters, base)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)  # [length, rotary_dim / 2]
-    angles = torch.cat((angles, angles), dim=-1)
+    angles = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
 
@@ -73,6 +83,7 @@ class _Parameters:
 
     def __init__(self, config: dict[str, Any], layer_kind: str) -> None:
         given = config.get("rope_parameters") or {}
+        self._outer = given if isinstance(given, dict) else {}
         if isinstance(given, dict) and any(name in given for name in _LAYER_TYPES.values()):
             given = given.get(_LAYER_TYPES[layer_kind])
         if not isinstance(given, dict):
@@ -118,8 +129,8 @@ class _Parameters:
 
     @property
     def truncated(self) -> bool:
-        """YaRN rounds the borders of its ramp unless told otherwise."""
-        return bool(self._values.get("truncate", True))
+        """YaRN rounds the borders of its ramp unless told otherwise; transformers asks beside the kinds of layers."""
+        return bool(self._outer.get("truncate", True))
 
 
 _Scaled = tuple[Tensor, float]  # frequencies float64 [rotary_dim / 2], factor on cos and sin

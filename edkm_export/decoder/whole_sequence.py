@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edkm_export.decoder.config import FULL, SLIDING
+from edkm_export.decoder.config import FULL, LINEAR, SLIDING
 from edkm_export.decoder.context import Context, causal_mask, sliding_mask
 from edkm_export.decoder.decoder import Decoder
+from edkm_export.decoder.delta_rule import CHUNK, TriangleBuffers
 from edkm_export.decoder.positions import PositionTables
 
 __all__ = ["WholeSequence"]
@@ -46,13 +47,18 @@ class WholeSequence(nn.Module):
         masks = {FULL: causal}
         if decoder.config.sliding_window is not None:
             masks[SLIDING] = sliding_mask(causal, positions, positions, decoder.config.sliding_window)
-        for kind in sorted(set(decoder.config.layer_kinds)):
+        for kind in decoder.config.attention_kinds():
             self.register_buffer(f"mask_{kind}", masks[kind], persistent=False)
+        self.triangle = None
+        if LINEAR in decoder.config.layer_kinds:
+            self.triangle = TriangleBuffers(min(length, CHUNK))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids int [1, length] -> logits [1, length, vocab_size]."""
         # Learned positions must be looked up by the program: a constant result would hide the table's name.
         position_ids = self.positions + input_ids * 0
         rotary = {k: (self.get_buffer(f"cos_{k}"), self.get_buffer(f"sin_{k}")) for k in self.rotary}
-        masks = {k: self.get_buffer(f"mask_{k}") for k in sorted(set(self.decoder.config.layer_kinds))}
-        return self.decoder(input_ids, Context(position_ids, rotary, masks))  # type: ignore[no-any-return]
+        masks = {k: self.get_buffer(f"mask_{k}") for k in self.decoder.config.attention_kinds()}
+        triangle = None if self.triangle is None else self.triangle.masks()
+        context = Context(position_ids, rotary, masks, triangle=triangle)
+        return self.decoder(input_ids, context)  # type: ignore[no-any-return]

@@ -7,8 +7,10 @@ itself takes any other field too, and forgets it: what such a field asks for wou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
+
+from edkm_export.reference.config_class import ConfigClass, config_class
 
 __all__ = ["ConfigFields", "sort_fields"]
 
@@ -37,7 +39,20 @@ _WITHOUT_EFFECT: dict[str, str] = {
     "resid_pdrop": _DROPOUT,
     "hidden_dropout": _DROPOUT,
     "hidden_dropout_prob": _DROPOUT,
+    "attention_probs_dropout_prob": _DROPOUT,
+    "embedding_dropout": _DROPOUT,
+    "mlp_dropout": _DROPOUT,
     "classifier_dropout": _TASKS,
+    "classifier_activation": _TASKS,
+    "classifier_bias": _TASKS,
+    "classifier_pooling": _TASKS,
+    "decoder_bias": _TASKS,
+    "sparse_prediction": _TASKS,
+    "sparse_pred_ignore_index": _TASKS,
+    "repad_logits_with_grad": "for training only",
+    "initializer_cutoff_factor": "for new weights only",
+    "deterministic_flash_attn": "which kernel computes attention",
+    "reference_compile": "which kernel computes attention",
     "use_cache": "a cache changes no logit",
     "cache_implementation": "a cache changes no logit",
     "return_dict": _OUTPUT,
@@ -82,12 +97,14 @@ _ONLY_AS: dict[str, tuple[Any, str]] = {
     "tie_encoder_decoder": (False, "a decoder alone"),
     "add_cross_attention": (False, "a decoder alone"),
     "pruned_heads": ({}, "no heads were removed"),
+    "position_embedding_type": ("absolute", "positions are those of the family"),
 }
 # Fields that must say what another one says.
 _SAME_AS = {
     "n_ctx": "n_positions",
     "hidden_act": "hidden_activation",
     "sliding_window_size": "sliding_window",
+    "layer_norm_eps": "norm_eps",
 }
 
 _PARTS = {
@@ -112,18 +129,8 @@ _ROPE_FIELDS: dict[str, set[str]] = {
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor", "short_mscale", "long_mscale"},
 }  # fmt: skip
 _ROPE_ALIASES = {"su": "longrope"}
-_WHOLE_ROTATION = (
-    "gemma2",
-    "gemma3_text",
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-)  # heads never rotate in part
-# Arguments of older files that a class converts without declaring them.
-_CONVERTED: dict[str, tuple[str, ...]] = {
-    "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"),
-}
+# A model that stretches the base of its rotation by a fixed alpha leaves these aside.
+_UNUSED_BESIDE_ALPHA = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 
 
 @dataclass
@@ -143,10 +150,14 @@ class ConfigFields:
     forgotten: set[str] = field(default_factory=set)
 
 
-def sort_fields(config: Mapping[str, Any]) -> ConfigFields:
-    """Say what becomes of every field of a config.json. `quantization_config` is left to `quantized_weights`."""
+def sort_fields(config: Mapping[str, Any], *, embeds: bool = False) -> ConfigFields:
+    """Say what becomes of every field of a config.json. `quantization_config` is left to `quantized_weights`.
+
+    Args:
+        config: what the file holds.
+        embeds: it is that of an embedding model: its token vectors are what is wanted, not logits.
+    """
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     found = ConfigFields()
     family = config.get("model_type")
@@ -157,19 +168,18 @@ def sort_fields(config: Mapping[str, Any]) -> ConfigFields:
             "its text model, saved on its own"
         )
         return found
-    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+    kind = config_class(family) if isinstance(family, str) else None
+    if not isinstance(family, str) or kind is None:
         own = " and its own Python code is not run" if config.get("auto_map") else ""
         found.not_understood["model_type"] = f"{family!r} is not known to transformers{own}"
         return found
-    kind = CONFIG_MAPPING[family]
-    declared = {each.name for each in fields(kind)} | set(kind.attribute_map)
-    rotates = "rope_parameters" in declared
+    declared, rotates = kind.declared, kind.rotates
     generation = transformers.GenerationConfig().to_dict().keys()
     for name, value in config.items():
         if name in ("model_type", "quantization_config"):
             found.used[name] = value
         elif name == "architectures":
-            _sort_architectures(found, family, value)
+            _sort_architectures(found, family, value, embeds=embeds)
         elif name == "auto_map":
             found.without_effect[name] = (
                 "Python code of the folder, which is not run; transformers has its own"
@@ -184,20 +194,22 @@ def sort_fields(config: Mapping[str, Any]) -> ConfigFields:
         elif name in _ONLY_AS and (name not in declared or name == "is_encoder_decoder"):
             _require(found, name, value, *_ONLY_AS[name])
         elif rotates and name in ("rope_parameters", "rope_scaling"):
-            _sort_rope(found, name, family, value)
+            _sort_rope(found, name, kind, family, value)
         elif rotates and name == "rope_theta" and _said_otherwise(config, value):
             found.not_understood[name] = f"is {value!r}, and rope_parameters says another base"
         elif name == "partial_rotary_factor":
-            if family not in _WHOLE_ROTATION:
+            if kind.rotates_in_part:
                 found.used[name] = value
             else:
                 _require(found, name, value, 1.0, "heads rotate as a whole")
         elif name in declared or (rotates and name in ("head_dim", "rope_theta") and value is not None):
             found.used[name] = value  # a head size is read where it is not declared, too
-        elif name in _CONVERTED.get(family, ()):
+        elif name in kind.converted:
             found.used[name] = value
         elif name in _SAME_AS and config.get(_SAME_AS[name]) is not None:
             _require(found, name, value, config[_SAME_AS[name]], f"says what {_SAME_AS[name]} says")
+        elif name == "max_window_layers" and not config.get("use_sliding_window"):
+            _forget(found, name, "no layer slides by its number")
         elif name == "sliding_window":
             _forget(found, name, f"the {family} family attends to all positions, whatever this says")
         elif name in generation:
@@ -233,13 +245,25 @@ def _require(found: ConfigFields, name: str, value: Any, expected: Any, why: str
         found.not_understood[name] = f"is {value!r}, and only {expected!r} is understood here"
 
 
-def _sort_architectures(found: ConfigFields, family: str, value: Any) -> None:
+def _sort_architectures(found: ConfigFields, family: str, value: Any, *, embeds: bool) -> None:
     """The class that a file names must be the one that transformers makes for its model type."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         MODEL_MAPPING_NAMES,
     )
 
+    if embeds:
+        base = str(MODEL_MAPPING_NAMES.get(family))
+        mappings = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+        known = {base, *(str(mapping.get(family)) for mapping in mappings)}
+        if other := [str(name) for name in value or () if str(name) not in known]:
+            found.not_understood["architectures"] = (
+                f"names {other[0]}, but the token vectors of model type {family!r} are those of {base}"
+            )
+        else:
+            found.without_effect["architectures"] = f"model type {family!r} decides the class, {base}"
+        return
     own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
     if own is None:
         found.not_understood["model_type"] = f"{family!r} is no causal language model"
@@ -255,7 +279,7 @@ def _sort_architectures(found: ConfigFields, family: str, value: Any) -> None:
         found.without_effect["architectures"] = f"model type {family!r} decides the class, {own}"
 
 
-def _sort_rope(found: ConfigFields, name: str, family: str, value: Any) -> None:
+def _sort_rope(found: ConfigFields, name: str, kind: ConfigClass, family: str, value: Any) -> None:
     """Rotary positions: the kinds of scaling, and the fields of each."""
     if value is None:
         _forget(found, name, "is not set")
@@ -272,14 +296,16 @@ def _sort_rope(found: ConfigFields, name: str, family: str, value: Any) -> None:
         {f"{name}.{each}": inner for each, inner in layers.items()} or {name: value}
     ).items():
         if isinstance(inner, dict):
-            _sort_rope_kind(found, prefix, family, inner)
+            _sort_rope_kind(found, prefix, kind, family, inner)
         elif inner is not None:
             found.not_understood[prefix] = f"is {inner!r}, expected an object"
     if len(found.not_understood) == before:
         found.used[name] = value
 
 
-def _sort_rope_kind(found: ConfigFields, prefix: str, family: str, value: Mapping[str, Any]) -> None:
+def _sort_rope_kind(
+    found: ConfigFields, prefix: str, config: ConfigClass, family: str, value: Mapping[str, Any]
+) -> None:
     named = [value[key] for key in ("rope_type", "type") if value.get(key) is not None]
     kinds = {_ROPE_ALIASES.get(each, each) for each in named if isinstance(each, str)}
     if family == "phi3":  # its older files say yarn for what is longrope
@@ -290,10 +316,11 @@ def _sort_rope_kind(found: ConfigFields, prefix: str, family: str, value: Mappin
             f"is {' and '.join(map(repr, named))}; known are {', '.join(sorted(_ROPE_FIELDS))}"
         )
         return
+    known = _ROPE_ALWAYS | _ROPE_FIELDS[kind] | config.rotary | config.rotary_notes
+    if "alpha" in config.rotary and value.get("alpha"):
+        known |= _UNUSED_BESIDE_ALPHA
     for name, inner in value.items():
-        if inner is None or name in _ROPE_ALWAYS | _ROPE_FIELDS[kind]:
-            continue
-        if name == "partial_rotary_factor" and (family not in _WHOLE_ROTATION or inner == 1):
+        if inner is None or name in known or (name == "partial_rotary_factor" and inner == 1):
             continue
         found.not_understood[f"{prefix}.{name}"] = (
             f"is {inner!r}; rotary positions of kind {kind!r} have no such field"

@@ -6,6 +6,7 @@ share a mistake.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from edkm_export.errors import CheckpointError
 from edkm_export.guarded_tokenizer import TokenizerError, open_tokenizer
 from edkm_export.library_logs import silence
 from edkm_export.reference.conv1d import as_linear
+from edkm_export.reference.sentence_model import SentenceModel
 
-__all__ = ["load_hard_model", "load_hard_tokenizer"]
+__all__ = ["load_hard_embedding_model", "load_hard_model", "load_hard_tokenizer"]
 
 
 @torch.no_grad()
@@ -30,6 +32,52 @@ def load_hard_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
     Raises:
         CheckpointError: the configuration is not understood; a parameter is missing, unknown or misshapen.
     """
+    if checkpoint.embedding is not None:
+        raise CheckpointError(
+            f"{checkpoint.path or 'checkpoint'}: is an embedding model, which continues no text; coreml, onnx, verify "
+            "and inspect take it."
+        )
+    import transformers
+
+    model = _empty(
+        checkpoint,
+        lambda config: transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", dtype=dtype
+        ),
+    )
+    expected = {name: tuple(tensor.shape) for name, tensor in as_linear(model, model.state_dict()).items()}
+    checkpoint.check_parameters(expected)
+    model.load_state_dict(as_linear(model, checkpoint.state_dict(dtype)), assign=True)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def load_hard_embedding_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> SentenceModel:
+    """Build an embedding model from its checkpoint.
+
+    Returns:
+        In eval mode, weights in `dtype`.
+
+    Raises:
+        CheckpointError: see `load_hard_model`; or it is no embedding model.
+    """
+    settings = checkpoint.embedding
+    if settings is None:
+        raise CheckpointError(
+            f"{checkpoint.path or 'checkpoint'}: is no embedding model; palettize a folder of sentence-transformers."
+        )
+    model: SentenceModel = _empty(
+        checkpoint,
+        lambda config: SentenceModel(config, settings, attn_implementation="eager", dtype=dtype),
+    )
+    checkpoint.check_parameters({name: tuple(each.shape) for name, each in model.named_parameters()})
+    model.load_state_dict(checkpoint.state_dict(dtype), assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _empty(checkpoint: Checkpoint, build: Callable[[Any], Any]) -> Any:
+    """What `build` makes of the checkpoint's configuration, without weights, but with its constants."""
     import accelerate
     import transformers
 
@@ -39,17 +87,10 @@ def load_hard_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
     check_config(settings, source, checkpoint.shapes, CheckpointError)
     try:
         config = transformers.AutoConfig.for_model(**settings)
-        with accelerate.init_empty_weights():
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", dtype=dtype
-            )
+        with accelerate.init_empty_weights(include_buffers=False):
+            return build(config)
     except Exception as error:  # what a configuration that makes no sense raises has no common base
         raise CheckpointError(f"{source}: transformers cannot build its model: {error}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in as_linear(model, model.state_dict()).items()}
-    checkpoint.check_parameters(expected)
-    model.load_state_dict(as_linear(model, checkpoint.state_dict(dtype)), assign=True)
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
 
 
 def load_hard_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -24,7 +24,7 @@ from edkm_export.regular_file import read_regular, require_regular_folder
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HfFolder"]
+__all__ = ["HfFolder", "stored_dtype"]
 
 _TIED = "tie_word_embeddings"
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -134,7 +134,7 @@ class HfFolder:
         stored = read_stored(self.path, self.reference)
         arguments = {
             "config": config,
-            "dtype": dtype or _stored_dtype(stored),
+            "dtype": dtype or stored_dtype(stored),
             "use_safetensors": True,
             "output_loading_info": True,
             "ignore_mismatched_sizes": True,
@@ -262,7 +262,7 @@ class HfFolder:
             yield folder
 
 
-def _stored_dtype(stored: StoredTensors) -> torch.dtype:
+def stored_dtype(stored: StoredTensors) -> torch.dtype:
     """The narrowest type that holds every stored value."""
     import torch
 

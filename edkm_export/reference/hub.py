@@ -12,7 +12,8 @@ from edkm_export.reference.load_errors import first_line
 __all__ = ["commit_of", "fetch"]
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
-_LEFT_OUT = ["*/*", "consolidated*", "adapter_model*"]
+# Of the folders only those of sentence-transformers' modules (1_Pooling) belong to a model.
+_LEFT_OUT = ["[!0-9]*/*", "*/*/*", "consolidated*", "adapter_model*"]
 _PATIENCE_S = 10.0
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["CONSTANTS", "Placement"]
 
 _PREFIXES = ("model.", "transformer.")  # a stack that was saved without its head lacks it
+_ENCODER = "bert."  # of a BERT that was saved with a head
 _ROTATIONS = "rotary_emb.inv_freq"
 _MASKS = (".attn.bias", ".attn.masked_bias")
 _CONSTANT = "a constant that older versions saved; it is what the configuration gives"
@@ -31,7 +32,7 @@ class Placement:
         expected: {parameter: shape}.
         places: {parameter: stored tensor}.
         tied: parameters that may be missing, since another one holds their values.
-        embedding, head: parameters of the two.
+        embedding, head: parameters of the two; empty for a head that there is not.
         without_effect, not_understood: as in `Account`, of tensors.
     """
 
@@ -54,12 +55,13 @@ class Placement:
         """
         expected = {name: tuple(each.shape) for name, each in model.named_parameters(remove_duplicate=False)}
         modules = {id(module): name for name, module in model.named_modules()}
+        output = model.get_output_embeddings()
         placed = cls(
             expected=expected,
             places={},
             tied=bool(model.config.tie_word_embeddings),
             embedding=f"{modules[id(model.get_input_embeddings())]}.weight",
-            head=f"{modules[id(model.get_output_embeddings())]}.weight",
+            head="" if output is None else f"{modules[id(output)]}.weight",
             without_effect={},
             not_understood={},
         )
@@ -91,7 +93,7 @@ class Placement:
 
     def missing(self) -> dict[str, str]:
         """Parameters that no file holds."""
-        excused = {self.head, self.embedding} if self.tied else set()
+        excused = {self.head, self.embedding} if self.tied and self.head else set()
         if not excused & self.places.keys():
             excused = set()
         return {
@@ -116,6 +118,8 @@ class Placement:
 def _spellings(name: str) -> Iterator[str]:
     """A name as it is, and with or without the prefix of the stack."""
     yield name
+    if name.startswith(_ENCODER):
+        yield f"model.{name.removeprefix(_ENCODER)}"
     for prefix in _PREFIXES:
         yield f"{prefix}{name}"
         if name.startswith(prefix):

@@ -25,23 +25,29 @@ from edkm_export.reference.hf_folder import HfFolder
 from edkm_export.reference.hub import commit_of, fetch
 from edkm_export.reference.load_errors import explained, without_bars
 from edkm_export.reference.origin import Origin, gguf_origin
+from edkm_export.reference.sentence_files import is_sentence_folder
 from edkm_export.reference.stored_tensors import ADAPTER_CONFIG
 from edkm_export.reference.weight_range import check_weight_range
 
 if TYPE_CHECKING:
     import torch
 
+    from edkm_export.embedding_settings import EmbeddingSettings
     from edkm_export.reference.gguf.gguf_model import GgufModel
+    from edkm_export.reference.sentence_folder import SentenceFolder
 
 __all__ = [
     "Source",
     "SourceReader",
     "account",
+    "embedding_settings",
     "load_config",
+    "load_embedding_model",
     "load_model",
     "load_tokenizer",
     "read_generation_settings",
     "read_origin",
+    "require_language_model",
     "value_count",
 ]
 
@@ -150,13 +156,18 @@ class Source:
         folder = Path(self.location)
         if self.gguf_file:
             return part_paths(folder / self.gguf_file)
-        return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+        found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+        return (
+            [*found, *sorted(folder.glob("[0-9]_*/*.safetensors"))] if is_sentence_folder(folder) else found
+        )
 
     def provenance(self) -> dict[str, Any]:
         """The reference and, for a local model, the sha256 of each weight file; those of an adapter likewise."""
         found: dict[str, Any] = {
             "reference": self.place,
-            "sha256": {path.name: file_sha256(path) for path in self.weight_files()},
+            "sha256": {
+                path.relative_to(self.location).as_posix(): file_sha256(path) for path in self.weight_files()
+            },
         }
         if self.adapter is not None:
             found["adapter"] = {
@@ -212,9 +223,60 @@ def _gguf(source: Source) -> GgufModel:
 def _folder(source: Source, files: list[str] | None = None) -> HfFolder:
     """The folder of a source; a hub model is fetched."""
     if source.is_local:
-        return HfFolder(source.reference, Path(source.location))
+        return _opened(source, Path(source.location))
     fetched = fetch(source.location, files)
-    return HfFolder(source.reference, _model_folder(fetched, source.reference, source.adapter))
+    return _opened(source, _model_folder(fetched, source.reference, source.adapter))
+
+
+def _opened(source: Source, path: Path) -> HfFolder:
+    if not is_sentence_folder(path):
+        return HfFolder(source.reference, path)
+    if source.adapter is not None:
+        raise InputError(
+            f"{source.reference}: is an embedding model, into which no adapter is merged here; merge it with peft and "
+            "save the model."
+        )
+    from edkm_export.reference.sentence_folder import SentenceFolder
+
+    return SentenceFolder(source.reference, path)
+
+
+def _sentence_folder(source: Source, files: list[str] | None = None) -> SentenceFolder | None:
+    """The folder of a source that is an embedding model; None: it is another one."""
+    from edkm_export.reference.sentence_folder import SentenceFolder
+
+    found = None if source.gguf_file else _folder(source, files)
+    return found if isinstance(found, SentenceFolder) else None
+
+
+def embedding_settings(source: Source) -> EmbeddingSettings | None:
+    """Pooling and what follows it, of a folder of sentence-transformers; None for any other model.
+
+    Raises:
+        SourceError: a part of it is not understood.
+        InputError: a file is missing or damaged.
+    """
+    with _explaining(source), without_bars():
+        found = _sentence_folder(source, ["*.json"])
+        return None if found is None else found.settings()
+
+
+def require_language_model(source: Source, purpose: str) -> None:
+    """Refuse an embedding model where only a language model serves.
+
+    Args:
+        source: where it is.
+        purpose: what was asked for, such as "train".
+
+    Raises:
+        InputError: it is an embedding model.
+    """
+    with _explaining(source), without_bars():
+        if _sentence_folder(source, ["*.json"]) is not None:
+            raise InputError(
+                f"{source.reference}: is an embedding model (modules.json), and {purpose} takes language models; "
+                "palettize, coreml, onnx, verify and inspect take it."
+            )
 
 
 def account(source: Source) -> Account:
@@ -259,7 +321,7 @@ def load_config(source: Source, *, weights: bool = True) -> Any:
         if source.gguf_file:
             return _gguf(source).config()
         if not source.is_local:  # before the weights are fetched
-            return _folder(source, ["config.json", ADAPTER_CONFIG]).config(weights=False)
+            return _folder(source, ["config.json", "modules.json", ADAPTER_CONFIG]).config(weights=False)
         return _folder(source).config(weights=weights)
 
 
@@ -278,11 +340,12 @@ def load_model(
 
     Raises:
         SourceError: a part of it is not understood.
-        InputError: it cannot be loaded, or holds NaN, infinity, or what float16 cannot hold.
+        InputError: it is an embedding model, cannot be loaded, or holds NaN, infinity, or what float16 cannot hold.
         BackendMissingError: GGUF support or peft is not installed.
     """
     import torch
 
+    require_language_model(source, "this command")
     with _explaining(source), without_bars(), _counted(source) as counted:
         advance = advance or counted.advance
         if source.adapter is None:
@@ -291,6 +354,29 @@ def load_model(
             model = source.adapter.merge(_reader(source).load_model(torch.float32, advance))
             if dtype is not None:
                 model = model.to(dtype)
+    check_weight_range(model, source.reference)
+    return model
+
+
+def load_embedding_model(source: Source, dtype: torch.dtype | None = None) -> Any:
+    """Load an embedding model in eval mode, on the CPU.
+
+    Args:
+        source: a folder of sentence-transformers, or its hub id.
+        dtype: of the weights; None: bfloat16 or float16 where they are stored so, else float32.
+
+    Returns:
+        SentenceModel.
+
+    Raises:
+        SourceError: a part of it is not understood.
+        InputError: it cannot be loaded, or holds NaN, infinity, or what float16 cannot hold.
+    """
+    with _explaining(source), without_bars(), _counted(source):
+        found = _sentence_folder(source)
+        if found is None:
+            raise InputError(f"{source.reference}: holds no modules.json, so it is no embedding model.")
+        model = found.load_model(dtype)
     check_weight_range(model, source.reference)
     return model
 

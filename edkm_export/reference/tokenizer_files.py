@@ -9,7 +9,7 @@ from typing import Any
 
 from edkm_export.end_tokens import as_setting, end_tokens
 
-__all__ = ["tokenizer_files"]
+__all__ = ["embedding_tokenizer_files", "tokenizer_files"]
 
 
 def tokenizer_files(tokenizer: Any, model: Any) -> dict[str, bytes]:
@@ -37,6 +37,22 @@ def tokenizer_files(tokenizer: Any, model: Any) -> dict[str, bytes]:
         settings["eos_token_id"] = as_setting(ends)
     if settings:
         files[name] = _as_json(settings)
+    _make_portable(files, tokenizer.chat_template)
+    return files
+
+
+def embedding_tokenizer_files(tokenizer: Any, max_tokens: int) -> dict[str, bytes]:
+    """The tokenizer of an embedding model, {name: bytes}: it cuts texts to `max_tokens`, special tokens included."""
+    before = tokenizer.model_max_length
+    tokenizer.model_max_length = max_tokens
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            files = {
+                path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()
+            }
+    finally:
+        tokenizer.model_max_length = before
     _make_portable(files, tokenizer.chat_template)
     return files
 

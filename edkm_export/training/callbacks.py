@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,11 +113,11 @@ class Refit(TrainerCallback):  # type: ignore[misc]
 
 
 class Log(TrainerCallback):  # type: ignore[misc]
-    """Writes log.jsonl: loss, KL, rates, moved indices and dead centroids."""
+    """Logs loss, KL, rates, moved indices and dead centroids; `log` is called with each record."""
 
     def __init__(
         self,
-        path: Path,
+        log: Callable[[dict[str, Any]], None],
         clusters: list[Clusters],
         progress: Progress,
         *,
@@ -127,7 +125,7 @@ class Log(TrainerCallback):  # type: ignore[misc]
         step_tokens: int,
         processes: Processes = ALONE,
     ) -> None:
-        self.path, self.clusters, self.progress, self.processes = path, clusters, progress, processes
+        self._log, self.clusters, self.progress, self.processes = log, clusters, progress, processes
         self.distilling, self.step_tokens = distilling, step_tokens
 
     def on_log(  # noqa: D102
@@ -150,11 +148,8 @@ class Log(TrainerCallback):  # type: ignore[misc]
         self.write(record)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line, from the first process."""
-        if not self.processes.is_first:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, sort_keys=True) + "\n")
+        """Log a step."""
+        self._log(record)
 
 
 class Show(TrainerCallback):  # type: ignore[misc]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from edkm_export.atomic import atomic_file
+from edkm_export.training.run_log import records as read_records
 
 __all__ = ["draw"]
 
@@ -18,12 +20,11 @@ def draw(log: str | Path, output: str | Path) -> None:
     log, output = Path(log), Path(output)
     from matplotlib.figure import Figure  # no window system is touched
 
-    records: list[dict[str, Any]] = [
-        json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()
-    ]
-    losses = [record for record in records if "loss" in record]
-    texts = sorted({record["text"] for record in records if "text" in record})
-    step_tokens = losses[-1]["tokens"] / losses[-1]["step"] if losses else 0
+    records = read_records(log)
+    losses = [record for record in records if record.get("loss") is not None and record.get("tokens") is not None]
+    evaluations = [record for record in records if record.get("perplexity") is not None and "text" in record]
+    texts = sorted({record["text"] for record in evaluations})
+    step_tokens = losses[-1]["tokens"] / max(1, losses[-1]["step"]) if losses else 0
     figure = Figure(figsize=(8, 7 if texts else 4), layout="constrained")
     panels = figure.subplots(2 if texts else 1, sharex=True, squeeze=False)[:, 0]
     panels[0].plot(
@@ -32,11 +33,12 @@ def draw(log: str | Path, output: str | Path) -> None:
     distilled = bool(losses) and "kl" in losses[-1]
     panels[0].set_ylabel("training KL to the original (nats)" if distilled else "training loss (nats)")
     if texts:
-        _draw_perplexities(panels[1], records, texts, step_tokens)
+        _draw_perplexities(panels[1], evaluations, texts, step_tokens)
     for axes in panels:
         _plain_scale(axes)
     panels[-1].set_xlabel("tokens")
-    figure.savefig(output, dpi=120)
+    with atomic_file(output, overwrite=True) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _draw_perplexities(

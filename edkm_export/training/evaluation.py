@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,9 +99,12 @@ class Evaluations:
     """
 
     def __init__(
-        self, texts: Mapping[str, Tensor], log: Path | None, announce: Callable[[str], None]
+        self,
+        texts: Mapping[str, Tensor],
+        log: Callable[[dict[str, Any]], None],
+        announce: Callable[[str], None],
     ) -> None:
-        """`log` gets a line for each evaluation; None where another process writes it."""
+        """`log` is called with a record of each evaluation."""
         self.texts, self.original = texts, None
         self.found: dict[str, dict[str, Evaluation]] = {}
         self._log, self._announce = log, announce
@@ -116,22 +117,4 @@ class Evaluations:
         for name, windows in self.texts.items():
             found = evaluate(model, windows, None if model is self.original else self.original)
             self.found.setdefault(name, {})[stage] = found
-            if self._log is not None:
-                with self._log.open("a", encoding="utf-8") as file:
-                    file.write(
-                        json.dumps({"step": step, "stage": stage, "text": name, **asdict(found)}) + "\n"
-                    )
-
-    def stored(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """What was found, as JSON holds it."""
-        return {
-            text: {stage: asdict(each) for stage, each in stages.items()}
-            for text, stages in self.found.items()
-        }
-
-    def restore(self, stored: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-        """Take what `stored` gave as found."""
-        self.found = {
-            text: {stage: Evaluation(**each) for stage, each in stages.items()}
-            for text, stages in stored.items()
-        }
+            self._log({"step": step, "stage": stage, "text": name, **asdict(found)})

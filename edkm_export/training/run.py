@@ -16,10 +16,15 @@ from edkm_export.errors import InputError
 from edkm_export.recipe import Recipe
 from edkm_export.reference.hard_model import load_hard_model
 from edkm_export.reference.outline import outline
-from edkm_export.reference.source import Source, load_model, load_tokenizer
+from edkm_export.reference.source import (
+    Source,
+    load_model,
+    load_tokenizer,
+    require_language_model,
+)
 from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.text import LEAST_TOKENS, read_text, token_windows
-from edkm_export.training import run_checkpoints
+from edkm_export.training import run_checkpoints, run_log
 from edkm_export.training.callbacks import Clock, Evaluate, FirstStep, Log, Refit, Show
 from edkm_export.training.curve import draw
 from edkm_export.training.data import read_tokens
@@ -30,7 +35,8 @@ from edkm_export.training.optimizer import freeze
 from edkm_export.training.palettized.surgery import clusters_of, to_checkpoint
 from edkm_export.training.preparation import base_recipe, check_target, decoder_bits, insert, prepare
 from edkm_export.training.progress import Progress
-from edkm_export.training.run_folder import RunFolder, identify
+from edkm_export.training.run_folder import RunFolder
+from edkm_export.training.run_record import Identity, RunRecord
 from edkm_export.training.run_weights import load_weights
 from edkm_export.training.self_generated import first_token, generate
 from edkm_export.training.tokens import Tokens
@@ -123,24 +129,21 @@ class Run:
             OutputExistsError: the folder exists, and neither `resume` nor `overwrite` is set.
             TrainingError: it stopped; the message names the last good checkpoint.
         """
-        with Processes.join(device) as self.processes:
+        with Processes.join(device) as self.processes, self.folder:
             self.processes.share(self.config.batch_size)
-            last = self.processes.first(lambda: self.folder.open(resume=resume, overwrite=overwrite))
+            count = self.processes.count
+            last = self.processes.first(
+                lambda: self.folder.open(resume=resume, overwrite=overwrite, processes=count, tell=self.tell)
+            )
             if resume:
                 self._tell_start(last)
-            try:
-                tokens = self.prepare(last)
-                trainer = self.train(tokens, last)
-            except BaseException:  # Ctrl-C as well
-                self.folder.discard()
-                raise
-            return self.finish(trainer)
+            return self.finish(self.train(self.prepare(last), last))
 
     def _tell_start(self, last: Path | None) -> None:
         """Say what --resume goes on from."""
         folder = self.folder.path
         if last is not None:
-            self.tell(f"{folder}: goes on from step {run_checkpoints.read_state(last)['step']} ({last})")
+            self.tell(f"{folder}: goes on from step {run_checkpoints.step(last)} ({last})")
         elif folder.exists():
             self.tell(f"{folder}: there is no checkpoint to go on from, so the run starts anew")
         else:
@@ -155,6 +158,7 @@ class Run:
         Returns:
             What to train on.
         """
+        require_language_model(self.source, "train")
         self.announce("reading the data")
         if last is None:
             check_target(outline(self.source), self.recipe, self.config, source=self.source.reference)
@@ -167,21 +171,24 @@ class Run:
             self.config.context,
             ", ".join(str(path) for path in self.data),
         )
-        self.evaluations = Evaluations(
-            self._eval_windows(), self.folder.log if self.processes.is_first else None, self.announce
-        )
+        self.evaluations = Evaluations(self._eval_windows(), self._log, self.announce)
         self.announce("loading the model")
         self.student = load_model(self.source, torch.float32).to(self.processes.device)
         self._check_vocabulary(tokens)
         if self.config.objective == "distillation" or self.eval_texts:
             self.evaluations.original = copy.deepcopy(self.student)
         written, self.recipe, found = self.processes.first(lambda: self._begin(tokens, last))
-        self.evaluations.restore(found)
+        self.evaluations.found = found
         if last is not None or not self.processes.is_first:
             insert(self.student, self.recipe, self.config, seeded=False, source=self.source.reference)
         if self.processes.are_many:
             self._share(last)
         return tokens if written is None else Tokens.join([tokens, written])
+
+    def _log(self, record: dict[str, Any]) -> None:
+        """Add a line to the log, from the first process."""
+        if self.processes.is_first:
+            run_log.append(self.folder.log, record)
 
     def _eval_windows(self) -> dict[str, torch.Tensor]:
         tokens, context = self.config.eval_tokens, self.config.context
@@ -206,26 +213,31 @@ class Run:
                 f"of {rows}."
             )
 
-    def _begin(self, data: Tokens, last: Path | None) -> tuple[Tokens | None, Recipe, dict[str, Any]]:
+    def _begin(
+        self, data: Tokens, last: Path | None
+    ) -> tuple[Tokens | None, Recipe, dict[str, dict[str, Evaluation]]]:
         """What the first process does alone.
 
         Returns:
             Tokens that are added to the data, the recipe that the student is palettized by, evaluations so far.
         """
-        identity = identify(self.source, self.data, data)
-        started = None
-        if last is None:
-            self.folder.start()
-        else:
-            started = self.folder.read(identity, self.config)
-            self.folder.cut_log(int(run_checkpoints.read_state(last)["step"]))
+        identity = Identity.of(self.source, self.data, data)
+        started = None if last is None else self.folder.go_on(last, identity, self.config)
         written = self._write_text(data) if self.config.self_generated else None
         if started is not None:
-            return written, Recipe.model_validate(started["recipe"]), started["evaluations"]
+            return written, started.recipe, started.evaluations
         recipe = self._palettize(data if written is None else Tokens.join([data, written]))
-        found = self.evaluations.stored()
-        self.folder.write(identity, self.config, recipe, found, self.provenance.get("command", ()))
-        return written, recipe, found
+        self.folder.record(
+            RunRecord(
+                command=list(self.provenance.get("command", ())),
+                identity=identity,
+                config=self.config.model_dump(mode="json"),
+                recipe=recipe,
+                evaluations=self.evaluations.found,
+                generated_sha256=None if written is None else written.sha256(),
+            )
+        )
+        return written, recipe, self.evaluations.found
 
     def _write_text(self, data: Tokens) -> Tokens:
         """Text of the original; written once, and read again when a run goes on."""
@@ -301,7 +313,7 @@ class Run:
             samples=progress.steps * config.step_windows,
             seed=config.seed,
         )
-        if last is not None and (done := int(run_checkpoints.read_state(last)["step"])) >= progress.steps:
+        if last is not None and (done := run_checkpoints.step(last)) >= progress.steps:
             self.tell(f"all {done:,} steps are done; model.pt is written again")
         arguments = training_arguments(
             config,
@@ -317,10 +329,10 @@ class Run:
         evaluated = Student(learner) if self.processes.are_many else student
         for callback in (
             Clock(progress, self.advance, self.processes),
-            FirstStep(self.folder.keep),
+            FirstStep(lambda: self._keep(trainer)),
             Refit(clusters, config.refit_every),
             Log(
-                self.folder.log,
+                self._log,
                 clusters,
                 progress,
                 distilling=distilling,
@@ -339,6 +351,11 @@ class Run:
             trainer.add_callback(Show(shown, progress, config.step_tokens))
             trainer.run(last)
         return trainer
+
+    def _keep(self, trainer: PaletteTrainer) -> None:
+        """The first step is made: from now on the run is in its folder."""
+        self.folder.keep()
+        trainer.save_to(self.folder.checkpoints)
 
     def finish(self, trainer: PaletteTrainer) -> Outcome:
         """Write model.pt, evaluate what is on disk, and draw the curve."""

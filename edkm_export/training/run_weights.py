@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from edkm_export.errors import TrainingError
+from edkm_export.limits import is_out_of_memory
+from edkm_export.torch_archive import UnsafeArchiveError, load_archive
 from edkm_export.training import run_checkpoints
 from edkm_export.training.palettized.surgery import clusters_of
 
@@ -33,7 +35,7 @@ def save_weights(model: Any, folder: Path, state: dict[str, Tensor] | None = Non
 
 def read_state_dict(path: Path) -> Any:
     """Tensors of a file, mapped; nothing is unpickled."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return load_archive(path)
 
 
 def read_weights(folder: Path) -> Any:
@@ -58,10 +60,11 @@ def load_weights(model: Any, folder: Path) -> None:
     Raises:
         TrainingError: it belongs to another model or recipe.
     """
-    state = read_weights(folder)
     try:
-        missing, unknown = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
+        missing, unknown = model.load_state_dict(read_weights(folder), strict=False)
+    except (RuntimeError, TypeError, AttributeError, UnsafeArchiveError) as error:
+        if is_out_of_memory(error):
+            raise
         raise TrainingError(
             f"{folder}: does not fit the model ({' '.join(str(error).split())[:200]})."
         ) from error

@@ -158,7 +158,7 @@ def _read_state(run: Path, config: TrainConfig, recipe: Recipe, step: int, check
         )
         raise InputError(f"{run}: {why}; without its last state there is no soft model.")
     try:
-        found = int(run_checkpoints.read_state(path)["step"])
+        found = run_checkpoints.read_mark(path).step
         tensors = read_weights(path)
     except Exception as error:  # what damaged files raise has no common base
         raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}).") from error

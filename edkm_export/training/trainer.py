@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from edkm_export.disk_space import disk_full, stopped_by_disk
-from edkm_export.errors import InputError, PaletteError, TrainingError
+from edkm_export.errors import EdkmExportError, InputError, PaletteError, TrainingError
+from edkm_export.limits import is_out_of_memory, words_of
 from edkm_export.training import run_checkpoints
 from edkm_export.training.callbacks import Finite, Refresh
 from edkm_export.training.distributed.processes import ALONE, Processes
@@ -80,6 +83,10 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(Refresh(self.clusters))
         self.finite = Finite(arguments.device, processes)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided by the micro-batches
+
+    def save_to(self, folder: Path) -> None:
+        """Where checkpoints go from now on."""
+        self.folder, self.args.output_dir = folder, str(folder)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Adam with our groups, attached to the clusters."""
@@ -211,9 +218,7 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
             self.processes.wait()  # each writes the state of its random numbers
             if self.processes.is_first:
-                run_checkpoints.complete(
-                    path, {"elapsed": self.progress.elapsed, "step": self.state.global_step}
-                )
+                run_checkpoints.complete(path, elapsed=self.progress.elapsed)
                 run_checkpoints.retire(self.folder, _KEPT)
             self.processes.wait()
         except (OSError, RuntimeError) as error:
@@ -236,11 +241,16 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / run_checkpoints.SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.sharding is None or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        self.sharding.load_optimizer(read_state_dict(Path(checkpoint) / run_checkpoints.OPTIMIZER))
-        self.lr_scheduler.load_state_dict(read_state_dict(Path(checkpoint) / run_checkpoints.SCHEDULER))
+        with _fitting(checkpoint, "optimizer or scheduler"):
+            if self.sharding is None or checkpoint is None:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            self.sharding.load_optimizer(read_state_dict(Path(checkpoint) / run_checkpoints.OPTIMIZER))
+            self.lr_scheduler.load_state_dict(read_state_dict(Path(checkpoint) / run_checkpoints.SCHEDULER))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _fitting(checkpoint, "state of the random numbers"):
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights, LUTs and indices, unless that was done before the model was sharded."""
@@ -254,8 +264,12 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             TrainingError: what is said in `faults`.
         """
         if resume is not None:
-            state = run_checkpoints.read_state(resume)
-            self.progress.step, self.progress.elapsed = int(state["step"]), float(state["elapsed"])
+            mark = run_checkpoints.read_mark(resume)
+            self.progress.step, self.progress.elapsed = mark.step, mark.elapsed
+            with _fitting(str(resume), run_checkpoints.TRAINER):
+                state = TrainerState.load_from_json(str(resume / run_checkpoints.TRAINER))
+                if type(state.global_step) is not int or state.global_step != mark.step:
+                    raise ValueError(f"it is of step {state.global_step!r}")
         try:
             self.train(resume_from_checkpoint=None if resume is None else str(resume))
             self.check()
@@ -272,9 +286,25 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         except MemoryError as error:
             raise self.failure(_OUT_OF_MEMORY) from error
         except RuntimeError as error:
-            if "can't allocate memory" in str(error):
+            if is_out_of_memory(error):
                 raise self.failure(_OUT_OF_MEMORY) from error
             raise
+
+
+@contextlib.contextmanager
+def _fitting(checkpoint: str | None, what: str) -> Iterator[None]:
+    """Explain a part of a checkpoint that is whole, but of something else; what that raises has no common base."""
+    try:
+        yield
+    except (EdkmExportError, MemoryError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"{checkpoint}: its {what} does not fit the run ({' '.join(words_of(error).split())[:120]}); remove that "
+            "folder to go on from the checkpoint before."
+        ) from error
 
 
 _OUT_OF_MEMORY = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ __all__ = [
     "limit_of",
     "prompt_tokens",
     "provenance",
+    "provenance_of",
 ]
 
 FIXED_PROMPTS = ("The meaning of the word is", "def add(a, b):")
@@ -140,6 +142,13 @@ def provenance(
 ) -> dict[str, Any]:
     """Where the checkpoint is from, as it says itself, and how it was verified."""
     used = {"text": evaluation.text_name, "tokens": int(windows.numel()), "context": int(windows.shape[1])}
+    return provenance_of(checkpoint, evaluation, used, artifact)
+
+
+def provenance_of(
+    checkpoint: Checkpoint, evaluation: VerificationInputs, used: Mapping[str, Any], artifact: Path
+) -> dict[str, Any]:
+    """The same, with what was used of the evaluation text as it is given."""
     verification = {
         "versions": library_versions(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -148,7 +157,7 @@ def provenance(
     if evaluation.command:
         # named before it is joined: quotes around a path with spaces would hide where it begins
         verification["command"] = shlex.join(without_folders(list(evaluation.command)))
-    return {**checkpoint.provenance, "evaluation": used, "verification": verification}
+    return {**checkpoint.provenance, "evaluation": dict(used), "verification": verification}
 
 
 def _digests(artifact: Path) -> dict[str, str]:

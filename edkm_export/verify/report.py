@@ -288,14 +288,15 @@ class Report(Record):
         Raises:
             InputError: `folder` is a file.
         """
+        from edkm_export.atomic import made_folder
         from edkm_export.verify.write import write_report
 
         place = Path(folder)
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            with made_folder(place):
+                write_report(self, place)
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"{folder}: is a file; give a folder.") from error
-        write_report(self, place)
         return place / "report.html"
 
     @property
@@ -322,6 +323,17 @@ class Report(Record):
     def perplexity_limit_source(self) -> str:
         """Who set the limit, in words; empty in reports before version 5."""
         return str(self._of_palettization("perplexity_limit_source") or "")
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it is of an embedding model: what was measured are cosines."""
+        return any("cosine_mean" in rung.measures for rung in self.rungs)
+
+    @property
+    def nearness(self) -> dict[str, Any] | None:
+        """What was measured of an embedding model against the original; None of a language model, or not measured."""
+        found = next((rung.measures for rung in self.rungs if rung.id == "palettization"), {})
+        return found if "cosine_mean" in found else None
 
     def _of_palettization(self, name: str) -> Any:
         return next((rung.measures.get(name) for rung in self.rungs if rung.id == "palettization"), None)

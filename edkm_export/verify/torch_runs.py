@@ -27,6 +27,7 @@ from edkm_export.verify.time_budget import Budget, Share, run_windows
 __all__ = [
     "Measured",
     "hidden_states",
+    "comparing_outputs",
     "layer_errors",
     "measure_original",
     "measure_soft",
@@ -102,7 +103,7 @@ def measure_original(
             raise
         return None, str(error)
     execute, share = transformers_model(model), budget.share()
-    with _comparing_outputs(model, checkpoint) as snr, hidden_states(model) as hidden:
+    with comparing_outputs(model, checkpoint) as snr, hidden_states(model) as hidden:
         first = execute(windows[0])
     continued = _continue(model, prompts, evaluation.continuation, share)
     logits = [first, *run_windows(execute, windows[1:], share)]
@@ -179,7 +180,7 @@ def _recorder(found: dict[str, Tensor], name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _comparing_outputs(model: Any, checkpoint: Checkpoint) -> Iterator[dict[str, float]]:
+def comparing_outputs(model: Any, checkpoint: Checkpoint) -> Iterator[dict[str, float]]:
     """While the model runs, also give each layer's input to the decoded weight: SNR by parameter name."""
     found: dict[str, float] = {}
     modules = dict(model.named_modules())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from edkm_export.verify.report import Report, Rung, TimeBudget, Verdict
 
@@ -55,14 +56,16 @@ def faithful_words(report: Report) -> str:
         return f"The artifact does not compute the model that was palettized or trained. Failed: {'; '.join(failed)}."
     if report.faithful_export is Verdict.PASS:
         return (
-            "The artifact computes the model that was palettized or trained: its weights bit for bit, its logits "
-            "within rounding."
+            "The artifact computes the model that was palettized or trained: its weights bit for bit, its "
+            f"{'embeddings' if report.embeds else 'logits'} within rounding."
         )
     return "Nothing failed, but the artifact was not executed, so it is not known what it computes."
 
 
 def quality_words(report: Report) -> str:
     """What the second verdict means here, in a sentence."""
+    if (nearness := report.nearness) is not None:
+        return _nearness_words(report, nearness)
     ratio, limit, source = report.perplexity_ratio, report.perplexity_limit, report.perplexity_limit_source
     if ratio is None:
         return "The original was not compared with, so it is not known how far palettization moved the model."
@@ -72,6 +75,15 @@ def quality_words(report: Report) -> str:
         return f"{found}; no limit is set for it{by}."
     place = {Verdict.WITHIN: "within", Verdict.BEYOND: "beyond"}.get(report.quality, "against")
     return f"{found}, {place} the limit of {limit:g}{by}."
+
+
+def _nearness_words(report: Report, found: Mapping[str, Any]) -> str:
+    text = f"The mean cosine with the original's embeddings is {found['cosine_mean']:.4f}"
+    limit, source = found["cosine_limit"], found["cosine_limit_source"]
+    if limit is None:
+        return f"{text}; no limit is set for it ({source})."
+    place = {Verdict.WITHIN: "within", Verdict.BEYOND: "beyond"}.get(report.quality, "against")
+    return f"{text}, {place} the limit of {limit:g} ({source})."
 
 
 def budget_words(budget: TimeBudget) -> str:
@@ -88,6 +100,11 @@ def one_line(report: Report) -> str:
         parts.insert(
             0,
             f"perplexity x{report.perplexity_ratio:.3g}, top-1 {report.top1_agreement:.1%} against the original",
+        )
+    if (nearness := report.nearness) is not None:
+        parts.insert(
+            0,
+            f"cosine {nearness['cosine_mean']:.4f}, same order {nearness['rank_agreement']:.1%} against the original",
         )
     words = (
         f"faithful export {report.faithful_export.value}, quality {report.quality.value}: {report.artifact}: "

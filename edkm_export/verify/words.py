@@ -23,6 +23,8 @@ GLOSSARY = {
     "perplexity": "how surprised a model is by a text: as if it chose each token among so many; lower is better",
     "KL": "Kullback-Leibler divergence between two predictions of the next token, in nats; 0: the same",
     "top-1 agreement": "share of positions at which both models have the same most likely token",
+    "cosine": "similarity of two embeddings: 1 for the same direction",
+    "rank agreement": "share of pairs of texts that come in the same order when a query is looked up in both models",
     "near tie": "two tokens that the reference holds equally likely within 1%; which one comes first is chance",
     "prefill, decode": "reading a text at once, and token by token with the cache; both must give the same",
     "SNR": "signal to noise ratio in decibels: 20 dB is 1% error power, 30 dB 0.1%; higher is better",

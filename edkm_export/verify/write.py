@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from edkm_export.atomic import atomic_files
 from edkm_export.escaping import for_markdown, for_markdown_sentence
 from edkm_export.verify.html import report_page
 from edkm_export.verify.quoting import quoted
@@ -20,19 +21,18 @@ _WORST = 10
 
 
 def write_report(report: Report, folder: str | Path) -> None:
-    """Write `report.json` (schema in docs/report.md), `report.md` and `report.html` into an existing folder."""
-    folder = Path(folder)
-    for name, content in (
-        ("report.json", report.model_dump_json(indent=2) + "\n"),
-        ("report.md", markdown(report)),
-        ("report.html", report_page(report)),
-    ):
-        temporary = folder / f".{name}.partial"
-        try:
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+    """Write `report.json` (schema in docs/report.md), `report.md` and `report.html` into an existing folder.
+
+    Raises:
+        DiskFullError: there is no space for them; none is written then.
+    """
+    with atomic_files(Path(folder), "report") as temporary:
+        for name, content in (
+            ("report.json", report.model_dump_json(indent=2) + "\n"),
+            ("report.md", markdown(report)),
+            ("report.html", report_page(report)),
+        ):
+            (temporary / name).write_text(content, encoding="utf-8")
 
 
 def markdown(report: Report) -> str:
@@ -49,6 +49,11 @@ def markdown(report: Report) -> str:
         lines.append(
             f"- top-1 agreement with the original: {report.top1_agreement:.1%} of positions have the same most likely "
             "token"
+        )
+    if (nearness := report.nearness) is not None:
+        lines.append(
+            f"- rank agreement with the original: {nearness['rank_agreement']:.1%} of {nearness['pairs']:,} pairs of "
+            f"documents come in the same order, {nearness['same_nearest']:.1%} of the queries have the same nearest one"
         )
     lines += [
         f"- {report.bit_exact_tensors} of {len(report.tensors)} palettized tensors bit-exact on disk",
@@ -101,10 +106,9 @@ def quality(report: Report) -> str:
         f"Quality: **{report.quality.value}**. {_said(quality_words(report))}",
         "",
         "report.md has the details, and explains the words.",
-        "",
-        "| | perplexity |",
-        "|---|---|",
     ]
+    if report.perplexities:
+        lines += ["", "| | perplexity |", "|---|---|"]
     lines += [
         f"| {for_markdown(readable(name))} | {found.value:.2f} ± {found.standard_error:.2f} |"
         for name, found in report.perplexities.items()

@@ -108,3 +108,14 @@ def test_export_verify_and_generate(edkm, work, tiny_llama, held_out):
         for path in ("model-coreai", "model.pt")
     ]
     assert written[0] == written[1]
+
+
+@needs_coreai
+def test_in_python(work):
+    import edkm_export
+
+    made = edkm_export.export(saved_checkpoint(work / "model.pt"), "out", format="coreai", context_length=32)
+    assert repr(made).startswith("Exported(out, Core AI for the dynamic engine, ")
+    report = made.verify(text=["a b c d e f g h " * 8], tokens=32)
+    assert report.faithful_export.value == "PASS"
+    assert "<html" in report._repr_html_() or "<div" in report._repr_html_()

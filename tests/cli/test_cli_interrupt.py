@@ -23,7 +23,7 @@ pytest.importorskip("coremltools")
 
 pytestmark = pytest.mark.usefixtures("work")
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 PATIENCE_S = 120
 
 

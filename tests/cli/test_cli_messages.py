@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
+import sys
+import tempfile
 import warnings
 
 import click
@@ -136,11 +139,91 @@ def broken(*_: object) -> None:
     raise KeyError("a mistake")
 
 
+class Panic(BaseException):
+    """As libraries in Rust raise: no Exception."""
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("even this fails")
+
+
+def leave(*_: object) -> None:
+    sys.exit(1)  # which would say that verification failed
+
+
+def recurse(*_: object) -> None:
+    recurse()
+
+
+def raising(error: BaseException):
+    def wrapped(*_: object) -> None:
+        raise error
+
+    return wrapped
+
+
 @pytest.mark.parametrize("verbose", [False, True])
-def test_mistake_of_ours(edkm, saved, work, monkeypatch, verbose):
-    monkeypatch.setattr(inspect_command, "_describe_checkpoint", broken)
-    result = edkm("inspect", saved, "--log-file", "log.txt", *(["--verbose"] if verbose else []))
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (broken, "KeyError: 'a mistake'"),
+        (raising(Panic("in Rust\nand more")), "Panic: in Rust"),
+        (raising(Unprintable()), "Unprintable"),
+        (raising(ValueError("a name \udcff")), "ValueError: a name"),
+        (leave, "SystemExit: 1"),
+        (recurse, "RecursionError: maximum recursion depth exceeded"),
+        (raising(AssertionError()), "AssertionError"),
+    ],
+    ids=["error", "panic", "unprintable", "surrogate", "exit", "recursion", "assertion"],
+)
+def test_mistake_of_ours(edkm, saved, work, tmp_path, monkeypatch, verbose, log, fault, words):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(inspect_command, "_describe_checkpoint", fault)
+    options = [*(["--log-file", "log.txt"] if log else []), *(["--verbose"] if verbose else [])]
+    result = edkm("inspect", saved, *options)
     assert result.status == 70
-    assert "a mistake of edkm-export, not yours: KeyError: 'a mistake'" in result.err
-    assert ("Traceback" in result.err) is verbose and ("--verbose" in result.err) is not verbose
-    assert "Traceback" in (work / "log.txt").read_text(encoding="utf-8")
+    (line,) = [line for line in result.err.splitlines() if line.startswith("edkm-export: ")]
+    assert line.startswith(f"edkm-export: this is our mistake, not yours: {words}") and "report it with" in line
+    assert result.err.endswith(f"{line}\n")
+    assert ("Traceback" in result.err) is verbose and ("--verbose" in line) is not verbose
+    (path,) = [work / "log.txt"] if log else temporary.iterdir()
+    assert path.name in line
+    text = path.read_text(encoding="utf-8")
+    assert "Traceback" in text or fault.__name__ in text
+    assert "edkm-export" in text and str(saved) in text
+    assert log is (list(temporary.iterdir()) == [])
+
+
+def test_mistake_of_ours_without_a_place_for_the_log(edkm, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    monkeypatch.setattr(inspect_command, "_describe_checkpoint", broken)
+    result = edkm("inspect", saved)
+    assert result.status == 70 and "report it with the output of --verbose" in result.message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("can't start new thread"),
+        ImportError("libtorch.so: failed to map segment from shared object"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_no_mistake_of_ours(edkm, saved, monkeypatch, error):
+    monkeypatch.setattr(inspect_command, "_describe_checkpoint", raising(error))
+    result = edkm("inspect", saved)
+    assert result.status == 2 and result.message.startswith("out of memory; ")
+
+
+def test_too_many_open_files_are_no_mistake_of_ours(edkm, saved, monkeypatch):
+    error = OSError(errno.EMFILE, "Too many open files", "model.pt")
+    monkeypatch.setattr(inspect_command, "_describe_checkpoint", raising(error))
+    result = edkm("inspect", saved)
+    assert result.status == 2 and "ulimit -n" in result.message

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,11 @@ from converters.coreml.read.program import Function
 from converters.coreml.read.values import TensorType
 from edkm_export.errors import EdkmExportError, InputError
 
-__all__ = ["Diary", "Predictor"]
+__all__ = ["Diary", "NoProgram", "Predictor"]
+
+
+class NoProgram(RuntimeError):
+    """A test asks for what is no ML program: a neural network, or what Core ML's compiler makes."""
 
 
 @dataclass
@@ -29,12 +34,18 @@ class Diary:
     Attributes:
         predictions: how many succeeded.
         fault: what the last one that failed raised.
+        arrays: all that were predicted.
         half: arrays that a program with float16 in it made.
     """
 
     predictions: int = 0
     fault: Exception | None = None
+    arrays: list[np.ndarray] = field(default_factory=list)
     half: list[np.ndarray] = field(default_factory=list)
+
+    def made(self, *arrays: Any) -> int:
+        """How many of these are predictions."""
+        return sum(any(one is made for made in self.arrays) for one in arrays)
 
     def rounded(self, *arrays: Any) -> bool:
         """Tell whether one of these came out of a program with float16 in it."""
@@ -68,20 +79,37 @@ class Predictor:
 
     def __init__(self, path: str, compute_units: str, function: str, hints: Any, asset: Any) -> None:
         if not path.rstrip("/").endswith(".mlpackage"):
-            raise RuntimeError(f"{path} holds no ML program")
+            raise NoProgram(f"{path or 'an asset in memory'} holds no ML program on disk")
         self._path, self._function = path, function or None
         self._fault: Exception | None = None
+        self._predict_ns, started = 0, time.perf_counter_ns()
         try:
             self._package = load_package(path)
         except EdkmExportError as error:
             self._fault = (
                 error  # told when it is asked to predict, as a model that only converts needs no interpreter
             )
+        else:
+            if function and function not in self._package.functions:
+                raise RuntimeError(f"{path} has no function {function!r}")
+        self._load_ns = time.perf_counter_ns() - started
 
     @staticmethod
     def maximum_supported_specification_version() -> int:
         """Of macOS 15."""
         return 9
+
+    def get_compiled_model_path(self) -> str:
+        """The package itself, which stands in for what Core ML would compile it to."""
+        return self._path
+
+    def get_load_duration_in_nano_seconds(self) -> int:
+        """Time that loading took."""
+        return self._load_ns
+
+    def get_last_predict_duration_in_nano_seconds(self) -> int:
+        """Time of the last prediction."""
+        return self._predict_ns
 
     def newState(self) -> _State:
         """A fresh state."""
@@ -89,6 +117,7 @@ class Predictor:
 
     def predict(self, data: Mapping[str, Any], state: _State | None) -> dict[str, Any]:
         """Predict; inputs are converted to the declared types, as Core ML does."""
+        started = time.perf_counter_ns()
         try:
             if self._fault is not None:
                 raise self._fault
@@ -108,8 +137,11 @@ class Predictor:
             Predictor.diary.fault = error
             raise
         Predictor.diary.predictions += 1
+        self._predict_ns = time.perf_counter_ns() - started
+        arrays = [value for value in result.values() if isinstance(value, np.ndarray)]
+        Predictor.diary.arrays += arrays
         if any(kind.dtype.name == "float16" for kind in _types(function)):
-            Predictor.diary.half += [value for value in result.values() if isinstance(value, np.ndarray)]
+            Predictor.diary.half += arrays
         return result
 
     def batchPredict(self, data: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -120,7 +152,7 @@ class Predictor:
 def _given(function: Function, name: str, value: Any) -> Any:
     """An input as a tensor of the declared type, as Core ML converts it."""
     if name in function.images and not isinstance(value, np.ndarray):
-        return from_image(value, function.images[name], name)
+        return from_image(value, function.inputs[name], function.images[name])
     if not isinstance(value, np.ndarray) or name not in function.inputs:
         return value
     declared = function.inputs[name].type

@@ -13,7 +13,7 @@ from edkm_export.decoder.build import decoder_config
 from edkm_export.decoder.config import FULL, SLIDING
 from edkm_export.decoder.families import FAMILIES
 from edkm_export.errors import ConversionError
-from tests.helpers.odd_families import CASES
+from tests.helpers.odd_families import CASES, keys_of, plain
 
 
 def config_of(case: str, **changes: Any) -> dict[str, Any]:
@@ -23,8 +23,24 @@ def config_of(case: str, **changes: Any) -> dict[str, Any]:
     return {**transformers.AutoConfig.for_model(kind, **copied).to_dict(), **changes}
 
 
-def test_every_family_has_cases():
-    assert {kind for kind, _ in CASES.values()} == set(FAMILIES)
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [(kind, key) for kind in FAMILIES for key in keys_of(kind)],
+)
+def test_values_of_another_type_are_refused(kind, key):
+    """Whatever a key should hold, it is no set of numbers."""
+    config = {**plain(kind), "model_type": kind, key: {1, 2}}
+    with pytest.raises(ConversionError, match=rf"^model.pt: {key}\b.* {{1, 2}}"):
+        decoder_config(config, "model.pt")
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_required_keys_are_named(kind):
+    for key, field in keys_of(kind).items():
+        if field.is_required():
+            config = {name: value for name, value in plain(kind).items() if name != key}
+            with pytest.raises(ConversionError, match=f"lacks '{key}'; palettize the model again"):
+                decoder_config({**config, "model_type": kind}, "model.pt")
 
 
 @pytest.mark.parametrize(
@@ -84,8 +100,9 @@ def test_heads_that_do_not_divide_the_hidden_size():
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gemma3", "gemma", "phi", None])
 def test_other_families_are_refused(model_type):
+    known = ", ".join(FAMILIES)
     with pytest.raises(
-        ConversionError, match=f"model type {model_type!r} cannot be exported yet; supported are gemma2, "
+        ConversionError, match=f"model type {model_type!r} cannot be exported yet; supported are {known}"
     ):
         decoder_config({"model_type": model_type}, "model.pt")
 
@@ -105,23 +122,24 @@ def test_layers_are_those_of_transformers_without_layer_types(case):
         assert decoder_config({**config, **pattern}, "model.pt").layer_kinds == kinds
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
-    case=st.sampled_from(["qwen2", "qwen3", "gemma2", "gemma3"]),
+    kind=st.sampled_from([kind for kind in FAMILIES if "layer_types" in keys_of(kind)]),
     layers=st.integers(1, 13),
     first=st.integers(0, 14),
     pattern=st.integers(1, 7),
     slides=st.booleans(),
 )
-def test_layer_patterns_are_those_of_transformers(case, layers, first, pattern, slides):
-    kind, arguments = CASES[case]
-    given_keys = {
-        **arguments,
+def test_layer_patterns_are_those_of_transformers(kind, layers, first, pattern, slides):
+    given_keys = plain(kind) | {
         "num_hidden_layers": layers,
         "max_window_layers": first,
         "use_sliding_window": slides,
         "sliding_window": 5,
         "sliding_window_pattern": pattern,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": pattern,
+        "layer_types": None,
     }
     of_transformers = transformers.AutoConfig.for_model(kind, **given_keys).layer_types
     found = decoder_config({"model_type": kind, **given_keys}, "model.pt").layer_kinds

@@ -146,11 +146,11 @@ def _set(key: str, value: Any) -> Callable[[Path, Checkpoint], None]:
 
 
 COREAI_MUTATIONS = [
-    Mutation("bytes", "a LUT entry", _change_palette(GATE, lut=True)),
+    Mutation("bytes", "a LUT entry", _change_palette(GATE, lut=True), module="model.layers.0.mlp.gate_proj"),
     Mutation("bytes", "an index", _change_palette(UP, lut=False)),
     Mutation("bytes", "an index of one bit", _change_palette(Q, lut=False)),
-    Mutation("bytes", "a norm weight", _change_dense(NORM)),
-    Mutation("bytes", "the sines of the positions", _rope),
+    Mutation("bytes", "a norm weight", _change_dense(NORM), module="model.layers.1.input_layernorm"),
+    Mutation("bytes", "the sines of the positions", _rope, module="model.rotary_emb"),
     Mutation("attributes", "the epsilon of the norms", _epsilon),
     Mutation(
         "ops",

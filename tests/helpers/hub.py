@@ -55,20 +55,20 @@ def running_hub() -> Iterator[Hub]:
                 self.answer(b"{}", status, {"X-Error-Code": code})
                 return
             folder = hub.models[name]
-            files = sorted(each for each in folder.iterdir() if each.is_file())
+            files = sorted(each for each in folder.rglob("*") if each.is_file())
             commit = hashlib.sha1(name.encode()).hexdigest()
             if not path.startswith("/api/"):  # OWNER/NAME/resolve/COMMIT/FILE
-                content = (folder / rest[2]).read_bytes()
+                content = (folder / "/".join(rest[2:])).read_bytes()
                 tag = hashlib.sha256(content).hexdigest()
                 self.answer(content, 200, {"ETag": f'"{tag}"', "X-Repo-Commit": commit})
             elif rest[:1] == ["tree"]:
                 listed = [
-                    {"type": "file", "path": each.name, "size": each.stat().st_size, "oid": "0" * 40}
+                    {"type": "file", "path": each.relative_to(folder).as_posix(), "size": each.stat().st_size, "oid": "0" * 40}
                     for each in files
                 ]
                 self.answer(json.dumps(listed).encode(), 200)
             else:
-                siblings = [{"rfilename": each.name} for each in files]
+                siblings = [{"rfilename": each.relative_to(folder).as_posix()} for each in files]
                 self.answer(json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode(), 200)
 
         def answer(self, content: bytes, status: int, headers: dict[str, str] | None = None) -> None:

@@ -1,20 +1,26 @@
 """Small random models of every family, in odd shapes, for comparison with transformers' own.
 
-`build("gemma3: odd")` gives a model. Norm weights and biases are random too: with the usual ones and zeros, a
+They are made from what each family declares, so that a new one needs no line here. `build("gemma3: odd")` gives a
+model. Norm weights and biases are random too: with the usual ones and zeros, a
 decoder that forgot them would pass.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
+import pytest
 import torch
 import transformers
+from pydantic.fields import FieldInfo
 
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.decoder.families import FAMILIES
+from edkm_export.decoder.families.settings import Activation
 
-__all__ = ["CASES", "EXPORTED", "build", "build_case", "checkpoint_of"]
+__all__ = ["CASES", "EXPORTED", "SAMPLED", "build", "build_case", "checkpoint_of", "keys_of", "plain"]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -25,78 +31,77 @@ _SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_GPT2: dict[str, Any] = {
-    "vocab_size": 96,
     "n_positions": 64,
     "n_embd": 32,
     "n_layer": 2,
     "n_head": 4,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
-_ONE_HEAD = {"num_key_value_heads": 1, "head_dim": 10, "hidden_size": 36, "intermediate_size": 20}
+_ODD_SIZES: dict[str, Any] = {
+    "hidden_size": 40,
+    "intermediate_size": 20,
+    "num_key_value_heads": 1,
+    "head_dim": 14,
+    "n_embd": 27,
+    "n_head": 3,
+}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _MIXED = ["sliding_attention", "full_attention"]
-_LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0, 1.1, 1.3],
-    "long_factor": [1.5, 2.0, 4.0],
-    "partial_rotary_factor": 0.75,
-}
+
+
+def keys_of(kind: str) -> dict[str, FieldInfo]:
+    """What a family takes from a configuration: {key: field}."""
+    return {field.alias or name: field for name, field in FAMILIES[kind].model_fields.items()}
+
+
+def plain(kind: str) -> dict[str, Any]:
+    """A small configuration of a family, with the first example of each of its fields."""
+    keys = keys_of(kind)
+    sizes = {key: size for key, size in _SIZES.items() if key in keys and keys[key].examples != []}
+    return {**_TOKENS, **sizes, **{key: field.examples[0] for key, field in keys.items() if field.examples}}
+
+
+def odd(kind: str) -> dict[str, Any]:
+    """Odd sizes, one key/value head, every switch turned, and the last example of each field."""
+    keys = keys_of(kind)
+    given = plain(kind)
+    given |= {key: size for key, size in _ODD_SIZES.items() if key in given}
+    for key, field in keys.items():
+        if field.examples:
+            given[key] = field.examples[-1]
+        elif field.annotation is bool:
+            given[key] = not field.default
+        elif field.annotation == Activation:
+            given[key] = "gelu"
+    return given
+
+
+def _name(kind: str) -> str:
+    """Of a plain case."""
+    return kind.removesuffix("_text")
+
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", _SIZES),
-    "llama: gelu": ("llama", {**_SIZES, "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True}),
-    "mistral": ("mistral", {**_SIZES, "sliding_window": 7}),
-    "mistral: no window": ("mistral", {**_SIZES, **_ONE_HEAD, "sliding_window": None}),
-    "qwen2": ("qwen2", {**_SIZES, "tie_word_embeddings": True}),
-    "qwen2: windows": (
-        "qwen2",
-        {**_SIZES, **_ONE_HEAD, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    ),
-    "qwen3": ("qwen3", {**_SIZES, "tie_word_embeddings": True}),
+    **{_name(kind): (kind, plain(kind)) for kind in FAMILIES},
+    **{f"{_name(kind)}: odd": (kind, odd(kind)) for kind in FAMILIES},
+    "qwen2: windows": ("qwen2", {**plain("qwen2"), "use_sliding_window": True, "max_window_layers": 1}),
     "qwen3: windows and biases": (
         "qwen3",
-        {
-            **_SIZES,
-            **_ONE_HEAD,
-            "attention_bias": True,
-            "use_sliding_window": True,
-            "sliding_window": 3,
-            "layer_types": _MIXED,
-        },
-    ),
-    "gemma2": ("gemma2", {**_SIZES, "sliding_window": 6, "query_pre_attn_scalar": 20}),
-    "gemma2: no caps": (
-        "gemma2",
-        {
-            **_SIZES,
-            **_ONE_HEAD,
-            "tie_word_embeddings": False,
-            "attention_bias": True,
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-            "sliding_window": 9,
-            "layer_types": _MIXED[::-1],
-        },
+        {**plain("qwen3"), "attention_bias": True, "use_sliding_window": True, "layer_types": _MIXED},
     ),
     "gemma2: low caps": (
         "gemma2",
-        {**_SIZES, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0, "sliding_window": 1},
+        {
+            **plain("gemma2"),
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+            "sliding_window": 1,
+        },
     ),
-    "gemma3": ("gemma3_text", {**_SIZES, "sliding_window": 6, "sliding_window_pattern": 2}),
     "gemma3: scaled RoPE": (
         "gemma3_text",
         {
-            **_SIZES,
-            **_ONE_HEAD,
+            **plain("gemma3_text"),
             "num_hidden_layers": 3,
-            "sliding_window": 4,
-            "final_logit_softcapping": 3.0,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
@@ -104,37 +109,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "phi3": ("phi3", {**_SIZES, "sliding_window": 11}),
     "phi3: longrope": (
         "phi3",
         {
-            **_SIZES,
+            **plain("phi3"),
             "head_dim": 8,
             "num_key_value_heads": 1,
             "original_max_position_embeddings": 48,
             "max_position_embeddings": 192,
             "tie_word_embeddings": True,
-            "rope_parameters": _LONGROPE,
-        },
-    ),
-    "gpt2": ("gpt2", _GPT2),
-    "gpt2: odd": (
-        "gpt2",
-        {
-            **_GPT2,
-            "n_embd": 27,
-            "n_head": 3,
-            "n_inner": 40,
-            "activation_function": "relu",
-            "scale_attn_weights": False,
-            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.3],
+                "long_factor": [1.5, 2.0, 4.0],
+                "partial_rotary_factor": 0.75,
+            },
         },
     ),
 }
-"""{case: (model type, arguments of its configuration)}"""
+"""{case: (model type, arguments of its configuration)}: two of each family, and special ones."""
 
-EXPORTED = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
-"""One case a family whose sizes are also good for palettes of 16 rows."""
+EXPORTED = tuple(_name(kind) for kind in FAMILIES if kind != "llama")
+"""The plain case of each family, whose sizes are also good for palettes of 16 rows; `odd_models` has Llamas."""
+
+_QUICK = ("gemma2", "gemma3", "gpt2", "mistral", "phi3", "qwen3")
+SAMPLED = [case if case in _QUICK else pytest.param(case, marks=pytest.mark.slow) for case in EXPORTED]
+"""The same for tests that take seconds: a few that differ most in the default run, the others where it may be slow."""
 
 
 def build(case: str, seed: int = 0) -> Any:
@@ -144,7 +145,7 @@ def build(case: str, seed: int = 0) -> Any:
 
 def build_case(kind: str, given: dict[str, Any], seed: int = 0) -> Any:
     """A random model of a model type and the arguments of its configuration."""
-    arguments = {key: dict(value) if isinstance(value, dict) else value for key, value in given.items()}
+    arguments = copy.deepcopy(given)  # a config completes its RoPE parameters in place
     deviation = 1 / math.sqrt(given.get("hidden_size", given.get("n_embd")))  # unit gain of each layer
     config = transformers.AutoConfig.for_model(kind, **arguments, initializer_range=deviation)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -154,6 +155,8 @@ def build_case(kind: str, given: dict[str, Any], seed: int = 0) -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.2)
+            elif name.endswith("A_log"):
+                parameter.uniform_(-5, 1)  # heads that remember two tokens, and others that remember hundreds
             elif parameter.dim() == 1:
                 parameter.uniform_(centre - 0.5, centre + 0.5)
     return model.float().eval()

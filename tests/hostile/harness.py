@@ -193,7 +193,8 @@ def _watch(folder: Path, tell: Callable[[str], None]) -> None:
                 tell(f"execution: {event} {words[:300]}")
         elif event == "open" and isinstance(given[0], str | bytes) and isinstance(given[1], str):
             path = os.path.realpath(os.fsdecode(given[0]))
-            if set(given[1]) & set("wax+") and not path.startswith(allowed):
+            compiled = "__pycache__" in path  # of our own modules, by Python
+            if set(given[1]) & set("wax+") and not compiled and not path.startswith(allowed):
                 tell(f"wrote to {path}")
         elif event == "import" and isinstance(given[1], str) and given[1].startswith(str(folder)):
             tell(f"execution: import of {given[1]}")

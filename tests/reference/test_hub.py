@@ -14,7 +14,14 @@ import pytest
 from edkm_export.errors import InputError
 from edkm_export.hub_id import is_hub_id
 from edkm_export.reference import hub as hub_module
-from edkm_export.reference.source import Source, account, load_config
+from edkm_export.reference.source import (
+    Source,
+    account,
+    embedding_settings,
+    load_config,
+    load_embedding_model,
+)
+from tests.helpers.embedding_models import CASES, write_folder
 from tests.helpers.hub import Hub, running_hub
 
 
@@ -61,6 +68,19 @@ def test_account_of_a_hub_model(hub, uploaded):
     hub.requests.clear()
     assert account(Source.parse("someone/small").locate()) == found
     assert asked(hub) == ["/api/models/someone/small"]
+
+
+def test_embedding_model(hub, tmp_path):
+    """The folders of its modules are fetched, those of other formats are not."""
+    folder = write_folder(CASES["dense tanh"], tmp_path / "uploaded")
+    (folder / "onnx").mkdir()
+    (folder / "onnx/config.json").write_text("{}")
+    hub.models["someone/embeddings"] = folder
+    source = Source.parse("someone/embeddings").locate()
+    assert embedding_settings(source) == embedding_settings(Source.parse(folder))
+    found = load_embedding_model(source)
+    assert found.dense[1].weight.equal(load_embedding_model(Source.parse(folder)).dense[1].weight)
+    assert not any("onnx/" in path for path in hub.requests)
 
 
 def test_command_line_asks_once(hub, tmp_path):

@@ -189,8 +189,9 @@ def edit_settings(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
 
 
 def test_a_run_of_an_older_version_goes_on_to_the_same_bits(whole: Path, cut: Path) -> None:
-    """It stored fewer settings, and called indices codes."""
+    """It stored fewer settings, called indices codes, and did not list the files of a checkpoint."""
     edit_settings(cut, lambda settings: (settings.pop("record_steps"), settings.pop("chat")))
+    (cut / "checkpoints" / "checkpoint-4" / "complete.json").write_text('{"elapsed": 1.5, "step": 4}')
     path = cut / "checkpoints" / "checkpoint-4" / run_checkpoints.WEIGHTS
     state = torch.load(path, weights_only=True)
     old = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 
 from edkm_export.checkpoint import load
+from edkm_export.cli.train import command
 from edkm_export.training import run, run_checkpoints
-from edkm_export.training.run_folder import RunFolder
 from edkm_export.training.train_config import PRESETS
 from edkm_export.training.trainer import PaletteTrainer
 from tests.helpers.odd_models import build, build_tokenizer, save
@@ -172,18 +174,75 @@ def test_nothing_is_left(train, tiny_llama, work, monkeypatch, point, error, exi
     monkeypatch.chdir(work)
 
 
-def test_a_run_that_was_killed_while_it_replaced_another(train, tiny_llama, work):
-    """What it had set aside comes back when the next try fails as well, and goes when that makes a step."""
+def killed_while(train: Callable[..., Any], model: Path, point: str, *options: object) -> None:
+    """The command in a process that is killed there."""
+    child = os.fork()
+    if not child:
+        with pytest.MonkeyPatch.context() as patch:
+            where = {"preparing": run, "stepping": PaletteTrainer}[point]
+            name = {"preparing": "prepare", "stepping": "compute_loss"}[point]
+            patch.setattr(where, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+            train(model, *options)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("point", ["preparing", "stepping"])
+def test_a_run_that_is_killed_before_its_first_step(train, tiny_llama, work, point):
+    """There is no run then, or the one that it was to replace; the next one removes what else there is."""
+    killed_while(train, tiny_llama, point)
+    assert not Path("run").exists()
+    assert train(tiny_llama).status == 0 and set(work.iterdir()) == {work / "run"}
+    before = snapshot(work / "run")
+    killed_while(train, tiny_llama, point, "--overwrite")
+    assert snapshot(work / "run") == before
+    assert train(tiny_llama, "--resume").status == 0 and set(work.iterdir()) == {work / "run"}
+
+
+def test_one_of_two_runs_in_a_folder_proceeds(train, tiny_llama, monkeypatch):
+    """The other one says why it does not, whenever it starts and whatever it is to do."""
     assert train(tiny_llama).status == 0
-    before = snapshot(work)
-    RunFolder(Path("run")).start()  # and no more
-    killed = RunFolder(Path("run"))
-    killed.start()
-    killed.discard()
-    assert snapshot(work) == before
-    RunFolder(Path("run")).start()
+    refused, real = [], {"prepare": run.prepare, "compute_loss": PaletteTrainer.compute_loss}
+
+    def meanwhile(name: str) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(run, "prepare", lambda *_, **__: pytest.fail("two runs"))
+                refused.extend(
+                    attempt(tiny_llama, *how) for how in ([], ["--resume"], ["--overwrite"])
+                )
+            return real[name](*arguments, **options)
+
+        return wrapped
+
+    def attempt(model: Path, *options: object) -> str:
+        outcome = CliRunner().invoke(
+            command, [*map(str, (model, "--data", DATA, "-o", "run", *QUICK, *options))]
+        )
+        return str(outcome.exception)
+
+    monkeypatch.setattr(run, "prepare", meanwhile("prepare"))
+    monkeypatch.setattr(PaletteTrainer, "compute_loss", meanwhile("compute_loss"))
+    assert train(tiny_llama, "--overwrite").status == 0
+    assert len(refused) == 3 * 3
+    assert set(refused) == {"run is being written by another process; wait for it, or choose another -o."}
+
+
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+def test_a_folder_that_holds_leftovers_alone(train, tiny_llama, option):
+    Path("run/.metadata.json.partial").mkdir(parents=True)
+    Path("run/.metadata.json.x7.partial").mkdir()
+    assert train(tiny_llama, option).status == 0
+    assert load(Path("run/model.pt")).palettized and not list(Path("run").glob(".*"))
+
+
+def test_a_link_to_a_folder_of_a_run(train, tiny_llama, tmp_path):
+    """The run lies where the link points, and the link stays."""
+    (tmp_path / "large").mkdir()
+    Path("run").symlink_to(tmp_path / "large", target_is_directory=True)
+    assert train(tiny_llama, "--overwrite").status == 0
     assert train(tiny_llama, "--resume").status == 0
-    assert not Path("run/.replaced").exists()
+    assert Path("run").is_symlink() and (tmp_path / "large" / "model.pt").is_file()
 
 
 def test_a_folder_that_was_there_stays(train, tiny_llama, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -96,6 +96,20 @@ class CoreAIArtifact:
     def rounded_session(self) -> None:
         """None: the twin rounds already."""
         return None
+
+    def trace(
+        self, execution: str, tokens: Tensor, observe: Callable[[str, Tensor], None], cached: int = 0
+    ) -> None:
+        """Run a text in the twin and show the value of each operation; see `artifact.protocol.Traceable`.
+
+        The twin stands for the file itself, too, whose operations would take seconds a token.
+        """
+        runtime = self._model.observed()
+        session = new_session(self._model, runtime=runtime)
+        if cached:
+            session.feed(tokens[:cached].long())
+        runtime.observer = observe
+        session.feed(tokens[cached:].long())
 
     def decoded_elsewhere(self) -> Iterator[tuple[str, Tensor]]:
         """Weights as Apple's runtime decodes them from the palettes on disk; see `artifact.protocol.Decoding`."""

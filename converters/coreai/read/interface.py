@@ -5,10 +5,12 @@ The demands are those of `swift/Sources/CoreAILanguageModels/InferenceEngines` i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from converters.coreai.format import (
     CAUSAL_MASK,
+    COLUMN_STATES,
     EMBEDDING_TABLE,
     EXTEND,
     GATHERED,
@@ -21,6 +23,7 @@ from converters.coreai.format import (
     POSITION_IDS,
     PROMPT,
     QUERY_LENGTHS,
+    RECURRENT_STATES,
     STATIC_KEY_CACHE,
     STATIC_LOGITS,
     STATIC_VALUE_CACHE,
@@ -39,6 +42,7 @@ from edkm_export.errors import PackageError
 __all__ = ["check_interface"]
 
 _MOST_STATE_ROW = 1 << 24  # elements of a state for each position
+_MOST_FIXED = 1 << 30  # elements of a state that does not grow; real ones have some ten millions
 
 
 def check_interface(program: Program, description: Description) -> None:
@@ -60,12 +64,15 @@ def _check_dynamic(program: Program, description: Description) -> None:
     _same(function, "inputs", function.inputs, {INPUT_IDS: anything, POSITION_IDS: anything})
     logits = TensorType("float16", (1, None, description.vocab_size))
     _same(function, "outputs", function.outputs, {LOGITS: logits})
-    if list(function.states) != [KEY_CACHE, VALUE_CACHE]:
+    others = [name for name in (COLUMN_STATES, RECURRENT_STATES) if name in function.states]
+    if list(function.states) != [KEY_CACHE, VALUE_CACHE, *others]:
         raise PackageError(
             f"function {MAIN} has states {_words(function.states)}; expected {KEY_CACHE} and {VALUE_CACHE}, in this "
-            "order."
+            f"order, and behind them at most {COLUMN_STATES} and {RECURRENT_STATES}."
         )
-    keys, values = function.states.values()
+    for name in others:
+        _check_fixed(function, name)
+    keys, values = function.states[KEY_CACHE], function.states[VALUE_CACHE]
     shape = keys.shape
     fixed = [size for axis, size in enumerate(shape) if axis != 3 and size is not None]
     free = len(shape) == 5 and shape[3] is None and len(fixed) == 4 and shape[1] == 1
@@ -76,6 +83,19 @@ def _check_dynamic(program: Program, description: Description) -> None:
         raise PackageError(
             f"function {MAIN} has states {_words(function.states)}; expected both as float16 [layers, 1, kv_heads, ?, "
             "head_dim]."
+        )
+
+
+def _check_fixed(function: Function, name: str) -> None:
+    """A state that does not grow: [layers, 1, width, channels], or [layers, 1, heads, key_dim, value_dim]."""
+    kind = function.states[name]
+    element, rank = ("float16", 4) if name == COLUMN_STATES else ("float32", 5)
+    sizes = [size for size in kind.shape if size is not None]
+    whole = len(sizes) == len(kind.shape) == rank and sizes[1] == 1
+    if kind.element != element or not whole or not 0 < math.prod(sizes) <= _MOST_FIXED:
+        raise PackageError(
+            f"function {function.name} has states {_words(function.states)}; expected {name} as {element} of {rank} axes, "
+            "the second of size one."
         )
 
 

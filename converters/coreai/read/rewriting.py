@@ -3,19 +3,21 @@
 The runtime for Linux decodes every palette at every call, and multiplies float16 matrices with a float16 accumulator.
 The *twin* is the program of the file, loaded and rewritten by Apple's package in two places: each palette is replaced
 by its dense weight, as our reader decodes it, and each product of float16 matrices is computed in float32 and rounded
-once. Everything else is as the file has it.
+once. Everything else is as the file has it. A twin that is *observed* also gives what happens inside of it, for
+localization.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 
 from converters.coreai.backend import load_authoring
-from converters.coreai.read.asset import load_asset
+from converters.coreai.read.asset import Asset, load_asset
+from converters.coreai.read.observing import observe
 from converters.coreai.read.weights import StoredPalette
 from edkm_export.errors import PackageError
 
@@ -23,27 +25,35 @@ __all__ = ["write_decoders", "write_twin"]
 
 _LUT_TO_DENSE = "coreai.lut_to_dense"
 _PRODUCTS = ("coreai.decomposable.broadcasting_batch_matmul", "coreai.batch_matmul")
-_GRAPH = "coreai.graph"
+_GRAPH, _PRIVATE = "coreai.graph", "priv"
 
 
-def write_twin(path: Path, output: Path) -> None:
+def write_twin(path: Path, output: Path, *, observed: bool = False) -> dict[str, dict[str, str]]:
     """Write the twin of an asset.
 
     Args:
         path: of the asset.
         output: of the twin, ending in .aimodel; does not exist.
+        observed: its functions also give the value of each operation.
+
+    Returns:
+        {function: {output: operation that makes it}} of the values that are given besides, in order.
 
     Raises:
         PackageError: Apple's package and our reader see different palettes.
     """
     core = load_authoring()
-    palettes = load_asset(path).palettes()
+    asset = load_asset(path)
+    palettes = asset.palettes()
     program = core.Asset.load(path).program
     module = program._module._mlir_module  # no public way to its operations
     lookups: list[Any] = []
     products: list[Any] = []
+    functions: list[Any] = []
 
     def visit(operation: Any) -> Any:
+        if operation.name == _GRAPH and _PRIVATE not in operation.attributes:
+            functions.append(operation)
         if operation.name == _LUT_TO_DENSE:
             lookups.append(operation)
         elif operation.name in _PRODUCTS and operation.parent.name == _GRAPH:
@@ -56,14 +66,29 @@ def write_twin(path: Path, output: Path) -> None:
             f"{path}: our reader finds {len(palettes)} palettes, Apple's package {len(lookups)}."
         )
     with module.context, core.ir.Location.unknown():
-        for operation, palette in zip(lookups, palettes, strict=True):
+        weights = [
             _replace_palette(core, operation, palette)
+            for operation, palette in zip(lookups, palettes, strict=True)
+        ]
         for operation in products:
             _widen_product(core, operation)
+        named = list(zip(weights, _names(asset, palettes), strict=True))
+        values = {
+            str(function.attributes["sym_name"].value): observe(core, function, named)
+            for function in functions
+            if observed
+        }
     program.save_asset(output)
+    return values
 
 
-def _replace_palette(core: Any, operation: Any, palette: StoredPalette) -> None:
+def _names(asset: Asset, palettes: Sequence[StoredPalette]) -> list[str]:
+    """Of the parameter that each palette holds."""
+    told = {entry.digest: name for name, entry in asset.description.palettized.items()}
+    return [told.get(palette.digest, "") for palette in palettes]
+
+
+def _replace_palette(core: Any, operation: Any, palette: StoredPalette) -> Any:
     result = operation.results[0]
     shape = palette.dense_shape
     if tuple(result.type.shape) != shape:
@@ -75,6 +100,7 @@ def _replace_palette(core: Any, operation: Any, palette: StoredPalette) -> None:
         constant = core.ops.ConstantOp(value=core.elements(result.type, weight)).result
     result.replace_all_uses_with(constant)
     operation.erase()
+    return constant
 
 
 def _widen_product(core: Any, operation: Any) -> None:

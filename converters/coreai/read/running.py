@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from functools import cached_property
@@ -14,6 +15,7 @@ from converters.coreai.format import ASSET_SUFFIX
 from converters.coreai.read.asset import Asset
 from converters.coreai.read.composed import check_composed
 from converters.coreai.read.interface import check_interface
+from converters.coreai.read.observing import ObservedRuntime
 from converters.coreai.read.runtime import DEADLINE_S, AppleRuntime, Child
 from edkm_export.errors import PackageError
 
@@ -60,13 +62,25 @@ class RunningModel:
     @cached_property
     def twin(self) -> AppleRuntime:
         """The twin: the same program with decoded weights and float32 products, see `rewriting`."""
-        path = Path(self._folder.name) / f"twin{ASSET_SUFFIX}"
+        return self._start(self._write_twin("twin", observed=False)[0])
+
+    def observed(self) -> ObservedRuntime:
+        """The twin once more, which shows what happens inside."""
+        path, values = self._write_twin("observed", observed=True)
+        return ObservedRuntime(self._start(path), values)
+
+    def _write_twin(self, name: str, *, observed: bool) -> tuple[Path, dict[str, dict[str, str]]]:
+        path = Path(self._folder.name) / f"{name}{ASSET_SUFFIX}"
+        if path.exists():
+            shutil.rmtree(path)
         child = Child(self.name, self._deadline_s)
         try:
-            child.ask({"do": "twin", "path": self.name, "output": str(path)})
+            answer, _ = child.ask(
+                {"do": "twin", "path": self.name, "output": str(path), "observed": observed}
+            )
         finally:
             child.close()
-        return self._start(path)
+        return path, answer["values"]
 
     def decoded(self) -> Iterator[tuple[str, Tensor]]:
         """Weights as the runtime decodes them from the palettes on disk: name, float16 `shape`.

@@ -60,8 +60,8 @@ class Worker:
         elif what == "twin":
             from converters.coreai.read.rewriting import write_twin
 
-            write_twin(Path(message["path"]), Path(message["output"]))
-            self.send({})
+            values = write_twin(Path(message["path"]), Path(message["output"]), observed=message["observed"])
+            self.send({"values": values})
         elif what == "decode":
             await self._decode(Path(message["path"]), Path(message["output"]))
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from converters.coreai.format import INPUT_IDS, LOGITS, MAIN, POSITION_IDS
+from converters.coreai.format import INPUT_IDS, KEY_CACHE, LOGITS, MAIN, POSITION_IDS, VALUE_CACHE
 from converters.coreai.read.asset import load_asset
+from converters.coreai.read.observing import ObservedRuntime
 from converters.coreai.read.running import RunningModel
 from converters.coreai.read.runtime import zeros
 from converters.coreai.read.static_session import StaticSession
@@ -29,6 +30,7 @@ class CoreAISession:
     Args:
         model: what is run.
         exact: run the file itself; otherwise its twin, see `rewriting`.
+        runtime: runs it instead.
 
     Attributes:
         context: most positions that it can hold.
@@ -41,10 +43,13 @@ class CoreAISession:
 
     has_cache = True
 
-    def __init__(self, model: RunningModel, *, exact: bool = False) -> None:
+    def __init__(
+        self, model: RunningModel, *, exact: bool = False, runtime: ObservedRuntime | None = None
+    ) -> None:
         told = model.asset.description
         self.context, self._vocab_size = told.context, told.vocab_size
-        self._name, self._runtime = model.name, model.exact if exact else model.twin
+        self._name = model.name
+        self._runtime = runtime or (model.exact if exact else model.twin)
         self._states = model.asset.program.public[MAIN].states
         self.reset()
 
@@ -84,20 +89,22 @@ class CoreAISession:
         while self._length < total:
             self._length *= 2
         self._length = min(self._length, self.context)
-        for name in self._states:
+        for name in (KEY_CACHE, VALUE_CACHE):
             self._runtime.grow_state(name, 3, self._length)
 
 
-def new_session(model: RunningModel, *, exact: bool = False) -> CoreAISession | StaticSession:
+def new_session(
+    model: RunningModel, *, exact: bool = False, runtime: ObservedRuntime | None = None
+) -> CoreAISession | StaticSession:
     """A session of the interface that the model has.
 
     Args:
         model: what is run.
         exact: run the file itself, not its twin.
+        runtime: runs it instead.
     """
-    if model.asset.description.interface == "dynamic":
-        return CoreAISession(model, exact=exact)
-    return StaticSession(model, exact=exact)
+    kind = CoreAISession if model.asset.description.interface == "dynamic" else StaticSession
+    return kind(model, exact=exact, runtime=runtime)
 
 
 def open_session(path: str | Path, *, exact: bool = False) -> CoreAISession | StaticSession:

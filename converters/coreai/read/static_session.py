@@ -24,8 +24,9 @@ from converters.coreai.format import (
     gather_name,
     step_name,
 )
+from converters.coreai.read.observing import ObservedRuntime
 from converters.coreai.read.running import RunningModel
-from converters.coreai.read.runtime import AppleRuntime, zeros
+from converters.coreai.read.runtime import zeros
 from edkm_export.context_window import require_room
 from edkm_export.taking_turns import taking_turns
 from edkm_export.token_ids import Ids
@@ -44,6 +45,7 @@ class StaticSession:
     Args:
         model: what is run.
         exact: run the file itself; otherwise its twin, see `rewriting`.
+        runtime: runs it instead.
 
     Attributes:
         context: most positions that it can hold.
@@ -57,13 +59,15 @@ class StaticSession:
 
     has_cache = True
 
-    def __init__(self, model: RunningModel, *, exact: bool = False) -> None:
+    def __init__(
+        self, model: RunningModel, *, exact: bool = False, runtime: ObservedRuntime | None = None
+    ) -> None:
         told = model.asset.description
         self.step = EXTEND
         self.context, self._vocab_size = told.context, told.vocab_size
         self._name, self._ladder = model.name, context_ladder(told.context)
         self._functions = model.asset.program.public
-        self._runtime: AppleRuntime = model.exact if exact else model.twin
+        self._runtime = runtime or (model.exact if exact else model.twin)
         self._runtime.call(LOAD_EMBEDDINGS, {}, keep={EMBEDDING_TABLE: EMBEDDING_TABLE})
         self.reset()
 

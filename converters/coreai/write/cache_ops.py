@@ -1,4 +1,4 @@
-"""Keys and values in states of the program: one functional update a layer, and one copy at the end.
+"""The states of layers in states of the program: one functional update a layer, and one copy at the end.
 
 In-place assignment to a slice converts, but fails in Apple's runtime; the update is therefore an operator of our own,
 lowered to one `slice_update`.
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from converters.coreai.backend import load_authoring
+from converters.coreai.format import COLUMN_STATES, KEY_CACHE, RECURRENT_STATES, VALUE_CACHE
+from edkm_export.decoder.config import DecoderConfig
+from edkm_export.decoder.states import Columns, KeysValues, Recurrence, layers_with
 
 __all__ = ["ColumnCache", "FunctionalCache", "register_cache"]
 
@@ -41,30 +44,70 @@ def _(state: Tensor, new: Tensor, layer: int, step: Tensor) -> Tensor:
     return torch.empty_like(state)
 
 
+@torch.library.custom_op("edkm::layer_update", mutates_args=())
+def _layer_update(state: Tensor, new: Tensor, place: int) -> Tensor:
+    result = state.clone()
+    result[place : place + 1] = new[None]
+    return result
+
+
+@_layer_update.register_fake
+def _(state: Tensor, new: Tensor, place: int) -> Tensor:
+    return torch.empty_like(state)
+
+
 class FunctionalCache:
-    """The cache of one forward pass, for tracing; see `decoder.context.Cache`.
+    """The cache of one forward pass, for tracing; see `decoder.states.Cache`.
 
     Args:
-        keys, values: the states, [layers, 1, kv_heads, length, head_dim].
+        config: of the decoder.
+        states: by name: keys and values [layers that attend, 1, kv_heads, length, head_dim]; columns
+            [layers, 1, width, channels] and recurrences float32 [layers, 1, heads, key_dim, value_dim] where there are.
         begin: position of the first new token; a number or a traced integer.
         end: position after the last new token.
         visible: positions to return, from 0.
+
+    Attributes:
+        states: after the updates so far.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, begin: Any, end: Any, visible: Any) -> None:
-        self.keys, self.values = keys, values
+    def __init__(
+        self, config: DecoderConfig, states: dict[str, Tensor], begin: Any, end: Any, visible: Any
+    ) -> None:
+        self.states = dict(states)
+        self._places = {kind: layers_with(config, kind) for kind in (KeysValues, Columns, Recurrence)}
         self._begin, self._end, self._visible = begin, end, visible
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [1, kv_heads, new, head_dim] -> those of all visible positions."""
-        self.keys, all_keys = self._one(self.keys, layer, keys)
-        self.values, all_values = self._one(self.values, layer, values)
-        return all_keys, all_values
+        place = self._places[KeysValues].index(layer)
+        return self._grown(KEY_CACHE, place, keys), self._grown(VALUE_CACHE, place, values)
 
-    def _one(self, state: Tensor, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
-        state = torch.ops.edkm.cache_update(state, new.to(state.dtype), layer, self._begin, self._end)
-        seen = state.narrow(0, layer, 1).narrow(3, 0, self._visible).squeeze(0)
-        return state, seen.to(new.dtype)
+    def _grown(self, name: str, place: int, new: Tensor) -> Tensor:
+        state = self.states[name]
+        state = torch.ops.edkm.cache_update(state, new.to(state.dtype), place, self._begin, self._end)
+        self.states[name] = state
+        seen = state.narrow(0, place, 1).narrow(3, 0, self._visible).squeeze(0)
+        return seen.to(new.dtype)
+
+    def extend(self, layer: int, columns: Tensor) -> Tensor:
+        """Columns [1, channels, new] -> those kept before and the new ones, [1, channels, width + new]."""
+        state, place = self.states[COLUMN_STATES], self._places[Columns].index(layer)
+        before = state.narrow(0, place, 1).squeeze(0).transpose(1, 2)
+        both = torch.cat((before.to(columns.dtype), columns), 2)
+        last = both.narrow(2, columns.shape[2], state.shape[2]).transpose(1, 2)
+        self.states[COLUMN_STATES] = torch.ops.edkm.layer_update(state, last.to(state.dtype), place)
+        return both
+
+    def matrices(self, layer: int) -> Tensor:
+        """The recurrence so far, float32 [1, heads, key_dim, value_dim]."""
+        place = self._places[Recurrence].index(layer)
+        return self.states[RECURRENT_STATES].narrow(0, place, 1).squeeze(0)
+
+    def keep(self, layer: int, matrices: Tensor) -> None:
+        """Store float32 [1, heads, key_dim, value_dim]."""
+        state, place = self.states[RECURRENT_STATES], self._places[Recurrence].index(layer)
+        self.states[RECURRENT_STATES] = torch.ops.edkm.layer_update(state, matrices, place)
 
 
 class ColumnCache:
@@ -116,6 +159,14 @@ def register_cache(converter: Any) -> None:
             0, [ops.constant([layer + 1, shape[1], shape[2]]), position(end), ops.constant([shape[4]])]
         )
         return ops.slice_update(state, first, last, [1] * 5, ops.expand_dims(new, [0]))
+
+    @converter.register_torch_lowering("edkm::layer_update.default")  # type: ignore[untyped-decorator]
+    def lower_layer(values: dict[Any, Any], node: Any, loc: Any) -> Any:
+        state, new = values[node.args[0].name], values[node.args[1].name]
+        place, shape = node.args[2], list(state.type.shape)
+        first = ops.constant([place, *[0] * (len(shape) - 1)])
+        last = ops.constant([place + 1, *shape[1:]])
+        return ops.slice_update(state, first, last, [1] * len(shape), ops.expand_dims(new, [0]))
 
     @converter.register_torch_lowering("edkm::column_update.default")  # type: ignore[untyped-decorator]
     def lower_columns(values: dict[Any, Any], node: Any, loc: Any) -> Any:

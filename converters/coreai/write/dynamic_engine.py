@@ -2,7 +2,9 @@
 
 From `swift/Sources/CoreAILanguageModels` and `python/src/coreai_models/export/macos.py` of apple/coreai-models, commit
 86b363d: inputs `input_ids` and `position_ids` in this order, both int32, the latter with all positions so far; states
-`keyCache` and `valueCache` that grow; first output `logits` in float16.
+`keyCache` and `valueCache` that grow; first output `logits` in float16. Layers without attention have states that do not:
+`convStates` and `recurrentStates`, from `python/src/coreai_models/models/macos/qwen3_5.py` there, commit a3cfebc; only
+layers of the kind have a place in a state. Ours of recurrences are float32.
 """
 
 from __future__ import annotations
@@ -12,16 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from converters.coreai.format import INPUT_IDS, KEY_CACHE, LOGITS, MAIN, POSITION_IDS, VALUE_CACHE
+from converters.coreai.format import (
+    COLUMN_STATES,
+    INPUT_IDS,
+    KEY_CACHE,
+    LOGITS,
+    MAIN,
+    POSITION_IDS,
+    RECURRENT_STATES,
+    VALUE_CACHE,
+)
 from converters.coreai.write.cache_ops import FunctionalCache
+from converters.coreai.write.delta_loop import loop_rules
 from converters.coreai.write.traced_function import TracedFunction
 from edkm_export.decoder.config import FULL, SLIDING, DecoderConfig
 from edkm_export.decoder.context import Context, causal_mask, sliding_mask
 from edkm_export.decoder.decoder import Decoder
 from edkm_export.decoder.positions import PositionTables
+from edkm_export.decoder.states import Columns, KeysValues, layer_states, layers_with
 
 __all__ = ["DynamicDecoder", "dynamic_function"]
 
+_STATES = (KEY_CACHE, VALUE_CACHE, COLUMN_STATES, RECURRENT_STATES)
 _SHORTEST_CACHE = 64  # traced lower bound of a state; the engine begins with 256
 
 
@@ -42,7 +56,15 @@ class DynamicDecoder(nn.Module):
         self.decoder = decoder
         self.tables = PositionTables(decoder.config, hf_config, context)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        columns: Tensor | None = None,
+        matrices: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the new tokens; the states are updated in place.
 
         Args:
@@ -50,6 +72,8 @@ class DynamicDecoder(nn.Module):
             position_ids: int32 [1, total], 0 to total - 1; the new tokens are the last of them.
             keys: [layers, 1, kv_heads, length, head_dim].
             values: as the keys.
+            columns: [layers, 1, width, channels], of layers with a convolution.
+            matrices: float32 [layers, 1, heads, key_dim, value_dim], of layers with a recurrence.
 
         Returns:
             [1, new, vocab_size].
@@ -64,10 +88,12 @@ class DynamicDecoder(nn.Module):
             masks[SLIDING] = sliding_mask(causal, positions, position_ids, config.sliding_window)
         masks = {kind: mask.to(keys.dtype) for kind, mask in masks.items() if kind in config.layer_kinds}
         context = Context(positions, self.tables(positions), masks)
-        cache = FunctionalCache(keys, values, begin, total, visible=total)
+        given = zip(_STATES, (keys, values, columns, matrices), strict=True)
+        states = {name: state for name, state in given if state is not None}
+        cache = FunctionalCache(config, states, begin, total, visible=total)
         logits = self.decoder(input_ids, context, cache)
-        keys.copy_(cache.keys)
-        values.copy_(cache.values)
+        for name, state in states.items():
+            state.copy_(cache.states[name])
         return logits  # type: ignore[no-any-return]
 
 
@@ -82,8 +108,8 @@ def dynamic_function(
         context: most positions.
         dtype: of activations and states.
     """
-    shape = _state_shape(decoder.config, min(context, 2 * _SHORTEST_CACHE))
-    state = torch.zeros(shape, dtype=dtype)
+    loop_rules(decoder)
+    states = _states(decoder.config, min(context, 2 * _SHORTEST_CACHE), dtype)
     new, total = min(16, context - 2), min(24, context - 1)
     dim = torch.export.Dim
     shortest = min(_SHORTEST_CACHE, context - 1)
@@ -93,20 +119,36 @@ def dynamic_function(
         examples=(
             torch.zeros(1, new, dtype=torch.int32),
             torch.arange(total, dtype=torch.int32)[None],
-            state,
-            state.clone(),
+            *states.values(),
         ),
         dynamic_shapes=(
             {1: dim("new", min=1, max=context)},
             {1: dim("total", min=1, max=context)},
             {3: dim("keys", min=shortest, max=context)},
             {3: dim("values", min=shortest, max=context)},
+            *[None] * (len(states) - 2),
         ),
         inputs=(INPUT_IDS, POSITION_IDS),
-        states=(KEY_CACHE, VALUE_CACHE),
+        states=tuple(states),
         outputs=(LOGITS,),
     )
 
 
-def _state_shape(config: DecoderConfig, length: int) -> tuple[int, ...]:
-    return (config.num_layers, 1, config.num_kv_heads, length, config.head_dim)
+def _states(config: DecoderConfig, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Zeros by name, for tracing."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(config.num_layers):
+        for state in layer_states(config, layer):
+            count = len(layers_with(config, type(state)))
+            if isinstance(state, KeysValues):
+                shape: tuple[int, ...] = (count, 1, state.heads, length, state.head_dim)
+                shapes |= {KEY_CACHE: shape, VALUE_CACHE: shape}
+            elif isinstance(state, Columns):
+                shapes[COLUMN_STATES] = (count, 1, state.width, state.channels)
+            else:
+                shapes[RECURRENT_STATES] = (count, 1, state.heads, state.key_dim, state.value_dim)
+    return {
+        name: torch.zeros(shapes[name], dtype=torch.float32 if name == RECURRENT_STATES else dtype)
+        for name in _STATES
+        if name in shapes
+    }

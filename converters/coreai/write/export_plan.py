@@ -25,6 +25,7 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import empty_decoder
 from edkm_export.decoder.config import DecoderConfig
 from edkm_export.decoder.positions import PositionTables
+from edkm_export.decoder.states import Columns, KeysValues, layers_with
 from edkm_export.errors import ConversionError
 from edkm_export.packing import packed_size_bytes
 from edkm_export.palette import PalettizedTensor
@@ -87,10 +88,16 @@ def plan_coreai(
         BackendMissingError: Core AI is not installed.
     """
     source = str(checkpoint.path or "checkpoint")
+    if checkpoint.embedding is not None:
+        raise ConversionError(
+            f"{checkpoint.path or 'checkpoint'}: holds an embedding model, which is not exported to Core AI; use "
+            "coreml or onnx."
+        )
     if interface not in INTERFACES:
         raise ConversionError(f"--interface {interface!r} is unknown; use one of {', '.join(INTERFACES)}.")
     load_converter()
     config = empty_decoder(checkpoint).config
+    _check_states(config, interface, source)
     if pad_3bit and not any(tensor.n_bits == 3 for tensor in checkpoint.palettized.values()):
         raise ConversionError(
             f"{source}: --pad-3bit is for weights of 3 bits, and it has none; leave it out."
@@ -112,6 +119,17 @@ def plan_coreai(
         config=config,
         weights_size_bytes=size,
     )
+
+
+def _check_states(config: DecoderConfig, interface: str, source: str) -> None:
+    """Refuse layers whose states an engine cannot hold."""
+    if interface == "neural-engine" and layers_with(config, Columns):
+        raise ConversionError(
+            f"{source}: --interface neural-engine feeds some tokens again, which the state of a convolution or a recurrence "
+            "cannot take back; use --interface dynamic."
+        )
+    if not layers_with(config, KeysValues):
+        raise ConversionError(f"{source}: no layer of it attends, and the engine asks for keys and values.")
 
 
 def _static_context(source: str, config: DecoderConfig, asked: int | None) -> int:

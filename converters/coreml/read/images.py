@@ -38,7 +38,7 @@ def read_image(path: Path, declared: FunctionInput, layout: str) -> Tensor:
         layout: its colour layout, such as `BGR`.
 
     Returns:
-        float32 [1, channels, height, width], values as in the file (0 to 255 for 8 bits).
+        of the declared dtype [1, channels, height, width], values as in the file (0 to 255 for 8 bits).
 
     Raises:
         InputError: not an image, or of another size.
@@ -50,7 +50,7 @@ def read_image(path: Path, declared: FunctionInput, layout: str) -> Tensor:
             image = opened.convert(_mode(layout, declared.name))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not an image that can be read ({error}).") from error
-    tensor = from_image(image, layout, declared.name)
+    tensor = from_image(image, declared, layout)
     shape = declared.type.shape
     if shape is not None and len(shape) == 4:
         wanted = [found if size is None else size for size, found in zip(shape, tensor.shape, strict=True)]
@@ -62,18 +62,19 @@ def read_image(path: Path, declared: FunctionInput, layout: str) -> Tensor:
     return tensor
 
 
-def from_image(image: Image, layout: str, name: str) -> Tensor:
-    """An image of Pillow as float32 [1, channels, height, width].
+def from_image(image: Image, declared: FunctionInput, layout: str) -> Tensor:
+    """An image of Pillow as an input [1, channels, height, width] of the declared dtype.
 
     Raises:
         InputError: it has another mode than the layout asks for.
     """
-    mode = _mode(layout, name)
+    mode = _mode(layout, declared.name)
     if image.mode != mode:
-        raise InputError(f"input {name!r} takes an image of mode {mode}, found {image.mode}.")
+        raise InputError(f"input {declared.name!r} takes an image of mode {mode}, found {image.mode}.")
     pixels = torch.from_numpy(np.array(image, np.float32))
     pixels = pixels[None] if pixels.dim() == 2 else pixels.movedim(-1, 0)
-    return (pixels.flip(0) if layout == "BGR" else pixels)[None]
+    ordered = pixels.flip(0) if layout == "BGR" else pixels
+    return ordered[None].to(declared.type.dtype.compute)
 
 
 def to_image(value: Tensor, layout: str, name: str) -> Image:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from converters.coreml.format import (
+    COUNT,
     DECODE,
     HIDDEN_IN,
     HIDDEN_OUT,
@@ -21,6 +22,7 @@ from converters.coreml.format import (
     MASK,
     POSITION,
     PREFILL,
+    RECURRENCE_CACHE,
     TEXT,
     TOKENS,
 )
@@ -35,6 +37,7 @@ from edkm_export.token_ids import Ids
 
 __all__ = ["CoreMLSession", "Runnable", "open_chunks"]
 
+_CHUNK = 64  # tokens
 _FORBIDDEN = -65504.0  # what swift-transformers writes into its mask
 
 
@@ -118,6 +121,8 @@ class CoreMLSession:
     def __init__(
         self, packages: Sequence[Runnable], description: Description, precision: str = "float32"
     ) -> None:
+        if description.interface == "embedding":
+            raise PackageError(f"{packages[0].path}: gives embeddings and continues no text.")
         self.context = description.context
         self.has_cache = description.interface != "logits"
         self._where, self._how = str(packages[0].path), f"{description.interface}, {precision}"
@@ -199,16 +204,25 @@ class _WholeSequence:
 
 
 class _Stateful:
-    """All new tokens in one call."""
+    """All new tokens in one call; of a program with a recurrence so many that its one chunk stays small."""
 
     def __init__(self, packages: Sequence[Runnable], description: Description, precision: str) -> None:
         (self._package,) = packages
         self._precision = precision
+        function = self._package.functions[self._package.default_function]
+        self._most = _CHUNK if RECURRENCE_CACHE in function.states else description.context
 
     def reset(self) -> None:
         self._state = self._package.new_state()
 
     def call(self, tokens: Tensor, used: int) -> Tensor:
+        pieces = []
+        for piece in tokens.split(self._most):
+            pieces.append(self._run(piece, used))
+            used += len(piece)
+        return torch.cat(pieces)
+
+    def _run(self, tokens: Tensor, used: int) -> Tensor:
         inputs = {
             TOKENS: tokens[None].int(),
             MASK: _mask(len(tokens), used, used + len(tokens)),
@@ -247,12 +261,17 @@ class _NeuralEngine:
         common = {
             POSITION: torch.tensor([position], dtype=torch.int32),
             MASK: _mask(new, position, self._context),
+            COUNT: torch.tensor([len(tokens)], dtype=torch.int32),
         }
         outputs: dict[str, Tensor] = {}
         for package, state in zip(self._packages, self._states, strict=True):
             first = {TOKENS: values} if not outputs else {HIDDEN_IN: outputs[HIDDEN_OUT]}
+            # layers without attention need no mask, and only states that do not grow need the count
+            taken = {
+                name: value for name, value in common.items() if name in package.functions[function].inputs
+            }
             outputs = package.run(
-                {**first, **common}, function=function, state=state, precision=self._precision
+                {**first, **taken}, function=function, state=state, precision=self._precision
             )
             if package is not self._packages[-1] and HIDDEN_OUT not in outputs:
                 raise PackageError(f"{package.path}: has no output {HIDDEN_OUT!r}; export it again.")

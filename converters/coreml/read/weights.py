@@ -114,7 +114,7 @@ class Weights:
         return True
 
     def dense(self) -> dict[str, Tensor]:
-        """Constants of at least 10 elements that are not palettized, as stored; other constexprs decoded.
+        """Parameters and constants of at least 10 elements that are not palettized, as stored; other constexprs decoded.
 
         Raises:
             PackageError: one is damaged.
@@ -124,7 +124,8 @@ class Weights:
             users = self._users[output]
             if users and all(user.type.startswith("constexpr_") for user in users):
                 continue
-            if output in self._palettes or (self._constants.declared(output).numel or 0) < _MIN_NUMEL:
+            small = (self._constants.declared(output).numel or 0) < _MIN_NUMEL
+            if output in self._palettes or (small and output not in self._names):
                 continue
             value = self._constants.stored(output)
             if isinstance(value, Tensor):

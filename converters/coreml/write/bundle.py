@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from converters.coreml.format import DECODE, HIDDEN_IN, HIDDEN_OUT, LOGITS, PREFILL, TEXT, TOKENS
+from converters.coreml.format import DECODE, EMBEDDING, HIDDEN_IN, HIDDEN_OUT, LOGITS, PREFILL, TEXT, TOKENS
 from converters.coreml.write.export_plan import ExportPlan
 from converters.coreml.write.packages import export_packages
 from edkm_export._version import __version__
@@ -16,6 +16,7 @@ from edkm_export.checkpoint_record import KEY, CheckpointRecord
 from edkm_export.end_tokens import as_setting, read_object, stored_end_tokens, with_end_tokens
 from edkm_export.errors import ConversionError
 from edkm_export.model_card import FILE
+from edkm_export.sentence_documents import sentence_documents
 
 __all__ = ["write_bundle"]
 
@@ -52,7 +53,15 @@ def write_bundle(checkpoint: Checkpoint, plan: ExportPlan, folder: str | Path, n
 
 
 def _write_settings(checkpoint: Checkpoint, folder: Path) -> None:
-    """config.json and generation_config.json, which name the same end tokens."""
+    """config.json and generation_config.json, which name the same end tokens; of embeddings those of their own."""
+    if checkpoint.embedding is not None:
+        documents = {"config.json": checkpoint.config}
+        documents |= sentence_documents(checkpoint.embedding, int(checkpoint.config["hidden_size"]))
+        for name, document in documents.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            text = json.dumps(document, indent=2, sort_keys=True) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
+        return
     config = with_end_tokens(checkpoint.config, checkpoint.tokenizer)
     documents = {"config.json": config}
     ends = stored_end_tokens(checkpoint.config, checkpoint.tokenizer)
@@ -89,6 +98,9 @@ def _metadata(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, 
     }
     if checkpoint.path is not None:
         known[KEY] = CheckpointRecord.of(checkpoint.path).as_dict()
+    if checkpoint.embedding is not None:
+        known["packages"][0] |= {"input": TEXT, "output": EMBEDDING}
+        known["embedding"] = checkpoint.embedding.model_dump(mode="json")
     if plan.interface == "logits":
         known["packages"][0]["input"] = TEXT
     if plan.interface == "neural-engine":

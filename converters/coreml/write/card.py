@@ -9,6 +9,8 @@ from pathlib import Path
 from converters.coreml.write.export_plan import ExportPlan
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.device_lint import Finding, card_sections
+from edkm_export.embedding_card import MARKED_PROMPTS, prompts_section
+from edkm_export.embedding_settings import EmbeddingSettings
 from edkm_export.escaping import for_markdown, for_swift
 from edkm_export.model_card import FormatCard, code, table
 
@@ -26,15 +28,16 @@ def coreml_card(
         name: file name of the model.
         findings: of the device lint.
     """
+    settings = checkpoint.embedding
     sections = {
         "Packages": _packages(plan, name),
-        "Use": _use(plan, name),
+        "Use": _use(plan, name) if settings is None else _embedding_use(settings, plan),
         "On a Mac": f"None of this was run where the package was made.\n\n{code('sh', mac_commands(plan, name))}",
     }
-    sections |= card_sections(findings)
+    sections |= card_sections(findings) | ({} if settings is None else prompts_section(settings))
     return FormatCard(
         library="coreml",
-        tags=["coreml", *(["swift-transformers"] if plan.interface == "swift-transformers" else [])],
+        tags=["coreml", *_TAGS.get(plan.interface, [])],
         summary=f"A Core ML model for {plan.target} and later",
         facts={
             "interface": plan.interface,
@@ -57,6 +60,12 @@ def mac_commands(
     ]
 
 
+_TAGS = {
+    "swift-transformers": ["swift-transformers"],
+    "embedding": ["sentence-transformers", "sentence-similarity"],
+}
+
+
 def _packages(plan: ExportPlan, name: str) -> str:
     rows = [("file", "layers", "weights")] + [
         (for_markdown(file), f"{layers.first} to {layers.end - 1}", f"{size / 1e6:,.1f} MB")
@@ -73,6 +82,15 @@ def _packages(plan: ExportPlan, name: str) -> str:
     return table(rows) + chained
 
 
+def _embedding_use(settings: EmbeddingSettings, plan: ExportPlan) -> str:
+    marks = "" if settings.include_prompt else MARKED_PROMPTS
+    return (
+        f"`input_ids` and `attention_mask` int32 [1, {plan.context}] give `sentence_embedding` float16 "
+        f"[1, {settings.dimension(plan.hidden_size)}] ({settings.words()}). The tokens of the text stand first, with a "
+        f"1 in the mask each; the rest is padding, with a 0.{marks} Texts are cut to {settings.max_tokens} tokens."
+    )
+
+
 def _use(plan: ExportPlan, name: str) -> str:
     if plan.interface == "swift-transformers":
         words = (
@@ -85,7 +103,8 @@ def _use(plan: ExportPlan, name: str) -> str:
             f"Two functions with static shapes: `prefill` takes {plan.prefill} tokens, `decode` one. Inputs: "
             "`inputIds` int32 [1, n], `position` int32 [1] of the first token, `fullAttentionMask` float16 [1, 1, n, "
             f"{plan.context}], 0 where a token may look and -65504 elsewhere. A prompt's last piece is padded "
-            "on the right; what the padding writes to the cache is overwritten before any token attends to it."
+            "on the right; what the padding writes to the cache is overwritten before any token attends to it. Where "
+            "`prefill` has an input `tokenCount`, int32 [1], it takes how many of its tokens are real."
         )
         return f"{words}\n\n{_swift(_NEURAL_ENGINE, name)}"
     return (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from converters.coreml.backend import load_coremltools, quiet
 from converters.coreml.format import PARAMETERS_KEY
 from converters.coreml.write.deployment_target import parse_target
+from converters.coreml.write.state_cache import FLOAT32_MODULES
 from converters.coreml.write.strided import lean_casts
 from converters.coreml.write.targets import check_target
 from converters.coreml.write.traceable import TraceableModule, make_traceable, named_arguments
@@ -112,7 +113,7 @@ def convert(
                     outputs=None if outputs is None else list(outputs),
                     states=None if states is None else list(states),
                     minimum_deployment_target=getattr(ct.target, target),
-                    compute_precision=ct.precision.FLOAT16,
+                    compute_precision=ct.transform.FP16ComputePrecision(op_selector=_lowers),
                     pass_pipeline=pipeline,
                     skip_model_load=True,
                 )
@@ -135,6 +136,13 @@ def convert(
     for key, value in (metadata or {}).items():
         model.user_defined_metadata[key] = value
     return model
+
+
+def _lowers(operation: Any) -> bool:
+    """False for what stays in float32: operations of modules that need it."""
+    from coremltools.converters.mil.mil.scope import ScopeSource
+
+    return FLOAT32_MODULES.isdisjoint(operation.scopes.get(ScopeSource.TORCHSCRIPT_MODULE_TYPE, ()))
 
 
 def _input_types(arguments: Mapping[str, Tensor]) -> list[Any]:

@@ -13,15 +13,19 @@ from converters.coreml.format import INTERFACES, Interface
 from converters.coreml.write.deployment_target import parse_target
 from converters.coreml.write.neural_engine import Chunk, LayerRange
 from converters.coreml.write.size import predict_size
-from converters.coreml.write.standins import decoder_of_stand_ins
+from converters.coreml.write.standins import decoder_of_stand_ins, embedding_model_of_stand_ins
 from converters.coreml.write.stateful import Stateful
 from converters.coreml.write.targets import check_target
 from converters.coreml.write.vocabulary import RowSplit, plan_split, split_palettes, split_vocabulary
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import decoder_config
 from edkm_export.decoder.decoder import Decoder
+from edkm_export.decoder.embedding.export_interface import chosen_interface
+from edkm_export.decoder.embedding.fixed_length import FixedLength
 from edkm_export.decoder.positions import PositionTables
+from edkm_export.decoder.states import KeysValues, layers_with
 from edkm_export.decoder.whole_sequence import WholeSequence
+from edkm_export.embedding_settings import EmbeddingSettings
 from edkm_export.errors import ConversionError
 
 __all__ = [
@@ -37,7 +41,7 @@ DEFAULT_PREFILL = 64
 LARGEST_CHUNK_BYTES = 1_000_000_000
 """Weights of one program above which `--chunks auto` cuts; the Neural Engine takes about 1 to 2 GB."""
 
-_DEFAULT_CONTEXT = {"swift-transformers": 2048, "neural-engine": 2048, "logits": 512}
+_DEFAULT_CONTEXT = {"swift-transformers": 2048, "neural-engine": 2048, "logits": 512, "embedding": 512}
 _CONTEXT_MULTIPLE = 32  # of a state's size on the Neural Engine
 
 
@@ -53,6 +57,7 @@ class ExportPlan:
         chunks: layers of each package; one range for a single package.
         split: how the vocabulary is cut, None: it is not.
         package_sizes_bytes: predicted size of each package's weight.bin.
+        hidden_size: channels of a token's vector.
     """
 
     interface: Interface
@@ -62,6 +67,7 @@ class ExportPlan:
     chunks: tuple[LayerRange, ...]
     split: RowSplit | None
     package_sizes_bytes: tuple[int, ...]
+    hidden_size: int
 
     @property
     def weights_size_bytes(self) -> int:
@@ -79,7 +85,7 @@ class ExportPlan:
 def plan_export(
     checkpoint: Checkpoint,
     *,
-    interface: str = "swift-transformers",
+    interface: str | None = None,
     target: str = "iOS18",
     sequence_length: int | None = None,
     prefill: int = DEFAULT_PREFILL,
@@ -89,9 +95,9 @@ def plan_export(
 
     Args:
         checkpoint: what to export.
-        interface: one of `INTERFACES`.
+        interface: one of `INTERFACES`; None: "swift-transformers", or "embedding" of an embedding model.
         target: one of `deployment_target.TARGETS`, in any usual spelling.
-        sequence_length: positions that the package can hold; None: 512 for logits, otherwise 2,048, or what the
+        sequence_length: positions that the package can hold; None: 512 without a cache, otherwise 2,048, or what the
             model can.
         prefill: tokens of one prefill call, for neural-engine.
         chunks: packages to cut the layers into, for neural-engine; "auto": as few as stay below
@@ -102,11 +108,17 @@ def plan_export(
         CheckpointError: its parameters are not those of its model.
     """
     source, target = str(checkpoint.path or "checkpoint"), parse_target(target)
-    chosen = _interface(interface, target, source)
+    chosen = _interface(chosen_interface(checkpoint, interface, INTERFACES, INTERFACES[0]), target, source)
     if chosen != "neural-engine" and chunks not in ("auto", 1):
         raise ConversionError(f"{source}: --chunks {chunks} is for --interface neural-engine.")
     check_target(checkpoint.palettized, target, source)
+    if checkpoint.embedding is not None:
+        return _plan_embedding(checkpoint, checkpoint.embedding, target, sequence_length, source)
     config = decoder_config(checkpoint.config, source)
+    if chosen != "logits" and not layers_with(config, KeysValues):
+        raise ConversionError(
+            f"{source}: no layer of it attends, and --interface {chosen} asks for keys and values; use --interface logits."
+        )
     context = _context(chosen, config.max_positions, sequence_length, prefill, source)
     PositionTables(config, checkpoint.config, context)  # refuses positions that constant tables cannot hold
     split = vocabulary_split(checkpoint) if chosen == "neural-engine" else None
@@ -117,20 +129,36 @@ def plan_export(
         # whole texts need the numbers of their positions only to look learned ones up
         unused = ("positions",) if config.names.positions is None else ()
         size = predict_size(module, checkpoint.palettized, unused=unused)
-        return ExportPlan(chosen, target, context, 0, (whole,), None, (size,))
+        return ExportPlan(chosen, target, context, 0, (whole,), None, (size,), config.hidden_size)
     for ranges in _divisions(config.num_layers, chunks, source):
         sizes = tuple(
             _chunk_size(checkpoint, layers, split, context=context, prefill=prefill) for layers in ranges
         )
         if chunks != "auto" or max(sizes) <= LARGEST_CHUNK_BYTES:
             break
-    return ExportPlan(chosen, target, context, prefill, ranges, split, sizes)
+    return ExportPlan(chosen, target, context, prefill, ranges, split, sizes, config.hidden_size)
+
+
+def _plan_embedding(
+    checkpoint: Checkpoint, settings: EmbeddingSettings, target: str, asked: int | None, source: str
+) -> ExportPlan:
+    """One function over texts of a fixed length."""
+    model = embedding_model_of_stand_ins(checkpoint)
+    limit = model.config.max_positions
+    usual = min(_DEFAULT_CONTEXT["embedding"], settings.max_tokens)
+    context = _context("embedding", limit, usual if asked is None else asked, 0, source)
+    module = FixedLength(model, checkpoint.config, context)
+    # a mean needs no numbers of the positions, and tables of rotations are looked up before
+    counted = settings.pooling != "mean" or model.config.names.positions is not None
+    size = predict_size(module, checkpoint.palettized, unused=() if counted else ("positions",))
+    whole = LayerRange(0, model.config.num_layers, model.config.num_layers)
+    return ExportPlan("embedding", target, context, 0, (whole,), None, (size,), model.config.hidden_size)
 
 
 def _interface(name: str, target: str, source: str) -> Interface:
     for known in INTERFACES:
         if name == known:
-            if target in ("iOS16", "iOS17") and known != "logits":
+            if target in ("iOS16", "iOS17") and known not in ("logits", "embedding"):
                 raise ConversionError(
                     f"{source}: --interface {known} keeps its cache in a state, which {target} does not have. "
                     "Use --target iOS18, or --interface logits."

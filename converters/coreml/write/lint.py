@@ -14,6 +14,7 @@ from converters.coreml.write.vocabulary import LARGEST_DIMENSION
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import decoder_config
 from edkm_export.decoder.config import DecoderConfig
+from edkm_export.decoder.embedding.embedding_model import embedding_config
 from edkm_export.device_lint import Finding, worst_first
 from edkm_export.palette import PalettizedTensor
 
@@ -28,7 +29,11 @@ _MOST_CHUNK_BYTES = 2 * LARGEST_CHUNK_BYTES
 
 def lint(checkpoint: Checkpoint, plan: ExportPlan) -> list[Finding]:
     """Look at a plan with the eyes of a device; worst findings first."""
-    config = decoder_config(checkpoint.config, str(checkpoint.path or "checkpoint"))
+    source = str(checkpoint.path or "checkpoint")
+    if checkpoint.embedding is not None:
+        config = embedding_config(checkpoint.config, source)
+    else:
+        config = decoder_config(checkpoint.config, source)
     return worst_first(finding for check in _CHECKS for finding in check(checkpoint, plan, config))
 
 
@@ -107,7 +112,7 @@ def _dimensions(checkpoint: Checkpoint, plan: ExportPlan, config: DecoderConfig)
         "intermediate_size": config.intermediate_size * (1 if len(config.names.mlp_inputs) > 1 else 2),
         "the context": plan.context,
     }
-    if plan.split is None:
+    if plan.split is None and plan.interface != "embedding":  # tokens are looked up, no head gives logits
         sizes["the vocabulary"] = config.vocab_size
     for subject, size in sizes.items():
         if size > LARGEST_DIMENSION:
@@ -165,7 +170,9 @@ def _state_sizes(checkpoint: Checkpoint, plan: ExportPlan, config: DecoderConfig
 
 
 def _crashes(checkpoint: Checkpoint, plan: ExportPlan, config: DecoderConfig) -> _Found:
-    if plan.interface != "logits" and (subject := _select(checkpoint, lambda tensor: tensor.n_bits == 4)):
+    if plan.interface not in ("logits", "embedding") and (
+        subject := _select(checkpoint, lambda tensor: tensor.n_bits == 4)
+    ):
         yield Finding(
             "stateful-4-bit",
             "warning",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from converters.coreml.format import METADATA_PREFIX, SPLIT_KEY
+from converters.coreml.format import EMBEDDING_KEY, METADATA_PREFIX, SPLIT_KEY
 from converters.coreml.write.export_plan import ExportPlan
 from edkm_export._version import __version__
 from edkm_export.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ def describe(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, s
         plan: from `plan_export`.
         name: file name of the model.
     """
-    config = decoder_config(checkpoint.config, str(checkpoint.path or "checkpoint"))
+    embeds = checkpoint.embedding is not None
     entries = {
         f"{METADATA_PREFIX}version": __version__,
         f"{METADATA_PREFIX}interface": plan.interface,
@@ -32,12 +32,16 @@ def describe(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, s
         f"{METADATA_PREFIX}packages": json.dumps(plan.package_names(name)),
         # read by swift-transformers: where it finds the tokenizer on the hub unless it is given one
         "co.huggingface.exporters.name": next(iter(base_models(checkpoint)), name),
-        "co.huggingface.exporters.task": "text-generation",
+        "co.huggingface.exporters.task": "feature-extraction" if embeds else "text-generation",
         "co.huggingface.exporters.framework": "pytorch",
         "co.huggingface.exporters.precision": "float16",
     }
     if plan.split is not None:
         entries[SPLIT_KEY] = json.dumps({plan.split.name: plan.split.groups})
+    if checkpoint.embedding is not None:
+        entries[EMBEDDING_KEY] = checkpoint.embedding.model_dump_json()
+        return entries
+    config = decoder_config(checkpoint.config, str(checkpoint.path or "checkpoint"))
     if config.sliding_window is not None and SLIDING in config.layer_kinds:
         entries["co.huggingface.exporters.sliding_window"] = str(config.sliding_window)
     return entries

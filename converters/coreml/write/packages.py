@@ -11,17 +11,17 @@ import numpy as np
 import torch
 
 from converters.coreml.backend import load_coremltools
-from converters.coreml.format import DECODE, HIDDEN_OUT, LOGITS, PREFILL, TEXT
+from converters.coreml.format import DECODE, EMBEDDING, HIDDEN_OUT, LOGITS, PREFILL, TEXT, TEXT_MASK
 from converters.coreml.write import neural_engine, stateful
 from converters.coreml.write.conversion import convert, save_package
 from converters.coreml.write.export_plan import ExportPlan, chunk_decoder
 from converters.coreml.write.metadata import describe
 from converters.coreml.write.multifunction import merge_functions
 from converters.coreml.write.neural_engine import Chunk, LayerRange
-from converters.coreml.write.standins import decoder_of_stand_ins
-from converters.coreml.write.state_cache import state_types
+from converters.coreml.write.standins import decoder_of_stand_ins, embedding_model_of_stand_ins
 from converters.coreml.write.vocabulary import split_palettes
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.decoder.embedding.fixed_length import FixedLength
 from edkm_export.decoder.positions import PositionTables
 from edkm_export.decoder.whole_sequence import WholeSequence
 from edkm_export.memory import return_freed_memory
@@ -48,7 +48,9 @@ def export_packages(checkpoint: Checkpoint, plan: ExportPlan, folder: str | Path
     folder = Path(folder)
     paths = [folder / file for file in plan.package_names(name)]
     metadata = describe(checkpoint, plan, name)
-    if plan.interface == "logits":
+    if plan.interface == "embedding":
+        _export_embedding(checkpoint, plan, metadata, paths[0])
+    elif plan.interface == "logits":
         _export_logits(checkpoint, plan, metadata, paths[0])
     elif plan.interface == "swift-transformers":
         _export_stateful(checkpoint, plan, metadata, paths[0])
@@ -75,6 +77,23 @@ def _export_logits(checkpoint: Checkpoint, plan: ExportPlan, metadata: dict[str,
     save_package(model, path)
 
 
+def _export_embedding(checkpoint: Checkpoint, plan: ExportPlan, metadata: dict[str, str], path: Path) -> None:
+    """One function: `input_ids` and `attention_mask` int32 [1, context] -> `sentence_embedding` [1, channels]."""
+    ct = load_coremltools()
+    module = FixedLength(embedding_model_of_stand_ins(checkpoint), checkpoint.config, plan.context).eval()
+    text = torch.zeros(1, plan.context, dtype=torch.int32)
+    model = convert(
+        module,
+        (text, torch.ones_like(text)),
+        checkpoint.palettized,
+        inputs=[ct.TensorType(name, (1, plan.context), dtype=np.int32) for name in (TEXT, TEXT_MASK)],
+        outputs=[ct.TensorType(EMBEDDING, dtype=np.float16)],
+        target=plan.target,
+        **_options(checkpoint, metadata),
+    )
+    save_package(model, path)
+
+
 def _export_stateful(checkpoint: Checkpoint, plan: ExportPlan, metadata: dict[str, str], path: Path) -> None:
     """One function of flexible shapes, see `stateful`."""
     ct = load_coremltools()
@@ -85,7 +104,7 @@ def _export_stateful(checkpoint: Checkpoint, plan: ExportPlan, metadata: dict[st
         checkpoint.palettized,
         inputs=stateful.input_types(plan.context),
         outputs=[ct.TensorType(LOGITS, dtype=np.float16)],
-        states=state_types(module.shape),
+        states=module.layout.types(),
         target=plan.target,
         **_options(checkpoint, metadata),
     )
@@ -129,7 +148,7 @@ def _export_function(
         palettes,
         inputs=neural_engine.input_types(chunk),
         outputs=[ct.TensorType(LOGITS if chunk.layers.gives_logits else HIDDEN_OUT, dtype=np.float16)],
-        states=state_types(chunk.shape),
+        states=chunk.layout.types(),
         target=plan.target,
         **_options(checkpoint, metadata),
     )

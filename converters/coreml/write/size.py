@@ -15,8 +15,10 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from converters.coreml.format import KEY_CACHE, VALUE_CACHE
+from converters.coreml.format import STATES
 from converters.coreml.write.vocabulary import SplitHead
+from edkm_export.decoder.delta_rule import TriangleBuffers
+from edkm_export.decoder.linear_attention import GatedDeltaNet
 from edkm_export.decoder.norms import LayerNorm, RMSNorm
 from edkm_export.palette import PalettizedTensor
 
@@ -44,6 +46,7 @@ def predict_size(
         merged: functions are merged afterwards, which stores equal constants once.
     """
     left_out = {id(parameter) for layer in module.modules() for parameter in _without_effect(layer)}
+    precise = {id(tensor) for layer in module.modules() for tensor in _in_float32(layer)}
     stored: set[tuple[int, str]] = set()  # dense constants that are counted, when functions are merged
     blobs: list[tuple[int, int]] = []  # elements, bytes
     tables: set[int] = set()  # LUTs that are counted; parts of a vocabulary share theirs
@@ -60,11 +63,12 @@ def predict_size(
         elif id(parameter) not in left_out:
             key = _content(parameter)
             if not (merged and key in stored):
-                blobs.append((parameter.numel(), parameter.numel() * 2))
+                width = 4 if id(parameter) in precise else 2
+                blobs.append((parameter.numel(), parameter.numel() * width))
             stored.add(key)
     for path, buffer in module.named_buffers():
-        if path not in (KEY_CACHE, VALUE_CACHE, *unused):
-            width = 2 if buffer.is_floating_point() else 4
+        if path not in (*STATES, *unused):
+            width = 2 if buffer.is_floating_point() and id(buffer) not in precise else 4
             blobs.append((buffer.numel(), buffer.numel() * width))
     zeros: set[int] = set()  # one bias of each length is kept
     for layer in module.modules():
@@ -84,9 +88,16 @@ def _without_effect(layer: nn.Module) -> list[Tensor]:
     found: list[Tensor] = []
     if isinstance(layer, LayerNorm) or (isinstance(layer, RMSNorm) and not layer.offset):
         found += [layer.weight] if bool((layer.weight == 1).all()) else []
-    if isinstance(layer, LayerNorm):
+    if isinstance(layer, LayerNorm) and layer.bias is not None:
         found += [layer.bias] if bool((layer.bias == 0).all()) else []
     return found
+
+
+def _in_float32(layer: nn.Module) -> list[Tensor]:
+    """Parameters and buffers that only operations in float32 read."""
+    if isinstance(layer, GatedDeltaNet):
+        return [layer.A_log, layer.dt_bias]
+    return list(layer.buffers()) if isinstance(layer, TriangleBuffers) else []
 
 
 def _content(parameter: Tensor) -> tuple[int, str]:

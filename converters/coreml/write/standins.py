@@ -15,8 +15,9 @@ from torch import Tensor
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import empty_decoder
 from edkm_export.decoder.decoder import Decoder
+from edkm_export.decoder.embedding.embedding_model import EmbeddingModel, empty_embedding_model
 
-__all__ = ["decoder_of_stand_ins", "stand_in"]
+__all__ = ["decoder_of_stand_ins", "embedding_model_of_stand_ins", "stand_in"]
 
 _PERIOD = 509  # a prime, so that no group or kernel size repeats with it; each value is exact in float16
 
@@ -35,9 +36,24 @@ def decoder_of_stand_ins(checkpoint: Checkpoint) -> Decoder:
         ConversionError, CheckpointError: see `empty_decoder`.
     """
     decoder = empty_decoder(checkpoint)
-    state = {name: stand_in(tensor.shape) for name, tensor in checkpoint.palettized.items()}
-    state |= {name: tensor.float() for name, tensor in checkpoint.dense.items()}
-    state |= {name: state[target] for name, target in checkpoint.tied.items()}
-    decoder.load_state_dict(state, assign=True)
+    decoder.load_state_dict(_state(checkpoint), assign=True)
     decoder.tie()
     return decoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def embedding_model_of_stand_ins(checkpoint: Checkpoint) -> EmbeddingModel:
+    """The same of an embedding model.
+
+    Raises:
+        ConversionError, CheckpointError: see `empty_embedding_model`.
+    """
+    model = empty_embedding_model(checkpoint)
+    model.load_state_dict(_state(checkpoint), assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    state = {name: stand_in(tensor.shape) for name, tensor in checkpoint.palettized.items()}
+    state |= {name: tensor.float() for name, tensor in checkpoint.dense.items()}
+    return state | {name: state[target] for name, target in checkpoint.tied.items()}

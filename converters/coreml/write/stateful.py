@@ -15,17 +15,22 @@ from torch import Tensor, nn
 
 from converters.coreml.backend import load_coremltools
 from converters.coreml.format import MASK, TOKENS
-from converters.coreml.write.state_cache import StateCache, add_states, state_shape
+from converters.coreml.write.state_cache import StateCache, StateLayout
 from edkm_export.decoder.config import FULL, SLIDING
 from edkm_export.decoder.context import MASKED, Context, sliding_mask
 from edkm_export.decoder.decoder import Decoder
+from edkm_export.decoder.delta_rule import Triangle
 from edkm_export.decoder.positions import PositionTables
+from edkm_export.decoder.states import Recurrence
 
 __all__ = ["Stateful", "example_inputs", "input_types"]
 
 
 class Stateful(nn.Module):
     """A decoder with its cache; the shapes of the inputs tell where the new tokens stand.
+
+    With linear attention all new tokens are one chunk, whose work grows with the third power of their number: there is no
+    operation for a number of chunks that is left open. Long prompts are better fed in pieces.
 
     Args:
         decoder: the model.
@@ -40,8 +45,8 @@ class Stateful(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.tables = PositionTables(decoder.config, hf_config, context)
-        self.shape = state_shape(decoder.config, decoder.config.num_layers, context)
-        add_states(self, self.shape)
+        self.layout = StateLayout.of(decoder.config, context)
+        self.layout.add_to(self)
 
     def forward(self, inputIds: Tensor, fullAttentionMask: Tensor) -> Tensor:
         """Logits of the new tokens.
@@ -60,8 +65,11 @@ class Stateful(nn.Module):
         window = self.decoder.config.sliding_window
         if window is not None and SLIDING in self.decoder.config.layer_kinds:
             masks[SLIDING] = sliding_mask(masks[FULL], positions, torch.arange(end)[None], window)
-        context = Context(positions, self.tables(positions), masks)
-        cache = StateCache(self, 0, begin, end, visible=end)
+        triangle = None
+        if self.layout.places[Recurrence]:
+            triangle = Triangle.open(inputIds.shape[-1], self.tables.length)
+        context = Context(positions, self.tables(positions), masks, triangle=triangle)
+        cache = StateCache(self, self.layout, self.decoder.config, begin, end, visible=end)
         return self.decoder(inputIds, context, cache)  # type: ignore[no-any-return]
 
 

@@ -13,28 +13,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from converters.onnx.format import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
+from converters.onnx.read.embedding_artifact import OnnxEmbeddingArtifact
 from converters.onnx.read.executors import Executor, ReferenceRuntime
+from converters.onnx.read.graph_files import KIND, GraphFiles
 from converters.onnx.read.interface import batch_feeds, check_interface, past_of
 from converters.onnx.read.lut_graph import LutGraph, load_graph
 from converters.onnx.read.observe import trace_graph
 from converters.onnx.read.session import OnnxSession
+from edkm_export.artifact.encodings import EmbeddingArtifact
 from edkm_export.artifact.execution import Execution
 from edkm_export.artifact.protocol import Artifact, DamagedArtifact
 from edkm_export.artifact.thresholds import EXECUTION, INT8_ACTIVATIONS, ExecutionThreshold
 from edkm_export.errors import PackageError
-from edkm_export.palette import PalettizedTensor
 from edkm_export.quantities import short_size
 
 __all__ = ["KIND", "OnnxArtifact", "open_artifact"]
-
-KIND = "ONNX folder"
 
 _WINDOW = 512  # positions of one execution; logits of more would only take memory
 _REFERENCE_WEIGHTS = 20_000_000  # the reference decodes every weight again for each text, on one core
 _PADDING = 5  # positions
 
 
-class OnnxArtifact:
+class OnnxArtifact(GraphFiles):
     """A folder with a decoder that has a cache.
 
     Args:
@@ -44,34 +44,15 @@ class OnnxArtifact:
         PackageError: it has another interface.
     """
 
-    kind = KIND
-
     def __init__(self, graph: LutGraph) -> None:
+        super().__init__(graph)
         check_interface(graph.graph)
-        self.graph = graph
-        self.path: Path = graph.path
         self.context = min(_WINDOW, max(graph.description.context - _PADDING, 2))
         self.executions = tuple(self._executions())
 
     def __repr__(self) -> str:
         """One line: folder, profile, size."""
         return f"OnnxArtifact({self.path.name}, {self.graph.profile}, {short_size(self.size_bytes())})"
-
-    def palettized(self) -> dict[str, PalettizedTensor]:
-        """Palettized weights by parameter name, read from disk and followed through the graph."""
-        return self.graph.palettized()
-
-    def dense(self) -> dict[str, Tensor]:
-        """Other initializers by name, read from disk."""
-        return self.graph.dense()
-
-    def weights_size_bytes(self) -> int:
-        """Size of the external data."""
-        return self.graph.weights_size_bytes
-
-    def size_bytes(self) -> int:
-        """Size of the folder."""
-        return self.graph.size_bytes
 
     def session(self) -> OnnxSession:
         """The decoder with its cache, in the arithmetic of the first execution."""
@@ -158,10 +139,15 @@ class OnnxArtifact:
         return self._run(ReferenceRuntime(self.graph.graph), tokens)
 
 
-def open_artifact(path: str | Path) -> Artifact:
+def open_artifact(path: str | Path) -> Artifact | EmbeddingArtifact:
     """Open an ONNX folder, or the .onnx file in it, for the verifier; a broken one becomes a DamagedArtifact."""
     try:
-        return OnnxArtifact(load_graph(path))
+        graph = load_graph(path)
+        return (
+            OnnxEmbeddingArtifact(graph)
+            if graph.description.interface == "embedding"
+            else OnnxArtifact(graph)
+        )
     except PackageError as error:
         return DamagedArtifact(Path(path), KIND, str(error))
 

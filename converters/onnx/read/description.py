@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.onnx.format import FORMAT, METADATA_PREFIX, PROFILES
+import pydantic
+
+from converters.onnx.format import FORMAT, INTERFACES, METADATA_PREFIX, PROFILES
 from converters.onnx.read.tensors import MAX_DIMENSION
+from edkm_export.embedding_settings import EmbeddingSettings
 from edkm_export.errors import PackageError
 from edkm_export.packing import SUPPORTED_BITS
 
@@ -31,6 +34,9 @@ class Description:
         palettized: {parameter: (dense shape, bits of an index)}.
         dense: {parameter: shape}.
         tied: {alias: parameter that is stored}.
+        interface: "decoder" or "embedding"; older files have no such key and are decoders.
+        embedding: what an embedding model says of its pooling and prompts; None: nothing, or it is none.
+        pads_left: an embedding model whose embeddings do not change with padding on the left.
     """
 
     profile: str
@@ -38,6 +44,9 @@ class Description:
     palettized: Mapping[str, tuple[tuple[int, ...], int]]
     dense: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
+    interface: str = INTERFACES[0]
+    embedding: EmbeddingSettings | None = None
+    pads_left: bool = False
 
 
 def read_description(metadata: Mapping[str, str], path: Path) -> Description:
@@ -74,13 +83,32 @@ def read_description(metadata: Mapping[str, str], path: Path) -> Description:
     for alias, name in tied.items():
         if not isinstance(name, str):
             raise PackageError(f"{path}: {alias}: its metadata says that it is tied to {name!r:.60}.")
+    interface = metadata.get(f"{METADATA_PREFIX}interface", INTERFACES[0])
+    if interface not in INTERFACES:
+        raise PackageError(
+            f"{path}: {METADATA_PREFIX}interface is {interface!r}, expected one of {', '.join(INTERFACES)}."
+        )
     return Description(
+        interface=interface,
+        embedding=_embedding(metadata, path) if interface == "embedding" else None,
+        pads_left=metadata.get(f"{METADATA_PREFIX}padding") == "either",
         profile=profile,
         context=int(context),
         palettized=palettized,
         dense={name: _shape(value, name, path) for name, value in _object(metadata, "dense", path).items()},
         tied=tied,
     )
+
+
+def _embedding(metadata: Mapping[str, str], path: Path) -> EmbeddingSettings:
+    try:
+        return EmbeddingSettings.model_validate(_object(metadata, "embedding", path))
+    except pydantic.ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(map(str, detail["loc"]))
+        raise PackageError(
+            f"{path}: metadata {METADATA_PREFIX}embedding: {where}: {detail['msg']}."
+        ) from error
 
 
 def _object(metadata: Mapping[str, str], key: str, path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from converters.onnx.read.external import ExternalData, open_regular
 from converters.onnx.read.tensors import DTYPES, MAX_DIMENSION, MAX_RANK, read_tensor
 from edkm_export.errors import PackageError
 
-__all__ = ["CONTRIB", "Graph", "Node", "ValueType", "read_graph"]
+__all__ = ["CONTRIB", "Body", "Graph", "Node", "ValueType", "read_graph"]
 
 CONTRIB = "com.microsoft"
 """Domain of onnxruntime's own operators."""
@@ -30,6 +30,7 @@ CONTRIB = "com.microsoft"
 _STANDARD = ("", "ai.onnx")
 _MAX_MODEL_BYTES = 1 << 28  # weights lie outside of it; parsing takes a multiple of this
 _MAX_OPSET = 1000
+_GRAPH = 5
 _ATTRIBUTES = {1: "f", 2: "i", 3: "s", 4: "t", 6: "floats", 7: "ints", 8: "strings"}  # AttributeProto.type
 
 
@@ -54,7 +55,7 @@ class Node:
         domain: "" for the standard operators.
         inputs: value names; "" for one that is left out.
         outputs: likewise.
-        attributes: int, float, bytes, list of them, or array.
+        attributes: int, float, bytes, list of them, or array; a `Body` of a Scan.
     """
 
     name: str
@@ -77,6 +78,20 @@ class Node:
         if type(value) is not int:
             raise PackageError(f"{self}: attribute {key!r} is no integer; the model is damaged.")
         return value
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """What a Scan does with each token: nodes that see its inputs alone.
+
+    Attributes:
+        nodes: sorted.
+        inputs, outputs: value names.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +270,19 @@ class _Checker:
             self._fail(f"{where} has the absurd size {size.dim_value}")
         return int(size.dim_value)
 
-    def _node(self, proto: Any, place: int, opsets: Mapping[str, int]) -> Node:
+    def _body(self, graph: Any, where: str, opsets: Mapping[str, int]) -> Body:
+        """The body of a Scan, which takes nothing from around it and holds no graph itself."""
+        if len(graph.initializer) or len(graph.sparse_initializer):
+            self._fail(f"{where}: its body holds weights, which this exporter never writes")
+        names = [
+            tuple(self._text(value.name, f"a value of {where}") for value in values)
+            for values in (graph.input, graph.output)
+        ]
+        nodes = tuple(self._node(node, place, opsets, inner=True) for place, node in enumerate(graph.node))
+        self._check_order(nodes, set(names[0]), dict.fromkeys(names[1]))
+        return Body(nodes, *names)
+
+    def _node(self, proto: Any, place: int, opsets: Mapping[str, int], *, inner: bool = False) -> Node:
         where = f"node {place}"
         name, op = self._text(proto.name, f"the name of {where}"), self._text(proto.op_type, f"op of {where}")
         domain = self._text(proto.domain, f"the domain of {where}")
@@ -268,6 +295,9 @@ class _Checker:
         attributes: dict[str, Any] = {}
         for entry in proto.attribute:
             key = self._text(entry.name, f"an attribute of {where}")
+            if (op, key, entry.type) == ("Scan", "body", _GRAPH) and not inner and not domain:
+                attributes[key] = self._body(entry.g, where, opsets)
+                continue
             field = _ATTRIBUTES.get(entry.type)
             if field is None or entry.ref_attr_name or key in attributes:
                 self._fail(

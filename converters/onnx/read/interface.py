@@ -1,10 +1,15 @@
 """Inputs and outputs of a decoder with cache, named as optimum names them.
 
 input_ids, attention_mask, position_ids, past_key_values.{i}.key|value -> logits, present.{i}.key|value
+
+Layers without attention keep past_conv.{i} [batch, channels, width] and past_recurrent.{i} [batch, heads, key_dim,
+value_dim], as transformers.js names them, and give present_conv.{i} and present_recurrent.{i}.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -18,7 +23,7 @@ from converters.onnx.format import (
     INPUT_IDS,
     LOGITS,
     POSITION_IDS,
-    PRESENT_PREFIX,
+    past_of_present,
 )
 from converters.onnx.read.graph import Graph
 from edkm_export.errors import PackageError
@@ -27,7 +32,9 @@ __all__ = ["batch_feeds", "check_interface", "empty_cache", "past_of"]
 
 T = TypeVar("T")
 
-_MAX_CACHE_ROW = 1 << 20  # kv_heads * head_dim; real models have a few thousand
+_MAX_CACHE_ROW = 1 << 20  # kv_heads * head_dim, or channels * width; real models have a few thousand
+_MAX_RECURRENCE = 1 << 26  # heads * key_dim * value_dim; real models have half a million
+_STATE = re.compile(r"past_(?P<what>conv|recurrent)\.\d+")
 
 
 def check_interface(graph: Graph) -> int:
@@ -39,13 +46,16 @@ def check_interface(graph: Graph) -> int:
     Raises:
         PackageError: an input or output is missing, unknown, or of a shape that no decoder has.
     """
-    integers = {name for name in graph.inputs if not name.startswith(CACHE_PREFIX)}
-    past = sorted(graph.inputs.keys() - integers)
-    present = sorted(name.replace(CACHE_PREFIX, PRESENT_PREFIX, 1) for name in past)
+    past = sorted(name for name in graph.inputs if name.startswith(CACHE_PREFIX))
+    fixed = sorted(name for name in graph.inputs if _STATE.fullmatch(name))
+    integers = graph.inputs.keys() - {*past, *fixed}
+    present = {past_of_present(name) for name in graph.outputs if name != LOGITS}
     if (
         INPUT_IDS not in integers
         or integers - {INPUT_IDS, ATTENTION_MASK, POSITION_IDS}
-        or sorted(graph.outputs) != sorted([LOGITS, *present])
+        or LOGITS not in graph.outputs
+        or present != {*past, *fixed}
+        or len(graph.outputs) != 1 + len(past) + len(fixed)
     ):
         raise PackageError(
             f"{graph.path}: takes {_some(graph.inputs)} and gives {_some(graph.outputs)}; expected a decoder with "
@@ -67,6 +77,8 @@ def check_interface(graph: Graph) -> int:
             raise PackageError(
                 f"{graph.path}: {name} is {graph.inputs[name]}, expected a float [batch, kv_heads, past, head_dim]."
             )
+    for name in fixed:
+        _check_fixed(graph, name)
     logits = graph.outputs[LOGITS]
     vocab_size = logits.shape[-1] if len(logits.shape) == 3 else None
     if logits.dtype.kind != "f" or not isinstance(vocab_size, int) or vocab_size < 1:
@@ -76,12 +88,25 @@ def check_interface(graph: Graph) -> int:
     return vocab_size
 
 
+def _check_fixed(graph: Graph, name: str) -> None:
+    """A state whose size does not depend on the text."""
+    value = graph.inputs[name]
+    rank, most = (3, _MAX_CACHE_ROW) if name.startswith("past_conv") else (4, _MAX_RECURRENCE)
+    sizes = value.shape[1:]
+    whole = len(value.shape) == rank and all(isinstance(size, int) and size > 0 for size in sizes)
+    if value.dtype.kind != "f" or not whole or math.prod(size for size in sizes if isinstance(size, int)) > most:
+        shape = "channels, width" if rank == 3 else "heads, key_dim, value_dim"
+        raise PackageError(f"{graph.path}: {name} is {value}, expected a float [batch, {shape}].")
+
+
 def empty_cache(graph: Graph, *, batch: int) -> dict[str, NDArray[Any]]:
-    """Keys and values of no positions, [batch, kv_heads, 0, head_dim] each, by the name of their input."""
+    """The states before a text by the name of their input: no keys and values, zeros for the others."""
     return {
-        name: np.zeros((batch, int(value.shape[1]), 0, int(value.shape[3])), value.dtype)
+        name: np.zeros(
+            (batch, *(0 if isinstance(size, str) else size for size in value.shape[1:])), value.dtype
+        )
         for name, value in graph.inputs.items()
-        if name.startswith(CACHE_PREFIX)
+        if name.startswith(CACHE_PREFIX) or _STATE.fullmatch(name)
     }
 
 
@@ -109,11 +134,7 @@ def batch_feeds(graph: Graph, texts: Sequence[Tensor], length: int) -> dict[str,
 
 def past_of(results: Mapping[str, T]) -> dict[str, T]:
     """What the next call takes as the past, out of the results of a call."""
-    return {
-        name.replace(PRESENT_PREFIX, CACHE_PREFIX, 1): value
-        for name, value in results.items()
-        if name != LOGITS
-    }
+    return {past_of_present(name): value for name, value in results.items() if name != LOGITS}
 
 
 def _some(names: Any) -> str:

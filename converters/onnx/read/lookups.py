@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.onnx.format import INPUT_IDS, POSITION_IDS
+from converters.onnx.format import INPUT_IDS, POSITION_IDS, TOKEN_TYPES
 from converters.onnx.read.dense_weight import DenseWeight
 from converters.onnx.read.evaluate import Evaluator
 from converters.onnx.read.graph import Graph, Node
 
 __all__ = ["Lookup"]
 
-_INPUTS = (INPUT_IDS, POSITION_IDS)
+# Positions come first: an embedding model counts them from the shape of its token ids.
+_INPUTS = (POSITION_IDS, TOKEN_TYPES, INPUT_IDS)
 _TOKENS = 4096  # looked up at a time
 
 

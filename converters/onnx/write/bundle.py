@@ -14,9 +14,11 @@ from edkm_export._version import __version__
 from edkm_export.atomic import GENERATOR, MARKER
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.checkpoint_record import KEY, CheckpointRecord
+from edkm_export.decoder.states import Columns, layers_with
 from edkm_export.end_tokens import with_end_tokens
 from edkm_export.errors import ConversionError
 from edkm_export.model_card import FILE
+from edkm_export.sentence_documents import sentence_documents
 
 __all__ = ["write_bundle"]
 
@@ -43,18 +45,26 @@ def write_bundle(checkpoint: Checkpoint, plan: OnnxPlan, folder: str | Path) -> 
         raise ConversionError(
             f"{checkpoint.path}: its tokenizer file {taken[0]} would take the place of one of ours; palettize again."
         )
+    embeds = checkpoint.embedding is not None
     graph_folder = folder / _GRAPH_FOLDER
     graph_folder.mkdir()
     model = write_graph(plan, graph_folder)
     for file, content in checkpoint.tokenizer.items():
         (folder / file).write_bytes(content)
-    documents = {
-        "config.json": {**with_end_tokens(checkpoint.config, checkpoint.tokenizer), **_transformers_js(plan)},
-        GENERATION_CONFIG: generation_config(checkpoint),
-        "genai_config.json": genai_config(checkpoint, plan, f"{_GRAPH_FOLDER}/{MODEL_FILE}"),
+    config = checkpoint.config if embeds else with_end_tokens(checkpoint.config, checkpoint.tokenizer)
+    documents: dict[str, Any] = {
+        "config.json": {**config, **_transformers_js(plan)},
         MARKER: _metadata(checkpoint, plan),
     }
+    if checkpoint.embedding is not None:
+        documents |= sentence_documents(checkpoint.embedding, plan.config.hidden_size)
+    else:
+        documents[GENERATION_CONFIG] = generation_config(checkpoint)
+    if checkpoint.embedding is None and not layers_with(plan.config, Columns):
+        # the runtime's configuration has no names for other states than keys and values
+        documents["genai_config.json"] = genai_config(checkpoint, plan, f"{_GRAPH_FOLDER}/{MODEL_FILE}")
     for name, document in documents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return model
 
@@ -62,7 +72,7 @@ def write_bundle(checkpoint: Checkpoint, plan: OnnxPlan, folder: str | Path) -> 
 def _transformers_js(plan: OnnxPlan) -> dict[str, Any]:
     """Settings of transformers.js, which otherwise looks for a quantized graph in a browser."""
     settings: dict[str, Any] = {"dtype": "fp32", "use_external_data_format": True}  # "fp32" names model.onnx
-    if plan.dtype == "float16":
+    if plan.dtype == "float16" and plan.interface == "decoder":
         settings["kv_cache_dtype"] = "float16"
     return {"transformers.js_config": settings}
 
@@ -79,6 +89,8 @@ def _metadata(checkpoint: Checkpoint, plan: OnnxPlan) -> dict[str, Any]:
         "bits_per_weight": checkpoint.bits_per_weight,
         "recipe": checkpoint.recipe,
     }
+    if checkpoint.embedding is not None:
+        known |= {"interface": plan.interface, "embedding": checkpoint.embedding.model_dump(mode="json")}
     if checkpoint.path is not None:
         known[KEY] = CheckpointRecord.of(checkpoint.path).as_dict()
     return known

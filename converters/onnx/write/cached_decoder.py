@@ -6,26 +6,21 @@ from typing import Any
 
 import torch
 
-from converters.onnx.format import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
+from converters.onnx.format import ATTENTION_MASK, INPUT_IDS, KEY, LOGITS, POSITION_IDS
 from converters.onnx.write.builder import GraphBuilder
-from converters.onnx.write.fused_attention import ATTENTION_OPSET, GrowingCache, replace_attention
+from converters.onnx.write.delta_scan import replace_rule
+from converters.onnx.write.fused_attention import ATTENTION_OPSET, replace_attention
 from converters.onnx.write.fused_norms import replace_norm
 from converters.onnx.write.fused_rotary import replace_rotation
-from converters.onnx.write.tracing import Tracer, Value, WeightForms
+from converters.onnx.write.growing_cache import BATCH, NEW, TOTAL, GrowingCache
+from converters.onnx.write.tracing import END, Tracer, Value, WeightForms
 from edkm_export.decoder.config import FULL, SLIDING
 from edkm_export.decoder.context import MASKED, Context, causal_mask, sliding_mask
 from edkm_export.decoder.decoder import Decoder
 from edkm_export.decoder.positions import PositionTables
+from edkm_export.decoder.states import Columns, KeysValues, layers_with
 
-__all__ = ["BATCH", "NEW", "PAST", "TOTAL", "build_graph"]
-
-BATCH, NEW, PAST, TOTAL = (
-    "batch_size",
-    "sequence_length",
-    "past_sequence_length",
-    "total_sequence_length",
-)
-"""Names of the open sizes."""
+__all__ = ["build_graph"]
 
 
 def build_graph(
@@ -52,14 +47,18 @@ def build_graph(
     attends = graph.opset >= ATTENTION_OPSET and dtype == torch.float32
     for module in decoder.modules():  # they are ours alone
         replace_norm(module, tracer)
+        replace_rule(module, tracer)
         rotation = replace_rotation(module, tracer, tables) if weights.contrib or attends else None
         if attends:
             replace_attention(module, tracer, rotation)
     input_ids = Value(tracer, INPUT_IDS, (BATCH, NEW), torch.int64)
     position_ids = Value(tracer, POSITION_IDS, (BATCH, NEW), torch.int64)
-    cache = GrowingCache(tracer, (BATCH, config.num_kv_heads, PAST, config.head_dim))
-    masks = _masks(tracer, decoder, cache.past("key", 0))
-    logits = decoder(input_ids, Context(position_ids, tables(position_ids), masks), cache)  # type: ignore[arg-type]
+    cache = GrowingCache(tracer, config)
+    attending = layers_with(config, KeysValues)
+    masks = _masks(tracer, decoder, cache.past(KEY, attending[0])) if attending else {}
+    real = _real(tracer, input_ids) if layers_with(config, Columns) else None
+    context: Any = Context(position_ids, tables(position_ids), masks, real)  # type: ignore[arg-type]
+    logits = decoder(input_ids, context, cache)  # type: ignore[arg-type]
     outputs = {LOGITS: logits.name, **cache.present}
     graph.rename({value: name for name, value in outputs.items()})
     graph.prune(list(outputs))
@@ -86,4 +85,13 @@ def _masks(tracer: Tracer, decoder: Decoder, past: Value) -> dict[str, Value]:
     window = decoder.config.sliding_window
     if window is not None:
         masks[SLIDING] = sliding_mask(masks[FULL], queries, keys, window)  # type: ignore[arg-type]
-    return {kind: masks[kind] for kind in sorted(set(decoder.config.layer_kinds))}
+    return {kind: masks[kind] for kind in decoder.config.attention_kinds()}
+
+
+def _real(tracer: Tracer, input_ids: Value) -> Value:
+    """One for each new token, zero for padding, [batch, new, 1]: the end of the attention mask."""
+    graph = tracer.graph
+    new = graph.node("Shape", input_ids.name, start=1, end=2)
+    ends = graph.integers(END)
+    last = graph.node("Slice", ATTENTION_MASK, graph.node("Neg", new), ends, graph.integers(1))
+    return Value(tracer, last, (BATCH, NEW), torch.int64).float().unsqueeze(-1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from converters.onnx.write.export_plan import OnnxPlan
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.embedding_card import MARKED_PROMPTS, prompts_section
+from edkm_export.embedding_settings import EmbeddingSettings
 from edkm_export.model_card import FormatCard, code
 
 __all__ = ["onnx_card"]
@@ -23,6 +25,8 @@ def onnx_card(checkpoint: Checkpoint, plan: OnnxPlan) -> FormatCard:
         checkpoint: what was exported.
         plan: of the export.
     """
+    if checkpoint.embedding is not None:
+        return _embedding_card(checkpoint, checkpoint.embedding, plan)
     return FormatCard(
         library="onnx",
         tags=["onnx", "onnxruntime", "onnxruntime-genai", "transformers.js"],
@@ -34,6 +38,36 @@ def onnx_card(checkpoint: Checkpoint, plan: OnnxPlan) -> FormatCard:
             "weights": f"{plan.weights_size_bytes / 1e6:,.1f} MB (float16: {checkpoint.numel * 2 / 1e6:,.1f} MB)",
         },
         sections={"Use": _use(plan)},
+    )
+
+
+def _embedding_card(checkpoint: Checkpoint, settings: EmbeddingSettings, plan: OnnxPlan) -> FormatCard:
+    return FormatCard(
+        library="onnx",
+        tags=["onnx", "onnxruntime", "sentence-transformers", "sentence-similarity", "transformers.js"],
+        summary=f"An ONNX embedding model (opset {plan.opset})",
+        facts={
+            "embedding": f"{settings.dimension(plan.config.hidden_size):,} channels: {settings.words()}",
+            "runtime profile": f"`{plan.runtime}`. {_PROFILES[plan.runtime]}",
+            "activations": plan.dtype,
+            "positions": f"{plan.context:,}",
+            "weights": f"{plan.weights_size_bytes / 1e6:,.1f} MB (float16: {checkpoint.numel * 2 / 1e6:,.1f} MB)",
+        },
+        sections={"Use": _embedding_use(settings, plan), **prompts_section(settings)},
+    )
+
+
+def _embedding_use(settings: EmbeddingSettings, plan: OnnxPlan) -> str:
+    types = ", `token_type_ids` (zeros)" if plan.config.token_types else ""
+    marks = "" if settings.include_prompt else MARKED_PROMPTS
+    return "\n\n".join(
+        (
+            "The graph is `onnx/model.onnx`, its weights `onnx/model.onnx_data`: keep both. Inputs are `input_ids`, "
+            f"`attention_mask`{types}, int64 [batch, tokens] with any batch, length and padding; outputs "
+            "`last_hidden_state`, the token vectors, and `sentence_embedding`, one vector a text, with pooling, dense "
+            f"layers and normalization done.{marks} With transformers.js, REPO being where this folder lies on a hub:",
+            code("js", _EMBEDDING_JS.strip().splitlines()),
+        )
     )
 
 
@@ -70,4 +104,14 @@ import { pipeline } from "@huggingface/transformers";
 
 const generator = await pipeline("text-generation", "REPO");
 console.log(await generator("Once upon a time", { max_new_tokens: 100 }));
+"""
+
+_EMBEDDING_JS = """
+import { AutoModel, AutoTokenizer } from "@huggingface/transformers";
+
+const tokenizer = await AutoTokenizer.from_pretrained("REPO");
+const model = await AutoModel.from_pretrained("REPO");
+const inputs = tokenizer(["a small boat", "warm bread"], { padding: true, truncation: true });
+const { sentence_embedding } = await model(inputs);
+console.log(sentence_embedding.tolist());
 """

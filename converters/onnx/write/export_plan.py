@@ -14,20 +14,26 @@ from converters.onnx.format import (
     DATA_FILE,
     FORMAT,
     INPUT_IDS,
+    INTERFACES,
     LOGITS,
     METADATA_PREFIX,
     POSITION_IDS,
+    RECURRENCE,
     past_name,
     present_name,
 )
 from converters.onnx.write.builder import CONTRIB, GraphBuilder, Weight
-from converters.onnx.write.cached_decoder import BATCH, NEW, PAST, TOTAL, build_graph
+from converters.onnx.write.cached_decoder import build_graph
+from converters.onnx.write.embedding_graph import build_embedding_graph, embedding_interface
 from converters.onnx.write.fused_attention import ATTENTION_OPSET
+from converters.onnx.write.growing_cache import BATCH, NEW, TOTAL, graph_states
 from converters.onnx.write.profiles import FORMS_OF_PROFILE, StandardFastForms
 from edkm_export._version import __version__
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import empty_decoder
 from edkm_export.decoder.config import DecoderConfig
+from edkm_export.decoder.embedding.embedding_model import EmbeddingModel, empty_embedding_model
+from edkm_export.decoder.embedding.export_interface import chosen_interface
 from edkm_export.errors import ConversionError
 
 __all__ = ["OnnxPlan", "plan_onnx"]
@@ -43,6 +49,7 @@ class OnnxPlan:
     """A graph whose weights are still to be written.
 
     Attributes:
+        interface: "decoder" or "embedding".
         runtime: profile.
         dtype: of activations, cache and logits.
         opset: version of the standard operators.
@@ -53,6 +60,7 @@ class OnnxPlan:
         weights_size_bytes: size of the data file.
     """
 
+    interface: str
     runtime: str
     dtype: str
     opset: int
@@ -71,6 +79,7 @@ class OnnxPlan:
 def plan_onnx(
     checkpoint: Checkpoint,
     *,
+    interface: str | None = None,
     runtime: str = "exact",
     dtype: str = "float32",
     opset: int | None = None,
@@ -81,11 +90,13 @@ def plan_onnx(
 
     Args:
         checkpoint: what to export.
+        interface: "decoder" or "embedding"; None: the one that the checkpoint is for.
         runtime: "exact", "low-memory" or "fast".
         dtype: of activations, cache and logits, "float32" or "float16".
         opset: version of the standard operators; None: the oldest that the profile needs, and for `fast` and
             `low-memory` the one that has attention as an operator, if it can be used.
-        context: positions that the tables hold; None: all of the model.
+        context: positions that the tables hold; None: all of the model, of an embedding model as many as texts are
+            cut to.
         standard_ops: the fast profile without onnxruntime's own operators.
 
     Raises:
@@ -96,16 +107,19 @@ def plan_onnx(
     source = str(checkpoint.path or "checkpoint")
     _check_options(runtime, dtype, standard_ops)
     oldest = _BLOCKWISE_OPSET if standard_ops else _OPSETS[0]
-    decoder = empty_decoder(checkpoint)
-    config = decoder.config
+    chosen = chosen_interface(checkpoint, interface, INTERFACES, INTERFACES[0])
+    traced = empty_embedding_model(checkpoint) if chosen == "embedding" else empty_decoder(checkpoint)
+    config = traced.config
     attends = runtime != "exact" and not standard_ops and dtype == "float32" and config.attention_cap is None
+    attends = attends and chosen == "decoder"  # the operator of a cache
     if opset is None:
         opset = ATTENTION_OPSET if attends else oldest
     if not oldest <= opset <= _OPSETS[1]:
         raise ConversionError(
             f"--opset {opset} is outside {oldest} to {_OPSETS[1]}, which this profile needs; leave it out."
         )
-    length = config.max_positions if context is None else context
+    usual = config.max_positions if checkpoint.embedding is None else checkpoint.embedding.max_tokens
+    length = usual if context is None else context
     if not 2 <= length <= config.max_positions:
         raise ConversionError(
             f"{source}: --context-length {length} is outside 2 to {config.max_positions}, the model's positions."
@@ -116,15 +130,20 @@ def plan_onnx(
         graph, checkpoint, _DTYPES[dtype]
     )
     with torch.no_grad():
-        build_graph(decoder, checkpoint.config, length, forms, graph, _DTYPES[dtype])
+        if isinstance(traced, EmbeddingModel):
+            build_embedding_graph(traced, checkpoint.config, length, forms, graph, _DTYPES[dtype])
+            inputs, outputs = embedding_interface(traced, dtype)
+        else:
+            build_graph(traced, checkpoint.config, length, forms, graph, _DTYPES[dtype])
+            inputs, outputs = _decoder_interface(config, dtype)
     placed, offset = [], 0
     for weight in graph.weights.values():
         offset = -(-offset // _ALIGNMENT) * _ALIGNMENT
         placed.append((offset, weight))
         offset += weight.size_bytes
-    metadata = _metadata(checkpoint, runtime, length)
-    model = _model(graph, placed, config, dtype, metadata)
-    return OnnxPlan(runtime, dtype, opset, length, config, model, tuple(placed), offset)
+    metadata = _metadata(checkpoint, config, chosen, runtime, length)
+    model = _model(graph, placed, inputs, outputs, metadata)
+    return OnnxPlan(chosen, runtime, dtype, opset, length, config, model, tuple(placed), offset)
 
 
 def _check_options(runtime: str, dtype: str, standard_ops: bool) -> None:
@@ -138,7 +157,9 @@ def _check_options(runtime: str, dtype: str, standard_ops: bool) -> None:
         )
 
 
-def _metadata(checkpoint: Checkpoint, runtime: str, context: int) -> dict[str, str]:
+def _metadata(
+    checkpoint: Checkpoint, config: DecoderConfig, interface: str, runtime: str, context: int
+) -> dict[str, str]:
     palettized = {
         name: {"shape": list(tensor.shape), "n_bits": tensor.n_bits}
         for name, tensor in checkpoint.palettized.items()
@@ -151,39 +172,51 @@ def _metadata(checkpoint: Checkpoint, runtime: str, context: int) -> dict[str, s
         "palettized": palettized,
         "dense": {name: list(tensor.shape) for name, tensor in checkpoint.dense.items()},
         "tied": dict(checkpoint.tied),
+        "interface": interface,
     }
+    if checkpoint.embedding is not None:
+        values["embedding"] = checkpoint.embedding.model_dump(mode="json")
+        # learned positions are counted from the first column, padding or not
+        values["padding"] = "right" if config.names.positions is not None else "either"
     return {
         METADATA_PREFIX + key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         for key, value in values.items()
     }
 
 
-def _model(
-    graph: GraphBuilder,
-    placed: list[tuple[int, Weight]],
-    config: DecoderConfig,
-    dtype: str,
-    metadata: dict[str, str],
-) -> Any:
-    onnx = load_onnx()
-    helper, types = onnx.helper, onnx.TensorProto
+def _decoder_interface(config: DecoderConfig, dtype: str) -> tuple[list[Any], list[Any]]:
+    """Inputs and outputs of a decoder with cache, as `ValueInfoProto`."""
+    helper, types = load_onnx().helper, load_onnx().TensorProto
     real = types.FLOAT16 if dtype == "float16" else types.FLOAT
-    cache = [(layer, what) for layer in range(config.num_layers) for what in ("key", "value")]
+    states = graph_states(config)
 
     def describe(name: str, kind: int, *shape: str | int) -> Any:
         return helper.make_tensor_value_info(name, kind, list(shape))
 
-    heads, width = config.num_kv_heads, config.head_dim
+    def kind(what: str) -> int:
+        return int(types.FLOAT if what == RECURRENCE else real)
+
     inputs = [
         describe(INPUT_IDS, types.INT64, BATCH, NEW),
         describe(ATTENTION_MASK, types.INT64, BATCH, TOTAL),
         describe(POSITION_IDS, types.INT64, BATCH, NEW),
-        *(describe(past_name(*each), real, BATCH, heads, PAST, width) for each in cache),
+        *(describe(past_name(layer, what), kind(what), *past) for layer, what, past, _ in states),
     ]
     outputs = [
         describe(LOGITS, real, BATCH, NEW, config.vocab_size),
-        *(describe(present_name(*each), real, BATCH, heads, TOTAL, width) for each in cache),
+        *(describe(present_name(layer, what), kind(what), *now) for layer, what, _, now in states),
     ]
+    return inputs, outputs
+
+
+def _model(
+    graph: GraphBuilder,
+    placed: list[tuple[int, Weight]],
+    inputs: list[Any],
+    outputs: list[Any],
+    metadata: dict[str, str],
+) -> Any:
+    helper = load_onnx().helper
     tensors = [*graph.inline, *(_external(weight, offset) for offset, weight in placed)]
     opsets = [helper.make_opsetid("", graph.opset)]
     if graph.contrib:

@@ -73,6 +73,15 @@ class Forms(ABC):
         """A dense parameter, in the dtype of activations."""
         return self.dense(name)
 
+    def kernel(self, name: str) -> str:
+        """The weight of a convolution along the text [channels, 1, size], in the dtype of activations."""
+        if self._stored(name) in self.checkpoint.palettized:
+            raise ConversionError(
+                f"{self.checkpoint.path or 'checkpoint'}: {name}: a palettized convolution cannot be held in this format; "
+                f"leave it dense (skip: true for {name.removesuffix('.weight')!r} in the recipe), it is small."
+            )
+        return self.dense(name)
+
     def dense(self, name: str, use: Callable[[str], Any] = lambda value: value) -> str:
         """A dense parameter, or what `use` takes of it, in the dtype of activations.
 

@@ -6,56 +6,28 @@ from typing import Any
 
 import torch
 
-from converters.onnx.format import past_name, present_name
+from converters.onnx.format import KEY, VALUE, present_name
 from converters.onnx.write.fused_rotary import Rotation
+from converters.onnx.write.growing_cache import GrowingCache
 from converters.onnx.write.tracing import Tracer, Value
 from edkm_export.decoder.attention import Attention
 from edkm_export.decoder.context import Context
 from edkm_export.decoder.projections import project
 
-__all__ = ["ATTENTION_OPSET", "GrowingCache", "replace_attention"]
+__all__ = ["ATTENTION_OPSET", "replace_attention"]
 
 ATTENTION_OPSET = 23
 
 
-class GrowingCache:
-    """Keys and values that come in as inputs, grow by the new ones, and go out.
-
-    Args:
-        tracer: of the graph.
-        shape: of each input, [batch, kv_heads, past, head_dim].
-
-    Attributes:
-        present: {name of an output of the graph: name of its value}.
-    """
-
-    def __init__(self, tracer: Tracer, shape: tuple[int | str, ...]) -> None:
-        self._tracer, self._shape = tracer, shape
-        self.present: dict[str, str] = {}
-
-    def past(self, what: str, layer: int) -> Value:
-        """An input of the graph; `what` is "key" or "value"."""
-        return Value(self._tracer, past_name(layer, what), self._shape, self._tracer.dtype)
-
-    def update(self, layer: int, keys: Value, values: Value) -> tuple[Value, Value]:
-        """Append the new ones [batch, kv_heads, new, head_dim]."""
-        grown = []
-        for what, new in (("key", keys), ("value", values)):
-            both: Value = torch.cat((self.past(what, layer), new), dim=2)  # type: ignore[arg-type, assignment]
-            self.present[present_name(layer, what)] = both.name
-            grown.append(both)
-        return grown[0], grown[1]
-
-
 def replace_attention(module: torch.nn.Module, tracer: Tracer, rotation: Rotation | None) -> None:
-    """Let an attention of a decoder be one operator, if it is one that caps no scores.
+    """Let an attention of a decoder be one operator, if it is one that caps no scores and gates no output.
 
     Args:
         module: of the decoder.
         tracer: of the graph.
         rotation: its `rotate`, which takes heads side by side; None: it has none, or its own.
     """
-    if isinstance(module, Attention) and module.cap is None and (rotation or not module.rotary_dim):
+    if isinstance(module, Attention) and module.cap is None and not module.gates and (rotation or not module.rotary_dim):
         module.forward = _FusedAttention(module, tracer, rotation)  # type: ignore[method-assign, assignment]
 
 
@@ -74,7 +46,7 @@ class _FusedAttention:
         # Scaled by its tables of rotation a query needs no scale in the operator, and with a scale of 1 onnxruntime
         # multiplies a single query without a copy of the keys.
         self._turned_scale = 1.0
-        if tracer.weights.contrib and rotation is not None and rotation.is_whole:
+        if tracer.weights.contrib and rotation is not None and rotation.is_whole and not module.norms_last:
             self._scale, self._turned_scale = 1.0, self._scale
 
     def __call__(self, x: Value, context: Context, cache: GrowingCache) -> Value:
@@ -84,19 +56,20 @@ class _FusedAttention:
         mask: Any = context.masks[module.kind]
         projected: Any = project(module, names.attention_inputs, module.sizes, x)  # type: ignore[arg-type]
         queries, keys, values = projected
-        if module.q_norm is not None and module.k_norm is not None:
-            queries = self._each_head(module.q_norm, queries, module.heads)
-            keys = self._each_head(module.k_norm, keys, module.kv_heads)
+        if module.norms and not module.norms_last:
+            queries, keys = self._normed(queries, keys)
         if self._rotation is not None:
-            queries, keys = self._rotation.turn(queries, self._turned_scale), self._rotation.turn(keys)
+            queries, keys = self._rotation.turn(queries, keys, self._turned_scale)
+        if module.norms and module.norms_last:
+            queries, keys = self._normed(queries, keys)
         layer = module.layer
         mixed = graph.unique("Attention")
-        cache.present |= {present_name(layer, what): f"{mixed}.{what}" for what in ("key", "value")}
+        cache.present |= {present_name(layer, what): f"{mixed}.{what}" for what in (KEY, VALUE)}
         graph.append(
             "Attention",
             (
                 queries.name, keys.name, values.name, mask.name,
-                cache.past("key", layer).name, cache.past("value", layer).name,
+                cache.past(KEY, layer).name, cache.past(VALUE, layer).name,
             ),
             (mixed, f"{mixed}.key", f"{mixed}.value"),
             q_num_heads=module.heads,
@@ -105,6 +78,16 @@ class _FusedAttention:
         )  # fmt: skip
         value = Value(self._tracer, mixed, (*x.shape[:2], module.heads * module.head_dim), x.dtype)
         return module.get_submodule(names.attention_output)(value)  # type: ignore[no-any-return]
+
+    def _normed(self, queries: Value, keys: Value) -> tuple[Value, Value]:
+        module = self._module
+        query_norm, key_norm = module.query_norm, module.key_norm
+        if module.norms != "head":
+            return query_norm(queries), key_norm(keys)
+        return (
+            self._each_head(query_norm, queries, module.heads),
+            self._each_head(key_norm, keys, module.kv_heads),
+        )
 
     def _each_head(self, norm: torch.nn.Module, x: Value, heads: int) -> Value:
         """Norm of [batch, new, heads * head_dim], head by head."""

@@ -8,7 +8,7 @@ import torch
 
 from converters.onnx.write.builder import CONTRIB
 from converters.onnx.write.tracing import Tracer, Value
-from edkm_export.decoder.norms import LayerNorm, RMSNorm
+from edkm_export.decoder.norms import LayerNorm, RMSNorm, UnitNorm
 
 __all__ = ["replace_norm"]
 
@@ -21,6 +21,20 @@ def replace_norm(module: torch.nn.Module, tracer: Tracer) -> None:
         module.forward = form(module, tracer)  # type: ignore[method-assign, assignment]
     elif isinstance(module, LayerNorm):
         module.forward = _LayerNorm(module, tracer)  # type: ignore[method-assign, assignment]
+    elif isinstance(module, UnitNorm):
+        module.forward = _unit_norm  # type: ignore[method-assign, assignment]
+
+
+def _unit_norm(x: Value) -> Value:
+    """Division by the length: x [..., size] -> [..., size]."""
+    wide = x.to(torch.float32)
+    axes = x.tracer.graph.integers(-1)
+    shape = (*x.shape[:-1], 1)
+    length = x.tracer.emit("ReduceL2", wide.name, axes, shape=shape, dtype=torch.float32, keepdims=1)
+    return (wide / length.clamp(min=_SHORTEST)).to(x.tracer.dtype)
+
+
+_SHORTEST = 1e-12  # as torch.nn.functional.normalize has it
 
 
 class _Norm:
@@ -90,9 +104,10 @@ class _SkipRMSNorm(_RMSNorm):
 
 
 class _LayerNorm(_Norm):
-    """Layer norm with weight and bias: x [..., size] -> [..., size]."""
+    """Layer norm with weight, and with or without bias: x [..., size] -> [..., size]."""
 
     def __call__(self, x: Value) -> Value:
         wide = x.to(torch.float32)
         normal = self._normalize(wide - self._mean(wide)).to(self._tracer.dtype)
-        return normal * self._weight("weight") + self._weight("bias")
+        scaled = normal * self._weight("weight")
+        return scaled if self._module.bias is None else scaled + self._weight("bias")

@@ -15,24 +15,27 @@ from converters.onnx.format import POSITION_IDS
 from converters.onnx.write.builder import CONTRIB
 from converters.onnx.write.tracing import Tracer, Value, half_table
 from edkm_export.decoder.attention import Attention
-from edkm_export.decoder.positions import PositionTables
+from edkm_export.decoder.positions import PositionTables, table_of_queries
 
 __all__ = ["Rotation", "replace_rotation"]
 
 
 def replace_rotation(module: torch.nn.Module, tracer: Tracer, tables: PositionTables) -> Rotation | None:
-    """Let an attention of a decoder rotate with RotaryEmbedding, if it rotates and its tables have two equal halves.
+    """Let an attention of a decoder rotate with RotaryEmbedding, if it rotates and its tables hold each angle twice.
 
     Returns:
         Its `rotate` from now on; None when it keeps its own.
     """
-    if not isinstance(module, Attention) or module.kind not in tables.tables:
+    if not isinstance(module, Attention) or not module.rotary_dim:
         return None
-    kind = tables.tables[module.kind]
-    halves = [half_table(tables.get_buffer(f"{which}_{kind}")) for which in ("cos", "sin")]
+    halves = [
+        half_table(tables.get_buffer(f"{which}_{kind}"), interleaved=module.interleaved)
+        for kind in (table_of_queries(tables.tables, module.kind), tables.tables[module.kind])
+        for which in ("cos", "sin")
+    ]
     if any(half is None for half in halves):
         return None
-    rotation = Rotation(module, tracer, halves)
+    rotation = Rotation(module, tracer, halves[:2], halves[2:])
     module.rotate = rotation  # type: ignore[method-assign, assignment]
     return rotation
 
@@ -43,40 +46,48 @@ class Rotation:
     Args:
         module: the attention.
         tracer: of the graph.
-        halves: cosines and sines, float32 [positions, rotary_dim / 2] each.
+        queries: cosines and sines, float32 [positions, rotary_dim / 2] each.
+        keys: those of the keys.
     """
 
-    def __init__(self, module: Attention, tracer: Tracer, halves: list[Any]) -> None:
+    def __init__(self, module: Attention, tracer: Tracer, queries: list[Any], keys: list[Any]) -> None:
         self._module, self._tracer = module, tracer
         dtype = np.float16 if tracer.dtype == torch.float16 else np.float32
-        self._halves: list[NDArray[Any]] = [half.astype(dtype) for half in halves]
+        self._queries: list[NDArray[Any]] = [half.astype(dtype) for half in queries]
+        self._keys: list[NDArray[Any]] = [half.astype(dtype) for half in keys]
 
     @property
     def is_whole(self) -> bool:
         """Every channel of a head rotates."""
         return self._module.rotary_dim == self._module.head_dim
 
-    def __call__(self, x: Value, cos: Value, sin: Value) -> Value:
+    def __call__(self, queries: Value, keys: Value, rotary: object) -> tuple[Value, Value]:
         """`turn` as an attention calls it; the gathered rows of the tables are not needed."""
-        return self.turn(x)
+        return self.turn(queries, keys)
 
-    def turn(self, x: Value, scale: float = 1.0) -> Value:
-        """x [batch, heads, new, head_dim] or [batch, new, heads * head_dim] -> the same.
+    def turn(self, queries: Value, keys: Value, scale: float = 1.0) -> tuple[Value, Value]:
+        """Queries [batch, heads, new, head_dim] or [batch, new, heads * head_dim], and keys -> the same.
 
         Args:
-            x: queries or keys.
-            scale: of the channels that rotate; the tables are multiplied by it.
+            queries: whose tables are multiplied by `scale`.
+            keys: as they are.
+            scale: of the channels that rotate.
         """
+        return self._turn(queries, self._queries, scale), self._turn(keys, self._keys)
+
+    def _turn(self, x: Value, halves: list[NDArray[Any]], scale: float = 1.0) -> Value:
         module, own = self._module, self._tracer.weights.contrib
         part: dict[str, int] = {}
         if not self.is_whole:
             part["rotary_embedding_dim"] = module.rotary_dim
         if part or not own:
             part["num_heads"] = int(x.shape[1] if len(x.shape) == 4 else int(x.shape[2]) // module.head_dim)
+        if module.interleaved:
+            part["interleaved"] = 1
         graph = self._tracer.graph
-        tables = [graph.constant(half) for half in self._halves]
+        tables = [graph.constant(half) for half in halves]
         if scale != 1:
-            factor = graph.constant(scale, self._halves[0].dtype)
+            factor = graph.constant(scale, halves[0].dtype)
             tables = [graph.node("Mul", table, factor) for table in tables]
         inputs = (POSITION_IDS, *tables) if own else (*tables, POSITION_IDS)
         domain = CONTRIB if own else ""

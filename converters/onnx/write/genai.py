@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from converters.onnx.format import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, past_name, present_name
+from converters.onnx.format import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    KEY,
+    LOGITS,
+    POSITION_IDS,
+    VALUE,
+    past_name,
+    present_name,
+)
 from converters.onnx.write.export_plan import OnnxPlan
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.end_tokens import as_setting, read_object, stored_end_tokens
@@ -64,13 +73,13 @@ def genai_config(checkpoint: Checkpoint, plan: OnnxPlan, model: str) -> dict[str
             "input_ids": INPUT_IDS,
             "attention_mask": ATTENTION_MASK,
             "position_ids": POSITION_IDS,
-            "past_key_names": past_name("%d", "key"),
-            "past_value_names": past_name("%d", "value"),
+            "past_key_names": past_name("%d", KEY),
+            "past_value_names": past_name("%d", VALUE),
         },
         "outputs": {
             "logits": LOGITS,
-            "present_key_names": present_name("%d", "key"),
-            "present_value_names": present_name("%d", "value"),
+            "present_key_names": present_name("%d", KEY),
+            "present_value_names": present_name("%d", VALUE),
         },
     }
     return {

@@ -23,10 +23,13 @@ from converters.onnx.write.builder import GraphBuilder
 from edkm_export.decoder.projections import linears
 from edkm_export.errors import ConversionError
 
-__all__ = ["Dimension", "Tracer", "Value", "WeightForms", "half_table"]
+__all__ = ["END", "Dimension", "Tracer", "Value", "WeightForms", "half_table"]
 
 Dimension: TypeAlias = "int | str"
 """A size, or the name of one that is open."""
+
+END = np.iinfo(np.int64).max
+"""Of an axis, for Slice."""
 
 Number: TypeAlias = float  # inside of `Value` that name is a method
 
@@ -54,6 +57,10 @@ class WeightForms(Protocol):
 
     def vector(self, name: str) -> str:
         """A dense parameter, in the dtype of activations."""
+        ...
+
+    def kernel(self, name: str) -> str:
+        """The weight of a convolution, in the dtype of activations."""
         ...
 
 
@@ -163,6 +170,31 @@ class Value:
         """The smaller one, element by element."""
         return self._binary("Min", other)
 
+    def exp(self) -> Value:
+        """Exponential."""
+        return self._unary("Exp")
+
+    def square(self) -> Value:
+        """Product with itself."""
+        return self * self
+
+    def eq(self, other: Value | Number) -> Value:
+        """Whether they are equal, element by element."""
+        return self._binary("Equal", other, torch.bool)
+
+    def clamp(self, *, min: Number | None = None, max: Number | None = None) -> Value:
+        """Bound from one side."""
+        assert (min is None) != (max is None), "one bound"
+        return self._binary("Min", max) if max is not None else self._binary("Max", min or 0)
+
+    def amax(self, dim: int, keepdim: bool) -> Value:
+        """The largest along an axis, which stays."""
+        return self._reduced("ReduceMax", dim, keepdim)
+
+    def sum(self, dim: int, keepdim: bool) -> Value:
+        """The sum along an axis, which stays."""
+        return self._reduced("ReduceSum", dim, keepdim)
+
     def tanh(self) -> Value:
         """Hyperbolic tangent."""
         return self._unary("Tanh")
@@ -240,6 +272,8 @@ class Value:
 
     def split(self, sizes: Sequence[int], dim: int) -> tuple[Value, ...]:
         """Cut along an axis."""
+        if len(sizes) == 1:
+            return (self,)
         axis = dim % len(self.shape)
         names = self.tracer.graph.node(
             "Split", self.name, self.tracer.graph.integers(*sizes), outputs=len(sizes), axis=axis
@@ -263,6 +297,8 @@ class Value:
             assert isinstance(chosen, slice) and chosen.step is None, (
                 "only a range of the last axis is supported"
             )
+            if isinstance(self.shape[-1], str):
+                return self._open_axis(chosen)
             return self._last_axis(*chosen.indices(_number(self.shape[-1]))[:2])
         result = self
         for axis, each in enumerate(key):
@@ -276,6 +312,16 @@ class Value:
         shape = (*self.shape[:-1], stop - start)
         return self.tracer.emit("Slice", self.name, *ends, shape=shape, dtype=self.dtype)
 
+    def _open_axis(self, chosen: slice) -> Value:
+        """All but the first elements of a last axis that is open, or so many of its last."""
+        start, size = chosen.start, str(self.shape[-1])
+        assert isinstance(start, int) and chosen.stop is None, "only a beginning is supported"
+        ends = (self.tracer.graph.integers(place) for place in (start, END, -1))
+        kept = -start if start < 0 else _less(size, start)
+        return self.tracer.emit(
+            "Slice", self.name, *ends, shape=(*self.shape[:-1], kept), dtype=self.dtype
+        )
+
     def _binary(self, op: str, other: Value | Number, dtype: torch.dtype | None = None) -> Value:
         if isinstance(other, Value):
             name, shape = other.name, _broadcast(self.shape, other.shape)
@@ -283,8 +329,23 @@ class Value:
             name, shape = self.tracer.constant(other, self.dtype), self.shape
         return self.tracer.emit(op, self.name, name, shape=shape, dtype=dtype or self.dtype)
 
+    def _reduced(self, op: str, dim: int, keepdim: bool) -> Value:
+        assert keepdim, "only with its axis kept"
+        shape = list(self.shape)
+        shape[dim] = 1
+        axes = self.tracer.graph.integers(dim % len(shape))
+        return self.tracer.emit(op, self.name, axes, shape=shape, dtype=self.dtype, keepdims=1)
+
     def _unary(self, op: str) -> Value:
         return self.tracer.emit(op, self.name, shape=self.shape, dtype=self.dtype)
+
+
+def _less(size: str, by: int) -> Dimension:
+    """An open size without some elements: "4 + new" without four is "new"."""
+    number, plus, rest = size.partition(" + ")
+    if not plus or not number.isdecimal() or int(number) < by:
+        return f"{size} - {by}"
+    return rest if int(number) == by else f"{int(number) - by} + {rest}"
 
 
 def _number(size: Dimension) -> int:
@@ -340,12 +401,22 @@ def _table(ids: Value, table: Tensor) -> Value:
     return Value(tracer, rows, (*ids.shape, table.shape[1]), torch.float32).to(tracer.dtype)
 
 
-def half_table(table: Tensor) -> NDArray[np.float32] | None:
-    """Half of a table of rotations, float32 [positions, width / 2]; None when its two halves differ."""
+def half_table(table: Tensor, *, interleaved: bool = False) -> NDArray[np.float32] | None:
+    """Each angle of a table of rotations once, float32 [positions, width / 2].
+
+    Args:
+        table: [positions, width]; it holds each angle twice.
+        interleaved: side by side; otherwise in its two halves.
+
+    Returns:
+        None when the two differ.
+    """
     array = table.float().numpy()
-    width = array.shape[1]
-    equal = width % 2 == 0 and np.array_equal(array[:, : width // 2], array[:, width // 2 :])
-    return array[:, : width // 2] if equal else None
+    width = array.shape[1] // 2
+    if array.shape[1] % 2:
+        return None
+    first, second = (array[:, ::2], array[:, 1::2]) if interleaved else (array[:, :width], array[:, width:])
+    return first if np.array_equal(first, second) else None
 
 
 def _attention(queries: Value, keys: Value, values: Value, attn_mask: Value) -> Value:
@@ -389,6 +460,24 @@ def _cat(values: Sequence[Value], dim: int) -> Value:
     return first.tracer.emit("Concat", *names, shape=shape, dtype=first.dtype, axis=axis)
 
 
+def _convolution(
+    x: Value, weight: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Value:  # fmt: skip
+    """Each channel [batch, channels, columns] with a kernel of its own, without padding."""
+    channels, one, width = weight.shape
+    plain = (stride, padding, dilation, groups, one) == (1, 0, 1, channels, 1)
+    assert plain, "only plain depthwise convolutions are known"
+    tracer = x.tracer
+    operands = [tracer.weights.kernel(tracer.parameters[id(weight)])]
+    if bias is not None:
+        operands.append(tracer.weights.vector(tracer.parameters[id(bias)]))
+    size = x.shape[2]
+    columns = size - width + 1 if isinstance(size, int) else _less(size, width - 1) if width > 1 else size
+    return tracer.emit(
+        "Conv", x.name, *operands, shape=(*x.shape[:2], columns), dtype=x.dtype, group=channels, kernel_shape=[width]
+    )
+
+
 def _silu(x: Value, inplace: bool = False) -> Value:
     return x * x._unary("Sigmoid")
 
@@ -403,11 +492,15 @@ def _gelu(x: Value, approximate: str = "none") -> Value:
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     linears: _linears,
     F.linear: _linear,
+    F.conv1d: _convolution,
     F.embedding: _embedding,
     F.silu: _silu,
     F.gelu: _gelu,
     F.relu: lambda x, inplace=False: x._unary("Relu"),
+    F.softplus: lambda x: x._unary("Softplus"),
     F.scaled_dot_product_attention: _attention,
     torch.cat: _cat,
+    torch.rsqrt: lambda x: x._unary("Sqrt")._unary("Reciprocal"),
+    torch.sigmoid: lambda x: x._unary("Sigmoid"),
     torch.tanh: Value.tanh,
 }

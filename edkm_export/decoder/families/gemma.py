@@ -7,8 +7,8 @@ from typing import Literal
 
 import pydantic
 
-from edkm_export.decoder.config import FULL, SLIDING, DecoderConfig, Names
-from edkm_export.decoder.families.settings import KINDS, Activation, LayerType, RotarySettings
+from edkm_export.decoder.config import DecoderConfig, Names
+from edkm_export.decoder.families.settings import Activation, LayerTypeSettings
 
 __all__ = ["Gemma2Settings", "Gemma3Settings"]
 
@@ -22,31 +22,28 @@ _NAMES = Names(
 _RESIDUAL_SCALE = 2.0**-6
 
 
-class Gemma2Settings(RotarySettings):
-    """Pre- and post-norms around attention and MLP, soft caps, scaled embeddings, every other layer slides."""
+class Gemma2Settings(LayerTypeSettings):
+    """Norms before and after attention and MLP (pre-norm and post-norm) that multiply by one plus their weight; soft
+    caps on scores and logits; scaled embedding; `query_pre_attn_scalar`; every other layer slides.
+    """
+
+    model_type = "gemma2"
+    models = "Gemma 2"
 
     head_dim: pydantic.PositiveInt = 256
     max_position_embeddings: pydantic.PositiveInt = 8192
     hidden_act: Activation = pydantic.Field("gelu_pytorch_tanh", alias="hidden_activation")
     tie_word_embeddings: bool = True
     attention_bias: bool = False
-    query_pre_attn_scalar: pydantic.PositiveFloat = 256.0
-    attn_logit_softcapping: pydantic.PositiveFloat | None = 50.0
-    final_logit_softcapping: pydantic.PositiveFloat | None = 30.0
-    sliding_window: pydantic.PositiveInt | None = 4096
-    layer_types: list[LayerType] | None = None
+    query_pre_attn_scalar: pydantic.PositiveInt = pydantic.Field(256, examples=[20])
+    attn_logit_softcapping: pydantic.PositiveFloat | None = pydantic.Field(50.0, examples=[50.0, None])
+    final_logit_softcapping: pydantic.PositiveFloat | None = pydantic.Field(30.0, examples=[30.0, None])
+    sliding_window: pydantic.PositiveInt | None = pydantic.Field(4096, examples=[6, 9])
     use_bidirectional_attention: Literal[False, None] = None
 
     def full_layer_every(self) -> int:
         """Distance of full layers when `layer_types` is not given."""
         return 2
-
-    def layer_kinds(self) -> list[str]:
-        """As `layer_types` says, or in a fixed pattern."""
-        if self.layer_types is not None:
-            return [KINDS[each] for each in self.layer_types]
-        every = self.full_layer_every()
-        return [SLIDING if (layer + 1) % every else FULL for layer in range(self.num_hidden_layers)]
 
     def decoder_config(self) -> DecoderConfig:
         """The decoder that the configuration describes."""
@@ -65,15 +62,17 @@ class Gemma2Settings(RotarySettings):
 
 
 class Gemma3Settings(Gemma2Settings):
-    """Gemma 2 with normalized queries and keys, RoPE of its own for sliding layers, and most layers sliding.
-
-    transformers ignores the soft cap of attention here, so a configuration that sets one is refused.
+    """As `gemma2`, with RMSNorm of queries and keys, RoPE of its own for sliding layers, five of six layers sliding, no
+    cap on scores.
     """
 
+    model_type = "gemma3_text"
+    models = "Gemma 3 270M and 1B, and the text part of others"
+
     max_position_embeddings: pydantic.PositiveInt = 131072
-    attn_logit_softcapping: Literal[None] = None
-    final_logit_softcapping: pydantic.PositiveFloat | None = None
-    sliding_window_pattern: pydantic.PositiveInt = 6
+    attn_logit_softcapping: Literal[None] = None  # transformers ignores it here
+    final_logit_softcapping: pydantic.PositiveFloat | None = pydantic.Field(None, examples=[None, 3.0])
+    sliding_window_pattern: pydantic.PositiveInt = pydantic.Field(6, examples=[2])
 
     def full_layer_every(self) -> int:
         """Distance of full layers when `layer_types` is not given."""
@@ -81,4 +80,4 @@ class Gemma3Settings(Gemma2Settings):
 
     def decoder_config(self) -> DecoderConfig:
         """The decoder that the configuration describes."""
-        return replace(super().decoder_config(), query_key_norm=True)
+        return replace(super().decoder_config(), query_key_norm="head")

@@ -28,14 +28,17 @@ _NAMES = Names(
 
 
 class GPT2Settings(Settings):
-    """Layer norms, learned positions, biases everywhere, an MLP without gate."""
+    """Learned positions, layer norms with bias, biases everywhere, fused projection, MLP without gate."""
+
+    model_type = "gpt2"
+    models = "GPT-2, DistilGPT-2"
 
     vocab_size: pydantic.PositiveInt
     n_positions: pydantic.PositiveInt = 1024
     n_embd: pydantic.PositiveInt
     n_layer: pydantic.PositiveInt
     n_head: pydantic.PositiveInt
-    n_inner: pydantic.PositiveInt | None = None
+    n_inner: pydantic.PositiveInt | None = pydantic.Field(None, examples=[None, 40])
     activation_function: Activation = "gelu_new"
     layer_norm_epsilon: pydantic.PositiveFloat = 1e-5
     scale_attn_weights: bool = True

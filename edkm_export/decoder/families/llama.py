@@ -12,7 +12,12 @@ __all__ = ["LlamaSettings"]
 
 
 class LlamaSettings(RotarySettings):
-    """RMSNorm, rotary positions, grouped-query attention, SwiGLU; biases where the configuration asks for them."""
+    """RMSNorm, RoPE (default, linear, llama3, yarn; dynamic within its context), grouped-query attention, gated MLP,
+    biases where the configuration asks for them.
+    """
+
+    model_type = "llama"
+    models = "Llama 2 and 3, SmolLM2, TinyLlama"
 
     attention_bias: bool = False
     mlp_bias: bool = False

@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pydantic
 
 from edkm_export.decoder.config import DecoderConfig, Names
-from edkm_export.decoder.families.settings import RotarySettings
+from edkm_export.decoder.families.settings import PartlyRotarySettings, SlidingSettings
 
 __all__ = ["Phi3Settings"]
 
 
-class Phi3Settings(RotarySettings):
-    """Llama with fused projections; only a part of each head may rotate."""
+class Phi3Settings(PartlyRotarySettings, SlidingSettings):
+    """Fused projections, RoPE on a part of each head, sliding window; longrope within
+    `original_max_position_embeddings`.
+    """
+
+    model_type = "phi3"
+    models = "Phi-3 and Phi-3.5 mini, Phi-4 mini"
 
     max_position_embeddings: pydantic.PositiveInt = 4096
     rms_norm_eps: pydantic.PositiveFloat = 1e-5
-    rope_parameters: dict[str, Any] | None = None
-
-    @pydantic.field_validator("rope_parameters")
-    @classmethod
-    def _rotates_a_part(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
-        part = (given or {}).get("partial_rotary_factor", 1.0)
-        if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 < part <= 1:
-            raise ValueError(f"partial_rotary_factor is {part!r}, expected more than 0 and at most 1")
-        return given
+    sliding_window: pydantic.PositiveInt | None = pydantic.Field(None, examples=[11, None])
 
     def decoder_config(self) -> DecoderConfig:
         """The decoder that the configuration describes."""
-        config = super().decoder_config()
-        part = float((self.rope_parameters or {}).get("partial_rotary_factor", 1.0))
         return replace(
-            config,
+            super().decoder_config(),
             names=Names(attention_inputs=("qkv_proj",), mlp_inputs=("gate_up_proj",)),
-            rotary_dim=int(config.head_dim * part),
         )

@@ -7,24 +7,24 @@ from dataclasses import replace
 import pydantic
 
 from edkm_export.decoder.config import FULL, SLIDING, DecoderConfig
-from edkm_export.decoder.families.settings import KINDS, LayerType, RotarySettings
+from edkm_export.decoder.families.settings import LayerTypeSettings
 
 __all__ = ["Qwen2Settings", "Qwen3Settings"]
 
 
-class Qwen2Settings(RotarySettings):
-    """Llama with biases of queries, keys and values, and a sliding window in some layers."""
+class Qwen2Settings(LayerTypeSettings):
+    """Biases of queries, keys and values; sliding layers by `layer_types`, or from `max_window_layers` on."""
+
+    model_type = "qwen2"
+    models = "Qwen2, Qwen2.5"
 
     max_position_embeddings: pydantic.PositiveInt = 32768
     use_sliding_window: bool = False
-    sliding_window: pydantic.PositiveInt | None = 4096
-    max_window_layers: pydantic.NonNegativeInt = 28
-    layer_types: list[LayerType] | None = None
+    sliding_window: pydantic.PositiveInt | None = pydantic.Field(4096, examples=[5])
+    max_window_layers: pydantic.NonNegativeInt = pydantic.Field(28, examples=[28, 1])
 
-    def layer_kinds(self) -> list[str]:
-        """As `layer_types` says; without it, layers from `max_window_layers` on slide."""
-        if self.layer_types is not None:
-            return [KINDS[each] for each in self.layer_types]
+    def usual_kinds(self) -> list[str]:
+        """Kinds of the layers when `layer_types` is not given: those from `max_window_layers` on slide."""
         slides = self.use_sliding_window and self.sliding_window is not None
         first = self.max_window_layers if slides else self.num_hidden_layers
         return [FULL if layer < first else SLIDING for layer in range(self.num_hidden_layers)]
@@ -35,7 +35,12 @@ class Qwen2Settings(RotarySettings):
 
 
 class Qwen3Settings(Qwen2Settings):
-    """Qwen2 with normalized queries and keys; biases only where the configuration asks for them."""
+    """As `qwen2`, with RMSNorm of queries and keys head by head, and biases only where the configuration asks for
+    them.
+    """
+
+    model_type = "qwen3"
+    models = "Qwen3"
 
     head_dim: pydantic.PositiveInt | None = 128
     attention_bias: bool = False
@@ -43,4 +48,4 @@ class Qwen3Settings(Qwen2Settings):
     def decoder_config(self) -> DecoderConfig:
         """The decoder that the configuration describes."""
         bias = self.attention_bias
-        return replace(super().decoder_config(), qkv_bias=bias, output_bias=bias, query_key_norm=True)
+        return replace(super().decoder_config(), qkv_bias=bias, output_bias=bias, query_key_norm="head")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from converters.onnx import load_graph
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.reference.hard_model import load_hard_model
-from tests.helpers.odd_families import EXPORTED
+from tests.helpers.odd_families import SAMPLED
 from tests.helpers.onnx_models import export, family_checkpoint, palettized_checkpoint
 from tests.helpers.onnx_texts import assert_same_logits
 
@@ -44,7 +44,7 @@ def assert_computes(made: Checkpoint, runtime: str, folder: Path, opset: int = 1
     assert_same_logits(graph, executor.run, load_hard_model(made))
 
 
-@pytest.mark.parametrize("case", EXPORTED)
+@pytest.mark.parametrize("case", SAMPLED)
 @pytest.mark.parametrize(("runtime", "opset"), [("exact", 18), ("low-memory", 23)])
 def test_families(case, runtime, opset, tmp_path):
     assert_computes(family_checkpoint(case), runtime, tmp_path / "out", opset)
