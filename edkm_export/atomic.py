@@ -15,6 +15,7 @@ from edkm_export.errors import InputError, OutputExistsError
 from edkm_export.filesystem import flush, flush_tree
 from edkm_export.interrupts import check_interrupt
 from edkm_export.plain_data import is_utf8, printable
+from edkm_export.regular_file import read_regular
 
 __all__ = [
     "GENERATOR",
@@ -98,7 +99,7 @@ def _check_replaceable(path: Path) -> None:
 
 def _has_marker(folder: Path) -> bool:
     try:
-        metadata = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        metadata = json.loads(read_regular(folder / MARKER))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(metadata, dict) and str(metadata.get("generator", "")).startswith(GENERATOR)
