@@ -22,7 +22,6 @@ Version 1 had no "lut_dtype". It is then the dtype of the LUT: an int4 grid of v
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
