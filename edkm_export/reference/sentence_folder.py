@@ -125,9 +125,8 @@ class SentenceFolder(HfFolder):
 
     @cached_property
     def _files(self) -> SentenceFiles:
-        config = self._built_config(
-            self._read_config(), sort_fields(self._read_config(), embeds=True), untied=False
-        )
+        given = self._read_config()
+        config = self._built_config(given, sort_fields(given, embeds=True), None, untied=False)
         return read_sentence_files(
             self.path,
             self.reference,
