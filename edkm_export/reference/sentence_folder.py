@@ -183,7 +183,8 @@ class SentenceFolder(HfFolder):
         config = self._read_config()
         fields = sort_fields(config, embeds=True)
         Account(self.reference, "", not_understood=fields.not_understood).require_understood()
-        return self._built_config(config, fields, untied=False)
+        stored = read_stored(self.path, self.reference) if weights else None
+        return self._built_config(config, fields, stored, untied=False)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
