@@ -1,8 +1,8 @@
-"""A cached decode step of each kind of layer in our interpreter of Core ML programs, against a Llama of equal parameters.
+"""A cached decode step of each kind of layer in our interpreter of Core ML programs, against an equally large Llama.
 
 python -m benchmarks.layer_kinds [--tokens N] [--interface NAME]
 
-Models are random; their sizes are chosen so that parameters differ by a few percent at most. Prefill is fed in one call.
+Models are random; their sizes are chosen so that parameters differ by a few percent at most.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def main() -> None:
             session = exported(model, Path(folder), given.interface)
             prompt, step = timed(session, given.tokens)
         base = base or step
-        print(f"| {name} | {parameters / 1e6:.1f}M | {prompt:.2f} | {step * 1e3:.1f} | {step / base:.2f} |", flush=True)
+        print(
+            f"| {name} | {parameters / 1e6:.1f}M | {prompt:.2f} | {step * 1e3:.1f} | {step / base:.2f} |",
+            flush=True,
+        )
 
 
 def random_model(kind: str, settings: dict[str, Any]) -> Any:

@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from edkm_export.mapped_files import check_mapped_files
+
 __all__ = ["Activity", "Watcher", "activity", "stages", "tracked", "watched_by"]
 
 _T = TypeVar("_T")
@@ -39,7 +41,12 @@ class Activity:
     started: float = field(default_factory=time.monotonic)
 
     def advance(self, amount: float = 1) -> None:
-        """Count what was done since the last call."""
+        """Count what was done since the last call.
+
+        Raises:
+            InputError: see `mapped_files`.
+        """
+        check_mapped_files()
         self.done += amount
 
     @property
@@ -88,6 +95,7 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
 @contextlib.contextmanager
 def activity(words: str, total: float | None = None, unit: str = "") -> Iterator[Activity]:
     """Say what is done meanwhile; the attributes of `Activity` are the arguments."""
+    check_mapped_files()
     begun, watcher = Activity(words, total, unit), _WATCHER.get()
     if watcher is None:
         yield begun

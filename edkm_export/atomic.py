@@ -14,6 +14,7 @@ from edkm_export.disk_space import disk_full, free_bytes, stopped_by_disk
 from edkm_export.errors import InputError, OutputExistsError
 from edkm_export.filesystem import flush, flush_tree
 from edkm_export.interrupts import check_interrupt
+from edkm_export.plain_data import is_utf8, printable
 from edkm_export.regular_file import read_regular
 
 __all__ = [
@@ -53,9 +54,11 @@ def check_output(
     Raises:
         OutputExistsError: `path` exists and `overwrite` is false, is of the other kind, or is a folder that is not
             ours to replace.
-        InputError: the folder that is to hold it does not exist or cannot be written.
+        InputError: the folder that is to hold it does not exist or cannot be written; a name is not UTF-8.
     """
     path = Path(path)
+    if not is_utf8(str(path)):
+        raise InputError(f"{printable(str(path))}: the name is not UTF-8 text; choose another -o.")
     if folder:
         with contextlib.suppress(OSError):
             restore(path)
@@ -161,7 +164,7 @@ def atomic_files(folder: Path, name: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Make a folder, and those above it, if they are not there; on any error, those that hold nothing are gone again."""
+    """Make a folder and those above it, if they are not there; on any error, those that hold nothing go again."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -4,24 +4,24 @@ A `torch.save` archive of plain tensors and plain Python, read with `weights_onl
 never runs code. Keys:
 
     format          "edkm-export"
-    format_version  2; 1 is read as well
+    format_version  3; 1 and 2 are read as well
     config          the Hugging Face configuration, a dict
     palettized      {name: {"shape", "n_bits", "lut", "indices", "lut_dtype", "lut_scale" (scaled LUTs only)}}
     dense           {name: float16, bfloat16 or float32 tensor}
     tied            {name: name of the parameter that it shares}
     tokenizer       {file name: its bytes, as a uint8 tensor}
     recipe          the recipe, a dict
-    provenance      versions, command, seed, base model, sha256 of the three groups of tensors; no absolute path:
-                    the base model is named as seen from the folder of the checkpoint
+    provenance      versions, command, seed, base model, sha256 of each part (see `checkpoint_digest`); no absolute
+                    path: the base model is named as seen from the folder of the checkpoint
     embedding       of an embedding model alone: `EmbeddingSettings`, a dict
 
+Versions 1 and 2 have digests of the tensors and the tokenizer alone: damage of the configuration goes unnoticed.
 Version 1 had no "lut_dtype". It is then the dtype of the LUT: an int4 grid of version 1 reads as int8.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +33,14 @@ from torch import Tensor
 
 from edkm_export.activity import tracked
 from edkm_export.atomic import atomic_file
+from edkm_export.checkpoint_digest import RECORD, changed, part_digests
 from edkm_export.command_line import command_line
 from edkm_export.embedding_settings import EmbeddingSettings
-from edkm_export.errors import CheckpointError, PaletteError
+from edkm_export.errors import CheckpointError, EdkmExportError, PaletteError
+from edkm_export.limits import is_out_of_memory, words_of
 from edkm_export.local_paths import without_folders
 from edkm_export.palette import PalettizedTensor, all_finite
+from edkm_export.plain_data import as_plain, is_utf8, not_plain, printable
 from edkm_export.quantities import bit_range, short_count, short_size
 from edkm_export.torch_archive import UnsafeArchiveError, load_archive
 from edkm_export.unfinished import unfinished_run
@@ -45,8 +48,8 @@ from edkm_export.unfinished import unfinished_run
 __all__ = ["FORMAT", "FORMAT_VERSION", "Checkpoint", "load", "save"]
 
 FORMAT = "edkm-export"
-FORMAT_VERSION = 2
-_READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+_READABLE_VERSIONS = (1, 2, 3)
 _DENSE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KEYS = ("config", "palettized", "dense", "tied", "tokenizer", "recipe", "provenance")
 
@@ -65,6 +68,7 @@ class Checkpoint:
         provenance: versions, command, seed, base model.
         path: where it was read from, None for one that was just made.
         embedding: pooling and what follows, of an embedding model; None: it is none.
+        format_version: of the file that it was read from.
     """
 
     config: dict[str, Any]
@@ -76,6 +80,7 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
     embedding: EmbeddingSettings | None = None
+    format_version: int = FORMAT_VERSION
 
     def __repr__(self) -> str:
         """One line: family, parameters, what is palettized, size."""
@@ -97,6 +102,16 @@ class Checkpoint:
             OSError: the disk is full or not writable; no partial file is left.
         """
         save(self, path, overwrite=overwrite)
+
+    @property
+    def weakness(self) -> str:
+        """What an older format does not promise, a sentence for people; empty: it is not older."""
+        if self.format_version >= 3:
+            return ""
+        return (
+            f"{self.path}: has format version {self.format_version}, whose sha256 covers weights and tokenizer alone: "
+            "damage of its configuration, recipe or provenance would go unnoticed"
+        )
 
     @property
     def size_bytes(self) -> int:
@@ -167,6 +182,7 @@ def save(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool = False) -
         OSError: the disk is full or not writable; no partial file is left.
     """
     path = Path(path)
+    _check_names(path, checkpoint)
     tokenizer = {
         name: torch.frombuffer(bytearray(content), dtype=torch.uint8)
         if content
@@ -176,22 +192,31 @@ def save(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool = False) -
     contents: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "config": _plain(checkpoint.config),
+        "config": as_plain(checkpoint.config),
         "palettized": {name: _pack_palettized(tensor) for name, tensor in checkpoint.palettized.items()},
         "dense": {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.dense.items()},
         "tied": dict(checkpoint.tied),
         "tokenizer": tokenizer,
-        "recipe": _plain(checkpoint.recipe),
+        "recipe": as_plain(checkpoint.recipe),
     }
     if checkpoint.embedding is not None:
-        contents["embedding"] = _plain(checkpoint.embedding.model_dump(mode="json"))
-    digests = {key: _digest(contents[key]) for key in ("palettized", "dense", "tokenizer")}
-    contents["provenance"] = {**_provenance(_plain(checkpoint.provenance)), "sha256": digests}
+        contents["embedding"] = as_plain(checkpoint.embedding.model_dump(mode="json"))
+    contents["provenance"] = _provenance(as_plain(checkpoint.provenance))
+    contents["provenance"][RECORD] = part_digests(contents)
     with atomic_file(path, overwrite=overwrite, needed_bytes=checkpoint.size_bytes) as temporary:
         try:
             torch.save(contents, temporary)
         except RuntimeError as error:  # torch reports a failed write so, without an errno
             raise OSError(f"{path}: writing failed, is the disk full? ({_first_line(error)})") from error
+
+
+def _check_names(path: Path, checkpoint: Checkpoint) -> None:
+    """Refuse names that the file could not hold, or that nothing could read again."""
+    _require(
+        is_utf8(str(path)), path, "its name is not UTF-8 text, and torch opens no such file; choose another"
+    )
+    for name in (*checkpoint.palettized, *checkpoint.dense, *checkpoint.tied, *checkpoint.tokenizer):
+        _require(is_utf8(name), path, f"{printable(name)}: the name is not UTF-8 text; rename it")
 
 
 def _provenance(given: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +244,22 @@ def load(path: str | Path) -> Checkpoint:
             names the file, the tensor and the value, and says what to do.
     """
     path = Path(path)
+    _require(
+        is_utf8(os.fspath(path)), path, "its name is not UTF-8 text, and torch opens no such file; rename it"
+    )
     contents = _read(path)
+    try:
+        return _validated(path, contents)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, EdkmExportError) or is_out_of_memory(error):
+            raise
+        # what no check foresaw: a file may hold anything that pickle can say
+        raise CheckpointError(
+            f"{path}: holds what no release of edkm-export writes ({_first_line(error)}); write the file again."
+        ) from error
+
+
+def _validated(path: Path, contents: Any) -> Checkpoint:
     _require(
         isinstance(contents, dict) and contents.get("format") == FORMAT,
         path,
@@ -229,7 +269,7 @@ def load(path: str | Path) -> Checkpoint:
     _require(
         type(version) is int and version in _READABLE_VERSIONS,
         path,
-        f"format version is {version!r}, this release reads {' and '.join(map(str, _READABLE_VERSIONS))}; "
+        f"format version is {version!r}, this release reads 1 to {FORMAT_VERSION}; "
         "write it again with this release, or install the one that wrote it",
     )
     for key in _KEYS:
@@ -238,6 +278,11 @@ def load(path: str | Path) -> Checkpoint:
             path,
             f"'{key}' is missing or not a dict; write the file again",
         )
+        if key not in ("palettized", "dense", "tokenizer", "tied"):
+            fault = not_plain(contents[key], key)
+            _require(not fault, path, f"{fault}; write the file again")
+        odd = next((name for name in contents[key] if isinstance(name, str) and not is_utf8(name)), None)
+        _require(odd is None, path, f"{odd!r}: the name is not UTF-8 text; write the file again")
     stored = tracked(contents["palettized"].items(), "validating", "weights")
     palettized = {name: _unpack_palettized(path, name, parts, version) for name, parts in stored}
     dense = contents["dense"]
@@ -260,7 +305,8 @@ def load(path: str | Path) -> Checkpoint:
             path,
             f"tokenizer file {name}: expected its bytes as a uint8 tensor",
         )
-    _check_digests(path, contents)
+    embedding = _read_embedding(path, contents.get("embedding"))
+    _check_digests(path, contents, version)
     return Checkpoint(
         config=contents["config"],
         palettized=palettized,
@@ -270,7 +316,8 @@ def load(path: str | Path) -> Checkpoint:
         recipe=contents["recipe"],
         provenance=contents["provenance"],
         path=path,
-        embedding=_read_embedding(path, contents.get("embedding")),
+        embedding=embedding,
+        format_version=version,
     )
 
 
@@ -315,19 +362,13 @@ def _read(path: Path) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    lines = words_of(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__
 
 
 def _require(condition: bool, path: Path, message: str) -> None:
     if not condition:
-        raise CheckpointError(f"{path}: {message}.")
-
-
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """A copy of nothing but plain Python: a subclass of str would make the file unreadable with weights_only."""
-    plain: dict[str, Any] = json.loads(json.dumps(value))
-    return plain
+        raise CheckpointError(printable(f"{path}: {message}."))
 
 
 def _pack_palettized(tensor: PalettizedTensor) -> dict[str, Any]:
@@ -389,32 +430,16 @@ def _check_dense(path: Path, name: Any, tensor: Any) -> None:
     _require(all_finite(tensor), path, f"{name}: holds NaN or infinity; the model is broken")
 
 
-def _digest(group: Mapping[str, Any]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
-    sha = hashlib.sha256()
-    for name in tracked(sorted(group), "hashing", "tensors"):
-        value = group[name]
-        parts = value if isinstance(value, dict) else {"": value}
-        for key in sorted(parts):
-            part = parts[key]
-            if isinstance(part, Tensor):
-                sha.update(f"{name}/{key}/{part.dtype}/{list(part.shape)}\n".encode())
-                sha.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
-            else:
-                sha.update(f"{name}/{key}/{part}\n".encode())
-    return sha.hexdigest()
-
-
-def _check_digests(path: Path, contents: dict[str, Any]) -> None:
-    recorded = contents["provenance"].get("sha256")
+def _check_digests(path: Path, contents: dict[str, Any], version: int) -> None:
     _require(
-        isinstance(recorded, dict), path, "provenance holds no sha256 of its parts; write the file again"
+        isinstance(contents["provenance"].get(RECORD), dict),
+        path,
+        "provenance holds no sha256 of its parts; write the file again",
     )
-    for key in ("palettized", "dense", "tokenizer"):
-        actual = _digest(contents[key])
-        _require(
-            recorded.get(key) == actual,
-            path,
-            f"the sha256 of its '{key}' part is {actual[:16]}..., but {str(recorded.get(key))[:16]}... was recorded "
-            "when it was written: the file was damaged or changed; write it again",
-        )
+    if (found := changed(contents, version)) is None:
+        return
+    part, actual, recorded = found
+    raise CheckpointError(
+        f"{path}: the sha256 of its '{part}' part is {actual[:16]}..., but {recorded[:16] or None}... was recorded "
+        "when it was written: the file was damaged or changed; write it again."
+    )

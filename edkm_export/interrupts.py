@@ -11,6 +11,8 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
+from edkm_export.mapped_files import check_mapped_files, guarding_mapped_files
+
 __all__ = ["SIGNALS", "check_interrupt", "watching_signals"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
@@ -23,7 +25,7 @@ _arrived = False
 def watching_signals() -> Iterator[None]:
     """Make `SIGNALS` raise KeyboardInterrupt, and remember them. For the main thread of a command.
 
-    Under nohup SIGHUP is ignored, and stays so.
+    Mapped files are guarded too, see `mapped_files`. Under nohup SIGHUP is ignored, and stays so.
     """
     global _arrived
     before = {
@@ -32,7 +34,8 @@ def watching_signals() -> Iterator[None]:
         if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
-        yield
+        with guarding_mapped_files():
+            yield
     finally:
         _arrived = False
         for number, handler in before.items():
@@ -50,6 +53,8 @@ def check_interrupt() -> None:
 
     Raises:
         KeyboardInterrupt: it was.
+        InputError: a mapped file became shorter.
     """
     if _arrived:
         raise KeyboardInterrupt
+    check_mapped_files()

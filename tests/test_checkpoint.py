@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from edkm_export import checkpoint
 from edkm_export.checkpoint import FORMAT_VERSION, Checkpoint, load, save
-from edkm_export.errors import OutputExistsError
+from edkm_export.checkpoint_digest import PARTS, tensor_digest
+from edkm_export.errors import CheckpointError, OutputExistsError
 from tests.helpers.checkpoint_files import EMBED, HEAD, LAYER, NORM, make_checkpoint
 from tests.helpers.palettes import random_palette
 from tests.helpers.snapshots import snapshot
@@ -63,12 +63,49 @@ def test_version_1_reads_int4_as_int8(tmp_path, saved):
         contents["format_version"] = 1
         for parts in contents["palettized"].values():
             del parts["lut_dtype"]
-        contents["provenance"]["sha256"]["palettized"] = checkpoint._digest(contents["palettized"])
+        contents["provenance"]["sha256"]["palettized"] = tensor_digest(contents["palettized"])
         torch.save(contents, path)
         found = load(path).palettized
         for name, tensor in made.palettized.items():
             assert found[name].same_bits(tensor)
             assert found[name].lut_dtype == ("float16" if tensor.lut_scale is None else "int8")
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_older_versions_are_read_and_say_what_they_do_not_promise(saved, version):
+    """As releases before wrote them: without a digest of what is no tensor."""
+    contents = torch.load(saved, weights_only=True)
+    contents["format_version"] = version
+    if version < 3:
+        recorded = contents["provenance"]["sha256"]
+        contents["provenance"]["sha256"] = {
+            part: recorded[part] for part in ("palettized", "dense", "tokenizer")
+        }
+    if version < 2:
+        for parts in contents["palettized"].values():
+            del parts["lut_dtype"]
+        contents["provenance"]["sha256"]["palettized"] = tensor_digest(contents["palettized"])
+    torch.save(contents, saved)
+    found = load(saved)
+    assert found.format_version == version and found.config == make_checkpoint().config
+    assert bool(found.weakness) == (version < 3)
+    if version < 3:
+        assert f"format version {version}, whose sha256 covers weights and tokenizer alone" in found.weakness
+
+
+def test_names_that_are_no_text(tmp_path):
+    """Linux has files with any bytes in their names; torch opens those with UTF-8 alone."""
+    path = tmp_path / "model\udcff.pt"
+    for call in (lambda: save(make_checkpoint(), path), lambda: load(path)):
+        with pytest.raises(CheckpointError, match=r"model\\udcff.pt: its name is not UTF-8 text"):
+            call()
+    made = dataclasses.replace(make_checkpoint(), dense={"a\ud800": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=r"a\\ud800: the name is not UTF-8 text; rename it"):
+        save(made, tmp_path / "model.pt")
+    assert snapshot(tmp_path) == {}
+    made = dataclasses.replace(make_checkpoint(), provenance={"command": ["a\udcff", {"\udc80": 1}]})
+    save(made, tmp_path / "model.pt")  # a word of the command line is no name
+    assert load(tmp_path / "model.pt").provenance["command"] == ["a\\udcff", {"\\udc80": 1}]
 
 
 def test_paths_may_be_text(tmp_path):
@@ -93,7 +130,7 @@ def test_dense_parameters_come_back_bit_for_bit(tmp_path):
 
 def test_file_is_plain_data(saved):
     contents = torch.load(saved, weights_only=True)
-    assert contents["format"] == "edkm-export" and contents["format_version"] == 2 == FORMAT_VERSION
+    assert contents["format"] == "edkm-export" and contents["format_version"] == 3 == FORMAT_VERSION
     assert contents["palettized"][EMBED].keys() == {"shape", "n_bits", "lut", "indices", "lut_dtype"}
     assert contents["palettized"][LAYER].keys() == {
         "shape",
@@ -103,7 +140,7 @@ def test_file_is_plain_data(saved):
         "lut_dtype",
         "lut_scale",
     }
-    assert contents["provenance"]["sha256"].keys() == {"palettized", "dense", "tokenizer"}
+    assert contents["provenance"]["sha256"].keys() == set(PARTS)
 
 
 def test_strings_of_other_libraries_become_plain(tmp_path):
@@ -200,10 +237,10 @@ def test_digest_depends_on_names_dtypes_shapes_and_bytes():
         {"a": base["a"], "b": torch.empty(0)},
         {},
     ]
-    digests = {checkpoint._digest(group) for group in [base, *others]}
+    digests = {tensor_digest(group) for group in [base, *others]}
     assert len(digests) == len(others) + 1
     reordered = {"y": torch.ones(1), "x": torch.zeros(1)}
-    assert checkpoint._digest(reordered) == checkpoint._digest(dict(sorted(reordered.items())))
+    assert tensor_digest(reordered) == tensor_digest(dict(sorted(reordered.items())))
 
 
 def test_provenance_and_recipe_are_json(saved):

@@ -147,11 +147,21 @@ def spoil(*keys: str, value: float) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def nest(contents: dict[str, Any]) -> None:
+    for _ in range(100):
+        contents["deeper"] = {}
+        contents = contents["deeper"]
+
+
 PALETTE = ("palettized", EMBED)
 FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "version 3": (
-        put("format_version", value=3),
-        "format version is 3, this release reads 1 and 2; write it again",
+    "version 4": (
+        put("format_version", value=4),
+        "format version is 4, this release reads 1 to 3; write it again",
+    ),
+    "version 2 of version 3": (
+        lambda contents: contents.update(format_version=2, config={**contents["config"], "hidden_size": 8}),
+        "the sha256 of its 'config' part is",
     ),
     "no lut_dtype": (drop(*PALETTE, "lut_dtype"), f"{EMBED}: 'lut_dtype' is missing"),
     "lut_dtype of another LUT": (
@@ -271,6 +281,38 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         spoil("tokenizer", "tokenizer.json", value=0),
         "the sha256 of its 'tokenizer' part is",
     ),
+    "another configuration": (put("config", "hidden_size", value=8), "the sha256 of its 'config' part is"),
+    "a setting more": (put("config", "return_dict", value=False), "the sha256 of its 'config' part is"),
+    "another recipe": (put("recipe", "name", value="best"), "the sha256 of its 'recipe' part is"),
+    "another seed": (put("provenance", "seed", value=4), "the sha256 of its 'provenance' part is"),
+    "another tie": (put("tied", HEAD, value=NORM), "the sha256 of its 'tied' part is"),
+    "no digest of a part": (drop("provenance", "sha256", "recipe"), "but None... was recorded"),
+    # what JSON does not hold
+    "config of a tensor": (
+        put("config", "hidden_size", value=torch.ones(1)),
+        "config.hidden_size is Tensor, which is no plain data",
+    ),
+    "config of a number": (put("config", 5, value=1), "config has the key 5, which is no text"),
+    "recipe of a set": (
+        put("recipe", "rules", value=[{"a": {1}}]),
+        "recipe.rules[0].a is set, which is no plain",
+    ),
+    "provenance without end": (lambda contents: nest(contents["provenance"]), "is nested too deeply"),
+    # names that are no text
+    **{
+        f"surrogate in {key}": (
+            lambda contents, key=key: contents[key].update({"a\ud800": next(iter(contents[key].values()))}),
+            "'a\\ud800': the name is not UTF-8 text",
+        )
+        for key in ("palettized", "dense", "tied", "tokenizer")
+    },
+    "surrogate in config": (put("config", "a", value="\ud800"), "config.a is no UTF-8 text"),
+    # what no check foresaw
+    "shape of 2**70": (put(*PALETTE, "shape", value=[2**70, 2**70]), f"{EMBED}: "),
+    "negative shape": (put(*PALETTE, "shape", value=[-10, -6]), f"{EMBED}: "),
+    "empty shape": (put(*PALETTE, "shape", value=[]), f"{EMBED}: "),
+    "lut without dimensions": (put(*PALETTE, "lut", value=torch.tensor(1.0).half()), f"{EMBED}: "),
+    "lut_dtype is a list": (put(*PALETTE, "lut_dtype", value=["float16"]), f"{EMBED}: "),
     "another file name": (
         lambda contents: contents["tokenizer"].update({"other": contents["tokenizer"].pop("empty.txt")}),
         "the sha256 of its 'tokenizer' part is",

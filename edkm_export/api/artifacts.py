@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.artifact.encodings import EmbeddingArtifact
@@ -14,6 +14,7 @@ __all__ = [
     "find_artifact",
     "is_artifact",
     "open_artifact",
+    "open_embedding_artifact",
     "open_session",
     "predicted_size_bytes",
 ]
@@ -42,8 +43,30 @@ def find_artifact(path: str | Path) -> Path:
     return path if is_onnx(path) else find_package(path)
 
 
-def open_artifact(path: str | Path) -> Artifact | EmbeddingArtifact:
-    """Open what `find_artifact` found, for the verifier."""
+def open_artifact(path: str | Path) -> Artifact:
+    """Open what `find_artifact` found, for the verifier; an embedding model is a damaged language model."""
+    from edkm_export.artifact.protocol import DamagedArtifact
+
+    found = _open(path)
+    if hasattr(found, "encodings"):
+        reason = f"{path}: holds an embedding model, not a language model; it was exported from another checkpoint."
+        return DamagedArtifact(path, found.kind, reason)
+    return found
+
+
+def open_embedding_artifact(path: str | Path) -> EmbeddingArtifact:
+    """The same, where an embedding model should be."""
+    from edkm_export.artifact.encodings import DamagedEmbeddingArtifact
+
+    found = _open(path)
+    if hasattr(found, "encodings"):
+        return cast("EmbeddingArtifact", found)
+    reason = getattr(found, "reason", f"{path}: gives logits, not embeddings; it was exported from another checkpoint.")
+    return DamagedEmbeddingArtifact(path, found.kind, reason)
+
+
+def _open(path: str | Path) -> Artifact | EmbeddingArtifact:
+    """Whatever lies there."""
     from converters.onnx.read.folder import is_onnx
 
     path = Path(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edkm_export.activity import activity, stages
-from edkm_export.api.artifacts import open_artifact
+from edkm_export.api.artifacts import open_artifact, open_embedding_artifact
 from edkm_export.api.artifacts import predicted_size_bytes as predict
 from edkm_export.api.originals import (
     check_length,
@@ -25,8 +25,6 @@ if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait f
     from edkm_export.verify.report import Report
 
 __all__ = ["climb", "verification_inputs"]
-
-_OTHER = "it was exported from another checkpoint"
 
 
 def verification_inputs(
@@ -133,15 +131,12 @@ def climb(
         evaluation: from `verification_inputs`.
         predicted_size_bytes: what the exporter promised; None: what a plan of the same export says.
     """
-    from edkm_export.artifact.protocol import DamagedArtifact
     from edkm_export.verify.ladder import count_stages, verify_artifact
 
     if checkpoint.embedding is not None:
         return _climb_embeddings(checkpoint, path, evaluation, predicted_size_bytes)
     with activity("reading the artifact"):
         artifact = open_artifact(path)
-        if hasattr(artifact, "encodings"):
-            artifact = DamagedArtifact(path, artifact.kind, f"{path}: holds an embedding model; {_OTHER}.")
         if predicted_size_bytes is None:
             predicted_size_bytes = predict(checkpoint, artifact)
     with stages(count_stages(artifact, evaluation)) as advance:
@@ -154,14 +149,10 @@ def _climb_embeddings(
     checkpoint: Checkpoint, path: Path, evaluation: VerificationInputs, predicted_size_bytes: int | None
 ) -> Report:
     """The ladder of an embedding model."""
-    from edkm_export.artifact.encodings import DamagedEmbeddingArtifact
     from edkm_export.verify.embedding_ladder import count_embedding_stages, verify_embedding_artifact
 
     with activity("reading the artifact"):
-        artifact = open_artifact(path)
-        if not hasattr(artifact, "encodings"):
-            reason = getattr(artifact, "reason", f"{path}: gives logits, not embeddings; {_OTHER}.")
-            artifact = DamagedEmbeddingArtifact(path, artifact.kind, reason)
+        artifact = open_embedding_artifact(path)
         if predicted_size_bytes is None:
             predicted_size_bytes = predict(checkpoint, artifact)
     with stages(count_embedding_stages(artifact)) as advance:

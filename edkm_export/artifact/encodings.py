@@ -10,8 +10,8 @@ from typing import NoReturn, Protocol
 from torch import Tensor
 
 from edkm_export.artifact.execution import DAMAGED
+from edkm_export.artifact.protocol import StoredModel
 from edkm_export.errors import PackageError
-from edkm_export.palette import PalettizedTensor
 
 __all__ = [
     "CLOSE",
@@ -138,43 +138,12 @@ class Encoding:
     missing: str = ""
 
 
-class EmbeddingArtifact(Protocol):
-    """What an exporter left on disk, read back; the members are those of `Artifact`, but for how it is run."""
-
-    @property
-    def path(self) -> Path:
-        """The package or folder."""
-        ...
-
-    @property
-    def kind(self) -> str:
-        """Format, for people."""
-        ...
-
-    @property
-    def context(self) -> int:
-        """Most tokens of a text."""
-        ...
+class EmbeddingArtifact(StoredModel, Protocol):
+    """An exported embedding model; `context` is the most tokens of a text."""
 
     @property
     def encodings(self) -> Sequence[Encoding]:
         """Ways to run it, the strictest first."""
-        ...
-
-    def palettized(self) -> dict[str, PalettizedTensor]:
-        """Palettized weights by parameter name, read from disk."""
-        ...
-
-    def dense(self) -> dict[str, Tensor]:
-        """All other parameters by name, read from disk."""
-        ...
-
-    def weights_size_bytes(self) -> int:
-        """Size of the files that hold the weights."""
-        ...
-
-    def size_bytes(self) -> int:
-        """Size of everything that ships."""
         ...
 
 

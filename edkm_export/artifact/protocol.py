@@ -17,7 +17,15 @@ from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
 from edkm_export.token_ids import Ids
 
-__all__ = ["Artifact", "DamagedArtifact", "Decoding", "Session", "Traceable"]
+__all__ = [
+    "Artifact",
+    "DamagedArtifact",
+    "Decoding",
+    "Reaching",
+    "Session",
+    "StoredModel",
+    "Traceable",
+]
 
 
 class Session(Protocol):
@@ -46,8 +54,8 @@ class Session(Protocol):
         """
 
 
-class Artifact(Protocol):
-    """What an exporter left on disk, read back."""
+class StoredModel(Protocol):
+    """What an exporter left on disk, read back, but for how it is run."""
 
     @property
     def path(self) -> Path:
@@ -62,11 +70,6 @@ class Artifact(Protocol):
     @property
     def context(self) -> int:
         """Most positions that one execution takes."""
-        ...
-
-    @property
-    def executions(self) -> Sequence[Execution]:
-        """Ways to run it, the strictest first."""
         ...
 
     def palettized(self) -> dict[str, PalettizedTensor]:
@@ -91,6 +94,20 @@ class Artifact(Protocol):
 
     def size_bytes(self) -> int:
         """Size of everything that ships."""
+        ...
+
+
+class Artifact(StoredModel, Protocol):
+    """An exported language model."""
+
+    @property
+    def claimed_context(self) -> int | None:
+        """Positions that it says it can hold; None: nothing that could be read."""
+        ...
+
+    @property
+    def executions(self) -> Sequence[Execution]:
+        """Ways to run it, the strictest first."""
         ...
 
     def session(self) -> Session | None:
@@ -119,6 +136,19 @@ class Traceable(Protocol):
 
         Raises:
             PackageError: the artifact is at fault.
+        """
+        ...
+
+
+@runtime_checkable
+class Reaching(Protocol):
+    """An artifact that can be tried at the end of its context without a text of that length."""
+
+    def reach(self, context: int) -> None:
+        """Try the last of so many positions.
+
+        Raises:
+            PackageError: it cannot be had.
         """
         ...
 
@@ -156,6 +186,7 @@ class DamagedArtifact:
     """
 
     context = 512  # what the original and hard PyTorch are measured with
+    claimed_context = None
 
     def __init__(self, path: str | Path, kind: str, reason: str) -> None:
         self.path = Path(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import gc
 import importlib
 import io
@@ -20,6 +21,7 @@ from edkm_export.errors import EdkmExportError
 from edkm_export.escaping import for_terminal
 from edkm_export.interrupts import check_interrupt, watching_signals
 from edkm_export.limits import is_out_of_files, is_out_of_memory
+from edkm_export.mapped_files import check_mapped_files
 
 __all__ = ["cli", "main"]
 
@@ -114,9 +116,11 @@ def _run() -> int:
     """The command; its exit status is 0, or that of the `click.exceptions.Exit` that it raised."""
     try:
         status = cli(standalone_mode=False)
+        check_interrupt()  # one that a library swallowed
         sys.stdout.flush()
-    except Exception:
-        check_interrupt()  # an error after a swallowed signal is not one
+    except Exception as error:
+        check_interrupt()  # an error after a swallowed signal, or of zeros that were read, is not one
+        check_mapped_files(look=getattr(error, "errno", None) == errno.EFAULT)
         raise
     return status if isinstance(status, int) else 0
 

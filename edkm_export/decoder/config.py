@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["ATTENDS", "CONVOLUTION", "FULL", "LINEAR", "SLIDING", "DecoderConfig", "LinearAttention", "Names"]
+__all__ = [
+    "ATTENDS",
+    "CONVOLUTION",
+    "FULL",
+    "LINEAR",
+    "SLIDING",
+    "DecoderConfig",
+    "LinearAttention",
+    "Names",
+]
 
 FULL, SLIDING = ATTENDS = ("full", "sliding")
 """Kinds of layers: attention over all earlier positions, or over the last `sliding_window`."""
 
 CONVOLUTION, LINEAR = "convolution", "linear"
-"""Kinds of layers without attention: a gated short convolution, or linear attention with a recurrence (gated DeltaNet)."""
+"""Kinds of layers without attention: a gated short convolution, or linear attention (gated DeltaNet)."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def _mixer_name(config: DecoderConfig, layer: int) -> str:
 
 
 class Layer(nn.Module):
-    """Attention, or what stands for it, and MLP, each with a pre-norm, a residual connection, and in some families a post-norm."""
+    """Attention, or what stands for it, and MLP, each with a residual connection, and a norm before or after it."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()

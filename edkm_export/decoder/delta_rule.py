@@ -5,11 +5,10 @@ For each head, with a matrix S, and query q, key k, value v, decay e^g (g <= 0) 
 
     S <- e^g S;  S <- S + k (b (v - S^T k))^T;  output S^T q
 
-A chunk of tokens takes a few matrix products instead of one step each (section 3.3): with the decays multiplied from the
-first token of the chunk on, c_i = g_1 + ... + g_i, what the tokens write depends on what those before it in the chunk
-wrote, through a triangular system. Its inverse is built from blocks of two, four, eight, ... tokens: a sum of powers would
-need no masks, but where keys repeat the powers are astronomic and cancel. A product of decays is never divided by: both
-factors of a quotient may have underflowed.
+A chunk of tokens takes a few matrix products instead of one step each (section 3.3): what a token writes depends on
+what those before it in the chunk wrote, through a triangular system. Its inverse is built from blocks of two, four,
+eight, ... tokens: a sum of powers would need no masks, but where keys repeat the powers are astronomic and cancel.
+Nothing is divided by a product of decays, which may have underflowed.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ class Triangle:
     Attributes:
         lower: [tokens, tokens], one where the column is not after the row.
         unit: [tokens, tokens], the identity.
-        blocks: for each level [tokens, tokens], one where, in a block of 2 ** (level + 1) tokens, the row is in the second
-            half and the column in the first.
+        blocks: for each level [tokens, tokens], one where, in a block of 2 ** (level + 1) tokens, the row is in the
+            second half and the column in the first.
         tokens: of a chunk; None: all tokens of a call are one.
     """
 
@@ -101,7 +100,8 @@ def delta_step(
     """One token.
 
     Args:
-        queries, keys: float32 [batch, heads, 1, key_dim].
+        queries: float32 [batch, heads, 1, key_dim].
+        keys: as the queries.
         values: float32 [batch, heads, 1, value_dim].
         decay: logarithm of the decay, float32 [batch, heads, 1, 1].
         strength: 0 to 1, float32 [batch, heads, 1, 1].
@@ -127,8 +127,8 @@ def chunked_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Any number of tokens, a chunk at a time.
 
-    Arguments and results are those of `delta_step`, with tokens on the third axis; without matrices the first token is that
-    of a text.
+    Arguments and results are those of `delta_step`, with tokens on the third axis; without matrices the first token is
+    that of a text.
     """
     size = triangle.tokens
     if size is None:

@@ -47,9 +47,8 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
         """x [batch, new, hidden] -> [batch, new, hidden]."""
-        mixed, gate, strength, fading = linears(
-            x, [self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a]
-        )
+        mixed, gate = linears(x, [self.in_proj_qkv, self.in_proj_z])
+        strength, fading = linears(x, [self.in_proj_b, self.in_proj_a])
         if context.real is not None:
             mixed = mixed * context.real
         mixed = F.silu(along_text(self.conv1d, mixed.transpose(1, 2), self.layer, cache)).transpose(1, 2)
@@ -67,9 +66,10 @@ class GatedDeltaNet(nn.Module):
 class Rule(nn.Module):
     """The gated delta rule from projections to outputs, in float32 throughout.
 
-    A decay next to one decides how much a head remembers after a thousand tokens, and float16 has no number between 0.9995
-    and one: rounded, a memory of a thousand tokens lasts for ever or for half as long. Squares of queries and keys, whose
-    lengths are taken, may leave float16 as well. It has no parameters of its own; formats may put another form in its place.
+    A decay next to one decides how much a head remembers after a thousand tokens, and float16 has no number between
+    0.9995 and one: rounded, a memory of a thousand tokens lasts for ever or for half as long. Squares of queries and
+    keys, whose lengths are taken, may leave float16 as well. It has no parameters of its own; formats may put another
+    form in its place.
 
     Args:
         sizes: of the layer.
@@ -96,7 +96,8 @@ class Rule(nn.Module):
             mixed: queries, keys and values side by side, [batch, new, channels].
             strength: before its sigmoid, [batch, new, value_heads].
             fading: what the decay is made of, [batch, new, value_heads].
-            a_log, dt_bias: parameters of the decay, [value_heads].
+            a_log: parameter of the decay, [value_heads].
+            dt_bias: as `a_log`.
             before: float32 [batch, value_heads, key_dim, value_dim]; None: zero.
             context: of the tokens.
 
@@ -112,7 +113,13 @@ class Rule(nn.Module):
         return outputs.transpose(1, 2), after
 
     def operands(
-        self, mixed: Tensor, strength: Tensor, fading: Tensor, a_log: Tensor, dt_bias: Tensor, context: Context
+        self,
+        mixed: Tensor,
+        strength: Tensor,
+        fading: Tensor,
+        a_log: Tensor,
+        dt_bias: Tensor,
+        context: Context,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys, values, decay and strength as `delta_step` takes them, with tokens on the third axis."""
         queries, keys, values = self.heads(_wide(mixed))
@@ -124,7 +131,7 @@ class Rule(nn.Module):
         return queries, keys, values, decay, strength
 
     def heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys of unit length, and values: [batch, new, channels] -> [batch, value_heads, new, dim] each."""
+        """Queries and keys of one length, values: [batch, new, channels] -> [batch, value_heads, new, dim] each."""
         sizes = self.sizes
         width = sizes.key_heads * sizes.key_dim
         queries, keys, values = mixed.split([width, width, sizes.value_heads * sizes.value_dim], dim=-1)

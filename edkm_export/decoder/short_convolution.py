@@ -35,10 +35,7 @@ def along_text(layer: nn.Module, columns: Tensor, number: int, cache: Cache | No
     """
     weight = layer.get_parameter("weight")
     channels, _, width = weight.shape
-    if cache is None:
-        columns = F.pad(columns, (width - 1, 0))
-    else:
-        columns = cache.extend(number, columns)[..., 1:]
+    columns = F.pad(columns, (width - 1, 0)) if cache is None else cache.extend(number, columns)[..., 1:]
     return F.conv1d(columns, weight, layer.bias, groups=channels)  # type: ignore[arg-type]
 
 

@@ -16,6 +16,7 @@ from edkm_export.config_bounds import check_config
 from edkm_export.errors import CheckpointError
 from edkm_export.guarded_tokenizer import TokenizerError, open_tokenizer
 from edkm_export.library_logs import silence
+from edkm_export.reference.config_fields import shaping_fields
 from edkm_export.reference.conv1d import as_linear
 from edkm_export.reference.sentence_model import SentenceModel
 
@@ -83,7 +84,7 @@ def _empty(checkpoint: Checkpoint, build: Callable[[Any], Any]) -> Any:
 
     source = str(checkpoint.path or "checkpoint")
     silence("transformers")
-    settings = {key: value for key, value in checkpoint.config.items() if key != "dtype"}
+    settings = shaping_fields(checkpoint.config, embeds=checkpoint.embedding is not None)
     check_config(settings, source, checkpoint.shapes, CheckpointError)
     try:
         config = transformers.AutoConfig.for_model(**settings)

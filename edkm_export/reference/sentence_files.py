@@ -14,7 +14,7 @@ from typing import Any
 
 import pydantic
 
-from edkm_export.embedding_settings import DenseSettings, EmbeddingSettings
+from edkm_export.embedding_settings import Activation, DenseSettings, EmbeddingSettings
 from edkm_export.errors import InputError
 from edkm_export.regular_file import read_regular
 
@@ -35,7 +35,7 @@ _MODE_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Activation] = {
     "Identity": "identity",
     "Tanh": "tanh",
     "ReLU": "relu",
@@ -125,7 +125,7 @@ class _Reader:
         return self.found
 
     def _modules(self) -> list[dict[str, Any]]:
-        listed = self._json(MODULES, list)
+        listed: list[dict[str, Any]] = self._json(MODULES, list)
         for module in listed:
             path = module.get("path", "") if isinstance(module, dict) else None
             plain = isinstance(path, str) and len(PurePosixPath(path).parts) <= 1 and path not in ("..", "/")
@@ -291,7 +291,7 @@ class _Reader:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{self.reference}: {name} cannot be read: it is no JSON.") from error
         if not isinstance(contents, kind):
-            words = {list: "list", dict: "object"}[kind]
+            words = "list" if kind is list else "object"
             raise InputError(f"{self.reference}: {name} is no JSON {words}.")
         return contents
 

@@ -82,7 +82,7 @@ class SentenceModel(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         """Ids and mask int64 [texts, tokens] -> [texts, tokens, hidden]."""
-        given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        given: dict[str, Any] = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         if hasattr(self.config, "use_cache"):
             given["use_cache"] = False
         found = self.model(input_ids=input_ids, attention_mask=attention_mask, **given)

@@ -53,6 +53,9 @@ def embedding_tokenizer_files(tokenizer: Any, max_tokens: int) -> dict[str, byte
             }
     finally:
         tokenizer.model_max_length = before
+    name = "tokenizer_config.json"
+    # transformers leaves this out where it was set later, and transformers.js takes the last column for the last token
+    files[name] = _as_json({**json.loads(files[name]), "padding_side": tokenizer.padding_side})
     _make_portable(files, tokenizer.chat_template)
     return files
 

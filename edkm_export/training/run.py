@@ -13,6 +13,7 @@ import torch
 from edkm_export import checkpoint
 from edkm_export.activity import activity
 from edkm_export.errors import InputError
+from edkm_export.plain_data import printable
 from edkm_export.recipe import Recipe
 from edkm_export.reference.hard_model import load_hard_model
 from edkm_export.reference.outline import outline
@@ -229,7 +230,7 @@ class Run:
         recipe = self._palettize(data if written is None else Tokens.join([data, written]))
         self.folder.record(
             RunRecord(
-                command=list(self.provenance.get("command", ())),
+                command=[printable(word) for word in self.provenance.get("command", ())],
                 identity=identity,
                 config=self.config.model_dump(mode="json"),
                 recipe=recipe,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edkm_export.activity import tracked
-from edkm_export.artifact.protocol import Artifact
+from edkm_export.artifact.protocol import StoredModel
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
 from edkm_export.verify.report import Rung, Verdict
@@ -16,7 +16,7 @@ from edkm_export.verify.report import Rung, Verdict
 __all__ = ["compare_bytes"]
 
 
-def compare_bytes(checkpoint: Checkpoint, artifact: Artifact) -> tuple[Rung, dict[str, bool]]:
+def compare_bytes(checkpoint: Checkpoint, artifact: StoredModel) -> tuple[Rung, dict[str, bool]]:
     """Compare every parameter with the artifact.
 
     Args:

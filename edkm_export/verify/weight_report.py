@@ -9,7 +9,7 @@ from torch import Tensor
 
 from edkm_export.activity import tracked
 from edkm_export.artifact.metrics import snr_db
-from edkm_export.artifact.protocol import Artifact
+from edkm_export.artifact.protocol import StoredModel
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
@@ -56,7 +56,7 @@ def describe_tensors(
     return rows
 
 
-def measure_sizes(checkpoint: Checkpoint, artifact: Artifact, predicted_size_bytes: int | None) -> list[Size]:
+def measure_sizes(checkpoint: Checkpoint, artifact: StoredModel, predicted_size_bytes: int | None) -> list[Size]:
     """Bytes by part, as the checkpoint predicts them and as they lie on disk."""
     try:
         palettized, dense = artifact.palettized(), artifact.dense()

@@ -83,7 +83,9 @@ def test_one_token_over_and_over():
     keys = keys[:, :, :1].expand_as(keys)
     tokens = [queries, keys, values, decay * 0, torch.ones_like(strength)]
     expected = by_the_book(*tokens, some_matrices())
-    for ours, theirs in zip(chunked_delta_rule(*tokens, some_matrices(), Triangle.of(64)), expected, strict=True):
+    for ours, theirs in zip(
+        chunked_delta_rule(*tokens, some_matrices(), Triangle.of(64)), expected, strict=True
+    ):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4)
 
 
@@ -93,7 +95,9 @@ def test_decays_that_leave_float32(fading):
     tokens = operands(33)
     tokens[3] = tokens[3] * 0 + fading
     expected = by_the_book(*tokens, some_matrices())
-    for ours, theirs in zip(chunked_delta_rule(*tokens, some_matrices(), Triangle.of(16)), expected, strict=True):
+    for ours, theirs in zip(
+        chunked_delta_rule(*tokens, some_matrices(), Triangle.of(16)), expected, strict=True
+    ):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
 
 

@@ -63,7 +63,10 @@ def test_whole_sequence(model):
 def test_prompt_and_single_tokens_with_a_cache(model):
     tokens = tokens_of(model, 2)
     decoder = build_decoder(checkpoint_of(model))
-    tables, cache = PositionTables(decoder.config, model.config.to_dict(), 48), GrowingCache(decoder.config, 2)
+    tables, cache = (
+        PositionTables(decoder.config, model.config.to_dict(), 48),
+        GrowingCache(decoder.config, 2),
+    )
     parts = []
     for start, stop in [(0, 13), (13, 16), *((at, at + 1) for at in range(16, LENGTH))]:
         positions = torch.arange(start, stop).expand(2, -1)

@@ -207,6 +207,7 @@ def write_folder(case: EmbeddingCase, folder: Path, seed: int = 0) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     tokenizer(case).save_pretrained(folder)
+    edited(folder, "tokenizer_config.json", padding_side="left" if case.left else "right")
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
     kinds += [(f"{2 + number}_Dense", "Dense") for number in range(len(case.dense))]
     kinds += [(f"{2 + len(case.dense)}_Normalize", "Normalize")] if case.normalize else []

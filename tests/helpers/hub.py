@@ -63,7 +63,12 @@ def running_hub() -> Iterator[Hub]:
                 self.answer(content, 200, {"ETag": f'"{tag}"', "X-Repo-Commit": commit})
             elif rest[:1] == ["tree"]:
                 listed = [
-                    {"type": "file", "path": each.relative_to(folder).as_posix(), "size": each.stat().st_size, "oid": "0" * 40}
+                    {
+                        "type": "file",
+                        "path": each.relative_to(folder).as_posix(),
+                        "size": each.stat().st_size,
+                        "oid": "0" * 40,
+                    }
                     for each in files
                 ]
                 self.answer(json.dumps(listed).encode(), 200)

@@ -18,7 +18,14 @@ from tests.helpers.onnx_texts import assert_same_logits
 from tests.helpers.paths import FIXTURES
 
 TWO_STEPS = TrainConfig(
-    bits=4, steps=2, batch_size=2, context=32, calibration_tokens=128, eval_tokens=256, log_every=1, save_every=0
+    bits=4,
+    steps=2,
+    batch_size=2,
+    context=32,
+    calibration_tokens=128,
+    eval_tokens=256,
+    log_every=1,
+    save_every=0,
 )
 
 
@@ -33,10 +40,14 @@ def test_two_steps_and_an_export(case, tmp_path, monkeypatch):
     outcome = Run(source, [FIXTURES / "calibration.txt"], tmp_path / "run", TWO_STEPS).complete(device="cpu")
     made = load(outcome.path)
     assert outcome.steps == 2 and made.palettized
-    kernels = [tensor for name, tensor in made.dense.items() if name.endswith(("conv.weight", "conv1d.weight"))]
+    kernels = [
+        tensor for name, tensor in made.dense.items() if name.endswith(("conv.weight", "conv1d.weight"))
+    ]
     assert kernels and all(tensor.dim() == 3 for tensor in kernels)
     before = dict(build(case).named_parameters())
-    moved = [name for name, tensor in made.dense.items() if not torch.equal(tensor.float(), before[name].float())]
+    moved = [
+        name for name, tensor in made.dense.items() if not torch.equal(tensor.float(), before[name].float())
+    ]
     assert any("conv" in name for name in moved)  # trained along
     graph = load_graph(export(made, tmp_path / "onnx"))
     assert_same_logits(graph.graph, graph.new_runtime(threads=1).run, load_hard_model(made))

@@ -94,8 +94,8 @@ def _check_fixed(function: Function, name: str) -> None:
     whole = len(sizes) == len(kind.shape) == rank and sizes[1] == 1
     if kind.element != element or not whole or not 0 < math.prod(sizes) <= _MOST_FIXED:
         raise PackageError(
-            f"function {function.name} has states {_words(function.states)}; expected {name} as {element} of {rank} axes, "
-            "the second of size one."
+            f"function {function.name} has states {_words(function.states)}; expected {name} as {element} of {rank} "
+            "axes, the second of size one."
         )
 
 

@@ -2,9 +2,9 @@
 
 From `swift/Sources/CoreAILanguageModels` and `python/src/coreai_models/export/macos.py` of apple/coreai-models, commit
 86b363d: inputs `input_ids` and `position_ids` in this order, both int32, the latter with all positions so far; states
-`keyCache` and `valueCache` that grow; first output `logits` in float16. Layers without attention have states that do not:
-`convStates` and `recurrentStates`, from `python/src/coreai_models/models/macos/qwen3_5.py` there, commit a3cfebc; only
-layers of the kind have a place in a state. Ours of recurrences are float32.
+`keyCache` and `valueCache` that grow; first output `logits` in float16. Layers without attention have states that do
+not, `convStates` and `recurrentStates`, as in `python/src/coreai_models/models/macos/qwen3_5.py` there, commit a3cfebc;
+only layers of the kind have a place in a state. Ours of recurrences are float32.
 """
 
 from __future__ import annotations

@@ -125,8 +125,8 @@ def _check_states(config: DecoderConfig, interface: str, source: str) -> None:
     """Refuse layers whose states an engine cannot hold."""
     if interface == "neural-engine" and layers_with(config, Columns):
         raise ConversionError(
-            f"{source}: --interface neural-engine feeds some tokens again, which the state of a convolution or a recurrence "
-            "cannot take back; use --interface dynamic."
+            f"{source}: --interface neural-engine feeds some tokens again, which the state of a convolution or a "
+            "recurrence cannot take back; use --interface dynamic."
         )
     if not layers_with(config, KeysValues):
         raise ConversionError(f"{source}: no layer of it attends, and the engine asks for keys and values.")

@@ -104,7 +104,7 @@ class CoreMLEmbeddingArtifact(PackageFiles):
         mask = torch.zeros_like(ids)
         ids[0, :count], mask[0, :count] = text.ids.int(), 1
         mask[0, : text.prompt] = 2
-        found = run({TEXT: ids, TEXT_MASK: mask}).get(EMBEDDING)
+        found: Tensor | None = run({TEXT: ids, TEXT_MASK: mask}).get(EMBEDDING)
         if found is None or found.dim() != 2:
             raise PackageError(f"{self.path}: has no output {EMBEDDING!r} of rank 2; export it again.")
         return found.float()

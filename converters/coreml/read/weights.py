@@ -114,7 +114,7 @@ class Weights:
         return True
 
     def dense(self) -> dict[str, Tensor]:
-        """Parameters and constants of at least 10 elements that are not palettized, as stored; other constexprs decoded.
+        """Parameters, and constants of at least 10 elements, that are not palettized, as stored or decoded.
 
         Raises:
             PackageError: one is damaged.

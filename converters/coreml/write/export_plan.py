@@ -117,7 +117,8 @@ def plan_export(
     config = decoder_config(checkpoint.config, source)
     if chosen != "logits" and not layers_with(config, KeysValues):
         raise ConversionError(
-            f"{source}: no layer of it attends, and --interface {chosen} asks for keys and values; use --interface logits."
+            f"{source}: no layer of it attends, and --interface {chosen} asks for keys and values; use "
+            "--interface logits."
         )
     context = _context(chosen, config.max_positions, sequence_length, prefill, source)
     PositionTables(config, checkpoint.config, context)  # refuses positions that constant tables cannot hold

@@ -1,7 +1,7 @@
 """The states of layers, kept in states of the program.
 
-Core ML has states of float16 only. A recurrence needs float32 (see `decoder.linear_attention`), and is held as a sum: its
-value rounded to float16, and what that leaves, 2,048 times larger. Twice eleven bits are nearly those of float32.
+Core ML has states of float16 only. A recurrence needs float32 (see `decoder.linear_attention`), and is held as a sum:
+its value rounded to float16, and what that leaves, 2,048 times larger. Twice eleven bits are nearly those of float32.
 """
 
 from __future__ import annotations

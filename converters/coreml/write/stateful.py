@@ -29,8 +29,8 @@ __all__ = ["Stateful", "example_inputs", "input_types"]
 class Stateful(nn.Module):
     """A decoder with its cache; the shapes of the inputs tell where the new tokens stand.
 
-    With linear attention all new tokens are one chunk, whose work grows with the third power of their number: there is no
-    operation for a number of chunks that is left open. Long prompts are better fed in pieces.
+    With linear attention all new tokens are one chunk, whose work grows with the third power of their number: there is
+    no operation for a number of chunks that is left open. Long prompts are better fed in pieces.
 
     Args:
         decoder: the model.

@@ -94,7 +94,11 @@ def _check_fixed(graph: Graph, name: str) -> None:
     rank, most = (3, _MAX_CACHE_ROW) if name.startswith("past_conv") else (4, _MAX_RECURRENCE)
     sizes = value.shape[1:]
     whole = len(value.shape) == rank and all(isinstance(size, int) and size > 0 for size in sizes)
-    if value.dtype.kind != "f" or not whole or math.prod(size for size in sizes if isinstance(size, int)) > most:
+    if (
+        value.dtype.kind != "f"
+        or not whole
+        or math.prod(size for size in sizes if isinstance(size, int)) > most
+    ):
         shape = "channels, width" if rank == 3 else "heads, key_dim, value_dim"
         raise PackageError(f"{graph.path}: {name} is {value}, expected a float [batch, {shape}].")
 

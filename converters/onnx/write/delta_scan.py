@@ -15,7 +15,7 @@ __all__ = ["replace_rule"]
 
 
 def replace_rule(module: torch.nn.Module, tracer: Tracer) -> None:
-    """Let a rule of a decoder be a Scan, if the module is one: chunks would have to be as long as the longest prompt."""
+    """Let a rule of a decoder be a Scan, if the module is one: a chunk would have to be as long as any prompt."""
     if isinstance(module, Rule):
         module.forward = _ScannedRule(module, tracer)  # type: ignore[method-assign, assignment]
 
@@ -44,7 +44,9 @@ class _ScannedRule:
             decay, strength = decay * real.to(wide), strength * real.to(wide)
         # One token of each is what the body works with: rows [batch, heads, 1, dim], and numbers [batch, heads, 1, 1].
         rows = [each.unsqueeze(3) for each in (queries, keys, values)]
-        numbers = [each.transpose(1, 2).unsqueeze(-1).unsqueeze(-1) for each in (decay._unary("Exp"), strength)]
+        numbers = [
+            each.transpose(1, 2).unsqueeze(-1).unsqueeze(-1) for each in (decay._unary("Exp"), strength)
+        ]
         return self._scan(before, [*rows, *numbers])
 
     def _parameter(self, parameter: torch.Tensor) -> Value:
@@ -52,7 +54,7 @@ class _ScannedRule:
         return Value(self._tracer, name, tuple(parameter.shape), self._tracer.dtype).to(torch.float32)
 
     def _scan(self, before: Value, tokens: list[Value]) -> tuple[Value, Value]:
-        """Matrices before and what each token brings -> outputs [batch, new, value_heads, value_dim], matrices after."""
+        """Matrices before, what each token brings -> outputs [batch, new, value_heads, value_dim], matrices after."""
         graph = self._tracer.graph
         name = graph.unique("DeltaRule")
         graph.append(

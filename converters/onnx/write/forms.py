@@ -77,8 +77,8 @@ class Forms(ABC):
         """The weight of a convolution along the text [channels, 1, size], in the dtype of activations."""
         if self._stored(name) in self.checkpoint.palettized:
             raise ConversionError(
-                f"{self.checkpoint.path or 'checkpoint'}: {name}: a palettized convolution cannot be held in this format; "
-                f"leave it dense (skip: true for {name.removesuffix('.weight')!r} in the recipe), it is small."
+                f"{self.checkpoint.path or 'checkpoint'}: {name}: a palettized convolution cannot be held in this "
+                f"format; leave it dense (skip: true for {name.removesuffix('.weight')!r} in the recipe), it is small."
             )
         return self.dense(name)
 

@@ -27,7 +27,9 @@ def replace_attention(module: torch.nn.Module, tracer: Tracer, rotation: Rotatio
         tracer: of the graph.
         rotation: its `rotate`, which takes heads side by side; None: it has none, or its own.
     """
-    if isinstance(module, Attention) and module.cap is None and not module.gates and (rotation or not module.rotary_dim):
+    if not isinstance(module, Attention) or module.cap is not None or module.gates:
+        return
+    if rotation or not module.rotary_dim:
         module.forward = _FusedAttention(module, tracer, rotation)  # type: ignore[method-assign, assignment]
 
 

@@ -318,9 +318,7 @@ class Value:
         assert isinstance(start, int) and chosen.stop is None, "only a beginning is supported"
         ends = (self.tracer.graph.integers(place) for place in (start, END, -1))
         kept = -start if start < 0 else _less(size, start)
-        return self.tracer.emit(
-            "Slice", self.name, *ends, shape=(*self.shape[:-1], kept), dtype=self.dtype
-        )
+        return self.tracer.emit("Slice", self.name, *ends, shape=(*self.shape[:-1], kept), dtype=self.dtype)
 
     def _binary(self, op: str, other: Value | Number, dtype: torch.dtype | None = None) -> Value:
         if isinstance(other, Value):
@@ -474,7 +472,13 @@ def _convolution(
     size = x.shape[2]
     columns = size - width + 1 if isinstance(size, int) else _less(size, width - 1) if width > 1 else size
     return tracer.emit(
-        "Conv", x.name, *operands, shape=(*x.shape[:2], columns), dtype=x.dtype, group=channels, kernel_shape=[width]
+        "Conv",
+        x.name,
+        *operands,
+        shape=(*x.shape[:2], columns),
+        dtype=x.dtype,
+        group=channels,
+        kernel_shape=[width],
     )
 
 

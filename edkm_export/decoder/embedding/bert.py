@@ -93,7 +93,7 @@ class Bert(nn.Module):
         assert types is not None
         x = tables["word_embeddings"](input_ids) + tables["token_type_embeddings"](types)
         x = tables["LayerNorm"](x + tables["position_embeddings"](context.position_ids))
-        for layer in self.encoder["layer"]:  # type: ignore[union-attr]
+        for layer in self.encoder["layer"].children():
             x = layer(x, context.masks[FULL])
         return x  # type: ignore[no-any-return]
 

@@ -39,7 +39,7 @@ class Lfm2Settings(RotarySettings):
     tie_word_embeddings: bool = True
     # transformers' own padded batches differ from its single texts where there are biases
     conv_bias: bool = pydantic.Field(False, examples=[False])
-    conv_L_cache: pydantic.PositiveInt = pydantic.Field(3, examples=[3, 4])  # noqa: N815
+    conv_L_cache: pydantic.PositiveInt = pydantic.Field(3, examples=[3, 4])
     block_multiple_of: pydantic.PositiveInt = pydantic.Field(256, examples=[16, 20])
     block_ffn_dim_multiplier: pydantic.PositiveFloat | None = pydantic.Field(1.0, examples=[1.0, 1.3])
     block_auto_adjust_ff_dim: bool = True

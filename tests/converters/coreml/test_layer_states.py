@@ -33,7 +33,9 @@ INTERFACES: dict[str, dict[str, Any]] = {
 }
 _QUICK = (("lfm2", "neural-engine"), ("qwen3_5", "swift-transformers"), ("qwen3_5", "neural-engine"))
 CASES = [
-    (case, interface) if (case, interface) in _QUICK else pytest.param(case, interface, marks=pytest.mark.slow)
+    (case, interface)
+    if (case, interface) in _QUICK
+    else pytest.param(case, interface, marks=pytest.mark.slow)
     for case in ("lfm2", "lfm2: odd", "qwen3_5", "qwen3_5: odd")
     for interface in INTERFACES
 ]
@@ -132,7 +134,8 @@ def test_a_long_memory_needs_the_remainder(tmp_path, monkeypatch):
     whole = state[RECURRENCE_CACHE] + state[REMAINDER_CACHE] / 2048
     reference = exact._caller._state[RECURRENCE_CACHE] + exact._caller._state[REMAINDER_CACHE] / 2048  # type: ignore[attr-defined]
     assert found.isfinite().all() and expected.std() > 0.3
-    assert float((whole - reference).norm() / reference.norm()) < 0.02  # activations are rounded, the sums are not
+    # activations are rounded, the sums are not
+    assert float((whole - reference).norm() / reference.norm()) < 0.02
 
 
 def test_a_model_without_attention(tmp_path):
