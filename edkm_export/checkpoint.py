@@ -157,7 +157,9 @@ class Checkpoint:
         actual = self.shapes
         for name, target in self.tied.items():
             if target not in actual:
-                raise CheckpointError(f"{source}: parameter {target}, which {name} shares, is missing; {again}.")
+                raise CheckpointError(
+                    f"{source}: parameter {target}, which {name} shares, is missing; {again}."
+                )
         actual |= {name: actual[target] for name, target in self.tied.items()}
         for name in expected:
             if name not in actual:

@@ -20,6 +20,10 @@ MOST_JSON_BYTES = 1 << 24
 2 MB. Vocabularies are read by tokenizers."""
 
 
+_LARGE_BYTES = 1 << 30
+_MOST_HOLES = 64  # file systems that compress make weights half as large at best, not a hundredth
+
+
 def require_regular(path: str | Path, most_bytes: int | None = None) -> int:
     """Its size in bytes, if it is an ordinary file.
 
@@ -79,5 +83,12 @@ def _checked(status: os.stat_result, path: str | Path, most_bytes: int | None) -
     if most_bytes is not None and status.st_size > most_bytes:
         raise OSError(
             errno.EFBIG, f"has {status.st_size:,} bytes; more than {most_bytes:,} are not read", str(path)
+        )
+    stored = getattr(status, "st_blocks", status.st_size // 512 + 1) * 512
+    if status.st_size > _LARGE_BYTES and stored < status.st_size // _MOST_HOLES:
+        raise OSError(
+            errno.EFBIG,
+            f"has {status.st_size:,} bytes, of which {stored:,} are on the disk: a sparse file, which no model is",
+            str(path),
         )
     return status.st_size

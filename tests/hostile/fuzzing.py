@@ -74,6 +74,9 @@ def main() -> int:
     )
     parser.add_argument("--reader", action="append", choices=list(READERS), help="these alone")
     parser.add_argument("--number", type=int, help="this one input of --reader alone, with what it prints")
+    parser.add_argument(
+        "--whole", type=int, default=1, help="one in so many is also converted, continued or verified"
+    )
     parser.add_argument("--seeds", type=Path, help="folder of sound inputs, to be made once and used again")
     options = parser.parse_args()
     readers = []
@@ -88,16 +91,16 @@ def main() -> int:
             words, outcome = fuzz_case(readers[0], options.number, seeds, Path(name))
             print(f"{words}\n{outcome.text}\n{outcome.statuses} {outcome.faults} {outcome.seconds:.1f} s")
             return bool(outcome.faults)
-        return _many(readers, options.seed * 100_000, options.minutes, options.cases, seeds, Path(name))
+        return _many(readers, options.seed * 100_000, options, seeds, Path(name))
 
 
-def _many(readers: list[str], first: int, minutes: float, cases: int | None, seeds: Seeds, work: Path) -> int:
-    until, done, faulty = time.monotonic() + 60 * minutes, 0, 0
+def _many(readers: list[str], first: int, options: argparse.Namespace, seeds: Seeds, work: Path) -> int:
+    until, done, faulty = time.monotonic() + 60 * options.minutes, 0, 0
     ends: Counter[str] = Counter()
     slowest, largest = 0.0, 0
-    while time.monotonic() < until and (cases is None or done < cases):
+    while time.monotonic() < until and (options.cases is None or done < options.cases):
         reader, number = readers[done % len(readers)], first + done // len(readers)
-        words, outcome = fuzz_case(reader, number, seeds, work)
+        words, outcome = fuzz_case(reader, number, seeds, work, whole=number % options.whole == 0)
         done += 1
         slowest, largest = max(slowest, outcome.seconds), max(largest, outcome.peak_bytes)
         ends[f"{reader} {outcome.statuses[-1] if outcome.statuses else '-'}"] += 1
