@@ -108,10 +108,15 @@ def test_layers_without_a_rule_and_of_many_bits():
     name = "model.layers.0.self_attn.k_proj"
     energy = input_energy(model, windows_of())
     alone = palettize_model(model, recipe, energy=energy)  # the first layer is given what the float model gives it
-    assert parts.palettized[f"{name}.weight"].same_bits(alone.palettized[f"{name}.weight"])
+    torch.testing.assert_close(
+        parts.palettized[f"{name}.weight"].decode(),
+        alone.palettized[f"{name}.weight"].decode(),
+        rtol=1e-3,  # one float16: the energies are sums in another order
+        atol=0,
+    )
 
 
-def test_gpt2(monkeypatch):
+def test_gpt2():
     """Conv1D holds its weight turned."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -138,7 +143,7 @@ def test_a_broken_model_is_refused_and_left_as_it_is(where):
 
 def test_token_beyond_the_vocabulary():
     with pytest.raises(InputError, match="token 320 is beyond the model's vocabulary of 320"):
-        Propagation(build("plain"), {}).run(windows_of() + 1)
+        Propagation(build("plain"), {}).run(torch.tensor([[3, 320]]))
 
 
 def test_windows_at_once_bounds_the_values_of_the_widest_layer():
