@@ -11,7 +11,7 @@ from edkm_export.verify.html import report_page
 from edkm_export.verify.quoting import quoted
 from edkm_export.verify.ranking import decibels, ranked, ranking_words
 from edkm_export.verify.report import Report, Verdict
-from edkm_export.verify.verdicts import budget_words, faithful_words, quality_words, tally
+from edkm_export.verify.verdicts import budget_words, faithful_words, memory_words, quality_words, tally
 from edkm_export.verify.words import FIRST_WORDS, GLOSSARY, LADDER, executed_words, readable
 
 __all__ = ["markdown", "quality", "write_report"]
@@ -68,6 +68,8 @@ def markdown(report: Report) -> str:
     lines += [f"- verified {report.date}"] if report.date else []
     if report.time_budget is not None:
         lines.append(f"- time budget: {budget_words(report.time_budget)}")
+    if report.memory is not None:
+        lines.append(f"- memory: {memory_words(report.memory)}")
     for fault in report.faults:
         where = f"**{fault.module}**, operation {fault.op}" if fault.module else "not found"
         lines += ["", f"First fault: {where}. {fault.what[:1].upper()}{fault.what[1:]}."]
