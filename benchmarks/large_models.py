@@ -3,9 +3,10 @@
     python -m benchmarks.large_models FOLDER --shape 1b --memory 2GB
     python -m benchmarks.large_models FOLDER --shape 7b --memory 16GB --without-whole
 
-Makes the model where it is not there yet, in one file a layer, palettizes it at 4 bits, exports it to Core ML, and
-verifies it: whole, and with each --memory. Accuracy is not measured, since weights are random. Memory is the largest
-resident set that the system counted, pages of mapped files included, which it can take back at any time.
+Makes the model where it is not there yet, in one file a layer, palettizes it at 4 bits, without and with each --memory,
+exports it to Core ML, and verifies it: whole, and with each --memory. Accuracy is not measured, since weights are
+random. Memory is the largest resident set that the system counted, pages of mapped files included, which it can take
+back at any time.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Llama-3.2-1B, LLaMA-7B, and one to try the script."""
 
+_ENDLESS = "1000GB"
+
 
 def make_model(folder: Path, shape: str) -> None:
     """Write random float16 weights, one layer at a time, each into a file of its own."""
@@ -98,7 +101,7 @@ def report(what: str, found: Measured) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="1b", show_default=True)
 @click.option("--tokens", default=64, show_default=True, help="Of the verification.")
-@click.option("--memory", "memories", multiple=True, help="Limit of a verification, such as 2GB.")
+@click.option("--memory", "memories", multiple=True, help="Limit, such as 2GB.")
 @click.option("--interface", default="neural-engine", show_default=True, help="Of the Core ML export.")
 @click.option("--chunks", default="auto", show_default=True, help="Of the Core ML export.")
 @click.option("--without-whole", is_flag=True, help="Leave out the verification without a limit.")
@@ -119,11 +122,20 @@ def main(
         )
         report("making the model", measure([sys.executable, "-c", code]))
     if not checkpoint.is_file():
-        report("palettize", measure(edkm("palettize", model, "--bits", 4, "-o", checkpoint)))
+        # a command takes what is free by default: more than there is means whole
+        limit = memories[0] if without_whole else _ENDLESS
+        arguments = ("--bits", 4, "--memory", limit, "-o", checkpoint)
+        report(f"palettize, --memory {limit}", measure(edkm("palettize", model, *arguments)))
+    for memory in memories[1 if without_whole else 0 :]:
+        output = ("-o", folder / f"model-{memory}.pt", "--overwrite")
+        report(
+            f"palettize, --memory {memory}",
+            measure(edkm("palettize", model, "--bits", 4, "--memory", memory, *output)),
+        )
     if not package.is_dir():
         arguments = ("--interface", interface, "--chunks", chunks, "--no-verify", "-o", package)
         report("coreml", measure(edkm("coreml", checkpoint, *arguments)))
-    for memory in [*([] if without_whole else ["1000GB"]), *memories]:
+    for memory in [*([] if without_whole else [_ENDLESS]), *memories]:
         place = folder / f"report-{memory}"
         arguments = ("--tokens", tokens, "--memory", memory, "--report", place)
         report(f"verify, --memory {memory}", measure(edkm("verify", checkpoint, package, *arguments)))
