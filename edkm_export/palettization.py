@@ -17,7 +17,8 @@ from edkm_export.memory import return_freed_memory
 from edkm_export.palette import PalettizedTensor, all_finite, check_grouping
 from edkm_export.propagation import Propagation
 from edkm_export.recipe import Recipe, Rule
-from edkm_export.reference.conv1d import as_linear, held_weight, is_conv1d
+from edkm_export.reference.conv1d import as_linear, is_conv1d
+from edkm_export.reference.streamed_model import release, streamed_weights, values_of
 
 __all__ = [
     "PALETTIZABLE",
@@ -125,7 +126,8 @@ def palettize_model(
     palettized: dict[str, PalettizedTensor] = {}
     compensated: dict[str, PalettizedTensor] = {}
     if windows is not None and plan:
-        propagation = Propagation(model, plan, consume=consume, source=source, advance=advance)
+        frees = consume and streamed_weights(model) is None  # what is read layer by layer is dropped in any case
+        propagation = Propagation(model, plan, consume=frees, source=source, advance=advance)
         propagation.run(windows)
         compensated, energy = propagation.palettized, propagation.energy
     for module_name, rule in plan.items():
@@ -134,23 +136,25 @@ def palettize_model(
         if module_name in compensated:
             palettized[name] = compensated[module_name]
             continue
-        parameter = model.get_parameter(name)
-        _check_values(name, parameter, source)
+        module = model.get_submodule(module_name)
+        values = values_of(model, name)
+        _check_values(name, values, source)
         # A tied embedding is read as the head's weight too, where a channel's energy matters.
         users = [
             module_name,
             *(alias.removesuffix(".weight") for alias, target in aliases.items() if target == name),
         ]
         importance = next((energy[user] for user in users if user in energy), None) if energy else None
-        weight = held_weight(model.get_submodule(module_name))
+        weight = values.t().contiguous() if is_conv1d(module) else values
+        del values
         palettized[name] = palettize_weight(name, weight, rule, importance=importance)
         del weight
         if consume:
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
+            release(model, name)
             return_freed_memory()
         if advance is not None:
             advance(module_name, palettized[name].numel)
-    left = {name: parameter.data for name, parameter in model.named_parameters() if name not in palettized}
+    left = {name: values_of(model, name) for name, _ in model.named_parameters() if name not in palettized}
     if buffers:
         known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         left |= {

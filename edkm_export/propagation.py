@@ -23,6 +23,7 @@ from edkm_export.memory import return_freed_memory
 from edkm_export.palette import PalettizedTensor, all_finite
 from edkm_export.recipe import Rule
 from edkm_export.reference.conv1d import held_weight, is_conv1d
+from edkm_export.reference.streamed_model import device_of
 
 __all__ = ["Propagation", "windows_at_once"]
 
@@ -101,7 +102,7 @@ class Propagation:
         check_vocabulary(self._model, windows)
         try:
             with float32_activations(self._model), self._watching():
-                ids = windows.to(self._model.device)
+                ids = windows.to(device_of(self._model))
                 hidden = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         finally:
             self._inputs = self._hessian = None

@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.claims",
         "edkm_export.filesystem",
         "edkm_export.memory",
+        "edkm_export.memory_budget",
         "edkm_export.versions",
         "edkm_export.array_input",
         "edkm_export.quantities",

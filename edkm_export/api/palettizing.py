@@ -20,6 +20,7 @@ from edkm_export.compensated_weight import makes_up, palettize_compensated
 from edkm_export.decoder.build import FAMILIES
 from edkm_export.errors import InputError, RecipeError
 from edkm_export.lut_dtypes import LutDtype
+from edkm_export.memory_budget import MemoryBudget
 from edkm_export.palette import PalettizedTensor
 from edkm_export.palettization import palettizable_shapes, palettize_model, palettize_weight
 from edkm_export.prompt import read_tokenizer
@@ -171,7 +172,13 @@ def _of_subject(subject: Subject, plan: Recipe, calibration: Any, tokens: int, e
     """A language model."""
     read = None if calibration is None else read_calibration(calibration, tokens + _HELD_OUT)
     return palettize_language_model(
-        subject, plan, calibration=read, calibration_tokens=tokens, estimate=estimate, command=_COMMAND
+        subject,
+        plan,
+        calibration=read,
+        calibration_tokens=tokens,
+        estimate=estimate,
+        command=_COMMAND,
+        memory=MemoryBudget.of(None),
     ).checkpoint
 
 
