@@ -19,6 +19,7 @@ from edkm_export.errors import InputError
 from edkm_export.memory import return_freed_memory
 from edkm_export.reference.conv1d import is_conv1d
 from edkm_export.reference.sentence_model import SentenceModel
+from edkm_export.reference.streamed_model import device_of
 from edkm_export.text import LEAST_TOKENS, in_windows, token_ids, token_windows
 from edkm_export.token_ids import Ids, as_ids
 
@@ -81,7 +82,7 @@ def input_energy(
     try:
         with float32_activations(model):
             for window in tracked(windows, "calibration text", "windows"):
-                ids = window[None].to(model.device)
+                ids = window[None].to(device_of(model))
                 hidden = run(ids)
                 if head_name is not None:  # its own product, a whole vocabulary wide, is not needed
                     record(head_name, hidden)

@@ -144,6 +144,17 @@ class Checkpoint:
         state.update({name: state[target] for name, target in self.tied.items()})
         return state
 
+    def parameter(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One parameter decoded, `dtype`, in memory of its own; see `state_dict`.
+
+        Raises:
+            KeyError: there is none of this name.
+        """
+        stored = self.tied.get(name, name)
+        if stored in self.palettized:
+            return self.palettized[stored].decode().to(dtype)
+        return self.dense[stored].to(dtype, copy=True)
+
     def check_parameters(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Compare names and shapes with those of the model that the configuration describes.
 

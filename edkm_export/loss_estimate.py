@@ -18,7 +18,8 @@ from edkm_export.artifact.metrics import divergence, perplexity, token_losses
 from edkm_export.calibration import check_vocabulary, float32_activations
 from edkm_export.memory import return_freed_memory
 from edkm_export.palette import PalettizedTensor
-from edkm_export.reference.conv1d import as_linear
+from edkm_export.reference.conv1d import as_linear, conv1d_weights
+from edkm_export.reference.streamed_model import streamed_weights
 
 __all__ = ["ESTIMATE_CONTEXT", "TOLERABLE_RATIO", "LossEstimate", "Predictions", "estimate_tokens"]
 
@@ -118,9 +119,20 @@ class Predictions:
             model: the same one; parameters that were palettized are replaced, also where they were freed.
             palettized: by name of the parameter.
         """
-        decoded = as_linear(model, {name: tensor.decode() for name, tensor in palettized.items()})
-        for name, values in decoded.items():
-            model.get_parameter(name).data = values
+        if (weights := streamed_weights(model)) is not None:
+            turned = conv1d_weights(model)
+
+            def decode(name: str) -> Tensor | None:
+                if name not in palettized:
+                    return None
+                values = palettized[name].decode()
+                return values.t().contiguous() if name in turned else values
+
+            weights.replace(decode)
+        else:
+            decoded = as_linear(model, {name: tensor.decode() for name, tensor in palettized.items()})
+            for name, values in decoded.items():
+                model.get_parameter(name).data = values
         losses: list[Tensor] = []
 
         def pairs() -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,7 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BACK_ENDS", "BackEnd", "Library", "Machine", "container_memory", "find_libraries"]
+__all__ = [
+    "BACK_ENDS",
+    "BackEnd",
+    "Library",
+    "Machine",
+    "available_memory",
+    "container_memory",
+    "find_libraries",
+]
 
 
 @dataclass(frozen=True)
@@ -95,13 +103,7 @@ class Machine:
     @classmethod
     def look(cls, folder: Path) -> Machine:
         """Look around; `folder` is where files would be written."""
-        import psutil  # accelerate depends on it
-
-        memory = psutil.virtual_memory()
-        total, free = int(memory.total), int(memory.available)
-        limit, used = container_memory()
-        if limit is not None and limit < total:
-            total, free = limit, max(0, min(free, limit - used))
+        total, free = available_memory()
         gpu, count, gpu_free = _cuda()
         return cls(
             system=f"{platform.system()} {platform.machine()}",
@@ -124,6 +126,18 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def available_memory() -> tuple[int, int]:
+    """Main memory and what is free of it, or what a container may use; bytes."""
+    import psutil  # accelerate depends on it
+
+    memory = psutil.virtual_memory()
+    total, free = int(memory.total), int(memory.available)
+    limit, used = container_memory()
+    if limit is not None and limit < total:
+        total, free = limit, max(0, min(free, limit - used))
+    return total, free
 
 
 def container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int]:

@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.claims",
         "edkm_export.filesystem",
         "edkm_export.memory",
+        "edkm_export.memory_budget",
         "edkm_export.versions",
         "edkm_export.array_input",
         "edkm_export.quantities",
@@ -75,7 +76,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.finalized_palettes",
     ),
     ("edkm_export.reference", "edkm_export.decoder"),
-    ("edkm_export.artifact", "edkm_export.calibration", "edkm_export.palettization", "edkm_export.importing"),
+    (
+        "edkm_export.artifact",
+        "edkm_export.calibration",
+        "edkm_export.compensated_weight",
+        "edkm_export.propagation",
+        "edkm_export.palettization",
+        "edkm_export.importing",
+    ),
     ("edkm_export.loss_estimate", "edkm_export.forecast"),
     ("edkm_export.training", "converters", "edkm_export.verify"),
     ("edkm_export.api",),  # what commands and Python functions share

@@ -43,11 +43,16 @@ def find_artifact(path: str | Path) -> Path:
     return path if is_onnx(path) else find_package(path)
 
 
-def open_artifact(path: str | Path) -> Artifact:
-    """Open what `find_artifact` found, for the verifier; an embedding model is a damaged language model."""
+def open_artifact(path: str | Path, room_bytes: int | None = None) -> Artifact:
+    """Open what `find_artifact` found, for the verifier; an embedding model is a damaged language model.
+
+    Args:
+        path: of the artifact.
+        room_bytes: what its decoded weights may take in memory, where our own interpreter runs it; None: no limit.
+    """
     from edkm_export.artifact.protocol import DamagedArtifact
 
-    found = _open(path)
+    found = _open(path, room_bytes)
     if hasattr(found, "encodings"):
         reason = f"{path}: holds an embedding model, not a language model; it was exported from another checkpoint."
         return DamagedArtifact(path, found.kind, reason)
@@ -61,11 +66,13 @@ def open_embedding_artifact(path: str | Path) -> EmbeddingArtifact:
     found = _open(path)
     if hasattr(found, "encodings"):
         return cast("EmbeddingArtifact", found)
-    reason = getattr(found, "reason", f"{path}: gives logits, not embeddings; it was exported from another checkpoint.")
+    reason = getattr(
+        found, "reason", f"{path}: gives logits, not embeddings; it was exported from another checkpoint."
+    )
     return DamagedEmbeddingArtifact(path, found.kind, reason)
 
 
-def _open(path: str | Path) -> Artifact | EmbeddingArtifact:
+def _open(path: str | Path, room_bytes: int | None = None) -> Artifact | EmbeddingArtifact:
     """Whatever lies there."""
     from converters.onnx.read.folder import is_onnx
 
@@ -82,11 +89,15 @@ def _open(path: str | Path) -> Artifact | EmbeddingArtifact:
         return open_coreai(path)
     from converters.coreml.read.artifact import open_artifact as open_coreml
 
-    return open_coreml(path)
+    return open_coreml(path, room_bytes)
 
 
-def open_session(path: str | Path) -> tuple[Session, Path]:
+def open_session(path: str | Path, room_bytes: int | None = None) -> tuple[Session, Path]:
     """A session for an exported model, and the folder that holds its tokenizer.
+
+    Args:
+        path: of the model.
+        room_bytes: see `open_artifact`.
 
     Raises:
         PackageError: it is damaged, or has an unknown interface.
@@ -109,7 +120,7 @@ def open_session(path: str | Path) -> tuple[Session, Path]:
     from converters.coreml.read.session import CoreMLSession
 
     package = find_package(path)
-    return CoreMLSession.open(package), package.parent
+    return CoreMLSession.open(package, room_bytes=room_bytes), package.parent
 
 
 def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact | EmbeddingArtifact) -> int | None:

@@ -38,6 +38,7 @@ def verification_inputs(
     prompts: Sequence[str],
     localize: bool,
     minutes: float | None,
+    memory_bytes: int | None,
     command: Sequence[str],
 ) -> VerificationInputs:
     """What an artifact is verified with; what cannot be used is refused before the long work.
@@ -52,11 +53,13 @@ def verification_inputs(
         prompts: whose continuation is compared too.
         localize: find the first operation that is off.
         minutes: time for it; None: no limit.
+        memory_bytes: memory for it; None: what is free.
         command: words of the command that asks for it; empty: none.
 
     Raises:
         InputError: the text, the original or the run that was asked for cannot be used.
     """
+    from edkm_export.memory_budget import MemoryBudget
     from edkm_export.reference import llamacpp
     from edkm_export.reference.hard_model import load_hard_tokenizer
     from edkm_export.verify.inputs import VerificationInputs
@@ -86,6 +89,7 @@ def verification_inputs(
         soft_missing=no_soft,
         soft_required=run is not None,
         minutes=minutes,
+        memory=MemoryBudget.of(memory_bytes),
         command=tuple(command),
     )
 
@@ -131,12 +135,13 @@ def climb(
         evaluation: from `verification_inputs`.
         predicted_size_bytes: what the exporter promised; None: what a plan of the same export says.
     """
+    from edkm_export.verify.inputs import weights_room
     from edkm_export.verify.ladder import count_stages, verify_artifact
 
     if checkpoint.embedding is not None:
         return _climb_embeddings(checkpoint, path, evaluation, predicted_size_bytes)
     with activity("reading the artifact"):
-        artifact = open_artifact(path)
+        artifact = open_artifact(path, weights_room(checkpoint, evaluation))
         if predicted_size_bytes is None:
             predicted_size_bytes = predict(checkpoint, artifact)
     with stages(count_stages(artifact, evaluation)) as advance:

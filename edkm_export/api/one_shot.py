@@ -14,20 +14,27 @@ from edkm_export.activity import activity
 from edkm_export.api.calibration_data import CONTEXT, CalibrationInput
 from edkm_export.api.originals import read_evaluation_text
 from edkm_export.api.subjects import Subject
-from edkm_export.calibration import CalibrationText, check_vocabulary, input_energy
+from edkm_export.calibration import CalibrationText, check_vocabulary
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.compensated_weight import DAMPING, ROUNDS
 from edkm_export.decoder.build import decoder_config
 from edkm_export.decoder.embedding.embedding_model import embedding_config
 from edkm_export.errors import InputError
 from edkm_export.loss_estimate import ESTIMATE_CONTEXT, LossEstimate, Predictions, estimate_tokens
+from edkm_export.memory_budget import MemoryBudget
 from edkm_export.palettization import palettizable_shapes, palettize_model
+from edkm_export.propagation import windows_at_once
 from edkm_export.recipe import Recipe
 from edkm_export.reference.sentence_model import SentenceTokenizer
+from edkm_export.reference.streamed_model import device_of
 from edkm_export.reference.tokenizer_files import embedding_tokenizer_files, tokenizer_files
 from edkm_export.text import in_windows, token_windows
 from edkm_export.versions import library_versions
 
 __all__ = ["OneShot", "palettize_language_model"]
+
+_WHOLE_BYTES = 2.6
+"""Memory that palettization of a whole model takes, in bytes a weight; see `forecast`."""
 
 _SENTENCES = (
     64  # tokens of a window that an embedding model is calibrated with: its texts are no longer, mostly
@@ -59,6 +66,7 @@ def palettize_language_model(
     calibration_tokens: int,
     estimate: bool,
     command: Sequence[str],
+    memory: MemoryBudget | None = None,
 ) -> OneShot:
     """Palettize a language model, or an embedding model. What can be refused is refused before its weights are read.
 
@@ -69,6 +77,7 @@ def palettize_language_model(
         calibration_tokens: of it to use.
         estimate: compare with the original, on text that calibration did not see.
         command: for the provenance.
+        memory: a model that does not fit in it is read layer by layer; None: models are read whole.
 
     Raises:
         ConversionError: a family that could not be exported.
@@ -96,9 +105,9 @@ def palettize_language_model(
         for tokens in (windows, held_out):
             if tokens is not None:
                 check_vocabulary(outline, tokens)
-    model = subject.load()
-    if held_out is not None and model.device.type != "cpu":
-        raise InputError(f"estimate: {where} is on {model.device}; it is made on the CPU only: model.cpu().")
+    model = subject.load(_room(outline, memory))
+    if held_out is not None and (device := device_of(model)).type != "cpu":
+        raise InputError(f"estimate: {where} is on {device}; it is made on the CPU only: model.cpu().")
     provenance: dict[str, Any] = {
         "versions": library_versions(),
         "command": list(command),
@@ -106,15 +115,10 @@ def palettize_language_model(
         "base_model": subject.base_model(),
         "source": account.provenance(),
     }
-    energy = predictions = found = None
-    with _evaluating(model):
-        if calibration is not None and windows is not None:
-            with activity("calibrating", len(windows)) as counted:
-                energy = input_energy(model, windows, advance=counted.advance)
-            provenance["calibration"] = calibration.provenance(windows)
-        if held_out is not None:
-            with activity("predicting with the original"):
-                predictions = Predictions(model, held_out)
+    predictions = found = None
+    if windows is not None and calibration is not None:
+        windows = windows_at_once(model, windows)
+        provenance["calibration"] = calibration.provenance(windows)
     if settings is not None:
         files = {} if tokenizer is None else embedding_tokenizer_files(tokenizer, settings.max_tokens)
         finished = model.config.to_dict()
@@ -122,15 +126,25 @@ def palettize_language_model(
         changed = subject.settings(model)
         files = {} if tokenizer is None else tokenizer_files(tokenizer, changed)
         finished = changed.config.to_dict()
-    with activity("palettizing", sum(shapes[name][0] * shapes[name][1] for name in rules)) as counted:
-        parts = palettize_model(
-            model,
-            plan,
-            energy=energy,
-            source=where,
-            advance=lambda _name, count: counted.advance(count),
-            consume=subject.consume,
-        )
+    with _evaluating(model):
+        if held_out is not None:
+            with activity("predicting with the original"):
+                predictions = Predictions(model, held_out)
+        with activity("palettizing", sum(shapes[name][0] * shapes[name][1] for name in rules)) as counted:
+            parts = palettize_model(
+                model,
+                plan,
+                windows=windows,
+                source=where,
+                advance=lambda _name, count: counted.advance(count),
+                consume=subject.consume,
+            )
+    if parts.compensated:
+        provenance["compensation"] = {
+            "weights": len(parts.compensated),
+            "damping": DAMPING,
+            "rounds": ROUNDS,
+        }
     if predictions is not None:
         with activity("estimating the loss"), _keeping_weights(model, not subject.consume):
             found = predictions.compare(model, parts.palettized)
@@ -148,6 +162,14 @@ def palettize_language_model(
     )
     regrouped = plan.regrouped(shapes)
     return OneShot(checkpoint, (*account.remarks, *([regrouped] if regrouped else [])), found, tokenizer)
+
+
+def _room(outline: nn.Module, memory: MemoryBudget | None) -> int | None:
+    """What the weights of a model that is read layer by layer may take; None: it fits whole, or has no limit."""
+    values = sum(parameter.numel() for parameter in outline.parameters())
+    if memory is None or memory.room_bytes() >= _WHOLE_BYTES * values:
+        return None
+    return memory.room_bytes(reserved_bytes=values)  # the palettes, a byte a weight at most
 
 
 def _texts(

@@ -40,8 +40,12 @@ class Subject(Protocol):
     def tokenizer(self) -> Any:
         """Tokenizer of transformers; None: it has none."""
 
-    def load(self) -> Any:
-        """The model, in eval mode, on the CPU or where it is: transformers' own, or a `SentenceModel`."""
+    def load(self, room_bytes: int | None = None) -> Any:
+        """The model, in eval mode, on the CPU or where it is: transformers' own, or a `SentenceModel`.
+
+        Args:
+            room_bytes: see `reference.source.load_model`.
+        """
 
     def settings(self, model: Any) -> Any:
         """What holds `config` and `generation_config`, which may be changed."""
@@ -90,11 +94,11 @@ class SourceSubject:
         """See `Subject`."""
         return sources.load_tokenizer(self.source) if self.given_tokenizer is None else self.given_tokenizer
 
-    def load(self) -> Any:
-        """See `Subject`."""
+    def load(self, room_bytes: int | None = None) -> Any:
+        """See `Subject`; an embedding model is read whole."""
         if self.embedding() is not None:
             return sources.load_embedding_model(self.source)
-        return sources.load_model(self.source)
+        return sources.load_model(self.source, room_bytes=room_bytes)
 
     def settings(self, model: Any) -> Any:
         """The model itself, which is used up."""
@@ -143,8 +147,8 @@ class MemorySubject:
         """See `Subject`."""
         return self.given_tokenizer
 
-    def load(self) -> Any:
-        """The model itself."""
+    def load(self, room_bytes: int | None = None) -> Any:
+        """The model itself, which is in memory."""
         return self.model
 
     def settings(self, model: Any) -> Any:

@@ -37,6 +37,7 @@ def verify(
     run: str | Path | None = None,
     localize: bool = False,
     minutes: float | None = None,
+    memory_bytes: int | None = None,
     write_to: str | Path | None = None,
 ) -> Report:
     """Compare an exported language model with the PyTorch model of its checkpoint, from the bytes on disk.
@@ -55,6 +56,8 @@ def verify(
         run: folder of the training run, when the model.pt is not in it.
         localize: when an execution fails, find the first operation that is off.
         minutes: time for it: fewer tokens are compared then; default: no limit.
+        memory_bytes: memory for it: models that do not fit are run layer by layer, which is slower and gives the same
+            numbers; default: what is free.
         write_to: folder for report.html, report.md and report.json; in an exported folder the model card tells the
             verdict, too.
 
@@ -99,6 +102,7 @@ def verify(
             prompts=prompts,
             localize=localize,
             minutes=minutes,
+            memory_bytes=memory_bytes,
             command=(),
         )
         report = climb(loaded, artifact, inputs)

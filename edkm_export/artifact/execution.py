@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from edkm_export.artifact.thresholds import ExecutionThreshold
 from edkm_export.errors import InputError, PackageError
 
-__all__ = ["AT_FAULT", "DAMAGED", "Execute", "Execution"]
+__all__ = ["AT_FAULT", "DAMAGED", "Execute", "Execution", "Together"]
 
 Execute = Callable[[Tensor], Tensor]
 """int64 [positions] -> logits float32 [positions, vocab_size]."""
+
+
+@runtime_checkable
+class Together(Protocol):
+    """An `Execute` that runs several texts for little more than one, since they share the reading of the weights."""
+
+    def together(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        """What it gives for each of the texts."""
+
 
 AT_FAULT = (PackageError, InputError)
 """What an execution raises when the artifact is at fault: the tokens that the verifier feeds are sound, so that even an

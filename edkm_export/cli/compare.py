@@ -11,7 +11,7 @@ import click
 
 from edkm_export.api.artifacts import find_artifact, open_artifact
 from edkm_export.api.originals import check_length, find_original, read_evaluation_text
-from edkm_export.cli.parameter_types import ARTIFACT, find_named_original, original_options
+from edkm_export.cli.parameter_types import ARTIFACT, find_named_original, memory_option, original_options
 from edkm_export.cli.verification import minutes_option
 
 __all__ = ["command"]
@@ -35,6 +35,7 @@ __all__ = ["command"]
 )
 @original_options
 @minutes_option
+@memory_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 def command(
     models: tuple[Path, ...],
@@ -45,6 +46,7 @@ def command(
     original: str | None,
     adapter: str | None,
     minutes: float | None,
+    memory_bytes: int | None,
     overwrite: bool,
 ) -> None:
     """Compare A, B, ...: each a MODEL.PT, or a folder or package that was exported.
@@ -59,30 +61,45 @@ def command(
 
     from edkm_export.checkpoint import load
     from edkm_export.cli.console import err, out, print_wide, stages
+    from edkm_export.memory_budget import MemoryBudget
     from edkm_export.verify.compare_models import Contestant, compare, comparison_page
 
     if output is not None:
         check_output(output, overwrite=overwrite)
     content, text_name = read_evaluation_text(text)
+    # one model of transformers at a time; artifacts keep what they decoded
+    exported = sum(path.suffix != ".pt" for path in models)
+    room = MemoryBudget.of(memory_bytes).room_bytes(models=1 + exported)
     contestants, source, missing = [], None, "no checkpoint is among them; name it with --original"
     for path in models:
         if path.suffix == ".pt":
             with err.status(f"reading {path}"):
                 loaded = load(path)
-            contestants.append(Contestant.of_checkpoint(loaded, _name(path, models), path.stat().st_size))
+            contestants.append(
+                Contestant.of_checkpoint(loaded, _name(path, models), path.stat().st_size, room)
+            )
             if source is None:
                 source, missing = find_original(loaded, named)
         else:
             found = find_artifact(path)
             folder = found.parent if found.suffix in (".mlpackage", ".onnx") else found
-            contestants.append(Contestant.of_artifact(open_artifact(found), _name(path, models), folder))
+            contestants.append(
+                Contestant.of_artifact(open_artifact(found, room), _name(path, models), folder)
+            )
     if text is not None:
         for entry in contestants:
             check_length(content, entry.tokenizer(), tokens, text_name)
     source = named or source
     with stages(len(contestants) + (source is not None)) as advance:
         comparison = compare(
-            contestants, content, text_name, tokens=tokens, original=source, minutes=minutes, advance=advance
+            contestants,
+            content,
+            text_name,
+            tokens=tokens,
+            original=source,
+            minutes=minutes,
+            room_bytes=room,
+            advance=advance,
         )
     if source is None:
         err.print(f"NOT RUN: distance from the original: {missing}")

@@ -71,7 +71,7 @@ def _verdict(verdict: Verdict, words: str) -> Text:
 
 def summary_table(report: Report) -> Table:
     """The table that a person reads in ten seconds."""
-    from edkm_export.verify.verdicts import budget_words, faithful_words, quality_words, tally
+    from edkm_export.verify.verdicts import budget_words, faithful_words, memory_words, quality_words, tally
     from edkm_export.verify.words import readable
 
     table = Table(title=report.artifact, title_justify="left", show_header=False)
@@ -92,6 +92,8 @@ def summary_table(report: Report) -> Table:
     table.add_row("comparisons", tally(report))
     if report.time_budget is not None:
         table.add_row("time budget", budget_words(report.time_budget))
+    if report.memory is not None:
+        table.add_row("memory", memory_words(report.memory))
     return table
 
 

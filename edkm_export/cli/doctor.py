@@ -187,7 +187,7 @@ def _time(seconds: float) -> str:
 
 _RELIEF = {
     "train": "use --batch-size 1 --accumulate 4, a smaller --context, or --gradient-checkpointing",
-    "verify": "use fewer --tokens",
+    "verify": "what does not fit is run layer by layer, which takes longer; use fewer --tokens",
 }
 
 

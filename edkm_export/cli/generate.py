@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from edkm_export.cli.parameter_types import ARTIFACT
+from edkm_export.cli.parameter_types import ARTIFACT, memory_option
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from torch import Tensor
@@ -54,6 +54,7 @@ _ENDS = {
 @click.option("--temperature", type=float, help="Draw tokens at random; below 1 likely ones more often.")
 @click.option("--top-p", type=float, help="Draw only from the likeliest tokens that reach this probability.")
 @click.option("--seed", type=int, help="Of the drawing.  [default: 0]")
+@memory_option
 def command(
     path: Path,
     prompt: str | None,
@@ -63,6 +64,7 @@ def command(
     temperature: float | None,
     top_p: float | None,
     seed: int | None,
+    memory_bytes: int | None,
 ) -> None:
     """Write on after a prompt, token by token through the model's cache.
 
@@ -79,13 +81,14 @@ def command(
     from edkm_export.artifact.conversation import Conversation
     from edkm_export.cli.console import err
     from edkm_export.errors import InputError
+    from edkm_export.memory_budget import MemoryBudget
     from edkm_export.prompt import encode_prompt
     from edkm_export.stop_texts import StopTexts
 
     writer = _Writer(max_new_tokens, _sampling(temperature, top_p, seed), stops)
     StopTexts(stops)  # refuses what it cannot use
     with err.status(f"reading {path}"):
-        opened = _open(path)
+        opened = _open(path, MemoryBudget.of(memory_bytes).room_bytes())
     _warn_if_slow(opened.session, path)
     if not chat:
         assert prompt is not None
@@ -189,14 +192,16 @@ def _sampling(temperature: float | None, top_p: float | None, seed: int | None) 
     return Sampling(temperature, 1.0 if top_p is None else top_p, seed or 0)
 
 
-def _open(path: Path) -> _Opened:
-    """A session for whatever lies at `path`."""
+def _open(path: Path, room_bytes: int) -> _Opened:
+    """A session for whatever lies at `path`; its decoded weights take so much memory, or are decoded at each use."""
     from edkm_export.api.artifacts import is_artifact, open_session
 
-    return _with_tokenizer(*open_session(path)) if is_artifact(path) else _checkpoint(path)
+    if is_artifact(path):
+        return _with_tokenizer(*open_session(path, room_bytes))
+    return _checkpoint(path, room_bytes)
 
 
-def _checkpoint(path: Path) -> _Opened:
+def _checkpoint(path: Path, room_bytes: int) -> _Opened:
     from edkm_export.checkpoint import load
     from edkm_export.end_tokens import end_tokens
     from edkm_export.prompt import read_settings
@@ -208,7 +213,7 @@ def _checkpoint(path: Path) -> _Opened:
     settings, name = [{"eos_token_id": tokenizer.eos_token_id}, checkpoint.config], "generation_config.json"
     if name in checkpoint.tokenizer:
         settings.append(read_settings(checkpoint.tokenizer[name], f"{path}: {name}"))
-    return _Opened(TorchSession.of(checkpoint), tokenizer, frozenset(end_tokens(*settings)))
+    return _Opened(TorchSession.of(checkpoint, room_bytes), tokenizer, frozenset(end_tokens(*settings)))
 
 
 def _with_tokenizer(session: Session, folder: Path) -> _Opened:

@@ -9,8 +9,8 @@ import click
 __all__ = ["SECTIONS", "UNITS", "arrange"]
 
 _VERIFICATION = (
-    "no_verify", "text", "tokens", "minutes", "prompts", "original", "run", "max_perplexity_ratio",
-    "localize",
+    "no_verify", "text", "tokens", "minutes", "memory_bytes", "prompts", "original", "run",
+    "max_perplexity_ratio", "localize",
 )  # fmt: skip
 _TALK = ("quiet", "verbose", "log_file", "help")
 
@@ -72,6 +72,7 @@ UNITS: Mapping[str, str] = {
     "log_every": "STEPS",
     "lut_rate": "SHARE",
     "max_perplexity_ratio": "RATIO",
+    "memory_bytes": "SIZE",
     "minutes": "MINUTES",
     "norm_rate": "SHARE",
     "prefill": "TOKENS",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edkm_export.cli.parameter_types import RECIPE, find_source
+from edkm_export.cli.parameter_types import RECIPE, find_source, memory_option
 from edkm_export.lut_dtypes import LUT_DTYPE_NAMES
 
 if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
@@ -53,12 +53,12 @@ _CONTEXT = 512
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Text whose activations weigh the clustering. Recommended: it is worth about a bit.",
+    help="Text on which layers make up for their errors. Recommended: it is worth more than a bit.",
 )
 @click.option(
     "--calibration-tokens",
     type=click.IntRange(min=2),
-    default=1024,
+    default=4096,
     show_default=True,
     help="Tokens of the calibration text to use.",
 )
@@ -69,6 +69,7 @@ _CONTEXT = 512
     help="End with an estimate of the loss, on text that calibration did not see; takes seconds.",
 )
 @click.option("--adapter", help="Folder of a LoRA adapter that is merged into MODEL first; needs peft.")
+@memory_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 def command(
     model: str,
@@ -81,6 +82,7 @@ def command(
     calibration_tokens: int,
     estimate: bool,
     adapter: str | None,
+    memory_bytes: int | None,
     overwrite: bool,
 ) -> None:
     """Cluster the weights of MODEL into lookup tables and write a checkpoint.
@@ -106,6 +108,7 @@ def command(
     from edkm_export.api.subjects import SourceSubject
     from edkm_export.cli.console import err, megabytes, out
     from edkm_export.command_line import command_line
+    from edkm_export.memory_budget import MemoryBudget
 
     done = palettize_language_model(
         SourceSubject(source),
@@ -114,6 +117,7 @@ def command(
         calibration_tokens=calibration_tokens,
         estimate=estimate,
         command=["edkm-export", *sys.argv[1:]],
+        memory=MemoryBudget.of(memory_bytes),
     )
     finished, found = done.checkpoint, done.estimate
     with err.status(f"writing {output}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +25,7 @@ __all__ = [
     "RUN",
     "find_named_original",
     "find_source",
+    "memory_option",
     "original_options",
 ]
 
@@ -71,6 +73,23 @@ class _Existing(click.Path):
         return path
 
 
+class _Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A number of bytes with its unit."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read it."""
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(i?)b?\s*", str(value), re.IGNORECASE)
+        size = 0
+        if found is not None:
+            base = 1024 if found[3] else 1000
+            size = int(float(found[1]) * base ** ("kmgt".index(found[2].lower()) + 1))
+        if not size:
+            self.fail(f"{value!r} is no size above 0 with its unit, such as 16GB.", param, ctx)
+        return size
+
+
 class _Recipe(click.types.StringParamType):
     """The name of a preset, which is looked up later, or a file that must be there."""
 
@@ -105,6 +124,15 @@ PACKAGE = _Existing(PackageError, "no such package")
 """What an export made."""
 RUN = _Existing(InputError, "no such folder", file="is a file, expected the folder of a training run")
 """The folder of a training run."""
+
+
+memory_option = click.option(
+    "--memory",
+    "memory_bytes",
+    type=_Size(),
+    help="Memory that may be used, such as 16GB: a model that does not fit is run layer by layer, which is slower and "
+    "gives the same numbers.  [default: what is free]",
+)
 
 
 def find_source(reference: str, adapter: str | None = None) -> Source:

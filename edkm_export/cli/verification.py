@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from edkm_export.cli.parameter_types import RUN, find_named_original, original_options
+from edkm_export.cli.parameter_types import RUN, find_named_original, memory_option, original_options
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
@@ -54,7 +54,7 @@ minutes_option = click.option(
 
 
 def verification_options(function: _F) -> _F:
-    """Add --text, --tokens, --prompt, --original, --adapter, --run, --localize and others to a command.
+    """Add --text, --tokens, --prompt, --original, --adapter, --run, --localize, --memory and others to a command.
 
     Its parameter `original` is a Source, or None.
     """
@@ -72,6 +72,7 @@ def _with_named_original(function: _F) -> _F:
 def _with_options(function: _F) -> _F:
     for option in (
         minutes_option,
+        memory_option,
         click.option(
             "--localize", is_flag=True, help="When an execution fails, find the first operation that is off."
         ),
@@ -124,6 +125,7 @@ def prepare(
     prompts: tuple[str, ...],
     localize: bool,
     minutes: float | None,
+    memory_bytes: int | None,
 ) -> VerificationInputs:
     """Read what the options name, before the long work.
 
@@ -143,5 +145,6 @@ def prepare(
         prompts=prompts,
         localize=localize,
         minutes=minutes,
+        memory_bytes=memory_bytes,
         command=("edkm-export", *sys.argv[1:]),
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.config_bounds import check_config
@@ -17,15 +18,24 @@ from edkm_export.errors import CheckpointError
 from edkm_export.guarded_tokenizer import TokenizerError, open_tokenizer
 from edkm_export.library_logs import silence
 from edkm_export.reference.config_fields import shaping_fields
-from edkm_export.reference.conv1d import as_linear
+from edkm_export.reference.conv1d import as_linear, conv1d_weights
 from edkm_export.reference.sentence_model import SentenceModel
+from edkm_export.reference.streamed_model import stream
 
 __all__ = ["load_hard_embedding_model", "load_hard_model", "load_hard_tokenizer"]
 
 
 @torch.no_grad()
-def load_hard_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
+def load_hard_model(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, room_bytes: int | None = None
+) -> Any:
     """Build the model from a checkpoint.
+
+    Args:
+        checkpoint: the checkpoint.
+        dtype: of the weights.
+        room_bytes: decode each layer when it is used, and keep as many as fit in so many bytes, see `streamed_model`;
+            None: decode all of them now.
 
     Returns:
         transformers.PreTrainedModel in eval mode, weights in `dtype`.
@@ -48,6 +58,14 @@ def load_hard_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
     )
     expected = {name: tuple(tensor.shape) for name, tensor in as_linear(model, model.state_dict()).items()}
     checkpoint.check_parameters(expected)
+    if room_bytes is not None:
+        turned = conv1d_weights(model)
+
+        def read(name: str) -> Tensor:
+            value = checkpoint.parameter(name, dtype)
+            return value.t().contiguous() if name in turned else value
+
+        return stream(model, read, keys=checkpoint.tied, dtype=dtype, room_bytes=room_bytes)
     model.load_state_dict(as_linear(model, checkpoint.state_dict(dtype)), assign=True)
     model.tie_weights()
     return model.eval().requires_grad_(False)

@@ -19,10 +19,12 @@ from edkm_export.reference.origin import Origin, folder_origin
 from edkm_export.reference.placement import CONSTANTS, Placement
 from edkm_export.reference.quantized_weights import check_quantized, finer_scales, loading_arguments
 from edkm_export.reference.stored_tensors import StoredTensors, read_stored
+from edkm_export.reference.weight_range import check_weight
 from edkm_export.regular_file import read_regular, require_regular_folder
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 __all__ = ["HfFolder", "stored_dtype"]
 
@@ -160,6 +162,45 @@ class HfFolder:
             _forget_quantizer(model)
         return model.eval().requires_grad_(False)
 
+    def stream_model(self, dtype: torch.dtype | None, room_bytes: int) -> Any | None:
+        """The model in eval mode, its weights read from the files layer by layer while it runs.
+
+        Args:
+            dtype: of the weights; None: see `load_model`.
+            room_bytes: what weights may take in memory, see `streamed_model`.
+
+        Returns:
+            transformers.PreTrainedModel; None for quantized weights, of which several tensors make one parameter.
+
+        Raises:
+            SourceError, InputError: see `load_model`; a weight holds NaN, infinity, or what float16 cannot hold.
+        """
+        if "quantization_config" in self._read_config():
+            return None
+        self.account().require_understood()
+        import transformers
+
+        from edkm_export.reference.streamed_model import shared_names, stream  # it takes torch
+
+        stored, config = read_stored(self.path, self.reference), self.config()
+        dtype = dtype or stored_dtype(stored)
+        model = self._skeleton(config, dtype)
+        with self._staged(stored) as folder:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(
+                folder, trust_remote_code=False
+            )
+        places = Placement.of(model, stored, set()).places
+        model.tie_weights()
+        keys = shared_names(model)
+        held = {keys.get(name, name): place for name, place in places.items()}
+        for name, place in held.items():
+            check_weight(name, stored.read(place), self.reference)
+
+        def read(name: str) -> Tensor:
+            return stored.read(held[name]).to(dtype, copy=True)
+
+        return stream(model, read, keys=keys, dtype=dtype, room_bytes=room_bytes)
+
     def load_tokenizer(self) -> Any:
         """The tokenizer of the folder. Remote code is never run.
 
@@ -239,13 +280,14 @@ class HfFolder:
             placed.without_effect[twin] = f"the same values as {placed.embedding}, to which it is tied"
         return []
 
-    def _skeleton(self, config: Any) -> Any:
-        """The model without weights, but with its constants."""
+    def _skeleton(self, config: Any, dtype: torch.dtype | None = None) -> Any:
+        """The model without weights, but with its constants; None: in the dtype that the configuration names."""
         import accelerate
         import transformers
 
+        arguments = {} if dtype is None else {"dtype": dtype}
         with accelerate.init_empty_weights(include_buffers=False):
-            return transformers.AutoModelForCausalLM.from_config(config)
+            return transformers.AutoModelForCausalLM.from_config(config, **arguments)
 
     @contextlib.contextmanager
     def _staged(self, stored: StoredTensors) -> Iterator[Path]:

@@ -63,6 +63,9 @@ class SourceReader(Protocol):
     ) -> Any:
         """The float model of transformers; `advance` is called with numbers of parameters that were read."""
 
+    def stream_model(self, dtype: torch.dtype | None, room_bytes: int) -> Any | None:
+        """The same, its weights read layer by layer while it runs; None: they cannot be read one by one."""
+
     def load_tokenizer(self) -> Any:
         """The tokenizer of transformers."""
 
@@ -326,7 +329,10 @@ def load_config(source: Source, *, weights: bool = True) -> Any:
 
 
 def load_model(
-    source: Source, dtype: torch.dtype | None = None, advance: Callable[[int], None] | None = None
+    source: Source,
+    dtype: torch.dtype | None = None,
+    advance: Callable[[int], None] | None = None,
+    room_bytes: int | None = None,
 ) -> Any:
     """Load a causal language model in eval mode, on the CPU, its adapter merged.
 
@@ -334,6 +340,9 @@ def load_model(
         source: where it is.
         dtype: of the weights; None: bfloat16 or float16 where they are stored so, else float32; float16 for GGUF.
         advance: called with numbers of values that were read, where the form is read one by one.
+        room_bytes: read each layer from the files when it is used, and keep as many as fit in so many bytes, see
+            `streamed_model`. None: read all of them now. A model with an adapter, and a
+            folder with quantized weights, are read whole in any case.
 
     Returns:
         transformers.PreTrainedModel, without a quantizer attached.
@@ -347,6 +356,10 @@ def load_model(
 
     require_language_model(source, "this command")
     with _explaining(source), without_bars(), _counted(source) as counted:
+        if room_bytes is not None and source.adapter is None:
+            streamed = _reader(source).stream_model(dtype, room_bytes)
+            if streamed is not None:
+                return streamed
         advance = advance or counted.advance
         if source.adapter is None:
             model = _reader(source).load_model(dtype, advance)

@@ -10,6 +10,7 @@ from torch import Tensor
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.context_window import require_room
 from edkm_export.errors import CheckpointError
+from edkm_export.memory_budget import room_if_needed
 from edkm_export.reference.caching import new_cache, run_cached
 from edkm_export.reference.hard_model import load_hard_model
 from edkm_export.taking_turns import taking_turns
@@ -40,13 +41,22 @@ class TorchSession:
         self.reset()
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> TorchSession:
+    def of(cls, checkpoint: Checkpoint, room_bytes: int | None = None) -> TorchSession:
         """The model of a checkpoint in float32, its weights decoded.
+
+        Args:
+            checkpoint: the checkpoint.
+            room_bytes: what decoded weights may take: where they take more, they are decoded layer by layer, for each
+                token again. None: no limit.
 
         Raises:
             CheckpointError: see `load_hard_model`; or its configuration does not say how long a text may be.
         """
-        model, where = load_hard_model(checkpoint), str(checkpoint.path or "checkpoint")
+        room_bytes = room_if_needed(checkpoint.numel, room_bytes)
+        model, where = (
+            load_hard_model(checkpoint, room_bytes=room_bytes),
+            str(checkpoint.path or "checkpoint"),
+        )
         length = getattr(model.config, "max_position_embeddings", None)
         if type(length) is not int or length < 1:
             raise CheckpointError(

@@ -27,8 +27,11 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import EdkmExportError, InputError, PackageError
 from edkm_export.guarded_tokenizer import open_tokenizer
 from edkm_export.local_paths import without_folders
+from edkm_export.memory_budget import room_if_needed
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
+from edkm_export.reference.outline import outline
 from edkm_export.reference.source import Source, load_model
+from edkm_export.reference.streamed_model import streamed_weights
 from edkm_export.text import token_windows
 from edkm_export.verify import charts
 from edkm_export.verify.html import page
@@ -61,17 +64,27 @@ class Contestant:
     load: Callable[[], Execute]
 
     @classmethod
-    def of_checkpoint(cls, checkpoint: Checkpoint, name: str, size_bytes: int) -> Contestant:
-        """A model.pt, run as hard PyTorch."""
+    def of_checkpoint(
+        cls, checkpoint: Checkpoint, name: str, size_bytes: int, room_bytes: int | None = None
+    ) -> Contestant:
+        """A model.pt, run as hard PyTorch.
+
+        Args:
+            checkpoint: the checkpoint.
+            name: for the table.
+            size_bytes: of the file.
+            room_bytes: what decoded weights may take in memory, see `load_hard_model`.
+        """
+        room_bytes = room_if_needed(checkpoint.numel, room_bytes)
         positions = checkpoint.config.get("max_position_embeddings")
         return cls(
             name=name,
-            kind="checkpoint, hard PyTorch",
+            kind="checkpoint, hard PyTorch" + ("" if room_bytes is None else ", layer by layer"),
             bits_per_weight=checkpoint.bits_per_weight,
             size_bytes=size_bytes,
             context=positions if isinstance(positions, int) else None,
             tokenizer=lambda: load_hard_tokenizer(checkpoint),
-            load=lambda: transformers_model(load_hard_model(checkpoint)),
+            load=lambda: transformers_model(load_hard_model(checkpoint, room_bytes=room_bytes)),
         )
 
     @classmethod
@@ -150,6 +163,7 @@ def compare(
     tokens: int = 1024,
     original: Source | None = None,
     minutes: float | None = None,
+    room_bytes: int | None = None,
     advance: Callable[[str], None] | None = None,
 ) -> Comparison:
     """Run all of them on the same windows of one text.
@@ -162,6 +176,8 @@ def compare(
         original: the float model; the first row of the result when it is given.
         minutes: time for all of them; as many windows are compared as the slowest model had time for, one at least.
             None: no limit.
+        room_bytes: what the weights of the original may take in memory: it is run layer by layer where they take
+            more. None: no limit.
         advance: called with the name of each model before it runs.
 
     Raises:
@@ -185,6 +201,7 @@ def compare(
     asked, slowest = int(windows.numel()), ""
     runs: list[_Run] = []
     reference: list[Tensor] | None = None
+    how = ""
 
     def run(name: str, execute: Execute) -> list[Tensor]:
         nonlocal windows, slowest
@@ -199,7 +216,12 @@ def compare(
 
     if original is not None:
         begin("the original")
-        reference = run("the original", transformers_model(load_model(original, torch.float32)))
+        values = sum(parameter.numel() for parameter in outline(original).parameters())
+        room = room_if_needed(values, room_bytes)
+        loaded = load_model(original, torch.float32, room_bytes=room)
+        how = "float model" if streamed_weights(loaded) is None else "float model, layer by layer"
+        reference = run("the original", transformers_model(loaded))
+        del loaded
     for entry in entries:
         begin(entry.name)
         run(entry.name, entry.load())
@@ -207,7 +229,7 @@ def compare(
     listed: list[Contestant | None] = [*([] if original is None else [None]), *entries]
     rows = [
         Compared(
-            *(("original", "float model", None, None) if entry is None else _described(entry)),
+            *(("original", how, None, None) if entry is None else _described(entry)),
             perplexity(each.losses[:count]),
             summarize(each.positions[:count]) if each.positions else None,
         )

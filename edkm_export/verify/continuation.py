@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,18 @@ from torch import Tensor
 
 from edkm_export.activity import tracked
 from edkm_export.artifact.execution import Execute
-from edkm_export.artifact.generation import Choice, Difference, first_difference, generate
+from edkm_export.artifact.generation import (
+    Choice,
+    Difference,
+    Generation,
+    first_difference,
+    generate,
+)
 from edkm_export.artifact.metrics import Divergence, divergence
 from edkm_export.artifact.protocol import Artifact, Session
 from edkm_export.artifact.thresholds import NEAR_TIE_NATS
 from edkm_export.errors import InputError, PackageError
+from edkm_export.reference.streamed_model import run_all, streamed_weights
 from edkm_export.reference.torch_session import TorchSession
 from edkm_export.verify.quoting import quoted
 from edkm_export.verify.report import PromptTexts
@@ -24,6 +32,7 @@ from edkm_export.verify.time_budget import DECODED, UNLIMITED, Share
 
 __all__ = [
     "Continuation",
+    "HardTexts",
     "compare_continuations",
     "prefill_against_decode",
     "side_by_side",
@@ -157,7 +166,7 @@ def compare_continuations(
     Args:
         artifact: what can be run.
         session: of the artifact, if it has a cache.
-        hard: the model of transformers.
+        hard: the model of transformers, or what it wrote already.
         tokenizer: to put tokens into words.
         prompts: int64 [length] by prompt.
         count: tokens to add to each, as far as the context allows.
@@ -170,9 +179,11 @@ def compare_continuations(
     execute = None if session is not None else artifact.executions[0].execute
     context = artifact.context if session is None else session.context
     found = []
+    texts = hard if isinstance(hard, HardTexts) else HardTexts(hard, prompts)
+    lengths = {prompt: min(count, context - len(ids)) for prompt, ids in prompts.items()}
     for prompt, ids in share.within(tracked(prompts.items(), "continuing", "prompts")):
-        wanted = min(count, context - len(ids))
-        expected = generate(TorchSession(hard), ids, max_new_tokens=wanted)
+        wanted = lengths[prompt]
+        expected = texts.of(prompt, lengths)
         tokens = torch.tensor(expected.tokens)
         if session is not None:
             chosen = _generate(session, ids, wanted)
@@ -193,6 +204,35 @@ def compare_continuations(
         )
         found.append(one)
     return found
+
+
+class HardTexts:
+    """What hard PyTorch writes after each prompt, made once; together where the model reads its weights as it runs.
+
+    Args:
+        model: hard PyTorch.
+        prompts: int64 [length] by prompt.
+    """
+
+    def __init__(self, model: Any, prompts: Mapping[str, Tensor]) -> None:
+        self._model, self._prompts = model, prompts
+        self._made: dict[tuple[str, int], Generation] = {}
+
+    def of(self, prompt: str, lengths: Mapping[str, int]) -> Generation:
+        """The continuation of a prompt.
+
+        Args:
+            prompt: the prompt.
+            lengths: tokens that each of the prompts is continued by.
+        """
+        if (prompt, lengths[prompt]) not in self._made:
+            wanted = [prompt] if streamed_weights(self._model) is None else list(lengths)
+            made = run_all(self._model, [partial(self._generate, one, lengths[one]) for one in wanted])
+            self._made.update(zip(((one, lengths[one]) for one in wanted), made, strict=True))
+        return self._made[prompt, lengths[prompt]]
+
+    def _generate(self, prompt: str, count: int) -> Generation:
+        return generate(TorchSession(self._model), self._prompts[prompt], max_new_tokens=count)
 
 
 def _generate(session: Session, prompt: Tensor, count: int) -> tuple[Choice, ...]:

@@ -18,7 +18,7 @@ from edkm_export.verify.quoting import quoted
 from edkm_export.verify.ranking import decibels, ranked, ranking_words
 from edkm_export.verify.report import Report, Rung, Size, TensorReport, Verdict
 from edkm_export.verify.time_budget import WINDOW
-from edkm_export.verify.verdicts import budget_words, faithful_words, quality_words, tally
+from edkm_export.verify.verdicts import budget_words, faithful_words, memory_words, quality_words, tally
 from edkm_export.verify.words import GLOSSARY, LADDER, executed_words, readable
 
 __all__ = ["notebook_view", "page", "report_page"]
@@ -40,6 +40,7 @@ def report_page(report: Report) -> str:
         ladder=LADDER,
         not_run=[rung for rung in report.rungs if rung.verdict is Verdict.NOT_RUN],
         budget=None if report.time_budget is None else budget_words(report.time_budget),
+        memory=None if report.memory is None else memory_words(report.memory),
         window=WINDOW,
         executed={one.prompt: executed_words(report, one.prompt) for one in report.continuations},
         read=_read(report),

@@ -17,6 +17,7 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.digest import file_sha256
 from edkm_export.errors import CheckpointError, InputError
 from edkm_export.local_paths import without_folders
+from edkm_export.memory_budget import MemoryBudget, room_if_needed
 from edkm_export.reference.soft_model import SoftWeights
 from edkm_export.reference.source import Source
 from edkm_export.text import token_windows
@@ -35,6 +36,7 @@ __all__ = [
     "prompt_tokens",
     "provenance",
     "provenance_of",
+    "weights_room",
 ]
 
 FIXED_PROMPTS = ("The meaning of the word is", "def add(a, b):")
@@ -65,6 +67,7 @@ class VerificationInputs:
         soft_missing: why there are none.
         soft_required: as `original_required`.
         minutes: time for the verification: fewer tokens are compared then; None: no limit.
+        memory: for the verification: models that do not fit are run layer by layer; None: all are run whole.
         command: words of the command that asks for it, for the provenance; empty: none, as from Python.
     """
 
@@ -83,6 +86,7 @@ class VerificationInputs:
     soft_missing: str = "no training run was given"
     soft_required: bool = False
     minutes: float | None = None
+    memory: MemoryBudget | None = None
     command: tuple[str, ...] = ()
 
 
@@ -159,6 +163,21 @@ def provenance_of(
         # named before it is joined: quotes around a path with spaces would hide where it begins
         verification["command"] = shlex.join(without_folders(list(evaluation.command)))
     return {**checkpoint.provenance, "evaluation": dict(used), "verification": verification}
+
+
+def weights_room(checkpoint: Checkpoint, evaluation: VerificationInputs) -> int | None:
+    """Bytes that the weights of one model may take: a model of transformers and the artifact are there at once.
+
+    Logits of all tokens are kept of three models, and compared in float64.
+
+    Returns:
+        None: there is no limit, or all of them fit.
+    """
+    if evaluation.memory is None:
+        return None
+    logits = 5 * 8 * evaluation.tokens * _positive(checkpoint, "vocab_size")
+    room = evaluation.memory.room_bytes(reserved_bytes=logits, models=2)
+    return room_if_needed(checkpoint.numel, room)
 
 
 def _digests(artifact: Path) -> dict[str, str]:

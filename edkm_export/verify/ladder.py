@@ -6,7 +6,7 @@ source files -> original float model -> trained soft model -> hard PyTorch -> de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -19,10 +19,12 @@ from edkm_export.artifact.thresholds import EXECUTION, NEAR_TIE_NATS, ROUNDED_TI
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
+from edkm_export.reference.streamed_model import streamed_weights
 from edkm_export.verify.bytes import compare_bytes
 from edkm_export.verify.context_claim import check_context
 from edkm_export.verify.continuation import (
     Continuation,
+    HardTexts,
     compare_continuations,
     prefill_against_decode,
     side_by_side,
@@ -35,9 +37,10 @@ from edkm_export.verify.inputs import (
     model_positions,
     prompt_tokens,
     provenance,
+    weights_room,
 )
 from edkm_export.verify.localize import find_faults
-from edkm_export.verify.report import LayerError, Report, Rung, Verdict
+from edkm_export.verify.report import LayerError, MemoryUse, Report, Rung, Verdict
 from edkm_export.verify.rungs import (
     continuation_rung,
     decode_rung,
@@ -50,6 +53,7 @@ from edkm_export.verify.source_rung import compare_with_runtime, source_rung, so
 from edkm_export.verify.time_budget import Budget, cuts, run_windows
 from edkm_export.verify.torch_runs import (
     hidden_states,
+    how_run,
     layer_errors,
     measure_original,
     measure_soft,
@@ -103,26 +107,32 @@ def verify_artifact(
     prompts = prompt_tokens(checkpoint, evaluation, tokenizer, artifact.context)
     asked = int(windows.numel())
 
+    room = weights_room(checkpoint, evaluation)
     begin("running the original")
-    original, missing = measure_original(checkpoint, evaluation, windows, prompts, budget)
+    original, missing = measure_original(checkpoint, evaluation, windows, prompts, budget, room)
     before = None if original is None else original.logits
     windows = windows if before is None else windows[: len(before)]
     begin("decoding the weights")
-    weights = {} if original is None else original.weights
+    weights: Mapping[str, Tensor] = {} if original is None else original.weights
     tensors = describe_tensors(checkpoint, weights, {} if original is None else original.output_snr_db)
     plots = plot_weights(checkpoint, weights, tensors)
-    weights.clear()
+    weights, how = {}, {} if original is None else {"the original": original.how}
+    if original is not None:
+        original.weights = {}
     if evaluation.soft is not None:
         begin("running the trained soft model")
-    soft, no_soft = measure_soft(checkpoint, evaluation, windows, budget)
+    soft, no_soft = measure_soft(checkpoint, evaluation, windows, budget, room)
     begin("running hard PyTorch")
-    model = load_hard_model(checkpoint)
+    model = load_hard_model(checkpoint, room_bytes=room)
     execute = transformers_model(model)
     with hidden_states(model) as hidden:
         hard = [execute(windows[0])]
     hard += run_windows(execute, windows[1:], budget.share())
+    how["hard PyTorch"] = how_run(model)
     windows = windows[: len(hard)]
     before, soft = (None if logits is None else logits[: len(hard)] for logits in (before, soft))
+    if (held := streamed_weights(model)) is not None:
+        held.release()  # the artifact needs the memory
     run = {"original": before, "trained soft model": soft, "hard PyTorch": hard}
     perplexities = {name: _perplexity(logits, windows) for name, logits in run.items() if logits is not None}
     rungs = [source_rung(checkpoint, evaluation.original, missing)]
@@ -202,6 +212,7 @@ def verify_artifact(
         weight_plots=plots,
         faults=faults,
         continuations=side_by_side(texts, continued, tokenizer),
+        memory=None if room is None else MemoryUse(budget=str(evaluation.memory), models=how),
         time_budget=cuts(
             budget,
             rungs,
@@ -281,6 +292,7 @@ def _continue(
     Returns:
         What hard PyTorch wrote, and the rungs.
     """
+    written = HardTexts(model, prompts)
 
     def run(*, rounded: bool) -> tuple[Sequence[Continuation], Rung]:
         executor = _executor(artifact, rounded=rounded)
@@ -294,7 +306,7 @@ def _continue(
             coarse = artifact.executions[0].threshold.median_kl > EXECUTION["float32"].median_kl
             ties = ROUNDED_TIE_NATS if rounded or coarse else NEAR_TIE_NATS
             found = compare_continuations(
-                artifact, session, model, tokenizer, prompts, count, budget.share(), ties
+                artifact, session, written, tokenizer, prompts, count, budget.share(), ties
             )
             return found, continuation_rung(found, "", rounded=rounded, executor=executor)
         except AT_FAULT as error:

@@ -17,6 +17,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Fault",
     "LayerError",
+    "MemoryUse",
     "PromptTexts",
     "Report",
     "Rung",
@@ -210,6 +211,18 @@ class TimeBudget(Record):
     cut: list[str]
 
 
+class MemoryUse(Record):
+    """How models were run that the memory does not hold whole.
+
+    Attributes:
+        budget: memory that there was, in words.
+        models: {model of transformers: how its weights were read, in words}.
+    """
+
+    budget: str
+    models: dict[str, str]
+
+
 class Report(Record):
     """Everything that `report.json` holds.
 
@@ -223,6 +236,7 @@ class Report(Record):
         not_run: what was not run, with the reason.
         continuations: of each prompt, side by side.
         time_budget: None: there was no limit of the time.
+        memory: None: every model was in memory whole, or nothing is known of it.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -246,6 +260,7 @@ class Report(Record):
     faults: list[Fault] = []
     continuations: list[PromptTexts] = []
     time_budget: TimeBudget | None = None
+    memory: MemoryUse | None = None
     provenance: dict[str, Any]
 
     @pydantic.model_validator(mode="before")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from edkm_export.activity import tracked
-from edkm_export.artifact.execution import Execute
+from edkm_export.artifact.execution import Execute, Together
 from edkm_export.verify.report import Rung, TimeBudget, Verdict
 
 __all__ = ["DECODED", "UNLIMITED", "WINDOW", "Budget", "Share", "cuts", "run_windows"]
@@ -77,6 +77,22 @@ class Share:
     def __init__(self, end: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._end, self._clock = end, clock
 
+    def waves(self, items: Sequence[_T]) -> Iterator[Sequence[_T]]:
+        """The same for items that are cheaper together: one, and then twice as many each time.
+
+        Without a limit all of them at once. A wave may take twice as long as the one before.
+        """
+        if self._end is None:
+            yield items
+            return
+        place, size, took = 0, 1, 0.0
+        while place < len(items):
+            started = self._clock()
+            if place and started + 2 * took > self._end:
+                return
+            yield items[place : place + size]
+            place, size, took = place + size, 2 * size, self._clock() - started
+
     def within(self, items: Iterable[_T]) -> Iterable[_T]:
         """As many of the items as there is time for, by what those before took; the first in any case."""
         started = self._clock()
@@ -98,6 +114,9 @@ def run_windows(execute: Execute, windows: Sequence[Tensor] | Tensor, share: Sha
     Returns:
         float32 [positions, vocab_size] of each.
     """
+    if isinstance(execute, Together):
+        with torch.no_grad():
+            return [one for wave in share.waves(list(windows)) for one in execute.together(wave)]
     counted = tracked(windows, "evaluation text", "windows")
     with torch.no_grad():
         return [execute(window) for window in share.within(counted)]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from edkm_export.artifact.metrics import snr_db
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import EdkmExportError, InputError
 from edkm_export.palette import PalettizedTensor
-from edkm_export.reference.conv1d import as_linear, is_conv1d
+from edkm_export.reference.conv1d import as_linear, conv1d_weights, is_conv1d
 from edkm_export.reference.soft_model import load_soft_model
 from edkm_export.reference.source import load_model
+from edkm_export.reference.streamed_model import is_layer, run_all, streamed_weights
 from edkm_export.reference.torch_session import TorchSession
 from edkm_export.verify.inputs import VerificationInputs
 from edkm_export.verify.report import LayerError
@@ -28,6 +30,7 @@ __all__ = [
     "Measured",
     "hidden_states",
     "comparing_outputs",
+    "how_run",
     "layer_errors",
     "measure_original",
     "measure_soft",
@@ -42,27 +45,46 @@ class Measured:
     Attributes:
         logits: float32 [positions, vocab_size] of each window.
         hidden: states after each layer by module name, float32 [positions, hidden], of the first window.
-        weights: the palettized parameters in float, by name.
+        weights: the palettized parameters in float, by name; they may be read when they are asked for.
         output_snr_db: what palettization does to each layer's output, by parameter name.
         continued: tokens of the greedy continuation by prompt.
+        how: whether the weights were in memory, in words.
     """
 
     logits: list[Tensor]
     hidden: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
     output_snr_db: dict[str, float] = field(default_factory=dict)
     continued: dict[str, list[int]] = field(default_factory=dict)
+    how: str = "whole"
 
 
 def transformers_model(model: Any) -> Execute:
-    """Run a model of transformers."""
+    """Run a model of transformers; one whose weights are read while it runs takes several texts together."""
+    return _Whole(model) if streamed_weights(model) is None else _Streamed(model)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    model: Any
 
     @torch.no_grad()
-    def execute(tokens: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[0]
+    def __call__(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens[None], use_cache=False).logits[0]
         return logits.float()
 
-    return execute
+
+@dataclass(frozen=True)
+class _Streamed(_Whole):
+    def together(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        """Logits float32 [positions, vocab_size] of each."""
+        return run_all(self.model, [partial(self, tokens) for tokens in texts])
+
+
+def how_run(model: Any) -> str:
+    """Whether the weights are in memory, in words."""
+    weights = streamed_weights(model)
+    return "whole" if weights is None else weights.words
 
 
 def measure_original(
@@ -71,6 +93,7 @@ def measure_original(
     windows: Tensor,
     prompts: Mapping[str, Tensor],
     budget: Budget,
+    room_bytes: int | None = None,
 ) -> tuple[Measured | None, str]:
     """Run the float model.
 
@@ -80,6 +103,7 @@ def measure_original(
         windows: int64 [windows, positions].
         prompts: int64 [length] by prompt.
         budget: of the time.
+        room_bytes: see `load_model`.
 
     Returns:
         What it gave; None and the reason when there is no such model.
@@ -90,7 +114,7 @@ def measure_original(
     if evaluation.original is None:
         return None, evaluation.original_missing
     try:
-        model = load_model(evaluation.original, torch.float32)
+        model = load_model(evaluation.original, torch.float32, room_bytes=room_bytes)
         state = as_linear(model, model.state_dict())
         for name, tensor in checkpoint.palettized.items():
             if name not in state or tuple(state[name].shape) != tensor.shape:
@@ -107,26 +131,59 @@ def measure_original(
         first = execute(windows[0])
     continued = _continue(model, prompts, evaluation.continuation, share)
     logits = [first, *run_windows(execute, windows[1:], share)]
-    weights = {name: state[name] for name in checkpoint.palettized}
-    return Measured(logits, hidden, weights, snr, continued), ""
+    weights: Mapping[str, Tensor] = {name: state[name] for name in checkpoint.palettized}
+    if streamed_weights(model) is not None:
+        weights = _WeightsOnDisk(model, checkpoint.palettized)
+    return Measured(logits, hidden, weights, snr, continued, how_run(model)), ""
+
+
+class _WeightsOnDisk(Mapping[str, Tensor]):
+    """Weights of a streamed model, [out, in], read when they are asked for."""
+
+    def __init__(self, model: Any, names: Iterable[str]) -> None:
+        weights = streamed_weights(model)
+        assert weights is not None
+        weights.release()
+        self._weights, self._names, self._turned = weights, list(names), conv1d_weights(model)
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._weights.read(name)
+        return value.t() if name in self._turned else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _continue(model: Any, prompts: Mapping[str, Tensor], count: int, share: Share) -> dict[str, list[int]]:
     """Greedy continuations of as many prompts as there is time for."""
-    found = {}
-    for prompt, ids in share.within(prompts.items()):
+    found: dict[str, list[int]] = {}
+
+    def go_on(prompt: str, ids: Tensor) -> None:
         session = TorchSession(model, "the original")
         wanted = min(count, session.context - len(ids))
         # a model whose logits are not finite has no continuation; its perplexity tells
         with contextlib.suppress(InputError):
             found[prompt] = generate(session, ids, max_new_tokens=wanted).tokens
+
+    if streamed_weights(model) is not None:  # all of them cost what one does
+        run_all(model, [partial(go_on, prompt, ids) for prompt, ids in prompts.items()])
+        return found
+    for prompt, ids in share.within(prompts.items()):
+        go_on(prompt, ids)
     return found
 
 
 def measure_soft(
-    checkpoint: Checkpoint, evaluation: VerificationInputs, windows: Tensor, budget: Budget
+    checkpoint: Checkpoint,
+    evaluation: VerificationInputs,
+    windows: Tensor,
+    budget: Budget,
+    room_bytes: int | None = None,
 ) -> tuple[list[Tensor] | None, str]:
-    """Run the trained soft model.
+    """Run the trained soft model, which is done whole or not at all.
 
     Returns:
         Logits float32 [positions, vocab_size] of each window; None and the reason when there is no such model.
@@ -136,6 +193,11 @@ def measure_soft(
     """
     if evaluation.soft is None:
         return None, evaluation.soft_missing
+    if room_bytes is not None:
+        return None, (
+            f"the soft model is only run whole, which takes {4 * checkpoint.numel / 1e9:.1f} GB; "
+            "give it more memory (--memory)"
+        )
     try:
         execute = transformers_model(load_soft_model(checkpoint, evaluation.soft))
     except EdkmExportError as error:
@@ -160,9 +222,7 @@ def hidden_states(model: Any) -> Iterator[dict[str, Tensor]]:
     found: dict[str, Tensor] = {}
     handles = []
     for name, module in model.named_modules():
-        parent, _, number = name.rpartition(".")
-        # the stack of layers: a list of modules that is in no other list
-        if number.isdigit() and not any(part.isdigit() for part in parent.split(".")):
+        if is_layer(name):
             handles.append(module.register_forward_hook(_recorder(found, name)))
     try:
         yield found

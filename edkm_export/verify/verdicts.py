@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edkm_export.verify.report import Report, Rung, TimeBudget, Verdict
+from edkm_export.verify.report import MemoryUse, Report, Rung, TimeBudget, Verdict
 
 __all__ = [
     "budget_words",
     "faithful_export",
     "faithful_words",
+    "memory_words",
     "one_line",
     "quality",
     "quality_words",
@@ -90,6 +91,11 @@ def budget_words(budget: TimeBudget) -> str:
     """What the limit of the time left out, in a sentence."""
     given = f"{budget.minutes:g} minute{'' if budget.minutes == 1 else 's'} (--minutes)"
     return f"{given}; cut: {'; '.join(budget.cut)}" if budget.cut else f"{given}; nothing was left out"
+
+
+def memory_words(memory: MemoryUse) -> str:
+    """How models were run that the memory does not hold whole, in a sentence."""
+    return "; ".join([memory.budget, *(f"{name} was run {how}" for name, how in memory.models.items())])
 
 
 def one_line(report: Report) -> str:

@@ -12,7 +12,7 @@ from edkm_export.verify.html import report_page
 from edkm_export.verify.quoting import quoted
 from edkm_export.verify.ranking import decibels, ranked, ranking_words
 from edkm_export.verify.report import Report, Verdict
-from edkm_export.verify.verdicts import budget_words, faithful_words, quality_words, tally
+from edkm_export.verify.verdicts import budget_words, faithful_words, memory_words, quality_words, tally
 from edkm_export.verify.words import FIRST_WORDS, GLOSSARY, LADDER, executed_words, readable
 
 __all__ = ["markdown", "quality", "write_report"]
@@ -69,6 +69,8 @@ def markdown(report: Report) -> str:
     lines += [f"- verified {_said(report.date)}"] if report.date else []
     if report.time_budget is not None:
         lines.append(f"- time budget: {_said(budget_words(report.time_budget))}")
+    if report.memory is not None:
+        lines.append(f"- memory: {_said(memory_words(report.memory))}")
     for fault in report.faults:
         module, operation = for_markdown(fault.module or ""), for_markdown(fault.op or "")
         where = f"**{module}**, operation {operation}" if module else "not found"

@@ -17,6 +17,7 @@ import torch
 from converters.coreml.read.arguments import check_inputs
 from converters.coreml.read.block import Block
 from converters.coreml.read.constants import Constants
+from converters.coreml.read.decoded_weights import DecodedWeights
 from converters.coreml.read.interpreter import Interpreter
 from converters.coreml.read.precision import Precision
 from converters.coreml.read.program import Function, FunctionInput, Operation, Output
@@ -123,7 +124,7 @@ def run(
         body,
     )
     layout: Any = SimpleNamespace(root=Path("drawn"))
-    interpreter = Interpreter(function, Constants(layout, function, {}), "drawn")
+    interpreter = Interpreter(function, Constants(layout, function, DecodedWeights()), "drawn")
     mode = Precision.of(precision)
     found = interpreter.run(check_inputs(function, tensors, mode), held, mode, seed=seed)
     return [found[name] for name in outputs]

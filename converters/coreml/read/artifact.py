@@ -117,14 +117,15 @@ class CoreMLArtifact(PackageFiles):
         )
 
 
-def open_artifact(path: str | Path) -> Artifact | EmbeddingArtifact:
+def open_artifact(path: str | Path, room_bytes: int | None = None) -> Artifact | EmbeddingArtifact:
     """Open a model for the verifier; one that cannot be opened becomes a DamagedArtifact.
 
     Args:
         path: of a package, of one of its chunks, or of the folder that `edkm-export coreml` made.
+        room_bytes: what decoded weights may take in memory; None: no limit.
     """
     try:
-        packages, description = open_chunks(path)
+        packages, description = open_chunks(path, room_bytes)
         kind = CoreMLEmbeddingArtifact if description.interface == "embedding" else CoreMLArtifact
         return kind(packages, description)
     except PackageError as error:

@@ -1,4 +1,4 @@
-"""Constants of a function: decoded when they are first used, and kept."""
+"""Constants of a function: decoded when they are used, and kept as far as there is room."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping
 
 from torch import Tensor
 
+from converters.coreml.read.decoded_weights import DecodedWeights
 from converters.coreml.read.layout import PackageLayout
 from converters.coreml.read.ops import Call, definition_of, located
 from converters.coreml.read.precision import Precision
@@ -32,7 +33,7 @@ class Constants:
         self,
         layout: PackageLayout,
         function: Function,
-        shared: dict[Hashable, Tensor],
+        shared: DecodedWeights,
         numbers: dict[Hashable, int] | None = None,
     ) -> None:
         self._numbers: dict[Hashable, int] = {} if numbers is None else numbers
@@ -41,6 +42,7 @@ class Constants:
         self._shared = shared
         self._held: dict[tuple[str, bool], Inline] = {}
         self._keys: dict[str, int] = {}
+        self._places: dict[str, Hashable] = {}
         self.operations = {
             output.name: op for op in function.all_operations if op.is_constant for output in op.outputs
         }
@@ -53,16 +55,25 @@ class Constants:
         return f"{self._layout.root}: function {self.function.name}: {operation.label}"
 
     def get(self, name: str, precision: Precision) -> Inline:
-        """Get a constant as the interpreter holds it; kept, and not to be written to.
+        """Get a constant as the interpreter holds it; not to be written to.
 
         Raises:
             PackageError: its data is damaged.
             UnsupportedOpError: a constexpr that is not implemented.
         """
         native = precision is Precision.FLOAT16
-        if (name, native) not in self._held:
-            self._held[name, native] = self._compute(name, precision)
-        return self._held[name, native]
+        if (name, native) in self._held:
+            return self._held[name, native]
+        value = self._compute(name, precision)
+        if not self.is_transient(name):
+            self._held[name, native] = value
+        return value
+
+    def is_transient(self, name: str) -> bool:
+        """Whether a constant may have to be decoded at each use, so that nobody may hold it."""
+        if not self._shared.limited:
+            return False
+        return 4 * (self.declared(name).numel or 0) > self._shared.SMALL_BYTES
 
     def literal(self, value: Value, operation: Operation, precision: Precision) -> Inline:
         """Get a constant that is written at its use, as the interpreter holds it."""
@@ -71,13 +82,18 @@ class Constants:
 
     def _compute(self, name: str, precision: Precision) -> Inline:
         declared = self.declared(name)
-        key = (precision is Precision.FLOAT16, declared.dtype.name, self._key(name))
-        if key not in self._shared:
+        value = self.operations[name].arguments.get("val", (None,))[0]
+        if isinstance(value, Value) and value.blob is None and not isinstance(value.inline, Tensor):
+            return self.stored(name)  # words, or a list
+        if name not in self._places:
+            self._places[name] = (self._layout.root, declared.dtype.name, self._key(name))
+
+        def decode() -> Tensor:
             stored = self.stored(name)
-            if not isinstance(stored, Tensor):
-                return stored
-            self._shared[key] = stored.to(precision.carrier(declared.dtype))
-        return self._shared[key]
+            assert isinstance(stored, Tensor)
+            return stored.to(precision.carrier(declared.dtype))
+
+        return self._shared.get(self._places[name], precision is Precision.FLOAT16, decode)
 
     def declared(self, name: str) -> TensorType:
         """Look up the declared type of a constant."""

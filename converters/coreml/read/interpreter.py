@@ -30,18 +30,28 @@ class _Constant:
 
 
 @dataclass(frozen=True)
+class _Transient:
+    """A constant that is looked up at each use: there may be no room for it between two of them."""
+
+    name: str
+
+
+_Binding: TypeAlias = str | _Constant | _Transient
+
+
+@dataclass(frozen=True)
 class _Bound:
     """An operation at one precision.
 
     Attributes:
         call: what its op may need beyond its arguments.
         constant: converted arguments that do not change from run to run.
-        variable: the other arguments; a binding is the name of a value, or a constant.
+        variable: the other arguments; a binding is the name of a value, or a constant, which may be transient.
     """
 
     call: Call
     constant: Mapping[str, Any]
-    variable: tuple[tuple[str, tuple[str | _Constant, ...]], ...]
+    variable: tuple[tuple[str, tuple[_Binding, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -129,9 +139,7 @@ class Interpreter:
         try:
             passed = dict(bound.constant)
             for key, bindings in bound.variable:
-                passed[key] = definition.convert(
-                    key, [values[one] if isinstance(one, str) else one.value for one in bindings]
-                )
+                passed[key] = definition.convert(key, [self._given(one, values, run) for one in bindings])
             results = definition.compute(call, passed)
             if len(results) != len(operation.outputs):
                 raise PackageError(
@@ -182,10 +190,10 @@ class Interpreter:
         """Bind the constant arguments of an operation, once for each precision: a token takes thousands of them."""
         operation, precision = scheduled.operation, run.precision
         constant: dict[str, Any] = {}
-        variable: list[tuple[str, tuple[str | _Constant, ...]]] = []
+        variable: list[tuple[str, tuple[_Binding, ...]]] = []
         for key, bindings in operation.arguments.items():
             values = tuple(self._constant(operation, binding, precision) for binding in bindings)
-            if any(isinstance(value, str) for value in values):
+            if any(not isinstance(value, _Constant) for value in values):
                 variable.append((key, values))
             else:
                 held = [value.value for value in values if isinstance(value, _Constant)]
@@ -195,10 +203,20 @@ class Interpreter:
         run.bound[operation] = _Bound(call, constant, tuple(variable))
         return run.bound[operation]
 
-    def _constant(self, operation: Operation, binding: str | Value, precision: Precision) -> str | _Constant:
-        """The value of a constant binding; the name of any other."""
+    def _given(self, binding: _Binding, values: Mapping[str, Any], run: _Run) -> Any:
+        """What an argument is bound to in this run."""
+        if isinstance(binding, str):
+            return values[binding]
+        if isinstance(binding, _Transient):
+            return self._constants.get(binding.name, run.precision)
+        return binding.value
+
+    def _constant(self, operation: Operation, binding: str | Value, precision: Precision) -> _Binding:
+        """The value of a constant binding, or the name of one that nobody may hold; the name of any other."""
         if isinstance(binding, Value):
             return _Constant(self._constants.literal(binding, operation, precision))
+        if binding in self._constants and self._constants.is_transient(binding):
+            return _Transient(binding)
         if binding in self._constants:
             return _Constant(self._constants.get(binding, precision))
         return binding

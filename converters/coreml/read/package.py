@@ -11,6 +11,7 @@ from torch import Tensor
 
 from converters.coreml.read.arguments import check_inputs, check_states, make_states
 from converters.coreml.read.constants import Constants
+from converters.coreml.read.decoded_weights import DecodedWeights
 from converters.coreml.read.folder import find_package
 from converters.coreml.read.interpreter import Interpreter, Observer
 from converters.coreml.read.layout import PackageLayout
@@ -35,14 +36,14 @@ class Package:
         metadata: the user-defined metadata.
     """
 
-    def __init__(self, layout: PackageLayout) -> None:
+    def __init__(self, layout: PackageLayout, decoded: DecodedWeights | None = None) -> None:
         program = read_program(layout.model_file, layout.size_bytes)
         self.path: Path = layout.root
         self.functions: Mapping[str, Function] = program.functions
         self.default_function: str = program.default_function
         self.metadata: Mapping[str, str] = program.metadata
         self._layout = layout
-        self._decoded: dict[Hashable, Tensor] = {}
+        self._decoded = DecodedWeights() if decoded is None else decoded
         self._numbers: dict[Hashable, int] = {}
         self._constants: dict[str, Constants] = {}
         self._interpreters: dict[str, Interpreter] = {}
@@ -189,17 +190,18 @@ class Package:
         return Weights(self._constants_of(self._function(function)), names)
 
 
-def load_package(path: str | Path) -> Package:
+def load_package(path: str | Path, decoded: DecodedWeights | None = None) -> Package:
     """Read an .mlpackage that holds an ML program.
 
     Args:
         path: of the package, or of the folder that `edkm-export coreml` made; of several chunks the first is read.
+        decoded: keeps its decoded weights, and those of other packages; None: all of its own are kept.
 
     Raises:
         PackageError: it is damaged, hostile or holds something else.
         BackendMissingError: coremltools is not installed.
     """
-    return Package(PackageLayout.open(find_package(path)))
+    return Package(PackageLayout.open(find_package(path)), decoded)
 
 
 def _blobs(function: Function) -> list[BlobReference]:

@@ -1,7 +1,8 @@
 """Core ML packages as a model in the middle of a text, run by our interpreter.
 
-Weights are decoded once, when they are first used, and held as float32: four bytes a weight, six hundred megabytes
-for a model of 135 million parameters with its states and the program.
+Weights are decoded when they are first used, and held as float32: four bytes a weight, six hundred megabytes for a
+model of 135 million parameters with its states and the program. Where they may not take as much, those for which
+there is no room are decoded at each use; see `DecodedWeights`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from converters.coreml.format import (
     TEXT,
     TOKENS,
 )
+from converters.coreml.read.decoded_weights import DecodedWeights
 from converters.coreml.read.description import Description
 from converters.coreml.read.folder import find_package
 from converters.coreml.read.package import Package, load_package
@@ -41,21 +43,23 @@ _CHUNK = 64  # tokens
 _FORBIDDEN = -65504.0  # what swift-transformers writes into its mask
 
 
-def open_chunks(path: str | Path) -> tuple[list[Package], Description]:
+def open_chunks(path: str | Path, room_bytes: int | None = None) -> tuple[list[Package], Description]:
     """All packages of a model and their description.
 
     Args:
         path: of one of the packages, or of the folder that `edkm-export coreml` made.
+        room_bytes: what the decoded weights of all of them may take in memory; None: no limit.
 
     Raises:
         PackageError: a package is damaged or missing, or has an unknown interface.
     """
     path = find_package(path)
-    package = load_package(path)
+    decoded = DecodedWeights(room_bytes)
+    package = load_package(path, decoded)
     description = Description.of(package.metadata, path) or _guess(package)
     if len(description.packages) < 2:
         return [package], description
-    packages = [load_package(path.resolve().parent / file) for file in description.packages]
+    packages = [load_package(path.resolve().parent / file, decoded) for file in description.packages]
     for other in packages:
         if Description.of(other.metadata, other.path) != description:
             raise PackageError(f"{other.path}: belongs to another export than {path}; export again.")
@@ -135,17 +139,20 @@ class CoreMLSession:
         self.reset()
 
     @classmethod
-    def open(cls, path: str | Path, precision: str = "float32") -> CoreMLSession:
+    def open(
+        cls, path: str | Path, precision: str = "float32", room_bytes: int | None = None
+    ) -> CoreMLSession:
         """Open a model for generation.
 
         Args:
             path: of a package, of one of its chunks, or of the folder that `edkm-export coreml` made.
             precision: of the arithmetic: "float32", "rounded" or "float16".
+            room_bytes: what decoded weights may take in memory; None: no limit.
 
         Raises:
             PackageError: see `open_chunks`.
         """
-        packages, description = open_chunks(path)
+        packages, description = open_chunks(path, room_bytes)
         return cls(packages, description, precision)
 
     def __repr__(self) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from edkm_export.config_bounds import check_config
 from edkm_export.errors import SourceError
@@ -17,9 +18,11 @@ from edkm_export.reference.gguf.architectures import ARCHITECTURES
 from edkm_export.reference.gguf.gguf_file import GgufFile
 from edkm_export.reference.gguf.gguf_settings import GgufSettings
 from edkm_export.reference.gguf.gguf_tokenizer import Vocabulary
-from edkm_export.reference.gguf.gguf_weights import fill, skeleton, wrong_shapes
+from edkm_export.reference.gguf.gguf_weights import fill, read_parameter, skeleton, wrong_shapes
 from edkm_export.reference.gguf.tensor_names import places
 from edkm_export.reference.origin import gguf_origin
+from edkm_export.reference.streamed_model import shared_names, stream
+from edkm_export.reference.weight_range import check_weight
 
 __all__ = ["GgufModel", "read_gguf"]
 
@@ -167,6 +170,36 @@ class GgufModel:
         model = self._skeleton(dtype)
         fill(model, self.file, self._places, dtype, advance)
         return model.eval().requires_grad_(False)
+
+    def stream_model(self, dtype: torch.dtype | None, room_bytes: int) -> Any:
+        """The model in eval mode, its tensors decoded layer by layer while it runs.
+
+        Args:
+            dtype: of the parameters; None: float16.
+            room_bytes: what weights may take in memory, see `streamed_model`.
+
+        Returns:
+            transformers.PreTrainedModel.
+
+        Raises:
+            SourceError: see `load_model`.
+            InputError: a weight holds what float16 cannot hold.
+        """
+        self.account().require_understood()
+        kind = dtype or torch.float16
+        model = self._skeleton(kind)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        names = {place.parameter: name for name, place in self._places.items()}
+
+        def read(parameter: str) -> Tensor:
+            name = names[parameter]
+            return read_parameter(self.file, name, self._places[name], shapes[parameter], kind)
+
+        model.tie_weights()
+        keys = shared_names(model)
+        for name in names:
+            check_weight(name, read(name), str(self.file.path))
+        return stream(model, read, keys=keys, dtype=kind, room_bytes=room_bytes)
 
     def load_tokenizer(self) -> Any:
         """The tokenizer.

@@ -14,7 +14,7 @@ from edkm_export.errors import SourceError
 from edkm_export.reference.gguf.gguf_file import GgufFile, StoredTensor
 from edkm_export.reference.gguf.tensor_names import Place
 
-__all__ = ["fill", "skeleton", "wrong_shapes"]
+__all__ = ["fill", "read_parameter", "skeleton", "wrong_shapes"]
 
 _PART = 1 << 22  # values that are decoded at once: 16 MB in float32, and decoding takes several times as much
 
@@ -72,10 +72,7 @@ def fill(
     filled = set()
     for name, place in places.items():
         stored = file.tensors.get(name)
-        if stored is None:  # optional in all layers
-            value = torch.zeros(parameters[place.parameter].shape, dtype=dtype)
-        else:
-            value = _restored(_read(stored, place, dtype), place)
+        value = read_parameter(file, name, place, parameters[place.parameter].shape, dtype)
         set_module_tensor_to_device(model, place.parameter, "cpu", value=value, dtype=dtype)
         filled.add(place.parameter)
         if advance is not None and stored is not None:
@@ -84,6 +81,25 @@ def fill(
     left = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     if left:
         raise SourceError(f"{file.path}: no tensor of it belongs to parameter {left[0]}.")
+
+
+def read_parameter(file: GgufFile, name: str, place: Place, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Values of one parameter.
+
+    Args:
+        file: the file.
+        name: of the tensor; one that the file does not hold is optional, and zero.
+        place: of the tensor.
+        shape: of the parameter.
+        dtype: of the result.
+
+    Raises:
+        SourceError: a value that the dtype cannot hold, or that is no number.
+    """
+    stored = file.tensors.get(name)
+    if stored is None:  # optional in all layers
+        return torch.zeros(shape, dtype=dtype)
+    return _restored(_read(stored, place, dtype), place)
 
 
 def _read(stored: StoredTensor, place: Place, dtype: torch.dtype) -> Tensor:
