@@ -118,20 +118,15 @@ def _candidates(weight: Tensor, hessian: Tensor, rule: Rule) -> Iterator[_Candid
     start, _ = optimal_centroids(grouped, 1 << rule.bits, importance=importance)
     luts = round_to_grid(start, rule.lut_dtype)
 
-    def candidate(indices: Tensor) -> _Candidate:
-        change = weight - chosen(luts.values.float(), indices)
-        return _Candidate(luts, indices, float(output_error(change, hessian).sum()))
-
-    yield candidate(hard_assign(grouped, luts.values).view(rows, n))
+    nearest = hard_assign(grouped, luts.values).view(rows, n)
+    yield _Candidate(luts, nearest, output_error(weight - chosen(luts.values.float(), nearest), hessian))
     indices = compensated_indices(weight, luts.values.float(), factor)
-    yield candidate(indices)
     del factor
-    for _ in range(ROUNDS):
-        indices = descended_indices(weight, luts.values.float(), hessian, indices)
-        yield candidate(indices)
-        fitted, places = refitted_centroids(weight, luts.values.float(), hessian, indices).sort(1)
-        luts = round_to_grid(fitted, rule.lut_dtype)
-        ranks = places.argsort(1).to(torch.uint8)
-        indices = ranks.gather(1, indices.view(groups, -1).long()).view(rows, n)
-        yield candidate(indices)
-    yield candidate(descended_indices(weight, luts.values.float(), hessian, indices))
+    for turn in range(ROUNDS + 1):
+        if turn:
+            fitted, places = refitted_centroids(weight, luts.values.float(), hessian, indices).sort(1)
+            luts = round_to_grid(fitted, rule.lut_dtype)
+            ranks = places.argsort(1).to(torch.uint8)  # where each entry went
+            indices = ranks.gather(1, indices.view(groups, -1).long()).view(rows, n)
+        indices, error = descended_indices(weight, luts.values.float(), hessian, indices)
+        yield _Candidate(luts, indices, error)

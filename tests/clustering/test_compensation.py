@@ -71,7 +71,8 @@ def test_indices_move_as_in_the_naive_loop(shape):
     weight, centroids, hessian = problem(*shape)
     rows, n = weight.shape
     start = torch.zeros(rows, n, dtype=torch.uint8)
-    found = descended_indices(weight, centroids, hessian, start, sweeps=2)
+    found, error = descended_indices(weight, centroids, hessian, start, sweeps=2)
+    assert error == pytest.approx(output_error(weight - chosen(centroids, found), hessian), rel=1e-9)
     h, entries = hessian.numpy(), centroids.numpy()
     for row in range(rows):
         lut = entries[row * len(entries) // rows]
@@ -92,9 +93,8 @@ def test_a_sweep_never_makes_the_error_larger(shape):
     weight, centroids, hessian = problem(*shape)
     indices = compensated_indices(weight, centroids, inverse_factor(hessian))
     before = output_error(weight - chosen(centroids, indices), hessian)
-    moved = descended_indices(weight, centroids, hessian, indices)
-    after = output_error(weight - chosen(centroids, moved), hessian)
-    assert bool((after <= before * (1 + 1e-12)).all())
+    _, after = descended_indices(weight, centroids, hessian, indices)
+    assert after <= before * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -117,11 +117,9 @@ def test_each_step_of_the_refit_makes_the_error_smaller():
     weight, centroids, hessian = problem(16, 60, 8, 1)
     indices = compensated_indices(weight, centroids, inverse_factor(hessian))
     errors = [
-        float(
-            output_error(
-                weight - chosen(refitted_centroids(weight, centroids, hessian, indices, steps=steps), indices),
-                hessian,
-            ).sum()
+        output_error(
+            weight - chosen(refitted_centroids(weight, centroids, hessian, indices, steps=steps), indices),
+            hessian,
         )
         for steps in range(9)
     ]
