@@ -37,6 +37,8 @@ _CHARACTERS_PER_SECOND = (
 )
 _MOST_BYTES = 1 << 30  # of memory, beyond a few hundred bytes for each character
 _BYTES_PER_CHARACTER = 512
+_BYTES_PER_LOADED = 16  # of its files count as a character: a vocabulary takes 30 times as much as its file
+_LOADING_SECONDS = 60.0  # at most; 262,144 tokens take ten
 _MOST_ANSWER_BYTES = 1 << 28
 _LENGTH = struct.Struct("<Q")
 _SUFFIXES = (".json", ".model", ".jinja", ".txt", ".tiktoken", ".vocab")
@@ -78,22 +80,24 @@ def open_tokenizer(folder: str | Path, where: str) -> GuardedTokenizer:
             str(folder), trust_remote_code=False, local_files_only=True
         )
 
-    return guarded(load, where)
+    files = [each for each in Path(folder).iterdir() if each.suffix in _SUFFIXES]
+    return guarded(load, where, sum(each.stat().st_size for each in files))
 
 
-def guarded(load: Callable[[], Any], where: str) -> GuardedTokenizer:
+def guarded(load: Callable[[], Any], where: str, size_bytes: int) -> GuardedTokenizer:
     """A tokenizer, loaded in the child first.
 
     Args:
         load: gives a tokenizer of transformers.
         where: what it belongs to, for messages.
+        size_bytes: about, of what it is made of.
 
     Raises:
         TokenizerError: it cannot be loaded within the bounds.
         Exception: what `load` raises.
     """
     child = _Child(load, where)
-    fault = child.ask({"do": "load"})
+    fault = child.ask({"do": "load"}, size_bytes // _BYTES_PER_LOADED, _LOADING_SECONDS)
     held = load()  # raises what it raised in the child
     if fault is not None:
         raise TokenizerError(f"{where}: {_FAILURES['load']}: {fault}")
@@ -184,12 +188,13 @@ class _Child:
         self._pid = pid
         self._end = weakref.finalize(self, _end, pid, self._owner, (self._questions, self._answers))
 
-    def ask(self, question: Mapping[str, Any], size: int = 0) -> Any:
+    def ask(self, question: Mapping[str, Any], size: int = 0, most_seconds: float = math.inf) -> Any:
         """Its answer.
 
         Args:
             question: for `_Tokenizer`.
             size: characters or tokens that are handed over.
+            most_seconds: that it may take, whatever the size.
 
         Raises:
             TokenizerError: it says so, dies, or takes too long.
@@ -199,7 +204,7 @@ class _Child:
             return self._understood(_answered(self._answer, question))
         if not self._end.alive:
             raise TokenizerError(f"{self._where}: its tokenizer was ended before, since it took too much.")
-        seconds = _SECONDS + size / _CHARACTERS_PER_SECOND
+        seconds = min(_SECONDS + size / _CHARACTERS_PER_SECOND, most_seconds)
         until = time.monotonic() + _CLOCK * seconds
         data = json.dumps({**question, "size": size, "seconds": seconds}).encode()
         try:
