@@ -25,7 +25,13 @@ from edkm_export.recipe import Rule
 __all__ = ["DAMPING", "ROUNDS", "damped", "makes_up", "palettize_compensated"]
 
 DAMPING = 0.01
-"""Of the mean square of an input, what is added to that of each: H of few tokens has no inverse otherwise."""
+"""What share of its mean square is added to that of each input: H of few tokens has no inverse otherwise.
+
+A share of its own, not of the mean over all, as GPTQ has it: where one input is a hundred times as large as the others,
+that would be all that the others weigh.
+"""
+
+_FLOOR = 1e-6  # of the mean over all, for inputs that are always zero
 
 ROUNDS = 2
 """How often LUTs are refitted and indices moved; a third gains 1% of the error."""
@@ -55,14 +61,14 @@ class _Candidate:
 
 
 def damped(hessian: Tensor) -> Tensor:
-    """H with `DAMPING` of the mean of its diagonal added to the diagonal; the identity in place of zero.
+    """H with more on its diagonal, so that it is positive definite; the identity in place of zero.
 
     Args:
         hessian: symmetric, positive semidefinite, float [n, n].
     """
     mean = float(hessian.diagonal().mean())
     result = hessian.clone()
-    result.diagonal().add_(mean * DAMPING if mean > 0 else 1.0)
+    result.diagonal().mul_(1 + DAMPING).add_(mean * _FLOOR if mean > 0 else 1.0)
     return result
 
 
