@@ -41,6 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.context_window",
         "edkm_export.detokenize",
         "edkm_export.stop_texts",
+        "edkm_export.special_floats",
         "edkm_export.end_tokens",
         "edkm_export.prompt",
         "edkm_export.atomic",
