@@ -179,14 +179,14 @@ class HfFolder:
         Raises:
             SourceError, InputError: see `load_model`; a weight holds NaN, infinity, or what float16 cannot hold.
         """
-        if "quantization_config" in self._read_config():
+        if "quantization_config" in self._text_part().config:
             return None
         self.account().require_understood()
         import transformers
 
         from edkm_export.reference.streamed_model import shared_names, stream  # it takes torch
 
-        stored, config = read_stored(self.path, self.reference), self.config()
+        stored, config = self._stored(), self.config()
         dtype = dtype or stored_dtype(stored)
         model = self._skeleton(config, dtype)
         with self._staged(stored) as folder:

@@ -100,7 +100,7 @@ def test_a_sweep_never_makes_the_error_larger(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_refit_is_least_squares(shape):
     weight, centroids, hessian = problem(*shape)
-    (rows, n), (groups, k) = weight.shape, centroids.shape
+    (rows, _), (groups, k) = weight.shape, centroids.shape
     indices = compensated_indices(weight, centroids, inverse_factor(hessian))
     found = refitted_centroids(weight, centroids, hessian, indices, steps=3 * k)
     root = np.linalg.cholesky(hessian.numpy()).T
