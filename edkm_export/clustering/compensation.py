@@ -8,6 +8,8 @@ by least squares, given the indices (GPTVQ, arXiv 2402.15319; LNQ in arXiv 2505.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,7 +46,8 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     """
     reversed_factor = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(reversed_factor, identity, upper=True)
+    factor: Tensor = torch.linalg.solve_triangular(reversed_factor, identity, upper=True)
+    return factor
 
 
 def output_error(change: Tensor, hessian: Tensor) -> float:
@@ -72,11 +75,9 @@ def compensated_indices(weight: Tensor, centroids: Tensor, factor: Tensor) -> Te
         some = slice(start, min(start + _COLUMNS, n))
         block, triangle = work[:, some].contiguous(), factor[some, some].contiguous()
         errors, found = torch.empty_like(block), torch.empty(block.shape, dtype=torch.uint8)
-        arrays = block.numpy(), triangle.numpy(), lut, borders, found.numpy(), errors.numpy()
-
-        def run(first: int, last: int, arrays: tuple[Array, ...] = arrays) -> None:
-            _compensate(*arrays, group_size, first, last)
-
+        run = functools.partial(
+            _compensate, block.numpy(), triangle.numpy(), lut, borders, found.numpy(), errors.numpy(), group_size
+        )
         spread(run, rows, _ROWS)
         indices[:, some] = found
         work[:, some.stop :].addmm_(errors, factor[some, some.stop :], alpha=-1)
@@ -109,11 +110,9 @@ def descended_indices(
             # a copy: the matrix product below does in the slope what the kernel does in the block
             block, found = slope[:, some].clone(memory_format=torch.contiguous_format), indices[:, some].contiguous()
             square, moves = hessian[some, some].contiguous(), torch.zeros_like(block)
-            arrays = block.numpy(), square.numpy(), lut, borders, found.numpy(), moves.numpy()
-
-            def run(first: int, last: int, arrays: tuple[Array, ...] = arrays) -> None:
-                _descend(*arrays, group_size, first, last)
-
+            run = functools.partial(
+                _descend, block.numpy(), square.numpy(), lut, borders, found.numpy(), moves.numpy(), group_size
+            )
             spread(run, rows, _ROWS)
             indices[:, some] = found
             slope.addmm_(moves, hessian[some], alpha=-1)
