@@ -33,7 +33,7 @@ def decoded(model: nn.Module, parts: PalettizedModel) -> Any:
 
 @pytest.mark.parametrize("case", ["gqa_4", "untied_and_biased", "odd_sizes"])
 def test_each_layer_is_palettized_on_what_those_before_it_make(case):
-    """Layer by layer, transformers' own model runs anew with the weights so far, and a hook takes what a layer is given."""
+    """transformers' own model runs anew for each layer with the weights so far; a hook takes what the layer is given."""
     model = inject_outliers(build(case)) if case == "gqa_4" else build(case)
     recipe = uniform_recipe(3, 0)
     windows = windows_of()
@@ -54,7 +54,9 @@ def test_each_layer_is_palettized_on_what_those_before_it_make(case):
         hook.remove()
         inputs = given[0].flatten(0, 1)
         hessian = inputs.t() @ inputs / len(inputs)
-        expected = palettize_compensated(f"{name}.weight", layer.weight.data, Rule(bits=3, group_size=0), hessian)
+        expected = palettize_compensated(
+            f"{name}.weight", layer.weight.data, Rule(bits=3, group_size=0), hessian, samples=len(inputs)
+        )
         found = parts.palettized[f"{name}.weight"]
         assert found.same_bits(expected), name
         layer.weight.data = found.decode().float()
@@ -91,7 +93,7 @@ def test_a_model_that_is_not_consumed_is_left_as_it_is():
 
 
 def test_layers_without_a_rule_and_of_many_bits():
-    """What stays dense is as it was, 8 bits are weighted k-means, and the tied embedding is weighed by the head's inputs."""
+    """What stays dense is as it was, and layers of 8 bits and the embedding are clustered by weighted k-means."""
     model = build("plain").half()
     recipe = Recipe(
         rules=(
@@ -114,6 +116,24 @@ def test_layers_without_a_rule_and_of_many_bits():
         rtol=1e-3,  # one float16: the energies are sums in another order
         atol=0,
     )
+
+
+def test_an_embedding_model():
+    """Its layers behind the pooling see one vector a window: so few that they are clustered nearly by energy alone."""
+    from transformers import LlamaConfig
+
+    from edkm_export.embedding_settings import EmbeddingSettings
+    from edkm_export.reference.sentence_model import SentenceModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    dense = [{"in_features": 32, "out_features": 16, "bias": True, "activation": "identity"}]
+    settings = EmbeddingSettings.model_validate({"pooling": "mean", "dense": dense, "max_tokens": 64})
+    model = SentenceModel(config, settings).eval()
+    parts = palettize_model(model, uniform_recipe(3, 16), windows=windows_of())
+    assert len(parts.compensated) == 15 and "dense.0.weight" in parts.compensated
 
 
 def test_gpt2():

@@ -2,8 +2,8 @@
 
 With inputs X [tokens, in] and H = X'X, a change E of the weight [out, in] changes the outputs by sum(E H * E) in all.
 Columns are assigned one by one, and the error of each is spread over those that are left (GPTQ, arXiv 2210.17323;
-Optimal Brain Surgeon). Coordinate descent then moves single indices as long as the error falls, and the LUTs are refitted
-by least squares, given the indices (GPTVQ, arXiv 2402.15319; LNQ in arXiv 2505.07004).
+Optimal Brain Surgeon). Coordinate descent then moves single indices as long as the error falls, and the LUTs are
+refitted by least squares, given the indices (GPTVQ, arXiv 2402.15319; LNQ in arXiv 2505.07004).
 """
 
 from __future__ import annotations
