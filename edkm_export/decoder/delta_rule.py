@@ -140,10 +140,11 @@ def chunked_delta_rule(
             F.pad(each, (0, 0, 0, missing)) for each in (queries, keys, values, decay, strength)
         )
     parts = []
-    for piece in zip(
-        *(each.split(size, 2) for each in (queries, keys, values, decay, strength)), strict=True
-    ):
-        outputs, matrices = _chunk(*piece, matrices, triangle)
+    for begin in range(0, tokens, size):
+        q, k, v, d, s = (
+            each[:, :, begin : begin + size] for each in (queries, keys, values, decay, strength)
+        )
+        outputs, matrices = _chunk(q, k, v, d, s, matrices, triangle)
         parts.append(outputs)
     assert matrices is not None, "no tokens"
     outputs = parts[0] if len(parts) == 1 else torch.cat(parts, 2)

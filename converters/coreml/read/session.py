@@ -224,9 +224,8 @@ class _Stateful:
 
     def call(self, tokens: Tensor, used: int) -> Tensor:
         pieces = []
-        for piece in tokens.split(self._most):
-            pieces.append(self._run(piece, used))
-            used += len(piece)
+        for begin in range(0, len(tokens), self._most):
+            pieces.append(self._run(tokens[begin : begin + self._most], used + begin))
         return torch.cat(pieces)
 
     def _run(self, tokens: Tensor, used: int) -> Tensor:
