@@ -25,7 +25,13 @@ from edkm_export.recipe import Rule
 __all__ = ["DAMPING", "ROUNDS", "damped", "makes_up", "palettize_compensated"]
 
 DAMPING = 0.01
-"""Of the mean square of an input, what is added to that of each: H of few tokens has no inverse otherwise."""
+"""What share of its mean square is added to that of each input: H of few tokens has no inverse otherwise.
+
+A share of its own, not of the mean over all, as GPTQ has it: where one input is a hundred times as large as the others,
+that would be all that the others weigh.
+"""
+
+_FLOOR = 1e-6  # of the mean over all, for inputs that are always zero
 
 ROUNDS = 2
 """How often LUTs are refitted and indices moved; a third gains 1% of the error."""
@@ -55,14 +61,14 @@ class _Candidate:
 
 
 def damped(hessian: Tensor) -> Tensor:
-    """H with `DAMPING` of the mean of its diagonal added to the diagonal; the identity in place of zero.
+    """H with more on its diagonal, so that it is positive definite; the identity in place of zero.
 
     Args:
         hessian: symmetric, positive semidefinite, float [n, n].
     """
     mean = float(hessian.diagonal().mean())
     result = hessian.clone()
-    result.diagonal().add_(mean * DAMPING if mean > 0 else 1.0)
+    result.diagonal().mul_(1 + DAMPING).add_(mean * _FLOOR if mean > 0 else 1.0)
     return result
 
 
@@ -85,7 +91,9 @@ def palettize_compensated(name: str, weight: Tensor, rule: Rule, hessian: Tensor
         PaletteError: shapes that do not fit, the group size does not divide the rows, or H is not finite.
     """
     if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
-        raise PaletteError(f"{name}: is {weight.dtype} {list(weight.shape)}, expected floating point [out, in].")
+        raise PaletteError(
+            f"{name}: is {weight.dtype} {list(weight.shape)}, expected floating point [out, in]."
+        )
     rows, columns = weight.shape
     if hessian.shape != (columns, columns) or not all_finite(hessian):
         raise PaletteError(
@@ -118,20 +126,15 @@ def _candidates(weight: Tensor, hessian: Tensor, rule: Rule) -> Iterator[_Candid
     start, _ = optimal_centroids(grouped, 1 << rule.bits, importance=importance)
     luts = round_to_grid(start, rule.lut_dtype)
 
-    def candidate(indices: Tensor) -> _Candidate:
-        change = weight - chosen(luts.values.float(), indices)
-        return _Candidate(luts, indices, float(output_error(change, hessian).sum()))
-
-    yield candidate(hard_assign(grouped, luts.values).view(rows, n))
+    nearest = hard_assign(grouped, luts.values).view(rows, n)
+    yield _Candidate(luts, nearest, output_error(weight - chosen(luts.values.float(), nearest), hessian))
     indices = compensated_indices(weight, luts.values.float(), factor)
-    yield candidate(indices)
     del factor
-    for _ in range(ROUNDS):
-        indices = descended_indices(weight, luts.values.float(), hessian, indices)
-        yield candidate(indices)
-        fitted, places = refitted_centroids(weight, luts.values.float(), hessian, indices).sort(1)
-        luts = round_to_grid(fitted, rule.lut_dtype)
-        ranks = places.argsort(1).to(torch.uint8)
-        indices = ranks.gather(1, indices.view(groups, -1).long()).view(rows, n)
-        yield candidate(indices)
-    yield candidate(descended_indices(weight, luts.values.float(), hessian, indices))
+    for turn in range(ROUNDS + 1):
+        if turn:
+            fitted, places = refitted_centroids(weight, luts.values.float(), hessian, indices).sort(1)
+            luts = round_to_grid(fitted, rule.lut_dtype)
+            ranks = places.argsort(1).to(torch.uint8)  # where each entry went
+            indices = ranks.gather(1, indices.view(groups, -1).long()).view(rows, n)
+        indices, error = descended_indices(weight, luts.values.float(), hessian, indices)
+        yield _Candidate(luts, indices, error)

@@ -2,11 +2,13 @@
 
 With inputs X [tokens, in] and H = X'X, a change E of the weight [out, in] changes the outputs by sum(E H * E) in all.
 Columns are assigned one by one, and the error of each is spread over those that are left (GPTQ, arXiv 2210.17323;
-Optimal Brain Surgeon). Coordinate descent then moves single indices as long as the error falls, and the LUTs are refitted
-by least squares, given the indices (GPTVQ, arXiv 2402.15319; LNQ in arXiv 2505.07004).
+Optimal Brain Surgeon). Coordinate descent then moves single indices as long as the error falls, and the LUTs are
+refitted by least squares, given the indices (GPTVQ, arXiv 2402.15319; LNQ in arXiv 2505.07004).
 """
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 import torch
@@ -44,12 +46,13 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     """
     reversed_factor = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(reversed_factor, identity, upper=True)
+    factor: Tensor = torch.linalg.solve_triangular(reversed_factor, identity, upper=True)
+    return factor
 
 
-def output_error(change: Tensor, hessian: Tensor) -> Tensor:
-    """sum(E H * E) of each row: float [rows, n] and [n, n] -> float64 [rows]."""
-    return ((change @ hessian) * change).sum(1, dtype=torch.float64)
+def output_error(change: Tensor, hessian: Tensor) -> float:
+    """sum(E H * E) of a change E of the weight: float [rows, n] and [n, n]."""
+    return float(((change @ hessian) * change).sum(dtype=torch.float64))
 
 
 def compensated_indices(weight: Tensor, centroids: Tensor, factor: Tensor) -> Tensor:
@@ -72,11 +75,16 @@ def compensated_indices(weight: Tensor, centroids: Tensor, factor: Tensor) -> Te
         some = slice(start, min(start + _COLUMNS, n))
         block, triangle = work[:, some].contiguous(), factor[some, some].contiguous()
         errors, found = torch.empty_like(block), torch.empty(block.shape, dtype=torch.uint8)
-        arrays = block.numpy(), triangle.numpy(), lut, borders, found.numpy(), errors.numpy()
-
-        def run(first: int, last: int, arrays: tuple[Array, ...] = arrays) -> None:
-            _compensate(*arrays, group_size, first, last)
-
+        run = functools.partial(
+            _compensate,
+            block.numpy(),
+            triangle.numpy(),
+            lut,
+            borders,
+            found.numpy(),
+            errors.numpy(),
+            group_size,
+        )
         spread(run, rows, _ROWS)
         indices[:, some] = found
         work[:, some.stop :].addmm_(errors, factor[some, some.stop :], alpha=-1)
@@ -85,7 +93,7 @@ def compensated_indices(weight: Tensor, centroids: Tensor, factor: Tensor) -> Te
 
 def descended_indices(
     weight: Tensor, centroids: Tensor, hessian: Tensor, indices: Tensor, *, sweeps: int = 1
-) -> Tensor:
+) -> tuple[Tensor, float]:
     """Move each index, one after the other, to where the error of the output is least, the others as they are.
 
     Args:
@@ -96,7 +104,7 @@ def descended_indices(
         sweeps: over all columns.
 
     Returns:
-        uint8 [rows, n]; their error is never larger.
+        Indices uint8 [rows, n], and the error sum(E H * E) that they leave, which is never larger than before.
     """
     rows, n = weight.shape
     indices = indices.clone()
@@ -107,21 +115,30 @@ def descended_indices(
         for start in range(0, n, _COLUMNS):
             some = slice(start, min(start + _COLUMNS, n))
             # a copy: the matrix product below does in the slope what the kernel does in the block
-            block, found = slope[:, some].clone(memory_format=torch.contiguous_format), indices[:, some].contiguous()
+            block, found = (
+                slope[:, some].clone(memory_format=torch.contiguous_format),
+                indices[:, some].contiguous(),
+            )
             square, moves = hessian[some, some].contiguous(), torch.zeros_like(block)
-            arrays = block.numpy(), square.numpy(), lut, borders, found.numpy(), moves.numpy()
-
-            def run(first: int, last: int, arrays: tuple[Array, ...] = arrays) -> None:
-                _descend(*arrays, group_size, first, last)
-
+            run = functools.partial(
+                _descend,
+                block.numpy(),
+                square.numpy(),
+                lut,
+                borders,
+                found.numpy(),
+                moves.numpy(),
+                group_size,
+            )
             spread(run, rows, _ROWS)
             indices[:, some] = found
             slope.addmm_(moves, hessian[some], alpha=-1)
-    return indices
+    change = weight - chosen(centroids, indices)
+    return indices, float((slope * change).sum(dtype=torch.float64))
 
 
 def refitted_centroids(
-    weight: Tensor, centroids: Tensor, hessian: Tensor, indices: Tensor, *, steps: int = 8
+    weight: Tensor, centroids: Tensor, hessian: Tensor, indices: Tensor, *, steps: int = 4
 ) -> Tensor:
     """Centroids with less error of the output for given indices: least squares by conjugate gradients.
 

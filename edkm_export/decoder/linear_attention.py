@@ -134,8 +134,9 @@ class Rule(nn.Module):
         """Queries and keys of one length, values: [batch, new, channels] -> [batch, value_heads, new, dim] each."""
         sizes = self.sizes
         width = sizes.key_heads * sizes.key_dim
-        parts = [width, width, sizes.value_heads * sizes.value_dim]
-        queries, keys, values = mixed.split(parts, dim=-1)  # type: ignore[no-untyped-call]
+        queries, keys, values = mixed.split(  # type: ignore[no-untyped-call]
+            [width, width, sizes.value_heads * sizes.value_dim], dim=-1
+        )
         return (  # queries have the factor that scores of attention have
             self._split(queries, sizes.key_heads, sizes.key_dim, sizes.key_dim**-0.5),
             self._split(keys, sizes.key_heads, sizes.key_dim, 1.0),

@@ -51,7 +51,7 @@ def _more(token: Tensor, matrices: Tensor, outputs: Tensor, *tokens: Tensor) -> 
 
 def _step(token: Tensor, matrices: Tensor, outputs: Tensor, *tokens: Tensor) -> tuple[Any, ...]:
     place = token.view(1)
-    q, k, v, d, s = (torch.index_select(each, 2, place) for each in tokens)
-    output, matrices = delta_step(q, k, v, d, s, matrices)
+    queries, keys, values, decay, strength = (torch.index_select(each, 2, place) for each in tokens)
+    output, matrices = delta_step(queries, keys, values, decay, strength, matrices)
     places = token.view(1, 1, 1, 1).expand(output.shape)
     return token + 1, matrices, outputs.scatter(2, places, output)

@@ -224,8 +224,9 @@ class _Stateful:
 
     def call(self, tokens: Tensor, used: int) -> Tensor:
         pieces = []
-        for begin in range(0, len(tokens), self._most):
-            pieces.append(self._run(tokens[begin : begin + self._most], used + begin))
+        for piece in tokens.split(self._most):  # type: ignore[no-untyped-call]
+            pieces.append(self._run(piece, used))
+            used += len(piece)
         return torch.cat(pieces)
 
     def _run(self, tokens: Tensor, used: int) -> Tensor:
