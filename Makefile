@@ -16,10 +16,14 @@ CALIBRATION ?= fixtures/calibration.txt
 # Evaluation text of `make smollm2`; empty: the built-in sample.
 TEXT ?=
 
+# Of `make fuzz`: how long, and from which number the inputs are made.
+MINUTES ?= 30
+SEED ?= 1
+
 # Of `make test-coremltools`: one op test in so many; 1 runs all of them.
 SAMPLE ?= 1
 
-.PHONY: demo test test-slow test-browser test-coreai test-coremltools lint smollm2 clean
+.PHONY: demo test test-slow test-browser test-coreai test-coremltools fuzz lint smollm2 clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)
@@ -48,6 +52,10 @@ test-coreai: $(READY)
 test-coremltools: $(READY)
 	$(BIN)/python -m pip install --quiet -e ".[coremltools-tests]"
 	$(BIN)/python -m benchmarks.coremltools_suite --sample $(SAMPLE) --workers $(WORKERS)
+
+# Hostile inputs for every reader; what it finds, it says how to repeat.
+fuzz: $(READY)
+	$(BIN)/python -m tests.hostile.fuzzing --minutes $(MINUTES) --seed $(SEED)
 
 lint: $(READY)
 	$(BIN)/ruff check .

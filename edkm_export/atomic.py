@@ -15,6 +15,7 @@ from edkm_export.errors import InputError, OutputExistsError
 from edkm_export.filesystem import flush, flush_tree
 from edkm_export.interrupts import check_interrupt
 from edkm_export.plain_data import is_utf8, printable
+from edkm_export.regular_file import read_regular
 
 __all__ = [
     "GENERATOR",
@@ -98,7 +99,7 @@ def _check_replaceable(path: Path) -> None:
 
 def _has_marker(folder: Path) -> bool:
     try:
-        metadata = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        metadata = json.loads(read_regular(folder / MARKER))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(metadata, dict) and str(metadata.get("generator", "")).startswith(GENERATOR)
@@ -163,7 +164,7 @@ def atomic_files(folder: Path, name: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Make a folder, and those above it, if they are not there; on any error, those that hold nothing are gone again."""
+    """Make a folder and those above it, if they are not there; on any error, those that hold nothing go again."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -267,4 +268,3 @@ def _full_disk(path: Path, needed_bytes: int | None) -> Iterator[None]:
         yield
     except _Full as error:
         raise disk_full(path, needed_bytes, error.available_bytes) from error.__cause__
-

@@ -22,7 +22,6 @@ Version 1 had no "lut_dtype". It is then the dtype of the LUT: an int4 grid of v
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +42,7 @@ from edkm_export.local_paths import without_folders
 from edkm_export.palette import PalettizedTensor, all_finite
 from edkm_export.plain_data import as_plain, is_utf8, not_plain, printable
 from edkm_export.quantities import bit_range, short_count, short_size
+from edkm_export.torch_archive import UnsafeArchiveError, load_archive
 from edkm_export.unfinished import unfinished_run
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "Checkpoint", "load", "save"]
@@ -126,6 +126,12 @@ class Checkpoint:
         return dense + sum(tensor.numel for tensor in self.palettized.values())
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each stored parameter, by name."""
+        found = {name: tensor.shape for name, tensor in self.palettized.items()}
+        return found | {name: tuple(tensor.shape) for name, tensor in self.dense.items()}
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits of storage a parameter, LUTs and unpalettized parameters included."""
         return self.size_bytes * 8 / self.numel
@@ -159,8 +165,12 @@ class Checkpoint:
             CheckpointError: naming the parameter that is missing, unknown or misshapen.
         """
         source, again = str(self.path or "checkpoint"), "palettize the model again"
-        actual = {name: tensor.shape for name, tensor in self.palettized.items()}
-        actual |= {name: tuple(tensor.shape) for name, tensor in self.dense.items()}
+        actual = self.shapes
+        for name, target in self.tied.items():
+            if target not in actual:
+                raise CheckpointError(
+                    f"{source}: parameter {target}, which {name} shares, is missing; {again}."
+                )
         actual |= {name: actual[target] for name, target in self.tied.items()}
         for name in expected:
             if name not in actual:
@@ -213,7 +223,9 @@ def save(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool = False) -
 
 def _check_names(path: Path, checkpoint: Checkpoint) -> None:
     """Refuse names that the file could not hold, or that nothing could read again."""
-    _require(is_utf8(str(path)), path, "its name is not UTF-8 text, and torch opens no such file; choose another")
+    _require(
+        is_utf8(str(path)), path, "its name is not UTF-8 text, and torch opens no such file; choose another"
+    )
     for name in (*checkpoint.palettized, *checkpoint.dense, *checkpoint.tied, *checkpoint.tokenizer):
         _require(is_utf8(name), path, f"{printable(name)}: the name is not UTF-8 text; rename it")
 
@@ -304,6 +316,7 @@ def _validated(path: Path, contents: Any) -> Checkpoint:
             path,
             f"tokenizer file {name}: expected its bytes as a uint8 tensor",
         )
+    embedding = _read_embedding(path, contents.get("embedding"))
     _check_digests(path, contents, version)
     return Checkpoint(
         config=contents["config"],
@@ -314,7 +327,7 @@ def _validated(path: Path, contents: Any) -> Checkpoint:
         recipe=contents["recipe"],
         provenance=contents["provenance"],
         path=path,
-        embedding=_read_embedding(path, contents.get("embedding")),
+        embedding=embedding,
         format_version=version,
     )
 
@@ -346,17 +359,17 @@ def _read(path: Path) -> Any:
             f"{path}: is a folder; to palettize it run `{command_line('palettize', path, '-o', 'model.pt')}`."
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: refused, since it holds more than plain tensors, and loading it could run code; {_make_one()}."
-        ) from error
+        return load_archive(path)
+    except UnsafeArchiveError as error:
+        if error.holds_code:
+            why = "refused, since it holds more than plain tensors, and loading it could run code"
+            raise CheckpointError(f"{path}: {why}; {_make_one()}.") from error
+        why = f"is truncated or not an edkm-export checkpoint; {_make_one()} ({error})"
+        raise CheckpointError(f"{path}: {why}.") from error
     except PermissionError as error:
         raise CheckpointError(f"{path}: no permission to read it.") from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: is truncated or not an edkm-export checkpoint; {_make_one()}."
-        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; {_make_one()}.") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -438,6 +451,6 @@ def _check_digests(path: Path, contents: dict[str, Any], version: int) -> None:
         return
     part, actual, recorded = found
     raise CheckpointError(
-        f"{path}: the sha256 of its '{part}' part is {actual[:16]}..., but {recorded[:16] or None}... was recorded when "
-        "it was written: the file was damaged or changed; write it again."
+        f"{path}: the sha256 of its '{part}' part is {actual[:16]}..., but {recorded[:16] or None}... was recorded "
+        "when it was written: the file was damaged or changed; write it again."
     )

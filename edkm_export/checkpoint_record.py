@@ -12,6 +12,7 @@ from edkm_export.atomic import MARKER
 from edkm_export.command_line import command_line
 from edkm_export.digest import file_sha256
 from edkm_export.errors import InputError
+from edkm_export.regular_file import read_regular
 
 __all__ = ["KEY", "CheckpointRecord"]
 
@@ -53,7 +54,7 @@ class CheckpointRecord:
         if path is None:
             return None
         try:
-            record = cls(**json.loads(path.read_bytes())[KEY])
+            record = cls(**json.loads(read_regular(path))[KEY])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return record if record._is_sound() else None

@@ -131,7 +131,9 @@ def _claim(folder: Path, path: Path) -> int | None:
             continue
         except OSError as error:
             if error.errno in (errno.ENOTDIR, errno.ELOOP):
-                raise OutputExistsError(f"{folder} is in the way, and no folder of ours; remove it.") from error
+                raise OutputExistsError(
+                    f"{folder} is in the way, and no folder of ours; remove it."
+                ) from error
             raise
         if descriptor == _BUSY:
             raise _busy(path)
@@ -167,7 +169,9 @@ def _lock(folder: Path) -> int | None:
 
 
 def _busy(path: Path) -> OutputExistsError:
-    return OutputExistsError(f"{path} is being written by another process; wait for it, or choose another -o.")
+    return OutputExistsError(
+        f"{path} is being written by another process; wait for it, or choose another -o."
+    )
 
 
 def _owned_prefix(path: Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edkm_export.model_card import plain
+from edkm_export.escaping import for_markdown
 
 __all__ = ["Finding", "card_sections", "worst_first"]
 
@@ -45,7 +45,7 @@ def card_sections(findings: Sequence[Finding]) -> dict[str, str]:
     if not findings:
         return {}
     lines = [
-        f"- **{finding.id}** ({finding.severity}), {plain(finding.subject)}: {finding.reason} "
+        f"- **{finding.id}** ({finding.severity}), {for_markdown(finding.subject)}: {finding.reason} "
         f"Remedy: {finding.remedy}. Source: {finding.source}."
         for finding in findings
     ]

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from edkm_export.activity import activity
+from edkm_export.regular_file import open_regular
 
 __all__ = ["file_sha256"]
 
@@ -19,7 +20,10 @@ def file_sha256(path: Path) -> str:
         OSError: it cannot be read.
     """
     sha = hashlib.sha256()
-    with path.open("rb") as file, activity(f"hashing {path.name}", path.stat().st_size, "bytes") as hashing:
+    with (
+        open_regular(path) as file,
+        activity(f"hashing {path.name}", path.stat().st_size, "bytes") as hashing,
+    ):
         while chunk := file.read(_CHUNK):
             sha.update(chunk)
             hashing.advance(len(chunk))

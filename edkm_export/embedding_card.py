@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from edkm_export.embedding_settings import EmbeddingSettings
-from edkm_export.model_card import plain, table
+from edkm_export.escaping import for_markdown
+from edkm_export.model_card import table
 
 __all__ = ["MARKED_PROMPTS", "prompts_section"]
 
@@ -17,10 +18,10 @@ def prompts_section(settings: EmbeddingSettings) -> dict[str, str]:
         return {}
     rows = [
         ("name", "put before the text"),
-        *((plain(name), f"`{_one_line(text)}`") for name, text in given.items()),
+        *((for_markdown(name), f"`{_one_line(text)}`") for name, text in given.items()),
     ]
     usual = settings.default_prompt
-    default = "" if usual is None else f"\n\nUsed where none is named: {plain(usual)}."
+    default = "" if usual is None else f"\n\nUsed where none is named: {for_markdown(usual)}."
     return {"Prompts": table(rows) + default}
 
 

@@ -15,7 +15,10 @@ from torch import Tensor
 from edkm_export.errors import CheckpointError, PaletteError
 from edkm_export.palette import PalettizedTensor
 
-__all__ = ["split_finalized"]
+__all__ = ["FAULTS", "split_finalized"]
+
+FAULTS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+"""What torch raises for tensors that do not fit together."""
 
 _PART = re.compile(r"(?P<module>.*\.|)parametrizations\.(?P<parameter>[^.]+)\.(?P<part>original|0\.[a-z_]+)")
 _PARTS = {"original", "0.lut", "0.indices", "0.scale", "0.zero_point"}
@@ -48,7 +51,13 @@ def split_finalized(
                 f"{source}: {name}: palettes have no such part; finalize with coreai-opt 0.4."
             )
         parts.setdefault(found["module"] + found["parameter"], {})[found["part"]] = value
-    return {name: _palette(name, held, source) for name, held in parts.items()}, others
+    palettes = {}
+    for name, held in parts.items():
+        try:
+            palettes[name] = _palette(name, held, source)
+        except FAULTS as error:
+            raise CheckpointError(f"{source}: {name}: its parts make no palette ({error}).") from error
+    return palettes, others
 
 
 def _palette(name: str, parts: Mapping[str, Tensor], source: str) -> PalettizedTensor:

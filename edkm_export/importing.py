@@ -9,7 +9,7 @@ weight, each value of which is an entry of its LUT. What coreai-opt finalizes fo
 
 from __future__ import annotations
 
-import pickle
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from edkm_export.activity import tracked
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import decoder_config, empty_decoder
 from edkm_export.errors import CheckpointError, PaletteError
-from edkm_export.finalized_palettes import split_finalized
+from edkm_export.finalized_palettes import FAULTS, split_finalized
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.palette import PalettizedTensor, all_finite, check_grouping
 from edkm_export.reference.conv1d import as_linear, conv1d_weights
@@ -35,6 +35,8 @@ from edkm_export.reference.source import (
     require_language_model,
 )
 from edkm_export.reference.tokenizer_files import tokenizer_files
+from edkm_export.regular_file import require_regular
+from edkm_export.torch_archive import UnsafeArchiveError, load_archive
 from edkm_export.versions import library_versions
 
 __all__ = ["Imported", "as_checkpoint", "import_state", "read_state"]
@@ -42,6 +44,19 @@ __all__ = ["Imported", "as_checkpoint", "import_state", "read_state"]
 _MARK = "_COREML_/"
 _PALETTIZATION, _QUANTIZATION = 2, 3  # CompressionType of coremltools; 1 is pruning
 _MOST_ENTRIES = 256
+_MOST_KINDS = 8  # of compression; more are listed by nobody
+_PLACEHOLDER = ".original"  # of coreai-opt, empty where a weight was
+_DENSE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_PLAIN_DTYPES = (
+    *_DENSE_DTYPES,
+    torch.float64,
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+)
 _TOLERANCE = 1e-6  # float32 products that were computed in another order, relative to the largest entry
 _BLOCK = 1 << 20  # values looked up at a time
 
@@ -72,13 +87,16 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             import safetensors.torch
 
+            require_regular(path)
             found: Any = safetensors.torch.load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+            found = load_archive(path, mapped=False)
+    except UnsafeArchiveError as error:
+        why = f"cannot be read as a state dict ({error})"
+        if error.holds_code:
+            why = "refused, since it holds more than plain tensors, and loading it could run code"
         raise CheckpointError(
-            f"{path}: refused, since it holds more than plain tensors, and loading it could run code; "
-            "save the finalized model's state_dict() instead: torch.save(model.state_dict(), ...)."
+            f"{path}: {why}; save the finalized model's state_dict() with torch.save(model.state_dict(), ...)."
         ) from error
     except Exception as error:  # what damaged files raise has no common base
         raise CheckpointError(f"{path}: cannot be read as a state dict: {error}") from error
@@ -105,6 +123,8 @@ def import_state(state: Mapping[str, Tensor], source: str, group_size: int = 0) 
         CheckpointError: the buffers do not describe the weight, it holds none of the forms that can be kept exactly,
             or there is no palette at all.
     """
+    for name, value in state.items():
+        _require_plain(source, name, value)
     finalized, state = split_finalized(state, source)
     described = _descriptions(state, source)
     found = Imported(palettized=finalized)
@@ -123,7 +143,11 @@ def import_state(state: Mapping[str, Tensor], source: str, group_size: int = 0) 
                 tensor = None if whole else _discovered(name, value, group_size)
         except PaletteError as error:
             raise CheckpointError(f"{source}: {error}") from error
+        except FAULTS as error:  # shapes and kinds that fit nothing
+            raise CheckpointError(f"{source}: {name}: its buffers do not describe it ({error}).") from error
         if tensor is None:
+            if value.dtype not in _DENSE_DTYPES:
+                raise CheckpointError(f"{source}: {name} is {value.dtype}; save it as float32.")
             found.dense[name] = value.detach().contiguous()
         else:
             found.palettized[name] = tensor
@@ -135,6 +159,27 @@ def import_state(state: Mapping[str, Tensor], source: str, group_size: int = 0) 
             f"{_MOST_ENTRIES} values; if LUTs are shared by groups of rows, say so with --group-size."
         )
     return found
+
+
+def _require_plain(source: str, name: str, value: Tensor) -> None:
+    """Refuse what holds no numbers, or fewer than its shape says.
+
+    Raises:
+        CheckpointError: a tensor without data, sparse, repeated, empty, or of a type that is none of weights.
+    """
+    kind = None
+    if value.is_quantized or value.layout != torch.strided:
+        kind = f"is {'quantized' if value.is_quantized else value.layout}"
+    elif value.device.type == "meta":
+        kind = "is on the meta device: it has a shape, but no data"
+    elif value.dtype not in _PLAIN_DTYPES:
+        kind = f"is {value.dtype}"
+    elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        kind = f"of shape {list(value.shape)} repeats fewer values"
+    elif not value.numel() and not name.endswith(_PLACEHOLDER):
+        kind = f"of shape {list(value.shape)} is empty"
+    if kind is not None:
+        raise CheckpointError(f"{source}: {name} {kind}; a state dict holds plain tensors, save it anew.")
 
 
 def _descriptions(state: Mapping[str, Tensor], source: str) -> dict[str, dict[str, Tensor]]:
@@ -153,7 +198,8 @@ def _descriptions(state: Mapping[str, Tensor], source: str) -> dict[str, dict[st
 
 def _described(name: str, weight: Tensor, buffers: Mapping[str, Tensor]) -> PalettizedTensor:
     """A weight as its buffers say."""
-    kinds = [int(kind) for kind in buffers.get("compression_type", torch.tensor([])).reshape(-1)]
+    given = buffers.get("compression_type", torch.tensor([], dtype=torch.int64)).reshape(-1).tolist()
+    kinds = [int(kind) if math.isfinite(kind) and kind == int(kind) else kind for kind in given[:_MOST_KINDS]]
     if kinds not in ([_PALETTIZATION], [_PALETTIZATION, _QUANTIZATION]) or "lut" not in buffers:
         raise PaletteError(
             f"{name}: its compression types are {kinds}; only palettization (2), with or without an int8 LUT (3), can "
@@ -165,7 +211,7 @@ def _described(name: str, weight: Tensor, buffers: Mapping[str, Tensor]) -> Pale
     if lut.dim() != weight.dim() + 2 or any(size != 1 for size in lut.shape[2:-2]):
         raise PaletteError(f"{name}: LUT {list(lut.shape)} does not fit its shape {list(weight.shape)}.")
     lut = lut.reshape(*lut.shape[:2], *lut.shape[-2:])  # [groups_out, groups_in, entries, dim]
-    axis = int(buffers.get("vector_axis", torch.tensor(0)))
+    axis = _whole(name, buffers, "vector_axis", 0)
     if lut.shape[-1] > 1 and axis % weight.dim() != 0:
         raise PaletteError(f"{name}: vectors run along axis {axis}, only the output axis (0) can be held.")
     scale = buffers.get("palettization_scale")
@@ -177,6 +223,16 @@ def _described(name: str, weight: Tensor, buffers: Mapping[str, Tensor]) -> Pale
     if len(kinds) == 1:
         return _built(name, lut.half(), indices, tuple(weight.shape), None)
     return _int8(name, lut, indices, tuple(weight.shape), buffers)
+
+
+def _whole(name: str, buffers: Mapping[str, Tensor], key: str, default: int) -> int:
+    """A buffer that is one whole number."""
+    if key not in buffers:
+        return default
+    values = buffers[key].reshape(-1).tolist() if buffers[key].numel() == 1 else []
+    if len(values) != 1 or not math.isfinite(values[0]) or values[0] != int(values[0]):
+        raise PaletteError(f"{name}: {key} is {buffers[key]!r:.60}, expected one whole number.")
+    return int(values[0])
 
 
 def _with_channel_scale(name: str, lut: Tensor, scale: Tensor, rows: int) -> Tensor:
@@ -192,9 +248,9 @@ def _int8(
     name: str, lut: Tensor, indices: Tensor, shape: tuple[int, ...], buffers: Mapping[str, Tensor]
 ) -> PalettizedTensor:
     """The LUT on its int8 grid."""
-    bits, scale = buffers.get("quantization_n_bits"), buffers.get("quantization_scale")
+    bits, scale = _whole(name, buffers, "quantization_n_bits", 0), buffers.get("quantization_scale")
     zero = buffers.get("zero_point")
-    if bits is None or int(bits) != 8 or scale is None or (zero is not None and bool((zero != 0).any())):
+    if bits != 8 or scale is None or (zero is not None and bool((zero != 0).any())):
         raise PaletteError(f"{name}: its LUT is not symmetric int8, which is what can be kept exactly.")
     groups = scale.detach().float().reshape(*scale.shape[:2], -1)
     if groups.shape[-1] != 1 or any(of % own for of, own in zip(lut.shape, groups.shape[:2], strict=False)):

@@ -86,7 +86,7 @@ def _missing() -> Iterator[tuple[int, int, str]]:
         start, end, offset = (int(found.group(group), 16) for group in (1, 2, 4))
         path = found.group(6).removesuffix(" (deleted)")
         try:
-            held = os.stat(path)
+            held = Path(path).stat()
         except OSError:  # removed: what was mapped is still there
             continue
         if held.st_ino != int(found.group(5)):  # another file has its name

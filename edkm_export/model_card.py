@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from edkm_export._version import __version__
+from edkm_export.escaping import for_markdown, for_yaml
 from edkm_export.hub_id import is_hub_id
+from edkm_export.yaml_text import load_yaml
 
 if TYPE_CHECKING:  # importing it takes torch, which `push` does without
     from edkm_export.checkpoint import Checkpoint
@@ -33,7 +33,6 @@ __all__ = [
     "code",
     "license_of",
     "model_card",
-    "plain",
     "table",
     "verdict_of",
     "with_verification",
@@ -134,7 +133,7 @@ def model_card(checkpoint: Checkpoint, name: str, form: FormatCard, verdict: str
     made_from = " and ".join(f"[{base}](https://huggingface.co/{base})" for base in bases)
     parts = [
         _front_matter(checkpoint, form, bases, licence),
-        f"# {plain(name)}",
+        f"# {for_markdown(name)}",
         f"{form.summary}, made by edkm-export {__version__}" + (f" from {made_from}." if bases else "."),
         _license_words(licence, bases),
         table([("", ""), *form.facts.items(), *_facts(checkpoint).items()]),
@@ -173,16 +172,11 @@ def card_license(card: str) -> str | None:
     if not lines or lines[0].strip() != "---" or "---" not in lines[1:]:
         return None
     try:
-        front = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
-    except (yaml.YAMLError, ValueError, RecursionError):
+        front = load_yaml("\n".join(lines[1 : lines.index("---", 1)]))
+    except ValueError:
         return None
     found = front.get("license") if isinstance(front, dict) else None
     return str(found) if found else None
-
-
-def plain(text: str) -> str:
-    """A text in one line of Markdown that is nothing but text."""
-    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -219,8 +213,7 @@ def _front_matter(
             "bits_per_weight": round(checkpoint.bits_per_weight, 2),
         },
     }
-    text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, default_flow_style=None, width=1000)
-    return f"---\n{text}---"
+    return f"---\n{for_yaml(front)}---"
 
 
 def _license_words(licence: License | None, bases: Sequence[str]) -> str:
@@ -231,8 +224,8 @@ def _license_words(licence: License | None, bases: Sequence[str]) -> str:
             f"({where}) and write it as `license:` at the head of this file."
         )
     name = licence.name or licence.id
-    words = f"Licence: {plain(name)}" + (f" (<{licence.link}>)" if licence.link else "")
-    said = f", as {plain(licence.said_by)} says" if licence.said_by else ""
+    words = f"Licence: {for_markdown(name)}" + (f" (<{licence.link}>)" if licence.link else "")
+    said = f", as {for_markdown(licence.said_by)} says" if licence.said_by else ""
     return f"{words}{said}. It holds for this model, too."
 
 
@@ -241,7 +234,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, str]:
     palettized = sum(tensor.numel for tensor in checkpoint.palettized.values())
     return {
         "parameters": f"{checkpoint.numel:,} ({palettized:,} palettized)",
-        "recipe": plain(str(recipe)) if recipe else "not recorded",
+        "recipe": for_markdown(str(recipe)) if recipe else "not recorded",
         "palettized": _how(checkpoint.provenance),
         "bits a weight": f"{checkpoint.bits_per_weight:.2f}, LUTs and unpalettized weights included",
     }

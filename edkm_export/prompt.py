@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edkm_export.errors import InputError
-from edkm_export.library_logs import silence
+from edkm_export.errors import EdkmExportError, InputError
+from edkm_export.guarded_tokenizer import open_tokenizer
 
 __all__ = ["encode_prompt", "encode_turns", "read_settings", "read_tokenizer"]
 
@@ -23,17 +23,14 @@ def read_tokenizer(folder: str | Path) -> Any:
         InputError: there is none, or one that transformers cannot read.
     """
     folder = Path(folder)
-    import transformers
-
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise InputError(
             f"{folder}: holds no tokenizer; give the folder that `edkm-export` made, not a file of it."
         )
-    silence("transformers")
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+        return open_tokenizer(folder, str(folder))
+    except EdkmExportError:
+        raise
     except Exception as error:  # what a damaged tokenizer raises has no common base
         raise InputError(f"{folder}: its tokenizer cannot be read: {_first_line(error)}") from error
 
@@ -93,6 +90,8 @@ def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]], where: str)
         raise InputError(f"{where}: its tokenizer has no chat template; leave --chat out.")
     try:
         text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+    except EdkmExportError:
+        raise
     except Exception as error:  # a template is a program, with errors of its own
         raise InputError(f"{where}: its chat template fails: {_first_line(error)}") from error
     return _encode(tokenizer, text, where, special=False)  # the template writes the special tokens itself
@@ -102,6 +101,8 @@ def _encode(tokenizer: Any, text: str, where: str, *, special: bool) -> Tensor:
     _require_text(text)
     try:
         tokens = tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+    except EdkmExportError:
+        raise
     except Exception as error:  # a tokenizer is a program too
         raise InputError(f"{where}: its tokenizer cannot encode the prompt: {_first_line(error)}") from error
     if not tokens:

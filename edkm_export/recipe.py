@@ -18,13 +18,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pydantic
-import yaml
 
 from edkm_export.errors import RecipeError
 from edkm_export.lut_dtypes import LutDtype
 from edkm_export.lut_grid import check_bits, suited
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.palette import check_grouping
+from edkm_export.regular_file import read_regular
+from edkm_export.yaml_text import YamlError, load_yaml
 
 __all__ = ["PRESETS", "Recipe", "Rule", "load_recipe", "uniform_recipe"]
 
@@ -223,10 +224,12 @@ def load_recipe(reference: str | Path) -> Recipe:
             f"{reference}: no such recipe file, and no preset; presets are {', '.join(PRESETS)}."
         )
     try:
-        contents = yaml.safe_load(path.read_text(encoding="utf-8"))
+        contents = load_yaml(read_regular(path).decode("utf-8"))
         return Recipe.model_validate(contents)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from error
+    except YamlError as error:
+        raise RecipeError(f"{path}: is not valid YAML: {error}.") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 text ({error}).") from error
     except pydantic.ValidationError as error:

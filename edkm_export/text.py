@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from edkm_export.errors import InputError
+from edkm_export.regular_file import open_regular
 
 if TYPE_CHECKING:  # importing it takes seconds, which a text that is missing must not wait for
     from torch import Tensor
@@ -22,6 +24,7 @@ LEAST_TOKENS = 32
 # needed, because some tokenizers are slow on whole books.
 _CHARACTERS_PER_TOKEN = 16
 _HEAD_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 24
 
 
 def read_text(path: str | Path) -> str:
@@ -32,7 +35,7 @@ def read_text(path: str | Path) -> str:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read(path)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such text file.") from error
     except IsADirectoryError as error:
@@ -45,11 +48,31 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
     if not text.strip():
         raise InputError(f"{path}: is empty; give a text of a few thousand words.")
-    if "\0" in text:
-        raise InputError(
-            f"{path}: is not text (character {text.index(chr(0))} is zero); give a plain UTF-8 text."
-        )
     return text
+
+
+def _read(path: Path) -> str:
+    """Text of an ordinary file or a pipe, as far as it is text: no gigabytes of zeros are read.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read.
+        InputError: a character is zero.
+    """
+    if path.is_fifo():  # as shells make them for `<(command)`; one that nobody writes into is empty
+        file: IO[bytes] = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
+        os.set_blocking(file.fileno(), True)
+    else:
+        file = open_regular(path)
+    data = bytearray()
+    with file:
+        while piece := file.read(_PIECE_BYTES):
+            if (place := piece.find(0)) >= 0:
+                before = len((data + piece[:place]).decode("utf-8"))
+                raise InputError(
+                    f"{path}: is not text (character {before} is zero); give a plain UTF-8 text."
+                )
+            data += piece
+    return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def check_text(path: Path | None, *, least_characters: int = LEAST_TOKENS) -> None:
@@ -67,7 +90,7 @@ def check_text(path: Path | None, *, least_characters: int = LEAST_TOKENS) -> No
     if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
         return
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(_HEAD_BYTES)
         whole = path.stat().st_size <= len(head)
         text = codecs.getincrementaldecoder("utf-8")().decode(head, final=whole)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edkm_export.atomic import MARKER
 from edkm_export.command_line import command_line
+from edkm_export.regular_file import read_regular
 
 __all__ = ["unfinished_run"]
 
@@ -21,7 +22,7 @@ def unfinished_run(path: Path) -> str:
     if (folder / "model.pt").exists() or not (path.is_dir() or (path.suffix == ".pt" and not path.exists())):
         return ""
     try:
-        metadata = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        metadata = json.loads(read_regular(folder / MARKER))
         if metadata["kind"] != "run":
             return ""
         command = [word for word in metadata.get("command", []) if word not in ("--resume", "--overwrite")]

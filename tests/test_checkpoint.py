@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from edkm_export import checkpoint
 from edkm_export.checkpoint import FORMAT_VERSION, Checkpoint, load, save
 from edkm_export.checkpoint_digest import PARTS, tensor_digest
 from edkm_export.errors import CheckpointError, OutputExistsError
@@ -79,7 +78,9 @@ def test_older_versions_are_read_and_say_what_they_do_not_promise(saved, version
     contents["format_version"] = version
     if version < 3:
         recorded = contents["provenance"]["sha256"]
-        contents["provenance"]["sha256"] = {part: recorded[part] for part in ("palettized", "dense", "tokenizer")}
+        contents["provenance"]["sha256"] = {
+            part: recorded[part] for part in ("palettized", "dense", "tokenizer")
+        }
     if version < 2:
         for parts in contents["palettized"].values():
             del parts["lut_dtype"]

@@ -293,7 +293,10 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         "config.hidden_size is Tensor, which is no plain data",
     ),
     "config of a number": (put("config", 5, value=1), "config has the key 5, which is no text"),
-    "recipe of a set": (put("recipe", "rules", value=[{"a": {1}}]), "recipe.rules[0].a is set, which is no plain"),
+    "recipe of a set": (
+        put("recipe", "rules", value=[{"a": {1}}]),
+        "recipe.rules[0].a is set, which is no plain",
+    ),
     "provenance without end": (lambda contents: nest(contents["provenance"]), "is nested too deeply"),
     # names that are no text
     **{

@@ -1,4 +1,4 @@
-"""Files that become shorter while they are mapped, by this process or by another; each case dies of SIGBUS without help."""
+"""Files that become shorter while they are mapped; without help, the process dies of SIGBUS in each of these cases."""
 
 from __future__ import annotations
 
@@ -109,9 +109,7 @@ def test_a_command_whose_checkpoint_shrinks(edkm, small_export, work, monkeypatc
     from edkm_export.api import formats
 
     shutil.copy(small_export.model, work / "model.pt")
-    monkeypatch.setattr(
-        formats.OnnxFormat, "write", shrinking(formats.OnnxFormat.write, work / "model.pt")
-    )
+    monkeypatch.setattr(formats.OnnxFormat, "write", shrinking(formats.OnnxFormat.write, work / "model.pt"))
     result = edkm("onnx", "model.pt", "--no-verify")
     assert result.status == 2 and "model.pt: became shorter while it was read" in result.message
     assert {path.name for path in work.iterdir()} == {"model.pt"}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from edkm_export.atomic import atomic_file
 from edkm_export.model_card import FILE, NOT_VERIFIED, card_verdict, with_verification
+from edkm_export.regular_file import read_regular
 
 if TYPE_CHECKING:  # importing it takes torch
     from edkm_export.verify.report import Report
@@ -28,7 +29,7 @@ def refresh_card(folder: Path, report: Report) -> None:
     """Let the card of an exported folder say what a later verification found; a card of others is left alone."""
     path = folder / FILE
     try:
-        card = path.read_text(encoding="utf-8")
+        card = read_regular(path).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return
     if card_verdict(card) is not None:

@@ -17,7 +17,15 @@ from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
 from edkm_export.token_ids import Ids
 
-__all__ = ["Artifact", "DamagedArtifact", "Decoding", "Session", "StoredModel", "Traceable"]
+__all__ = [
+    "Artifact",
+    "DamagedArtifact",
+    "Decoding",
+    "Reaching",
+    "Session",
+    "StoredModel",
+    "Traceable",
+]
 
 
 class Session(Protocol):
@@ -93,6 +101,11 @@ class Artifact(StoredModel, Protocol):
     """An exported language model."""
 
     @property
+    def claimed_context(self) -> int | None:
+        """Positions that it says it can hold; None: nothing that could be read."""
+        ...
+
+    @property
     def executions(self) -> Sequence[Execution]:
         """Ways to run it, the strictest first."""
         ...
@@ -123,6 +136,19 @@ class Traceable(Protocol):
 
         Raises:
             PackageError: the artifact is at fault.
+        """
+        ...
+
+
+@runtime_checkable
+class Reaching(Protocol):
+    """An artifact that can be tried at the end of its context without a text of that length."""
+
+    def reach(self, context: int) -> None:
+        """Try the last of so many positions.
+
+        Raises:
+            PackageError: it cannot be had.
         """
         ...
 
@@ -160,6 +186,7 @@ class DamagedArtifact:
     """
 
     context = 512  # what the original and hard PyTorch are measured with
+    claimed_context = None
 
     def __init__(self, path: str | Path, kind: str, reason: str) -> None:
         self.path = Path(path)

@@ -14,6 +14,7 @@ from rich.cells import cell_len
 from edkm_export.cli.console import err, out
 from edkm_export.cli.terminal import PRINTED, Terminal
 from edkm_export.detokenize import TextStream
+from edkm_export.escaping import for_terminal
 from edkm_export.stop_texts import StopTexts
 
 __all__ = ["AnswerStream"]
@@ -79,7 +80,9 @@ class AnswerStream:
         with self._lock:
             self._since = time.monotonic()
             if text:
-                click.echo(_ERASE + text if self._waits else text, nl=False)
+                # a pipe takes what the model wrote; on a terminal it must not act
+                shown = for_terminal(text) if out.is_terminal else text
+                click.echo(_ERASE + shown if self._waits else shown, nl=False)
                 self._waits = False
                 self.text += text
 

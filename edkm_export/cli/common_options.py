@@ -27,6 +27,7 @@ from edkm_export.cli.mistakes import in_one_line, loaded_versions
 from edkm_export.cli.table_layout import wrapped
 from edkm_export.cli.terminal import PRINTED, Terminal
 from edkm_export.errors import EdkmExportError, InputError
+from edkm_export.escaping import for_terminal
 
 __all__ = ["CommonCommand", "answering", "is_quiet", "is_verbose", "log_path"]
 
@@ -205,7 +206,7 @@ def _logging(verbose: bool, log_file: Path | None) -> Iterator[None]:
             handlers.append(_ToFile(log_file, encoding="utf-8", errors="backslashreplace"))
         except OSError as error:
             raise InputError(f"--log-file {log_file}: {error.strerror}; choose another file.") from error
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handlers[-1].setFormatter(_Harmless("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.INFO)
@@ -222,17 +223,24 @@ def _logging(verbose: bool, log_file: Path | None) -> Iterator[None]:
             handler.close()
 
 
+class _Harmless(logging.Formatter):
+    """Without characters that a terminal acts on, should somebody read the file there."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return for_terminal(super().format(record))
+
+
 class _ToFile(logging.FileHandler):
     """Writes the log as long as that is possible; a full disk does not end the command, and is told once."""
 
     told = False
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, D102  # the name is Python's
+    def handleError(self, record: logging.LogRecord) -> None:  # the name is Python's
         if not self.told:
             self.told = True
             err.print(f"--log-file {self.baseFilename}: {sys.exc_info()[1]}; the log is not complete")
 
-    def close(self) -> None:  # noqa: D102
+    def close(self) -> None:
         with contextlib.suppress(OSError):
             super().close()
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edkm_export.activity import Activity
+from edkm_export.escaping import for_terminal
 
 __all__ = ["Display", "duration", "figure"]
 
@@ -121,7 +122,7 @@ class Display:
         rows = Table.grid(padding=(0, 1, 0, 0))
         details = []
         for number, (activity, found) in enumerate(zip(shown, figures, strict=True)):
-            words = Text(activity.words)
+            words = Text(for_terminal(activity.words))
             words.truncate(max(8, room), overflow="ellipsis")
             bar = (
                 ""
@@ -130,7 +131,7 @@ class Display:
             )
             rows.add_row(self._spinner if number == 0 else "", words, bar, Text(found, no_wrap=True))
             if activity.detail:
-                details.append(Text(f"  {activity.detail}", no_wrap=True, overflow="ellipsis"))
+                details.append(Text(f"  {for_terminal(activity.detail)}", no_wrap=True, overflow="ellipsis"))
         return Group(rows, *details)
 
 

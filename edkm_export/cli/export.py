@@ -81,7 +81,8 @@ def run_export(
         verification: see `verification.prepare`.
 
     Raises:
-        click.exceptions.Exit: status 1 when it was made, but is not proved faithful, or its quality is beyond the limit.
+        click.exceptions.Exit: status 1, when it was made, but is not proved faithful, or its quality is beyond the
+            limit.
     """
     from edkm_export.atomic import check_output
     from edkm_export.text import check_text
@@ -99,6 +100,8 @@ def run_export(
         check_output(folder, overwrite=overwrite, folder=True)
     with err.status(f"reading {path}"):
         checkpoint = load(path)
+    if checkpoint.weakness:
+        err.print(f"- {checkpoint.weakness}", markup=False, soft_wrap=True)
     with err.status("planning"):
         plan = exporter.plan(checkpoint)
     if dry_run:

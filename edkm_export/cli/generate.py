@@ -219,10 +219,11 @@ def _checkpoint(path: Path, room_bytes: int) -> _Opened:
 def _with_tokenizer(session: Session, folder: Path) -> _Opened:
     from edkm_export.end_tokens import end_tokens
     from edkm_export.prompt import read_settings, read_tokenizer
+    from edkm_export.regular_file import read_regular
 
     tokenizer = read_tokenizer(folder)
     files = [folder / name for name in ("generation_config.json", "config.json")]
-    settings = [read_settings(file.read_bytes(), str(file)) for file in files if file.is_file()]
+    settings = [read_settings(read_regular(file), str(file)) for file in files if file.is_file()]
     settings.append({"eos_token_id": tokenizer.eos_token_id})
     return _Opened(session, tokenizer, frozenset(end_tokens(*settings)))
 

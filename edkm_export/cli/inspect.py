@@ -138,6 +138,8 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         "kind": "checkpoint",
         "model_type": checkpoint.config.get("model_type"),
         "recipe": checkpoint.recipe.get("name"),
+        "format_version": checkpoint.format_version,
+        "weakness": checkpoint.weakness,
         "parameters": checkpoint.numel,
         "size_bytes": path.stat().st_size,
         "bits_per_weight": checkpoint.bits_per_weight,
@@ -305,6 +307,8 @@ def _print(description: Mapping[str, Any]) -> None:
             f"{description['bits_per_weight']:.2f} bits a weight",
             soft_wrap=True,
         )
+        if description["weakness"]:
+            out.print(f"- {description['weakness']}", soft_wrap=True, markup=False)
     if "embedding" in description:
         found = description["embedding"]
         prompts = ", ".join(found["prompts"]) or "none"

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import gc
 import importlib
+import io
 import os
 import sys
 from typing import NoReturn
@@ -17,6 +18,7 @@ from edkm_export._version import __version__
 from edkm_export.cli.mistakes import our_mistake
 from edkm_export.disk_space import explain, is_disk_full
 from edkm_export.errors import EdkmExportError
+from edkm_export.escaping import for_terminal
 from edkm_export.interrupts import check_interrupt, watching_signals
 from edkm_export.limits import is_out_of_files, is_out_of_memory
 from edkm_export.mapped_files import check_mapped_files
@@ -103,7 +105,9 @@ def main() -> NoReturn:
     try:
         with watching_signals():
             status = _run()
-    except BaseException as error:  # of libraries in Rust, some are no Exception; and none may end with Python's 1
+    except (
+        BaseException
+    ) as error:  # of libraries in Rust, some are no Exception; and none may end with Python's 1
         status = _explained(error)
     sys.exit(status)
 
@@ -124,7 +128,9 @@ def _run() -> int:
 def _explained(error: BaseException) -> int:
     """Say in one line how a command ended; its exit status."""
     if isinstance(error, click.ClickException):
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(for_terminal(shown.getvalue()), nl=False, err=True)
         return error.exit_code
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return _say("interrupted; nothing was left behind.", 130)
@@ -135,13 +141,17 @@ def _explained(error: BaseException) -> int:
         return 0
     _close_output()
     if is_out_of_memory(error):
-        return _say("out of memory; use a machine with more, raise its limit (ulimit -v), or a smaller --tokens.", 2)
+        return _say(
+            "out of memory; use a machine with more, raise its limit (ulimit -v), or a smaller --tokens.", 2
+        )
     if is_out_of_files(error):
         return _say("too many open files; raise the limit with `ulimit -n 1024`.", 2)
     if isinstance(error, OSError):
         return _say(explain(error), 2)
     if is_disk_full(error):
-        return _say("no space left on the device that was written to, or a quota is reached. Free some space.", 2)
+        return _say(
+            "no space left on the device that was written to, or a quota is reached. Free some space.", 2
+        )
     return _say(our_mistake(error), 70)
 
 
@@ -156,5 +166,5 @@ def _close_output() -> None:
 
 def _say(message: str, status: int) -> int:
     with contextlib.suppress(OSError, ValueError):  # nobody can read it; the status still tells
-        click.echo(f"edkm-export: {message}", err=True)
+        click.echo(f"edkm-export: {for_terminal(message)}", err=True)
     return status

@@ -31,7 +31,11 @@ def our_mistake(error: BaseException) -> str:
         print(text, file=sys.stderr, end="")
     log = log_path() or _written(text)
     where = "" if is_verbose() else "; --verbose shows the place in the code"
-    send = f"report it with {log}, which holds the command line" if log else "report it with the output of --verbose"
+    send = (
+        f"report it with {log}, which holds the command line"
+        if log
+        else "report it with the output of --verbose"
+    )
     return f"this is our mistake, not yours: {in_one_line(error)}. Please {send}{where}."
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from edkm_export.activity import Activity, activity
 from edkm_export.cli.table_layout import boxed, plain_lines, stacked_lines, wrapped
+from edkm_export.escaping import for_terminal
 
 if TYPE_CHECKING:
     from edkm_export.cli.display import Display
@@ -50,11 +51,19 @@ class Terminal(Console):
         """Whether this is a terminal that can draw over its lines."""
         return self.is_terminal and not self.is_dumb_terminal
 
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line, which ends quietly: the reader of the pipe, such as head, has enough."""
+        raise BrokenPipeError
+
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as rich does; tables so that they fit, and sentences broken between words, in a terminal alone."""
+        """Print as rich does; tables so that they fit, and sentences broken between words, in a terminal alone.
+
+        What a terminal would act on is written out: names and paths are those of strangers.
+        """
         if len(objects) == 1 and isinstance(objects[0], Control):  # what rich moves the cursor with
             super().print(*objects, **options)
             return
+        objects = tuple(map(_harmless, objects))
         self._record(objects)
         if self.quiet:
             return
@@ -111,3 +120,18 @@ class Terminal(Console):
                 lines = plain.file.getvalue().splitlines()  # type: ignore[attr-defined]
             for line in lines:
                 PRINTED.info("%s", line)
+
+
+def _harmless(printed: Any) -> Any:
+    """The same text, text with styles or table, without characters that a terminal acts on."""
+    if isinstance(printed, str):
+        return for_terminal(printed)
+    if isinstance(printed, Text):
+        plain = for_terminal(printed.plain)
+        return printed if plain == printed.plain else Text(plain, style=printed.style)
+    if isinstance(printed, Table):
+        printed.title = _harmless(printed.title)
+        for column in printed.columns:
+            column.header = _harmless(column.header)
+            column._cells = [_harmless(cell) for cell in column._cells]
+    return printed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -324,5 +323,7 @@ def _print(outcome: Any) -> None:
 
 
 def _digests(data: tuple[Path, ...]) -> dict[str, str]:
-    """sha256 of the data files; what cannot be read is reported when it is used."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in data if path.is_file()}
+    """sha256 of the data files; what is missing is reported when it is used."""
+    from edkm_export.digest import file_sha256
+
+    return {str(path): file_sha256(path) for path in data if path.is_file()}

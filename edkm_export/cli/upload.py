@@ -11,6 +11,7 @@ from edkm_export.atomic import GENERATOR, MARKER
 from edkm_export.command_line import command_line
 from edkm_export.digest import file_sha256
 from edkm_export.errors import InputError
+from edkm_export.escaping import for_markdown
 from edkm_export.model_card import (
     BEYOND,
     FILE,
@@ -18,10 +19,10 @@ from edkm_export.model_card import (
     PASS,
     card_license,
     card_verdict,
-    plain,
     verdict_of,
     with_verification,
 )
+from edkm_export.regular_file import read_regular
 
 __all__ = ["File", "Upload", "size_words"]
 
@@ -83,7 +84,7 @@ class Upload:
             )
         card = _read_card(folder)
         if reason:
-            words = f"**{NOT_VERIFIED}**: {plain(reason)}. It was pushed with --unverified."
+            words = f"**{NOT_VERIFIED}**: {for_markdown(reason)}. It was pushed with --unverified."
             card = with_verification(card, NOT_VERIFIED, words)
         elif card_verdict(card) not in (None, PASS):
             card = with_verification(card, PASS, f"Faithful export: **{PASS}**. report.md has the details.")
@@ -180,7 +181,7 @@ def _digests(report: dict[str, Any]) -> dict[str, str]:
 
 def _read_card(folder: Path) -> str:
     try:
-        return (folder / FILE).read_text(encoding="utf-8")
+        return read_regular(folder / FILE).decode("utf-8")
     except FileNotFoundError:
         raise InputError(
             f"{folder}: holds no model card ({FILE}); export it again, which writes one."
@@ -192,7 +193,7 @@ def _read_card(folder: Path) -> str:
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty when there is none."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -63,6 +63,8 @@ def command(
         err.print(f"- {package} was exported from {checkpoint}", markup=False, soft_wrap=True)
     with err.status(f"reading {checkpoint}"):
         loaded = load(checkpoint)
+    if loaded.weakness:
+        err.print(f"- {loaded.weakness}", markup=False, soft_wrap=True)
     report = climb(loaded, found, prepare(loaded, **verification))
     if report_folder is not None:
         with made_folder(report_folder):

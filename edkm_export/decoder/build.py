@@ -9,6 +9,7 @@ import pydantic
 import torch
 
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.config_bounds import check_config
 from edkm_export.decoder.config import SLIDING, DecoderConfig
 from edkm_export.decoder.decoder import Decoder
 from edkm_export.decoder.families import FAMILIES
@@ -38,6 +39,7 @@ def read_settings(config: dict[str, Any], families: Mapping[str, type[Settings]]
     Raises:
         ConversionError: the family is not one of these, or the configuration lacks a key or holds a wrong value.
     """
+    check_config(config, source, error=ConversionError)
     family = config.get("model_type")
     if not isinstance(family, str) or family not in families:
         raise ConversionError(
@@ -97,6 +99,7 @@ def empty_decoder(checkpoint: Checkpoint) -> Decoder:
         CheckpointError: a parameter is missing, unknown, or of another shape.
     """
     source = str(checkpoint.path or "checkpoint")
+    check_config(checkpoint.config, source, checkpoint.shapes, CheckpointError)
     config = decoder_config(checkpoint.config, source)
     with torch.device("meta"):
         decoder = Decoder(config)

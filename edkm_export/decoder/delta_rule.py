@@ -7,8 +7,8 @@ For each head, with a matrix S, and query q, key k, value v, decay e^g (g <= 0) 
 
 A chunk of tokens takes a few matrix products instead of one step each (section 3.3): what a token writes depends on
 what those before it in the chunk wrote, through a triangular system. Its inverse is built from blocks of two, four,
-eight, ... tokens: a sum of powers would need no masks, but where keys repeat the powers are astronomic and cancel. Nothing is
-divided by a product of decays, which may have underflowed.
+eight, ... tokens: a sum of powers would need no masks, but where keys repeat the powers are astronomic and cancel.
+Nothing is divided by a product of decays, which may have underflowed.
 """
 
 from __future__ import annotations

@@ -47,9 +47,8 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
         """x [batch, new, hidden] -> [batch, new, hidden]."""
-        mixed, gate, strength, fading = linears(
-            x, [self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a]
-        )
+        mixed, gate = linears(x, [self.in_proj_qkv, self.in_proj_z])
+        strength, fading = linears(x, [self.in_proj_b, self.in_proj_a])
         if context.real is not None:
             mixed = mixed * context.real
         mixed = F.silu(along_text(self.conv1d, mixed.transpose(1, 2), self.layer, cache)).transpose(1, 2)

@@ -17,6 +17,7 @@ from edkm_export.errors import ConversionError
 
 __all__ = ["rope_tables"]
 
+_MOST_VALUES = 1 << 27  # of a table: 512 MB in float32, a million positions of 128 channels
 _LAYER_TYPES = {FULL: "full_attention", SLIDING: "sliding_attention"}
 
 
@@ -61,6 +62,11 @@ def rope_tables(
         raise ConversionError(
             f"RoPE scaling 'longrope' has other frequencies for texts beyond {limit} tokens, also for their first "
             f"tokens, which constant tables cannot; use --sequence-length {limit} or less."
+        )
+    if length * rotary_dim > _MOST_VALUES:
+        raise ConversionError(
+            f"tables of {length:,} positions take {length * rotary_dim * 4 / 1e9:.1f} GB; ask for fewer with "
+            "--sequence-length or --context-length."
         )
     base = parameters.number("rope_theta", 10000.0)
     if alpha is not None:

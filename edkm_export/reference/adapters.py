@@ -11,6 +11,7 @@ from typing import Any
 from edkm_export.errors import BackendMissingError, InputError
 from edkm_export.reference.account import Account
 from edkm_export.reference.stored_tensors import ADAPTER_CONFIG
+from edkm_export.regular_file import read_regular
 
 __all__ = ["Adapter"]
 
@@ -97,7 +98,7 @@ class Adapter:
             InputError: it is no JSON object.
         """
         try:
-            contents = json.loads((self.path / ADAPTER_CONFIG).read_bytes())
+            contents = json.loads(read_regular(self.path / ADAPTER_CONFIG))
         except (ValueError, RecursionError) as error:
             raise InputError(f"{self.reference}: {ADAPTER_CONFIG} cannot be read: it is no JSON.") from error
         if not isinstance(contents, dict):

@@ -31,6 +31,13 @@ _WITHOUT_EFFECT: dict[str, str] = {
     "dtype": "weights are read in the type that they are stored in",
     "torch_dtype": "weights are read in the type that they are stored in",
     "initializer_range": "for new weights only",
+    "block_mlp_init_scale": "for new weights only",
+    "block_out_init_scale": "for new weights only",
+    "block_use_xavier_init": "for new weights only",
+    "conv_use_xavier_init": "for new weights only",
+    "mamba_ssm_dtype": "recurrences run in float32",
+    "mtp_num_hidden_layers": "layers that guess further tokens are not part of the model",
+    "mtp_use_dedicated_embeddings": "layers that guess further tokens are not part of the model",
     "gradient_checkpointing": "for training only",
     "neftune_noise_alpha": "for training only",
     "attention_dropout": _DROPOUT,
@@ -86,6 +93,10 @@ _WITHOUT_EFFECT: dict[str, str] = {
 
 # Fields that a class does not declare, and the value with which they ask for nothing.
 _ONLY_AS: dict[str, tuple[Any, str]] = {
+    "attn_output_gate": (True, "attention has a gate, as its family's always has"),
+    "block_use_swiglu": (True, "the MLP is gated"),
+    "use_pos_enc": (True, "positions are rotary ones"),
+    "mlp_only_layers": ([], "no layer has experts"),
     "rope_interleaved": (False, "rotation by halves, as transformers does it"),
     "attention_bias": (False, "attention has no biases beyond those of the family"),
     "mlp_bias": (False, "the MLP has no biases"),
@@ -101,6 +112,11 @@ _ONLY_AS: dict[str, tuple[Any, str]] = {
 }
 # Fields that must say what another one says.
 _SAME_AS = {
+    "block_dim": "hidden_size",  # LFM2's, up to "num_heads"
+    "block_norm_eps": "norm_eps",
+    "conv_dim": "hidden_size",
+    "conv_dim_out": "hidden_size",
+    "num_heads": "num_attention_heads",
     "n_ctx": "n_positions",
     "hidden_act": "hidden_activation",
     "sliding_window_size": "sliding_window",
@@ -246,7 +262,11 @@ def shaping_fields(config: Mapping[str, Any], *, embeds: bool = False) -> dict[s
     family = config.get("model_type")
     kind = config_class(family) if isinstance(family, str) else None
     declared = {"model_type"} if kind is None else {"model_type", *_ROPE_SETTINGS, *kind.declared}
-    return {name: value for name, value in config.items() if name in kept and (name in found.used or name in declared)}
+    return {
+        name: value
+        for name, value in config.items()
+        if name in kept and (name in found.used or name in declared)
+    }
 
 
 def _said_otherwise(config: Mapping[str, Any], base: Any) -> bool:

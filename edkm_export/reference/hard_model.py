@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.config_bounds import check_config
 from edkm_export.errors import CheckpointError
+from edkm_export.guarded_tokenizer import TokenizerError, open_tokenizer
 from edkm_export.library_logs import silence
 from edkm_export.reference.config_fields import shaping_fields
 from edkm_export.reference.conv1d import as_linear, conv1d_weights
@@ -100,10 +102,10 @@ def _empty(checkpoint: Checkpoint, build: Callable[[Any], Any]) -> Any:
 
     source = str(checkpoint.path or "checkpoint")
     silence("transformers")
+    settings = shaping_fields(checkpoint.config, embeds=checkpoint.embedding is not None)
+    check_config(settings, source, checkpoint.shapes, CheckpointError)
     try:
-        config = transformers.AutoConfig.for_model(
-            **shaping_fields(checkpoint.config, embeds=checkpoint.embedding is not None)
-        )
+        config = transformers.AutoConfig.for_model(**settings)
         with accelerate.init_empty_weights(include_buffers=False):
             return build(config)
     except Exception as error:  # what a configuration that makes no sense raises has no common base
@@ -119,8 +121,6 @@ def load_hard_tokenizer(checkpoint: Checkpoint) -> Any:
     import tempfile
     from pathlib import Path
 
-    import transformers
-
     source = str(checkpoint.path or "checkpoint")
     if not checkpoint.tokenizer:
         raise CheckpointError(f"{source}: holds no tokenizer; palettize from a folder that has one.")
@@ -128,6 +128,8 @@ def load_hard_tokenizer(checkpoint: Checkpoint) -> Any:
         for name, content in checkpoint.tokenizer.items():
             (Path(folder) / name).write_bytes(content)
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return open_tokenizer(folder, source)
+        except TokenizerError as error:
+            raise CheckpointError(str(error)) from error
         except Exception as error:  # likewise for a damaged tokenizer
             raise CheckpointError(f"{source}: its tokenizer cannot be read: {error}") from error

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edkm_export.config_bounds import check_config
 from edkm_export.errors import InputError
+from edkm_export.guarded_tokenizer import open_tokenizer
 from edkm_export.reference.account import Account
 from edkm_export.reference.config_fields import ConfigFields, sort_fields
 from edkm_export.reference.origin import Origin, folder_origin
@@ -18,6 +20,7 @@ from edkm_export.reference.placement import CONSTANTS, Placement
 from edkm_export.reference.quantized_weights import check_quantized, finer_scales, loading_arguments
 from edkm_export.reference.stored_tensors import StoredTensors, read_stored
 from edkm_export.reference.weight_range import check_weight
+from edkm_export.regular_file import read_regular, require_regular_folder
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +30,7 @@ __all__ = ["HfFolder", "stored_dtype"]
 
 _TIED = "tie_word_embeddings"
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_READ = (".json", ".safetensors", ".model", ".jinja", ".txt", ".md")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 
 
@@ -64,7 +68,7 @@ class HfFolder:
         used = fields.used
         names = tuple(stored.tensors)
         if not fields.not_understood:
-            skeleton = self._skeleton(self._built_config(config, fields, untied=False))
+            skeleton = self._skeleton(self._built_config(config, fields, stored, untied=False))
             others = dequantized.scales | dequantized.without_effect.keys()
             placed = Placement.of(skeleton, stored.unpacked(dequantized.shapes), others)
             if config.get(_TIED, skeleton.config.tie_word_embeddings):
@@ -102,7 +106,10 @@ class HfFolder:
         config = self._read_config()
         fields = sort_fields(config)
         Account(self.reference, "", not_understood=fields.not_understood).require_understood()
-        return self._built_config(config, fields, untied=weights and self._has_own_head(config, fields))
+        if not weights:
+            return self._built_config(config, fields, None, untied=False)
+        stored = read_stored(self.path, self.reference)
+        return self._built_config(config, fields, stored, untied=self._has_own_head(config, fields, stored))
 
     def load_model(
         self, dtype: torch.dtype | None = None, advance: Callable[[int], None] | None = None
@@ -200,13 +207,11 @@ class HfFolder:
         Raises:
             InputError: there is none.
         """
-        import transformers
-
         if not self.has_tokenizer():
             raise InputError(
                 f"{self.reference}: holds no tokenizer (tokenizer.json); copy it from the model that this one is from."
             )
-        return transformers.AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        return open_tokenizer(self.path, self.reference)
 
     def has_tokenizer(self) -> bool:
         """Whether there is a file of a tokenizer."""
@@ -231,9 +236,19 @@ class HfFolder:
             raise InputError(
                 f"{self.reference}: holds no config.json, so it is not a Hugging Face model folder."
             )
+        self._require_regular()
         return _read_object(path, self.reference)
 
-    def _built_config(self, config: Mapping[str, Any], fields: ConfigFields, *, untied: bool) -> Any:
+    def _require_regular(self) -> None:
+        """Refuse what libraries would open by its name although it is a pipe, a device or a loop of links."""
+        try:
+            require_regular_folder(self.path, _READ)
+        except OSError as error:
+            raise InputError(f"{self.reference}: {error.filename}: {error.strerror}.") from error
+
+    def _built_config(
+        self, config: Mapping[str, Any], fields: ConfigFields, stored: StoredTensors | None, *, untied: bool
+    ) -> Any:
         import transformers
 
         kept = {
@@ -243,14 +258,15 @@ class HfFolder:
         }
         if untied:
             kept[_TIED] = False
+        shapes = None if stored is None else {name: each.shape for name, each in stored.tensors.items()}
+        check_config(kept, self.reference, shapes)
         return transformers.AutoConfig.for_model(**kept)
 
-    def _has_own_head(self, config: Mapping[str, Any], fields: ConfigFields) -> bool:
+    def _has_own_head(self, config: Mapping[str, Any], fields: ConfigFields, stored: StoredTensors) -> bool:
         """Whether the head that is stored differs from the embedding that it should be tied to."""
-        built = self._built_config(config, fields, untied=False)
+        built = self._built_config(config, fields, stored, untied=False)
         if not built.tie_word_embeddings:
             return False
-        stored = read_stored(self.path, self.reference)
         return Placement.of(self._skeleton(built), stored, set()).heads_differ(stored)
 
     def _account_for_head(self, placed: Placement, stored: StoredTensors) -> list[str]:
@@ -321,7 +337,9 @@ def _forget_quantizer(model: Any) -> None:
 
 def _read_object(path: Path, reference: str) -> dict[str, Any]:
     try:
-        contents = json.loads(path.read_bytes())
+        contents = json.loads(read_regular(path))
+    except OSError as error:
+        raise InputError(f"{reference}: {path.name} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{reference}: {path.name} cannot be read: it is no JSON.") from error
     if not isinstance(contents, dict):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from edkm_export.hub_id import hub_id_of_url, is_hub_id
+from edkm_export.regular_file import open_regular
+from edkm_export.yaml_text import load_yaml
 
 __all__ = ["Origin", "folder_origin", "gguf_origin"]
 
@@ -150,8 +150,8 @@ def _front_matter(path: Path) -> dict[str, Any]:
     else:
         return {}
     try:
-        found = yaml.safe_load("\n".join(lines))
-    except (yaml.YAMLError, ValueError, RecursionError):
+        found = load_yaml("\n".join(lines))
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -174,7 +174,7 @@ def _license_file(folder: Path) -> tuple[str, str, str] | None:
 
 def _text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(_MOST_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return ""

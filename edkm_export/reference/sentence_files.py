@@ -16,6 +16,7 @@ import pydantic
 
 from edkm_export.embedding_settings import Activation, DenseSettings, EmbeddingSettings
 from edkm_export.errors import InputError
+from edkm_export.regular_file import read_regular
 
 __all__ = ["MODULES", "SentenceFiles", "is_sentence_folder", "read_sentence_files"]
 
@@ -281,7 +282,7 @@ class _Reader:
 
     def _json(self, name: str, kind: type) -> Any:
         try:
-            contents = json.loads((self.folder / name).read_bytes())
+            contents = json.loads(read_regular(self.folder / name))
         except OSError as error:
             raise InputError(
                 f"{self.reference}: {name}, which {MODULES} names, cannot be read ({error.strerror}); copy it from "

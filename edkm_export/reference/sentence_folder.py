@@ -125,9 +125,8 @@ class SentenceFolder(HfFolder):
 
     @cached_property
     def _files(self) -> SentenceFiles:
-        config = self._built_config(
-            self._read_config(), sort_fields(self._read_config(), embeds=True), untied=False
-        )
+        given = self._read_config()
+        config = self._built_config(given, sort_fields(given, embeds=True), None, untied=False)
         return read_sentence_files(
             self.path,
             self.reference,
@@ -184,7 +183,8 @@ class SentenceFolder(HfFolder):
         config = self._read_config()
         fields = sort_fields(config, embeds=True)
         Account(self.reference, "", not_understood=fields.not_understood).require_understood()
-        return self._built_config(config, fields, untied=False)
+        stored = read_stored(self.path, self.reference) if weights else None
+        return self._built_config(config, fields, stored, untied=False)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edkm_export.errors import InputError
+from edkm_export.regular_file import read_regular, require_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,9 +139,9 @@ def read_stored(folder: Path, reference: str) -> StoredTensors:
 
 def _read_index(path: Path, reference: str) -> dict[str, str]:
     try:
-        contents: Any = json.loads(path.read_text(encoding="utf-8"))
+        contents: Any = json.loads(read_regular(path))
         placed = contents["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{reference}: {path.name} cannot be read: it has no weight_map.") from error
     if not isinstance(placed, dict) or not placed:
         raise InputError(f"{reference}: {path.name} names no weights.")
@@ -156,6 +157,7 @@ def _read_header(found: StoredTensors, path: Path, reference: str) -> None:
     from safetensors import safe_open
 
     try:
+        require_regular(path)
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118, an open file is no mapping
                 part = file.get_slice(name)

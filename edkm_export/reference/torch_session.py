@@ -13,6 +13,7 @@ from edkm_export.errors import CheckpointError
 from edkm_export.memory_budget import room_if_needed
 from edkm_export.reference.caching import new_cache, run_cached
 from edkm_export.reference.hard_model import load_hard_model
+from edkm_export.taking_turns import taking_turns
 from edkm_export.token_ids import Ids
 
 __all__ = ["TorchSession"]
@@ -68,11 +69,13 @@ class TorchSession:
         name = type(self._model).__name__
         return f"TorchSession({name}, {self._used:,} of {self.context:,} positions taken)"
 
+    @taking_turns
     def reset(self) -> None:
         """Forget the text."""
         self._cache = new_cache(self._model)
         self._used = 0
 
+    @taking_turns
     @torch.no_grad()
     def feed(self, tokens: Ids) -> Tensor:
         """Go on with the text: ids [new], in any form that `as_ids` takes -> logits float32 [new, vocab_size].

@@ -21,7 +21,9 @@ def draw(log: str | Path, output: str | Path) -> None:
     from matplotlib.figure import Figure  # no window system is touched
 
     records = read_records(log)
-    losses = [record for record in records if record.get("loss") is not None and record.get("tokens") is not None]
+    losses = [
+        record for record in records if record.get("loss") is not None and record.get("tokens") is not None
+    ]
     evaluations = [record for record in records if record.get("perplexity") is not None and "text" in record]
     texts = sorted({record["text"] for record in evaluations})
     step_tokens = losses[-1]["tokens"] / max(1, losses[-1]["step"]) if losses else 0

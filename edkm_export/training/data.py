@@ -76,7 +76,7 @@ def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
             yield Document(where=str(path), text=read_text(path))
             continue
         found = False
-        for number, line in enumerate(read_text(path).split("\n"), 1):
+        for number, line in enumerate(_text_lines(read_text(path)), 1):
             if line.strip():
                 found = True
                 yield from _parse(f"{path}:{number}", line)
@@ -84,15 +84,23 @@ def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
             raise InputError(f"{path}: holds no documents.")
 
 
+def _text_lines(text: str) -> Iterator[str]:
+    """One after the other: a list of them would take fifty times the text, if it were line feeds alone."""
+    start = 0
+    while start <= len(text):
+        stop = text.find("\n", start)
+        stop = len(text) if stop < 0 else stop
+        yield text[start:stop]
+        start = stop + 1
+
+
 def _parse(where: str, line: str) -> Iterator[Document]:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = (
-            f"{error.msg} at column {error.colno}"
-            if isinstance(error, json.JSONDecodeError)
-            else "nested too deeply"
-        )
+    except (ValueError, RecursionError) as error:  # ValueError: a number of more digits than Python reads
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg} at column {error.colno}"
         raise InputError(f"{where}: is not JSON ({reason}); each line must be one object.") from error
     if not isinstance(record, dict):
         raise InputError(f"{where}: is a JSON {type(record).__name__}, expected an object.")
@@ -127,20 +135,28 @@ def _string(where: str, record: dict[str, Any], key: str) -> str:
         raise InputError(f"{where}: '{key}' is {json.dumps(value)[:40]}, expected a text.")
     if not value.strip():
         raise InputError(f"{where}: '{key}' is empty.")
+    _require_unicode(where, key, value)
     return value
+
+
+def _require_unicode(where: str, key: str, text: str) -> None:
+    """Refuse a half of a pair of surrogates, which JSON can write and no tokenizer reads."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{where}: '{key}' is no Unicode text: it holds half of a surrogate pair.")
 
 
 def _messages(where: str, value: Any) -> tuple[dict[str, str], ...]:
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: 'messages' must be a list that is not empty.")
     for message in value:
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
+        role = message.get("role") if isinstance(message, dict) else message
+        if not isinstance(message, dict) or not isinstance(role, str) or role not in _ROLES:
             raise InputError(
                 f"{where}: a message's role is {json.dumps(role)[:40]}, expected one of {', '.join(_ROLES)}."
             )
         if not isinstance(message.get("content"), str):
             raise InputError(f"{where}: the content of a message of the {message['role']} is not a text.")
+        _require_unicode(where, "content", message["content"])
     return tuple({"role": message["role"], "content": message["content"]} for message in value)
 
 
@@ -218,7 +234,7 @@ def _conversation(document: Document, tokenizer: Any) -> tuple[list[int], list[b
     try:
         pieces = _turns(messages, tokenizer)
     except Exception as error:  # a template may raise anything; it comes with the model
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{document.where}: the model's chat template refuses it ({reason}).") from error
     ids: list[int] = []
     counts: list[bool] = []

@@ -74,9 +74,7 @@ def step(path: Path) -> int:
 
 def random_states(processes: int) -> list[str]:
     """Names of the files with the state of each process's random numbers, as the Trainer calls them."""
-    return (
-        ["rng_state.pth"] if processes == 1 else [f"rng_state_{number}.pth" for number in range(processes)]
-    )
+    return ["rng_state.pth"] if processes == 1 else [f"rng_state_{number}.pth" for number in range(processes)]
 
 
 def _all(folder: Path) -> list[Path]:
@@ -155,7 +153,9 @@ def _fault(path: Path, needed: Sequence[str]) -> str:
     try:
         if files is None:
             return next((f"{name} is damaged" for name in needed if not _is_sound(path / name)), "")
-        return next((f"{name} {fault}" for name, file in files.items() if (fault := _changed(path, name, file))), "")
+        return next(
+            (f"{name} {fault}" for name, file in files.items() if (fault := _changed(path, name, file))), ""
+        )
     except OSError as error:
         return f"{error.filename or path}: {error.strerror or error}"
 

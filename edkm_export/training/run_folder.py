@@ -89,7 +89,7 @@ class RunFolder(contextlib.ExitStack):
             OutputExistsError, InputError: see `check`.
         """
         self.check(resume=resume, overwrite=overwrite)
-        self._overwrite = overwrite or resume
+        self._new, self._overwrite = None, overwrite or resume
         beside = self.enter_context(claimed(self.path))
         needed = (
             run_checkpoints.WEIGHTS,

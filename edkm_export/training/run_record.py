@@ -43,7 +43,9 @@ class Identity(pydantic.BaseModel):
     def of(cls, source: Source, data: Sequence[Path], tokens: Tokens) -> Identity:
         """Of what was given."""
         return cls(
-            model=source.provenance(), data=[printable(path.name) for path in data], tokens_sha256=tokens.sha256()
+            model=source.provenance(),
+            data=[printable(path.name) for path in data],
+            tokens_sha256=tokens.sha256(),
         )
 
 
@@ -101,14 +103,17 @@ class RunRecord(pydantic.BaseModel):
 
         Args:
             path: of this file.
-            identity, config: what is given now.
+            identity: of what is given now.
+            config: settings that are given now.
 
         Raises:
             InputError: the message says with what the run was started.
         """
         for key, what in (("model", "model"), ("data", "data files"), ("tokens_sha256", "training data")):
             if getattr(self.identity, key) != getattr(identity, key):
-                raise InputError(f"{path.parent}: was started with another {what}; give the same, or {_ANEW}.")
+                raise InputError(
+                    f"{path.parent}: was started with another {what}; give the same, or {_ANEW}."
+                )
         try:
             started = TrainConfig.parse(self.config)
         except InputError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from edkm_export.errors import TrainingError
 from edkm_export.limits import is_out_of_memory
+from edkm_export.torch_archive import UnsafeArchiveError, load_archive
 from edkm_export.training import run_checkpoints
 from edkm_export.training.palettized.surgery import clusters_of
 
@@ -35,7 +35,7 @@ def save_weights(model: Any, folder: Path, state: dict[str, Tensor] | None = Non
 
 def read_state_dict(path: Path) -> Any:
     """Tensors of a file, mapped; nothing is unpickled."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return load_archive(path)
 
 
 def read_weights(folder: Path) -> Any:
@@ -62,7 +62,7 @@ def load_weights(model: Any, folder: Path) -> None:
     """
     try:
         missing, unknown = model.load_state_dict(read_weights(folder), strict=False)
-    except (RuntimeError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, TypeError, AttributeError, UnsafeArchiveError) as error:
         if is_out_of_memory(error):
             raise
         raise TrainingError(

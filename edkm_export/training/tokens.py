@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edkm_export.atomic import atomic_file
 from edkm_export.errors import InputError
+from edkm_export.torch_archive import load_archive
 
 __all__ = ["SUFFIX", "Tokens"]
 
@@ -72,7 +73,7 @@ class Tokens:
             InputError: it is something else.
         """
         try:
-            contents = torch.load(path, weights_only=True)
+            contents = load_archive(path, mapped=False)
             ids = contents["ids"]
             assert ids.dtype == torch.int32 and ids.dim() == 1 and len(ids) and int(ids.min()) >= 0
         except FileNotFoundError as error:

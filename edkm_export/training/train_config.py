@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-import yaml
 
 from edkm_export.errors import InputError
 from edkm_export.lut_grid import LutDtype, check_bits
+from edkm_export.regular_file import read_regular
 from edkm_export.training.palettized.clusters import Backward
+from edkm_export.yaml_text import YamlError, load_yaml
 
 __all__ = ["PRESETS", "OnResume", "TrainConfig", "load_config_file"]
 
@@ -206,10 +207,10 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        contents = yaml.safe_load(path.read_text(encoding="utf-8"))
+        contents = load_yaml(read_regular(path).decode("utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YamlError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: is not valid YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(contents, dict):
         raise InputError(f"{path}: expected settings as `name: value` lines.")

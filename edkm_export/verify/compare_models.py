@@ -24,7 +24,8 @@ from edkm_export.artifact.metrics import (
 )
 from edkm_export.artifact.protocol import Artifact, DamagedArtifact
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.errors import InputError, PackageError
+from edkm_export.errors import EdkmExportError, InputError, PackageError
+from edkm_export.guarded_tokenizer import open_tokenizer
 from edkm_export.local_paths import without_folders
 from edkm_export.memory_budget import room_if_needed
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
@@ -272,10 +273,10 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def _tokenizer_of(folder: Path) -> Any:
-    import transformers
-
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return open_tokenizer(folder, str(folder))
+    except EdkmExportError:
+        raise
     except Exception as error:  # what a folder without a tokenizer raises has no common base
         raise InputError(
             f"{folder}: holds no tokenizer that can be read; give the whole folder that was exported."

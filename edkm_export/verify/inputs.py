@@ -32,6 +32,7 @@ __all__ = [
     "VerificationInputs",
     "evaluation_windows",
     "limit_of",
+    "model_positions",
     "prompt_tokens",
     "provenance",
     "provenance_of",
@@ -108,7 +109,7 @@ def evaluation_windows(
         InputError: the text is too short, or the tokenizer is another model's.
         CheckpointError: the configuration makes no sense.
     """
-    longest = min(context, _positive(checkpoint, "max_position_embeddings", "n_positions"))
+    longest = min(context, model_positions(checkpoint))
     windows = token_windows(
         evaluation.text,
         tokenizer,
@@ -128,7 +129,7 @@ def prompt_tokens(
     Raises:
         InputError: a prompt of the user's is empty, or leaves no room for its continuation.
     """
-    limit = max(1, min(context, _positive(checkpoint, "max_position_embeddings", "n_positions")) // 2)
+    limit = max(1, min(context, model_positions(checkpoint)) // 2)
     found = {}
     for prompt in (*FIXED_PROMPTS, *evaluation.prompts):
         ids = torch.tensor(tokenizer(prompt, return_attention_mask=False)["input_ids"], dtype=torch.int64)
@@ -196,6 +197,15 @@ def _check_vocabulary(checkpoint: Checkpoint, tokens: Tensor) -> None:
         raise InputError(
             f"{checkpoint.path}: its tokenizer gives token {int(tokens.max())}, beyond {vocabulary}."
         )
+
+
+def model_positions(checkpoint: Checkpoint) -> int:
+    """Positions for which a model was made.
+
+    Raises:
+        CheckpointError: its configuration does not say it.
+    """
+    return _positive(checkpoint, "max_position_embeddings", "n_positions")
 
 
 def _positive(checkpoint: Checkpoint, *keys: str) -> int:

@@ -21,6 +21,7 @@ from edkm_export.errors import PackageError
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
 from edkm_export.reference.streamed_model import streamed_weights
 from edkm_export.verify.bytes import compare_bytes
+from edkm_export.verify.context_claim import check_context
 from edkm_export.verify.continuation import (
     Continuation,
     HardTexts,
@@ -33,6 +34,7 @@ from edkm_export.verify.inputs import (
     VerificationInputs,
     evaluation_windows,
     limit_of,
+    model_positions,
     prompt_tokens,
     provenance,
     weights_room,
@@ -163,6 +165,7 @@ def verify_artifact(
     tensors = [tensor.model_copy(update={"bit_exact": exact.get(tensor.name)}) for tensor in tensors]
     sizes = measure_sizes(checkpoint, artifact, predicted_size_bytes)
     rungs += [bytes_rung, size_rung(_weights_size(artifact), predicted_size_bytes)]
+    rungs.append(check_context(artifact, model_positions(checkpoint)))
 
     if isinstance(artifact, Decoding):
         begin(f"decoding the weights: {artifact.decoder_name}")

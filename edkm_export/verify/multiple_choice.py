@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from edkm_export.artifact.execution import Execute
 from edkm_export.errors import InputError
+from edkm_export.text import read_text
 
 __all__ = [
     "Accuracy",
@@ -98,7 +99,7 @@ def load_items(path: str | Path, limit: int | None = None) -> list[Item]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}).") from error
     items: list[Item] = []
@@ -235,7 +236,7 @@ def _batches(lengths: Sequence[int]) -> Iterable[list[int]]:
 def _item(where: str, line: str) -> Item:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: is not JSON ({error}).") from error
     if not isinstance(fields, dict):
         raise InputError(f"{where}: is {type(fields).__name__}, expected an object.")

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from edkm_export.atomic import atomic_files
+from edkm_export.escaping import for_markdown, for_markdown_sentence
 from edkm_export.verify.html import report_page
 from edkm_export.verify.quoting import quoted
 from edkm_export.verify.ranking import decibels, ranked, ranking_words
@@ -37,11 +38,11 @@ def write_report(report: Report, folder: str | Path) -> None:
 def markdown(report: Report) -> str:
     """The report for people: verdicts first, then what was not run, then the evidence."""
     lines = [
-        f"# Verification of {cell(report.artifact)}",
+        f"# Verification of {for_markdown(report.artifact)}",
         "",
-        f"**Faithful export: {report.faithful_export.value}.** {faithful_words(report)}",
+        f"**Faithful export: {report.faithful_export.value}.** {_said(faithful_words(report))}",
         "",
-        f"**Quality: {report.quality.value}.** {quality_words(report)}",
+        f"**Quality: {report.quality.value}.** {_said(quality_words(report))}",
         "",
     ]
     if report.top1_agreement is not None:
@@ -60,21 +61,22 @@ def markdown(report: Report) -> str:
         f"weights included; package {report.size_bytes / 1e6:.1f} MB (float16: {report.parameters * 2 / 1e6:.1f} MB)",
     ]
     lines += [
-        f"- perplexity of {readable(name)}: {found.value:.2f} ± {found.standard_error:.2f} "
+        f"- perplexity of {for_markdown(readable(name))}: {found.value:.2f} ± {found.standard_error:.2f} "
         f"({found.tokens:,} tokens predicted)"
         for name, found in report.perplexities.items()
     ]
-    lines += [f"- {tally(report)}"]
-    lines += [f"- verified {report.date}"] if report.date else []
+    lines += [f"- {_said(tally(report))}"]
+    lines += [f"- verified {_said(report.date)}"] if report.date else []
     if report.time_budget is not None:
-        lines.append(f"- time budget: {budget_words(report.time_budget)}")
+        lines.append(f"- time budget: {_said(budget_words(report.time_budget))}")
     if report.memory is not None:
-        lines.append(f"- memory: {memory_words(report.memory)}")
+        lines.append(f"- memory: {_said(memory_words(report.memory))}")
     for fault in report.faults:
-        where = f"**{fault.module}**, operation {fault.op}" if fault.module else "not found"
-        lines += ["", f"First fault: {where}. {fault.what[:1].upper()}{fault.what[1:]}."]
+        module, operation = for_markdown(fault.module or ""), for_markdown(fault.op or "")
+        where = f"**{module}**, operation {operation}" if module else "not found"
+        lines += ["", f"First fault: {where}. {_said(fault.what[:1].upper() + fault.what[1:])}."]
     lines += ["", "## Not run", ""]
-    lines += [f"- {item}" for item in report.not_run] or ["Everything was run."]
+    lines += [f"- {_said(item)}" for item in report.not_run] or ["Everything was run."]
     lines += ["", "## Ladder", "", LADDER, f"Words: {FIRST_WORDS}.", ""]
     lines += ["| checked | against | verdict | threshold | found |", "|---|---|---|---|---|"]
     lines += [
@@ -84,7 +86,9 @@ def markdown(report: Report) -> str:
     ]
     lines += ["", "Why these thresholds:", ""]
     lines += [
-        f"- {rung.candidate}: {rung.why}." for rung in report.rungs if rung.verdict is not Verdict.NOT_RUN
+        f"- {_said(f'{rung.candidate}: {rung.why}')}."
+        for rung in report.rungs
+        if rung.verdict is not Verdict.NOT_RUN
     ]
     if report.continuations:
         lines += _text_section(report)
@@ -99,16 +103,16 @@ def markdown(report: Report) -> str:
 def quality(report: Report) -> str:
     """Both verdicts in short, in Markdown, for a model card."""
     lines = [
-        f"Faithful export: **{report.faithful_export.value}**. {faithful_words(report)}",
+        f"Faithful export: **{report.faithful_export.value}**. {_said(faithful_words(report))}",
         "",
-        f"Quality: **{report.quality.value}**. {quality_words(report)}",
+        f"Quality: **{report.quality.value}**. {_said(quality_words(report))}",
         "",
         "report.md has the details, and explains the words.",
     ]
     if report.perplexities:
         lines += ["", "| | perplexity |", "|---|---|"]
     lines += [
-        f"| {cell(readable(name))} | {found.value:.2f} ± {found.standard_error:.2f} |"
+        f"| {for_markdown(readable(name))} | {found.value:.2f} ± {found.standard_error:.2f} |"
         for name, found in report.perplexities.items()
     ]
     lines += ["", "| checked | verdict |", "|---|---|"]
@@ -116,9 +120,14 @@ def quality(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _said(text: str) -> str:
+    """A sentence of ours that may name what strangers named."""
+    return for_markdown_sentence(text)
+
+
 def cell(text: str) -> str:
     """A text in one line that cannot end the cell of a table."""
-    return text.replace("|", "\\|").replace("\n", " ")
+    return for_markdown_sentence(text)
 
 
 def _text_section(report: Report) -> list[str]:
@@ -129,7 +138,7 @@ def _text_section(report: Report) -> list[str]:
         lines += [f"    - original: {original}", f"    - palettized: {_inline(one.palettized)}"]
         if one.shared_tokens is not None:
             lines.append(f"    - they begin with {one.shared_tokens} of {one.tokens} tokens alike")
-        lines += [f"    - {line}" for line in executed_words(report, one.prompt)]
+        lines += [f"    - {_said(line)}" for line in executed_words(report, one.prompt)]
     return lines
 
 
@@ -160,7 +169,7 @@ def _tensor_section(report: Report) -> list[str]:
     for tensor in rows:
         exact = {True: "yes", False: "**no**", None: "unknown"}[tensor.bit_exact]
         lines.append(
-            f"| {cell(tensor.name)} | {'x'.join(map(str, tensor.shape))} | {tensor.n_bits} | "
+            f"| {for_markdown(tensor.name)} | {'x'.join(map(str, tensor.shape))} | {tensor.n_bits} | "
             f"{tensor.groups[0] * tensor.groups[1]} {tensor.lut_dtype} | "
             f"{tensor.used_centroids} of {tensor.centroids} | "
             f"{tensor.bits_per_weight:.2f} | {decibels(tensor.output_snr_db)} | {decibels(tensor.weight_snr_db)} | "

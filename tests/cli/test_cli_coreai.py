@@ -89,6 +89,7 @@ def test_export_verify_and_generate(edkm, work, tiny_llama, held_out):
     for rung in (
         "bytes",
         "size",
+        "context",
         "decoding",
         "execution-coreai-twin",
         "execution-coreai",

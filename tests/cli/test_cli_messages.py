@@ -187,7 +187,9 @@ def test_mistake_of_ours(edkm, saved, work, tmp_path, monkeypatch, verbose, log,
     result = edkm("inspect", saved, *options)
     assert result.status == 70
     (line,) = [line for line in result.err.splitlines() if line.startswith("edkm-export: ")]
-    assert line.startswith(f"edkm-export: this is our mistake, not yours: {words}") and "report it with" in line
+    assert (
+        line.startswith(f"edkm-export: this is our mistake, not yours: {words}") and "report it with" in line
+    )
     assert result.err.endswith(f"{line}\n")
     assert ("Traceback" in result.err) is verbose and ("--verbose" in line) is not verbose
     (path,) = [work / "log.txt"] if log else temporary.iterdir()
@@ -209,7 +211,9 @@ def test_mistake_of_ours_without_a_place_for_the_log(edkm, saved, tmp_path, monk
     "error",
     [
         MemoryError(),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+        ),
         RuntimeError("can't start new thread"),
         ImportError("libtorch.so: failed to map segment from shared object"),
         OSError(errno.ENOMEM, "Cannot allocate memory"),

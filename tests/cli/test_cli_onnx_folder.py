@@ -51,6 +51,7 @@ def test_verify_passes(edkm, tiny_checkpoint, folder, tmp_path, form):
     for name in (
         "bytes",
         "size",
+        "context",
         "execution-onnxruntime",
         "execution-onnxruntime-plain",
         "execution-onnxruntime-padded",

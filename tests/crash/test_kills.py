@@ -260,7 +260,5 @@ def test_train(train, trained, tmp_path, existing, again, stride):
             assert bits_of(folder / "model.pt") == trained
 
     arguments = [*train, "run", *(["--overwrite"] if existing else [])]
-    command = Command(
-        arguments, "run", check, old_folder if existing else None, again=[*train, "run", again]
-    )
+    command = Command(arguments, "run", check, old_folder if existing else None, again=[*train, "run", again])
     assert kill_everywhere(command, tmp_path, stride=stride) >= 20

@@ -15,9 +15,11 @@ from edkm_export.decoder.embedding.embedding_model import (
 from edkm_export.decoder.embedding.token_pooling import pool
 from edkm_export.decoder.norms import LayerNorm, UnitNorm
 from edkm_export.decoder.positions import PositionTables
+from edkm_export.embedding_settings import EmbeddingSettings
 from edkm_export.errors import ConversionError
 from edkm_export.reference.hard_model import load_hard_embedding_model
 from edkm_export.reference.sentence_model import padded
+from tests.helpers import odd_families
 from tests.helpers.embedding_models import CASES, palettized, texts_of, write_folder
 
 
@@ -53,6 +55,37 @@ def test_against_transformers(tmp_path, case):
             first = int(mask[row].argmax())
             marked[row, first : first + texts[row].prompt] = 2
         torch.testing.assert_close(run(checkpoint, ids, marked), expected, atol=1e-5, rtol=0)
+
+
+def of_family(case: str, pooling: str) -> Checkpoint:
+    """The stack of a language model as an embedding model."""
+    model = odd_families.build(case)
+    dense = {f"model.{name}": tensor for name, tensor in model.base_model.state_dict().items()}
+    settings = EmbeddingSettings(pooling=pooling, max_tokens=24)
+    return Checkpoint(config=model.config.to_dict(), palettized={}, dense=dense, embedding=settings)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case, (kind, _) in odd_families.CASES.items() if kind not in ("gpt2", "lfm2", "qwen3_5_text")],
+)
+def test_every_family(case):
+    """Causal stacks, as E5-Mistral and Qwen3-Embedding are."""
+    checkpoint = of_family(case, "lasttoken")
+    model = load_hard_embedding_model(checkpoint)
+    torch.manual_seed(1)
+    texts = [torch.randint(3, 90, (length,)) for length in (19, 1, 7)]
+    for left in (False, True):
+        ids, mask = padded(texts, left=left)
+        with torch.no_grad():
+            expected = model(ids, mask)
+        torch.testing.assert_close(run(checkpoint, ids, mask), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["lfm2", "qwen3_5"])
+def test_states_would_take_in_padding(case):
+    with pytest.raises(ConversionError, match="embedding models are made of attention alone"):
+        empty_embedding_model(of_family(case, "mean"))
 
 
 @pytest.mark.parametrize(

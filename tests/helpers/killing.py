@@ -55,10 +55,10 @@ class FileSystem:
 
     def _below(self, path: Any, parent: int | None) -> str | None:
         """A path or descriptor, relative to the folder; None: it is not in there."""
-        whole = Path(os.readlink(_FD / str(path))) if isinstance(path, int) else Path(os.fsdecode(path))
+        whole = (_FD / str(path)).readlink() if isinstance(path, int) else Path(os.fsdecode(path))
         if parent is not None:
-            whole = Path(os.readlink(_FD / str(parent))) / whole
-        whole = Path(os.path.abspath(whole))
+            whole = (_FD / str(parent)).readlink() / whole
+        whole = Path(os.path.abspath(whole))  # noqa: PTH100  # a link itself is meant
         return str(whole.relative_to(self.folder)) if whole.is_relative_to(self.folder) else None
 
 
@@ -109,7 +109,9 @@ def run_command(arguments: list[str], folder: Path, scratch: Path, *, kill_at: i
             os._exit(status)
     _, ended = os.waitpid(child, 0)
     killed = os.WIFSIGNALED(ended)
-    assert not killed or os.WTERMSIG(ended) == signal.SIGKILL, f"signal {os.WTERMSIG(ended)}: {said.read_text()}"
+    assert not killed or os.WTERMSIG(ended) == signal.SIGKILL, (
+        f"signal {os.WTERMSIG(ended)}: {said.read_text()}"
+    )
     return Outcome(
         None if killed else os.WEXITSTATUS(ended), tuple(_lines(called)), said.read_text(errors="replace")
     )

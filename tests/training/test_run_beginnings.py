@@ -208,9 +208,7 @@ def test_one_of_two_runs_in_a_folder_proceeds(train, tiny_llama, monkeypatch):
         def wrapped(*arguments: Any, **options: Any) -> Any:
             with monkeypatch.context() as patch:
                 patch.setattr(run, "prepare", lambda *_, **__: pytest.fail("two runs"))
-                refused.extend(
-                    attempt(tiny_llama, *how) for how in ([], ["--resume"], ["--overwrite"])
-                )
+                refused.extend(attempt(tiny_llama, *how) for how in ([], ["--resume"], ["--overwrite"]))
             return real[name](*arguments, **options)
 
         return wrapped

@@ -53,7 +53,9 @@ def resume(folder: Path) -> list[str]:
     told: list[str] = []
     data = [FIXTURES / "calibration.txt"]
     with one_thread():
-        Run(Source.parse(str(MODEL)), data, folder, SHORT, tell=told.append).complete(device="cpu", resume=True)
+        Run(Source.parse(str(MODEL)), data, folder, SHORT, tell=told.append).complete(
+            device="cpu", resume=True
+        )
     return told
 
 
@@ -117,7 +119,9 @@ def test_a_mark_that_is_none(cut: Path, mark: Any) -> None:
 
 
 @pytest.mark.parametrize("name", FILES[:-1])
-@pytest.mark.parametrize("damage", [Path.unlink, empty, halve, flip], ids=["missing", "empty", "torn", "changed"])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, empty, halve, flip], ids=["missing", "empty", "torn", "changed"]
+)
 def test_a_checkpoint_of_an_older_release_lists_no_files(
     cut: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
@@ -196,8 +200,17 @@ def test_tokens_that_the_original_wrote(tmp_path: Path) -> None:
         run(tmp_path / "run", config, resume=True)
 
 
-LINES = [b"\xff\xfe\x00binary", b"[" * 10_000, b"{}", b"5", b'{"step": "1", "loss": 1, "tokens": 5}', b'{"step": 2}',
-         b'{"step": 1, "loss": "low", "tokens": 5}', b'{"step": -1, "loss": 1, "tokens": 5}', b'{"step": 1, "lo']  # fmt: skip
+LINES = [
+    b"\xff\xfe\x00binary",
+    b"[" * 10_000,
+    b"{}",
+    b"5",
+    b'{"step": "1", "loss": 1, "tokens": 5}',
+    b'{"step": 2}',
+    b'{"step": 1, "loss": "low", "tokens": 5}',
+    b'{"step": -1, "loss": 1, "tokens": 5}',
+    b'{"step": 1, "lo',
+]
 
 
 def test_a_log_with_lines_of_others(tmp_path: Path) -> None:

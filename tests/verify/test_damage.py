@@ -60,6 +60,7 @@ def test_palettized_export_passes(verify, tiny_export):
         "palettization": Verdict.WITHIN,
         "bytes": Verdict.PASS,
         "size": Verdict.PASS,
+        "context": Verdict.PASS,
         "execution-float32": Verdict.PASS,
         "execution-rounded": Verdict.PASS,
         "execution-apple": Verdict.NOT_RUN,

@@ -15,6 +15,7 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.recipe import PRESETS
 from edkm_export.training.train_config import PRESETS as TRAINED
 from edkm_export.verify.bytes import compare_bytes
+from edkm_export.verify.context_claim import context_rung
 from edkm_export.verify.foreign_decoding import compare_decoding
 from edkm_export.verify.report import Rung
 from edkm_export.verify.rungs import (
@@ -84,6 +85,7 @@ def rungs() -> dict[str, Rung]:
         palettization_rung(t.quality_limit(4), "", distance, perplexities),
         compare_bytes(Checkpoint(config={}, palettized={}, dense={}), DAMAGED)[0],
         size_rung(1, 1),
+        context_rung(1, 1),
         foreign_decoding(),
         decode_rung(None, "no cache"),
         continuation_rung(None, "no cache"),
@@ -117,6 +119,7 @@ EXPECTED: dict[str, list[float]] = {
     "palettization": [],
     "bytes": [],
     "size": [t.SIZE_TOLERANCE],
+    "context": [],
     "prefill-decode": [t.DECODE_KL, t.DECODE_MEDIANS],
     "continuation": [t.NEAR_TIE_NATS],
     "continuation-rounded": [t.ROUNDED_TIE_NATS],

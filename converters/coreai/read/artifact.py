@@ -43,6 +43,7 @@ class CoreAIArtifact:
         self.path: Path = asset.path
         self.description = asset.description
         self.context = min(_WINDOW, self.description.context)
+        self.claimed_context = self.description.context
         missing = missing_backend()
         self.executions = (
             Execution(

@@ -26,6 +26,7 @@ from converters.coreai.read.element_types import TensorType
 from converters.coreai.read.frames import Frame, pack_frame, read_frame
 from converters.coreai.read.program import Function
 from edkm_export.errors import BackendMissingError, InputError, PackageError
+from edkm_export.taking_turns import taking_turns
 
 __all__ = ["DEADLINE_S", "RUNTIME_NAME", "AppleRuntime"]
 
@@ -188,6 +189,7 @@ class Child:
         """End the process."""
         self._end()
 
+    @taking_turns
     def ask(self, message: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None) -> Frame:
         """Send a message and wait for the answer.
 

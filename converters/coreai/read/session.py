@@ -15,6 +15,7 @@ from converters.coreai.read.running import RunningModel
 from converters.coreai.read.runtime import zeros
 from converters.coreai.read.static_session import StaticSession
 from edkm_export.context_window import require_room
+from edkm_export.taking_turns import taking_turns
 from edkm_export.token_ids import Ids
 
 __all__ = ["CoreAISession", "new_session", "open_session"]
@@ -52,6 +53,7 @@ class CoreAISession:
         self._states = model.asset.program.public[MAIN].states
         self.reset()
 
+    @taking_turns
     def reset(self) -> None:
         """Forget the text."""
         self._used, self._length = 0, min(_FIRST_LENGTH, self.context)
@@ -62,6 +64,7 @@ class CoreAISession:
         """One line: model, positions taken."""
         return f"CoreAISession({self._name}, {self._used:,} of {self.context:,} positions taken)"
 
+    @taking_turns
     def feed(self, tokens: Ids) -> Tensor:
         """Go on with the text: ids [new], in any form that `as_ids` takes -> logits float32 [new, vocab_size].
 

@@ -28,6 +28,7 @@ from converters.coreai.read.observing import ObservedRuntime
 from converters.coreai.read.running import RunningModel
 from converters.coreai.read.runtime import zeros
 from edkm_export.context_window import require_room
+from edkm_export.taking_turns import taking_turns
 from edkm_export.token_ids import Ids
 
 __all__ = ["StaticSession"]
@@ -70,6 +71,7 @@ class StaticSession:
         self._runtime.call(LOAD_EMBEDDINGS, {}, keep={EMBEDDING_TABLE: EMBEDDING_TABLE})
         self.reset()
 
+    @taking_turns
     def reset(self) -> None:
         """Forget the text."""
         self._text = torch.empty(0, dtype=torch.long)
@@ -82,6 +84,7 @@ class StaticSession:
         """One line: model, positions taken."""
         return f"StaticSession({self._name}, {len(self._text):,} of {self.context:,} positions taken)"
 
+    @taking_turns
     def feed(self, tokens: Ids) -> Tensor:
         """Go on with the text: ids [new], in any form that `as_ids` takes -> logits float32 [new, vocab_size].
 

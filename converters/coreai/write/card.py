@@ -5,7 +5,8 @@ from __future__ import annotations
 from converters.coreai.write.export_plan import CoreAIPlan
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.device_lint import Finding, card_sections
-from edkm_export.model_card import FormatCard, plain
+from edkm_export.escaping import for_code_span
+from edkm_export.model_card import FormatCard
 
 __all__ = ["coreai_card"]
 
@@ -25,8 +26,9 @@ def coreai_card(checkpoint: Checkpoint, plan: CoreAIPlan, name: str, findings: l
         findings: of the device lint.
     """
     sections = {
-        "Use": f"`{plain(name)}.aimodel`, `metadata.json` and `tokenizer/` are a bundle as the language model runner "
-        "of apple/coreai-models reads it; open this folder with it on macOS 27 or iOS 27. It was not run on a device."
+        "Use": f"{for_code_span(f'{name}.aimodel')}, `metadata.json` and `tokenizer/` are a bundle as the language "
+        "model runner of apple/coreai-models reads it; open this folder with it on macOS 27 or iOS 27. It was not run "
+        "on a device."
     }
     sections |= card_sections(findings)
     return FormatCard(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from converters.coreml.format import TEXT
 from converters.coreml.read.description import Description
 from converters.coreml.read.embedding_artifact import CoreMLEmbeddingArtifact
 from converters.coreml.read.observe import trace_packages
@@ -38,6 +39,7 @@ class CoreMLArtifact(PackageFiles):
 
     def __init__(self, packages: Sequence[Package], description: Description) -> None:
         super().__init__(packages, description)
+        self.claimed_context = description.context
         CoreMLSession(packages, description)  # has the inputs and outputs that it should
         drawn = self.drawn_words()
         self.executions = (
@@ -58,6 +60,20 @@ class CoreMLArtifact(PackageFiles):
         return (
             f"CoreMLArtifact({self.path.name}, {self.description.interface}, {short_size(self.size_bytes())})"
         )
+
+    def reach(self, context: int) -> None:
+        """Look for a cache of so many positions, or for a text of them where there are no caches.
+
+        Raises:
+            PackageError: there is none.
+        """
+        shapes = []
+        for package, where in self.functions():
+            function = package.functions[where]
+            held = function.states or {TEXT: function.inputs[TEXT]}
+            shapes += [given.type.shape for given in held.values()]
+        if not any(context in shape for shape in shapes):
+            raise PackageError(f"{self.path}: its caches hold {list(shapes[0])}, which are not so many.")
 
     def session(self) -> CoreMLSession | None:
         """The packages with their cache; None when they have none."""

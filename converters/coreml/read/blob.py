@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edkm_export.errors import PackageError
+from edkm_export.regular_file import open_regular
 
 __all__ = ["BlobFile", "BlobRecord"]
 
@@ -60,7 +61,7 @@ class BlobFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 self.size_bytes = path.stat().st_size
                 if self.size_bytes < _HEADER_BYTES:
                     raise PackageError(

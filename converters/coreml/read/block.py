@@ -6,18 +6,19 @@ blocks use a name for different values, the later ones are renamed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import ChainMap, Counter
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from converters.coreml.read.budget import Budget
 from converters.coreml.read.values import TensorType, Value, read_type, read_value
 from edkm_export.errors import PackageError
 
-__all__ = ["Block", "BlockReader", "Operation", "Output", "refuse_absurd"]
+__all__ = ["Block", "BlockReader", "Operation", "Output"]
 
-# A tensor that a program declares beyond this is taken for an attack: 2**32 float32 values are 16 GiB.
-_MAX_NUMEL = 1 << 32
+_MOST_OPERATIONS = 300_000  # each takes a kilobyte; a model of 7 billion weights has ten thousand
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,16 @@ class BlockReader:
     Attributes:
         where: package and function, for messages.
         declared: types of all values read so far, by name.
+        budget: that the package bears out.
     """
 
     where: str
     declared: dict[str, TensorType]
+    budget: Budget
     _lines: int = field(default=0, init=False)
+    _copies: Counter[str] = field(default_factory=Counter, init=False)
 
-    def read(self, message: Any, scope: dict[str, str] | None = None) -> Block:
+    def read(self, message: Any, scope: MutableMapping[str, str] | None = None) -> Block:
         """Read a block.
 
         Args:
@@ -121,7 +125,10 @@ class BlockReader:
             UnsupportedOpError: a type that is not known.
         """
         nested = scope is not None
-        names = dict(scope) if scope is not None else {name: name for name in self.declared}
+        # not copied for each of a thousand blocks; what a block adds is its own
+        names: MutableMapping[str, str] = (
+            ChainMap({}, scope) if scope is not None else {name: name for name in self.declared}
+        )
         inputs = []
         if nested:
             for given in message.inputs:
@@ -135,9 +142,11 @@ class BlockReader:
                 raise PackageError(f"{self.where}: no operation makes the output {output!r}.")
         return Block(tuple(inputs), tuple(names[output] for output in message.outputs), operations)
 
-    def _operation(self, message: Any, names: dict[str, str], nested: bool) -> Operation:
+    def _operation(self, message: Any, names: MutableMapping[str, str], nested: bool) -> Operation:
         kind, line = message.type, self._lines
         self._lines += 1
+        if line >= _MOST_OPERATIONS:
+            raise PackageError(f"{self.where}: has more than {_MOST_OPERATIONS:,} operations; no model has.")
         first = message.outputs[0].name if message.outputs else ""
         owner = f"{self.where}: {kind} {first!r} (line {line})"
         name = first
@@ -154,18 +163,19 @@ class BlockReader:
         outputs = []
         for output in message.outputs:
             declared = read_type(output.type, owner)
-            refuse_absurd(declared, owner)
+            self.budget.require(declared, owner)
             outputs.append(Output(self._declare(output.name, declared, names, owner, nested), declared))
         return Operation(kind, name, line, arguments, tuple(outputs), blocks)
 
     def _declare(
-        self, name: str, declared: TensorType, names: dict[str, str], owner: str, nested: bool
+        self, name: str, declared: TensorType, names: MutableMapping[str, str], owner: str, nested: bool
     ) -> str:
         if name in names and not nested:
             raise PackageError(f"{owner} makes {name!r}, which is there already.")
         unique = name
         while unique in self.declared:
-            unique = f"{unique}'"
+            self._copies[name] += 1
+            unique = f"{name}'{self._copies[name]}"
         names[name] = unique
         self.declared[unique] = declared
         return unique
@@ -177,16 +187,3 @@ def _bindings(argument: Any, names: Mapping[str, str], owner: str) -> Iterator[s
             yield read_value(binding.value, owner)
         else:
             yield names.get(binding.name, binding.name)
-
-
-def refuse_absurd(declared: TensorType, owner: str) -> None:
-    """Refuse a tensor that no device can hold.
-
-    Raises:
-        PackageError: it is one.
-    """
-    numel = declared.numel
-    if numel is not None and numel > _MAX_NUMEL:
-        raise PackageError(
-            f"{owner}: declared as {declared}, which is {numel} elements; no device can hold that."
-        )

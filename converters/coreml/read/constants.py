@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ from edkm_export.errors import PackageError
 
 __all__ = ["Constants"]
 
+_MOST_STEPS = 1000  # of one constant; compressed weights have three or four
+
 
 class Constants:
     """The const and constexpr ops of one function.
@@ -24,14 +26,22 @@ class Constants:
         layout: the package.
         function: the function.
         shared: decoded tensors of all functions; those that name the same blobs share them.
+        numbers: of equal values, by what they depend on; likewise of all functions. None: there is one function.
     """
 
-    def __init__(self, layout: PackageLayout, function: Function, shared: DecodedWeights) -> None:
+    def __init__(
+        self,
+        layout: PackageLayout,
+        function: Function,
+        shared: DecodedWeights,
+        numbers: dict[Hashable, int] | None = None,
+    ) -> None:
+        self._numbers: dict[Hashable, int] = {} if numbers is None else numbers
         self._layout = layout
         self.function = function
         self._shared = shared
         self._held: dict[tuple[str, bool], Inline] = {}
-        self._keys: dict[str, Hashable] = {}
+        self._keys: dict[str, int] = {}
         self.operations = {
             output.name: op for op in function.all_operations if op.is_constant for output in op.outputs
         }
@@ -74,15 +84,14 @@ class Constants:
         value = self.operations[name].arguments.get("val", (None,))[0]
         if isinstance(value, Value) and value.blob is None and not isinstance(value.inline, Tensor):
             return self.stored(name)  # words, or a list
-        if name not in self._keys:
-            self._keys[name] = (self._layout.root, self._key(name))
 
         def decode() -> Tensor:
             stored = self.stored(name)
             assert isinstance(stored, Tensor)
             return stored.to(precision.carrier(declared.dtype))
 
-        return self._shared.get(self._keys[name], precision is Precision.FLOAT16, decode)
+        key = (self._layout.root, declared.dtype.name, self._key(name))
+        return self._shared.get(key, precision is Precision.FLOAT16, decode)
 
     def declared(self, name: str) -> TensorType:
         """Look up the declared type of a constant."""
@@ -95,6 +104,40 @@ class Constants:
             PackageError: its data is damaged, or does not have the declared type.
             UnsupportedOpError: a constexpr that is not implemented.
         """
+        made: dict[str, Inline] = {}
+        for each in self._needed(name):  # none twice, however often it is used
+            made[each] = self._evaluated(each, made)
+        return made[name]
+
+    def _needed(self, name: str) -> list[str]:
+        """The constant, behind those that it is made of.
+
+        Raises:
+            PackageError: one is not there, does not come before its use, or they are absurdly many.
+        """
+        found, waiting = {name}, [name]
+        while waiting:
+            operation = self.operations[waiting.pop()]
+            for bindings in operation.arguments.values():
+                for binding in bindings:
+                    if not isinstance(binding, str):
+                        continue
+                    source = self.operations.get(binding)
+                    if source is None or source.line >= operation.line:
+                        raise PackageError(
+                            f"{self.where(operation)}: its operand {binding!r} is not a constant made before it."
+                        )
+                    if binding not in found:
+                        found.add(binding)
+                        waiting.append(binding)
+            if len(found) > _MOST_STEPS:
+                raise PackageError(
+                    f"{self.where(self.operations[name])}: is made of more than {_MOST_STEPS} other constants."
+                )
+        return sorted(found, key=lambda each: self.operations[each].line)
+
+    def _evaluated(self, name: str, made: Mapping[str, Inline]) -> Inline:
+        """A constant, from those that it is made of."""
         operation = self.operations[name]
         declared = self.declared(name)
         if operation.type == "const":
@@ -107,7 +150,10 @@ class Constants:
                 )
             return self.read(value, operation)
         arguments = {
-            key: [self.operand(operation, binding) for binding in bindings]
+            key: [
+                made[binding] if isinstance(binding, str) else self.read(binding, operation)
+                for binding in bindings
+            ]
             for key, bindings in operation.arguments.items()
         }
         with located(self.where(operation)):
@@ -161,23 +207,23 @@ class Constants:
         data = blob.read(value.blob.offset, owner, dtype_code=dtype.blob_code, bits=dtype.bits, count=count)
         return decode_bytes(data, dtype, shape, f"{blob.path}: {owner}")
 
-    def _key(self, name: str) -> Hashable:
-        """Identify a value by what it depends on: equal keys, equal values."""
-        operation = self.operations[name]
-        parts = [
-            (key, tuple(self._binding_key(operation, binding) for binding in bindings))
-            for key, bindings in sorted(operation.arguments.items())
-        ]
-        return (operation.type, self._place(name), tuple(parts), str(self.declared(name)))
+    def _key(self, name: str) -> int:
+        """Identify a value by what it depends on, in all functions of a package: equal numbers, equal values."""
+        if name not in self._keys:
+            for each in self._needed(name):
+                operation = self.operations[each]
+                parts = [
+                    (key, tuple(map(self._binding_key, bindings)))
+                    for key, bindings in sorted(operation.arguments.items())
+                ]
+                words = (operation.type, self._place(each), tuple(parts), str(self.declared(each)))
+                # a number, since a tuple of tuples is hashed anew whenever it is used
+                self._keys[each] = self._numbers.setdefault(words, len(self._numbers))
+        return self._keys[name]
 
-    def _binding_key(self, operation: Operation, binding: str | Value) -> Hashable:
+    def _binding_key(self, binding: str | Value) -> Hashable:
         if isinstance(binding, str):
-            source = self.operations.get(binding)
-            if source is None or source.line >= operation.line:
-                raise PackageError(
-                    f"{self.where(operation)}: its operand {binding!r} is not a constant made before it."
-                )
-            return self._key(binding)
+            return self._keys[binding]
         if binding.blob is not None:
             return (str(binding.type), binding.blob)
         inline = binding.inline

@@ -6,11 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from converters.coreml.format import INTERFACES, METADATA_PREFIX, Interface
 from edkm_export.errors import PackageError
 
 __all__ = ["Description"]
+
+
+_MOST_PACKAGES = 256  # one for each layer of the deepest models
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,24 @@ class Description:
             packages = None
         if (
             not isinstance(packages, list)
-            or not packages
-            or not all(isinstance(file, str) and PurePosixPath(file).name == file for file in packages)
+            or not 0 < len(packages) <= _MOST_PACKAGES
+            or not all(map(_is_package_name, packages))
+            or len({*packages}) != len(packages)
         ):
-            raise PackageError(f"{path}: metadata {METADATA_PREFIX}packages is not a list of file names.")
+            raise PackageError(
+                f"{path}: metadata {METADATA_PREFIX}packages is not a list of different names of packages, at most "
+                f"{_MOST_PACKAGES}."
+            )
         return cls(interface, numbers[0], numbers[1], tuple(packages))
+
+
+def _is_package_name(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and PurePosixPath(name).name == name
+        and name not in ("", ".", "..")
+        and "\0" not in name
+    )
 
 
 def _number(metadata: Mapping[str, str], key: str, path: Path) -> int:

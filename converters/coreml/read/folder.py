@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edkm_export.atomic import MARKER
 from edkm_export.errors import PackageError
+from edkm_export.regular_file import read_regular
 
 __all__ = ["find_package"]
 
@@ -33,7 +34,7 @@ def find_package(path: str | Path) -> Path:
 def _first_of(folder: Path) -> Path | None:
     """The package that metadata.json names, if it can be read."""
     try:
-        name = json.loads((folder / MARKER).read_text(encoding="utf-8"))["package"]
+        name = json.loads(read_regular(folder / MARKER))["package"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return folder / name if isinstance(name, str) else None

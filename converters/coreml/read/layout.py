@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from converters.coreml.read.blob import BlobFile
 from edkm_export.errors import PackageError
+from edkm_export.regular_file import read_regular
 
 __all__ = ["PackageLayout"]
 
@@ -42,7 +43,7 @@ class PackageLayout:
         root = given.resolve()
         manifest = root / "Manifest.json"
         try:
-            content = json.loads(manifest.read_text(encoding="utf-8"))
+            content = json.loads(read_regular(manifest))
             identifier = content["rootModelIdentifier"]
             item = content["itemInfoEntries"][identifier]["path"]
         except OSError as error:

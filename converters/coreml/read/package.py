@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,14 @@ class Package:
     """
 
     def __init__(self, layout: PackageLayout, decoded: DecodedWeights | None = None) -> None:
-        program = read_program(layout.model_file)
+        program = read_program(layout.model_file, layout.size_bytes)
         self.path: Path = layout.root
         self.functions: Mapping[str, Function] = program.functions
         self.default_function: str = program.default_function
         self.metadata: Mapping[str, str] = program.metadata
         self._layout = layout
         self._decoded = DecodedWeights() if decoded is None else decoded
+        self._numbers: dict[Hashable, int] = {}
         self._constants: dict[str, Constants] = {}
         self._interpreters: dict[str, Interpreter] = {}
 
@@ -181,7 +182,7 @@ class Package:
 
     def _constants_of(self, function: Function) -> Constants:
         if function.name not in self._constants:
-            self._constants[function.name] = Constants(self._layout, function, self._decoded)
+            self._constants[function.name] = Constants(self._layout, function, self._decoded, self._numbers)
         return self._constants[function.name]
 
     def _weights(self, function: str | None) -> Weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from converters.coreml.backend import model_message
-from converters.coreml.read.block import Block, BlockReader, Operation, Output, refuse_absurd
+from converters.coreml.read.block import Block, BlockReader, Operation, Output
+from converters.coreml.read.budget import MOST_COMPUTED, Budget
 from converters.coreml.read.values import TensorType, read_type
 from edkm_export.errors import PackageError
+from edkm_export.regular_file import read_regular
 
 __all__ = ["Block", "Function", "FunctionInput", "Operation", "Output", "Program", "read_program"]
+
+_MOST_BYTES = 1 << 31  # protobuf takes no larger message
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,12 @@ class Program:
     metadata: Mapping[str, str]
 
 
-def read_program(path: Path) -> Program:
+def read_program(path: Path, size_bytes: int) -> Program:
     """Read an .mlmodel that holds an ML program.
+
+    Args:
+        path: of the file.
+        size_bytes: of its package, which bounds what it may declare.
 
     Raises:
         PackageError: not such a file, or a malformed one.
@@ -98,17 +107,20 @@ def read_program(path: Path) -> Program:
     from google.protobuf.message import DecodeError
 
     try:
-        model.ParseFromString(path.read_bytes())
-    except DecodeError as error:
+        model.ParseFromString(read_regular(path, _MOST_BYTES))
+    except OSError as error:
+        raise PackageError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (DecodeError, RecursionError, ValueError) as error:
         raise PackageError(f"{path}: not a Core ML model ({error}); the file is damaged.") from error
     kind = model.WhichOneof("Type")
     if kind != "mlProgram":
         raise PackageError(
             f"{path}: holds {kind or 'no model'}, expected an ML program (.mlpackage of iOS 15 or later)."
         )
+    budget = Budget.of(size_bytes)
     described = {function.name: function for function in model.description.functions}
     functions = {
-        name: _read_function(path, name, function, described.get(name, model.description))
+        name: _read_function(path, name, function, described.get(name, model.description), budget)
         for name, function in sorted(model.mlProgram.functions.items())
     }
     default = model.description.defaultFunctionName or "main"
@@ -119,7 +131,7 @@ def read_program(path: Path) -> Program:
     return Program(functions, default, dict(model.description.metadata.userDefined))
 
 
-def _read_function(path: Path, name: str, message: Any, description: Any) -> Function:
+def _read_function(path: Path, name: str, message: Any, description: Any, budget: Budget) -> Function:
     if message.opset not in message.block_specializations:
         raise PackageError(f"{path}: function {name}: no block for its opset {message.opset!r}.")
     block = message.block_specializations[message.opset]
@@ -130,12 +142,13 @@ def _read_function(path: Path, name: str, message: Any, description: Any) -> Fun
         owner = f"{path}: function {name}: input {given.name!r}"
         if given.type.WhichOneof("type") == "stateType":
             state = read_type(given.type.stateType.wrappedType, owner)
-            refuse_absurd(state, owner)
             states[given.name] = FunctionInput(given.name, state)
         else:
             inputs[given.name] = _read_input(given, features.get(given.name), owner)
+            budget.require(inputs[given.name].type, owner)
+    budget.require_states([state.type for state in states.values()], f"{path}: function {name}")
     declared = {given: spec.type for given, spec in (inputs | states).items()}
-    body = BlockReader(f"{path}: function {name}", declared).read(block)
+    body = BlockReader(f"{path}: function {name}", declared, budget).read(block)
     outputs = {output: declared[output] for output in body.outputs}
     images = {
         feature.name: feature.type.imageType.ColorSpace.Name(feature.type.imageType.colorSpace)
@@ -147,7 +160,6 @@ def _read_function(path: Path, name: str, message: Any, description: Any) -> Fun
 
 def _read_input(message: Any, feature: Any, owner: str) -> FunctionInput:
     declared = read_type(message.type, owner)
-    refuse_absurd(declared, owner)
     if feature is None or feature.type.WhichOneof("Type") != "multiArrayType":
         return FunctionInput(message.name, declared)
     array = feature.type.multiArrayType
@@ -166,4 +178,6 @@ def _read_input(message: Any, feature: Any, owner: str) -> FunctionInput:
         given = array.WhichOneof("defaultOptionalValue")
         default = float(getattr(array, given)) if given else 0.0
     shape = declared.fixed_shape if declared.fixed_shape is not None else tuple(array.shape)
+    if default is not None and (min(shape, default=0) < 0 or math.prod(shape) > MOST_COMPUTED):
+        raise PackageError(f"{owner}: its default has the shape {list(shape)}, which no device can hold.")
     return FunctionInput(message.name, declared, ranges, shapes, default, shape)

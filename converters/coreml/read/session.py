@@ -34,6 +34,7 @@ from converters.coreml.read.package import Package, load_package
 from converters.coreml.read.program import Function
 from edkm_export.context_window import require_room
 from edkm_export.errors import PackageError
+from edkm_export.taking_turns import taking_turns
 from edkm_export.token_ids import Ids
 
 __all__ = ["CoreMLSession", "Runnable", "open_chunks"]
@@ -161,11 +162,13 @@ class CoreMLSession:
             f"{self._used:,} of {self.context:,} positions taken)"
         )
 
+    @taking_turns
     def reset(self) -> None:
         """Forget the text."""
         self._used = 0
         self._caller.reset()
 
+    @taking_turns
     def feed(self, tokens: Ids) -> Tensor:
         """Go on with the text: ids [new], in any form that `as_ids` takes -> logits float32 [new, vocab_size].
 

@@ -52,6 +52,9 @@ class DType:
         return self.stored.is_floating_point
 
 
+_MAX_SIZE = (1 << 31) - 1  # beside a size of zero, which makes their product harmless
+_MAX_RANK = 16
+
 STRING = DType("string", 0, torch.uint8, torch.uint8, None)
 
 # MIL.proto DataType -> DType. torch has few operations on uint16 and uint32, hence the wider compute dtypes.
@@ -190,13 +193,16 @@ def read_type(message: Any, owner: str) -> TensorType:
         raise UnsupportedOpError(f"{owner}: element type {tensor.dataType} of MIL is not supported.")
     if any(axis.WhichOneof("dimension") == "unknown" and axis.unknown.variadic for axis in tensor.dimensions):
         return TensorType(dtype, None)
-    return TensorType(
-        dtype,
-        tuple(
-            axis.constant.size if axis.WhichOneof("dimension") == "constant" else None
-            for axis in tensor.dimensions
-        ),
+    shape = tuple(
+        int(axis.constant.size) if axis.WhichOneof("dimension") == "constant" else None
+        for axis in tensor.dimensions
     )
+    # what has elements is held against its data, or against what the package bears out
+    largest = max((size for size in shape if size is not None), default=0)
+    if len(shape) > _MAX_RANK or (0 in shape and largest > _MAX_SIZE):
+        what = f"{len(shape)} axes" if len(shape) > _MAX_RANK else f"a size of {largest}"
+        raise PackageError(f"{owner}: declared with {what}; no device can hold that.")
+    return TensorType(dtype, shape)
 
 
 def read_value(message: Any, owner: str) -> Value:
@@ -253,7 +259,8 @@ def _read_inline(message: Any, declared: TensorType, owner: str) -> Inline:
         return decode_bytes(np.frombuffer(values, np.uint8).copy(), dtype, shape, owner)
     if dtype.is_float != (field in ("floats", "doubles")):
         raise PackageError(f"{owner}: an inline constant of {declared} holds {field}.")
-    wide = torch.tensor(list(values), dtype=torch.float64 if dtype.is_float else torch.int64).reshape(shape)
+    kind = np.float64 if dtype.is_float else np.int64
+    wide = torch.from_numpy(np.fromiter(values, kind, len(values))).reshape(shape)
     narrow = wide.to(dtype.stored)
     if not dtype.is_float and not torch.equal(narrow.to(torch.int64), wide):
         raise PackageError(f"{owner}: an inline constant of {declared} holds a value beyond its type.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -119,12 +120,12 @@ class Weights:
             PackageError: one is damaged.
         """
         found: dict[str, Tensor] = {}
-        for output, operation in self._constants.operations.items():
+        for output in self._constants.operations:
             users = self._users[output]
             if users and all(user.type.startswith("constexpr_") for user in users):
                 continue
             small = (self._constants.declared(output).numel or 0) < _MIN_NUMEL
-            if self._holds_palette(operation) or (small and output not in self._names):
+            if output in self._palettes or (small and output not in self._names):
                 continue
             value = self._constants.stored(output)
             if isinstance(value, Tensor):
@@ -140,16 +141,15 @@ class Weights:
         ]
         return [*scalings] if len(scalings) == len(self._users[output]) and scalings else [None, *scalings]
 
-    def _holds_palette(self, operation: Operation) -> bool:
-        """Tell whether an op is a lookup, or scales what one decodes."""
-        if operation.type == _LOOKUP:
-            return True
-        sources = [
-            name for bindings in operation.arguments.values() for name in bindings if isinstance(name, str)
-        ]
-        return any(
-            self._holds_palette(self._constants.operations[name]) for name in sources if name in self._users
-        )
+    @cached_property
+    def _palettes(self) -> set[str]:
+        """Names of the constants that are looked up, or made of one that is."""
+        found: set[str] = set()
+        for operation in sorted({*self._constants.operations.values()}, key=lambda each: each.line):
+            sources = (name for bindings in operation.arguments.values() for name in bindings)
+            if operation.type == _LOOKUP or any(name in found for name in sources if isinstance(name, str)):
+                found |= {output.name for output in operation.outputs}
+        return found
 
     def _operand(self, operation: Operation, key: str) -> Tensor | None:
         """Read an argument of a constexpr as stored, None when it is absent."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.device_lint import Finding, card_sections
 from edkm_export.embedding_card import MARKED_PROMPTS, prompts_section
 from edkm_export.embedding_settings import EmbeddingSettings
-from edkm_export.model_card import FormatCard, code, plain, table
+from edkm_export.escaping import for_markdown, for_swift
+from edkm_export.model_card import FormatCard, code, table
 
 __all__ = ["coreml_card", "mac_commands"]
 
@@ -68,7 +68,7 @@ _TAGS = {
 
 def _packages(plan: ExportPlan, name: str) -> str:
     rows = [("file", "layers", "weights")] + [
-        (plain(file), f"{layers.first} to {layers.end - 1}", f"{size / 1e6:,.1f} MB")
+        (for_markdown(file), f"{layers.first} to {layers.end - 1}", f"{size / 1e6:,.1f} MB")
         for file, layers, size in zip(
             plan.package_names(name), plan.chunks, plan.package_sizes_bytes, strict=True
         )
@@ -115,7 +115,7 @@ def _use(plan: ExportPlan, name: str) -> str:
 
 def _swift(example: str, name: str) -> str:
     """A block of code with the name as the contents of a string."""
-    return code("swift", example.format(name=json.dumps(name)[1:-1]).strip().splitlines())
+    return code("swift", example.format(name=for_swift(name)).strip().splitlines())
 
 
 _SWIFT_TRANSFORMERS = """

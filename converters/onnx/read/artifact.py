@@ -48,11 +48,23 @@ class OnnxArtifact(GraphFiles):
         super().__init__(graph)
         check_interface(graph.graph)
         self.context = min(_WINDOW, max(graph.description.context - _PADDING, 2))
+        self.claimed_context = graph.description.context
         self.executions = tuple(self._executions())
 
     def __repr__(self) -> str:
         """One line: folder, profile, size."""
         return f"OnnxArtifact({self.path.name}, {self.graph.profile}, {short_size(self.size_bytes())})"
+
+    def reach(self, context: int) -> None:
+        """Run a token at the last position, alone.
+
+        Raises:
+            PackageError: its tables do not reach so far.
+        """
+        feeds = batch_feeds(self.graph.graph, [torch.zeros(1, dtype=torch.int64)], 1)
+        if POSITION_IDS in feeds:
+            feeds = {**feeds, POSITION_IDS: np.full_like(feeds[POSITION_IDS], context - 1)}
+        self.graph.runtime("all").run(feeds)
 
     def session(self) -> OnnxSession:
         """The decoder with its cache, in the arithmetic of the first execution."""

@@ -15,6 +15,7 @@ from converters.onnx.read.executors import OnnxRuntime, Optimization
 from converters.onnx.read.interface import check_interface, empty_cache, past_of
 from converters.onnx.read.lut_graph import LutGraph, load_graph
 from edkm_export.context_window import require_room
+from edkm_export.taking_turns import taking_turns
 from edkm_export.token_ids import Ids
 
 __all__ = ["OnnxSession"]
@@ -66,6 +67,7 @@ class OnnxSession:
         name = self._graph.path.name
         return f"OnnxSession({name}, {self._used:,} of {self.context:,} positions taken)"
 
+    @taking_turns
     def reset(self) -> None:
         """Forget the text."""
         self._used = 0
@@ -73,6 +75,7 @@ class OnnxSession:
             name: self._value(value) for name, value in empty_cache(self._graph, batch=1).items()
         }
 
+    @taking_turns
     def feed(self, tokens: Ids) -> Tensor:
         """Go on with the text: ids [new], in any form that `as_ids` takes -> logits float32 [new, vocab_size].
 

@@ -9,8 +9,8 @@ import torch
 from converters.onnx.backend import load_onnx
 from converters.onnx.format import ATTENTION_MASK, EMBEDDING, INPUT_IDS, POSITION_IDS, TOKEN_TYPES, VECTORS
 from converters.onnx.write.builder import GraphBuilder
-from converters.onnx.write.growing_cache import BATCH, NEW
 from converters.onnx.write.fused_norms import replace_norm
+from converters.onnx.write.growing_cache import BATCH, NEW
 from converters.onnx.write.tracing import Tracer, Value, WeightForms
 from edkm_export.decoder.embedding.embedding_model import EmbeddingModel, visible_masks
 from edkm_export.decoder.positions import PositionTables

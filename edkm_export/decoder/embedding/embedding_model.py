@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import read_settings
-from edkm_export.decoder.config import FULL, SLIDING, DecoderConfig
+from edkm_export.decoder.config import ATTENDS, FULL, SLIDING, DecoderConfig
 from edkm_export.decoder.context import Context, causal_mask, padding_mask, sliding_mask
 from edkm_export.decoder.decoder import Stack
 from edkm_export.decoder.embedding.bert import BertSettings
@@ -164,6 +164,11 @@ def _settings(config: dict[str, Any], source: str) -> Any:
     known = {name: kind for name, kind in FAMILIES.items() if name not in _NO_ENCODERS} | ENCODERS
     settings = read_settings(config, known, source)
     found = settings.decoder_config()
+    if others := sorted(set(found.layer_kinds) - set(ATTENDS)):
+        raise ConversionError(
+            f"{source}: model type {config['model_type']!r} has layers of the kind {others[0]!r}, whose states would take in "
+            "the padding of a batch; embedding models are made of attention alone."
+        )
     if found.hidden_size % found.num_heads and isinstance(settings, (BertSettings, ModernBertSettings)):
         raise ConversionError(
             f"{source}: {found.num_heads} heads do not divide hidden_size {found.hidden_size} of its configuration."

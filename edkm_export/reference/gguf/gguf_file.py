@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edkm_export.errors import BackendMissingError, InputError, SourceError
+from edkm_export.regular_file import open_regular
 
 __all__ = ["GgufFile", "StoredTensor", "part_paths", "quantization"]
 
@@ -26,6 +27,7 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
+_MOST_ENTRIES = 1 << 22  # of an array, each of which becomes an object; vocabularies have 260,000 tokens
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {
     0: "<u1",
@@ -195,7 +197,7 @@ def part_paths(path: str | Path) -> list[Path]:
 
 def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _Header(path, content).read()
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
@@ -278,6 +280,8 @@ class _Header:
             return self._string()
         if kind == _ARRAY:
             inner, count = self._number("<u4"), self._number("<u8")
+            if count > _MOST_ENTRIES:
+                raise self.damaged(f"an array of {count} values; more than {_MOST_ENTRIES} are not read")
             if inner == _STRING:
                 self._require(count * 8)
                 return [self._string() for _ in range(count)]

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.config_bounds import check_config
 from edkm_export.errors import SourceError
+from edkm_export.guarded_tokenizer import guarded
 from edkm_export.reference.account import Account
 from edkm_export.reference.gguf.architectures import ARCHITECTURES
 from edkm_export.reference.gguf.gguf_file import GgufFile
@@ -53,6 +55,9 @@ class GgufModel:
                 f"{', '.join(sorted(ARCHITECTURES))}."
             )
         self._architecture = ARCHITECTURES[settings.arch]
+        told = {name: file.metadata.get(f"{settings.arch}.{key}") for key, name in _COUNTS.items()}
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        check_config(told, str(file.path), shapes, SourceError)  # before anything is listed that many times
         self._described = self._architecture.describe(settings, file)
         self._places = places(self._architecture, self._described.config)
         self._vocabulary = Vocabulary(settings)
@@ -203,7 +208,23 @@ class GgufModel:
             SourceError: the file holds none, or a part of it is not understood.
         """
         self._settings_understood()
-        return self._vocabulary.build()
+        if self._vocabulary.is_empty:  # said in its own words, before a process is made for it
+            return self._vocabulary.build()
+        return guarded(self._vocabulary.build, str(self.file.path))
+
+
+_COUNTS = {
+    "block_count": "num_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "v_head_dim",
+    "rope.dimension_count": "rotary_dim",
+    "vocab_size": "vocab_size",
+}
 
 
 def _in_all_layers(name: str) -> str:

@@ -95,6 +95,11 @@ class Vocabulary:
         for name in names:
             settings.ignore(f"tokenizer.chat_template.{name}", "another chat template than the main one")
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the file holds no tokenizer."""
+        return self.kind == "none" or not self.tokens
+
     def build(self) -> Any:
         """The tokenizer.
 
@@ -106,7 +111,7 @@ class Vocabulary:
         """
         from transformers import PreTrainedTokenizerFast
 
-        if self.kind == "none" or not self.tokens:
+        if self.is_empty:
             raise SourceError(f"{self.path}: holds no tokenizer; tokenizer.ggml.tokens is missing.")
         try:
             backend = self._byte_level() if self.kind == _BYTE_LEVEL else self._sentencepiece()

@@ -143,6 +143,9 @@ FAULTS = (
     TypeError,
     LookupError,
     ArithmeticError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
 )
 """What the function of an op raises when it cannot compute its result."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from converters.coreml.read.ops.registry import UnsupportedForm, op
 from edkm_export.packing import SUPPORTED_BITS, packed_size_bytes, unpack
 
+_LONGEST_VECTOR = 64  # a short index of a long vector would decode to any size
 _DECODE_ROWS = 1024  # rows decoded at a time, to bound the temporaries of the gather
 
 
@@ -44,6 +45,8 @@ def constexpr_lut_to_dense(
         if groups > 1:
             number = torch.arange(length, dtype=torch.int32) // (length // groups)
             group = group * groups + number.reshape([-1 if other == axis else 1 for other in range(rank)])
+    if size > _LONGEST_VECTOR:
+        raise ValueError(f"vectors of {size}")
     dense = torch.empty(*indices.shape, size, dtype=lut.dtype)
     for start in range(0, indices.shape[0], _DECODE_ROWS):
         rows = slice(start, start + _DECODE_ROWS)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from converters.coreml.read.budget import require_computable
 from converters.coreml.read.ops.joining import last_axis_first
 from converters.coreml.read.ops.registry import UnsupportedForm, op
 
@@ -78,6 +79,8 @@ def conv(
     dilations = dilations or [1] * rank
     padding = spatial_padding(pad_type, pad, x.shape[2:], list(weight.shape[2:]), strides, dilations)
     if any(padding):
+        pairs = zip(x.shape[2:], padding[0::2], padding[1::2], strict=True)
+        require_computable([*x.shape[:2], *(max(0, sum(each)) for each in pairs)])
         x = F.pad(x, last_axis_first(padding))
     return _CONV[rank](x, weight, bias, strides, 0, dilations, groups)
 
@@ -103,6 +106,9 @@ def conv_transpose(
     if rank not in _CONV_TRANSPOSE:
         raise UnsupportedForm(f"{rank} spatial axes")
     strides = strides or [1] * rank
+    require_computable(
+        [len(x), weight.shape[1] * groups, *map(math.prod, zip(x.shape[2:], strides, strict=False))]
+    )
     whole = _CONV_TRANSPOSE[rank](x, weight, None, strides, 0, 0, groups, dilations or [1] * rank)
     sizes = whole.shape[2:]
     kind = pad_type.lower()
@@ -122,8 +128,7 @@ def conv_transpose(
     if kind.startswith("same"):
         surplus = [max(size - target, 0) for size, target in zip(sizes, wanted, strict=True)]
         before = [total // 2 if kind == "same" else total - total // 2 for total in surplus]
-    if min(wanted, default=0) < 0:
-        raise ValueError(f"an output of {wanted}")
+    require_computable([*whole.shape[:2], *wanted])
     for axis, (first, target) in enumerate(zip(before, wanted, strict=True), start=2):
         kept = whole.narrow(axis, first, min(target, whole.shape[axis] - first))
         whole = F.pad(kept, [0, 0] * (rank + 1 - axis) + [0, target - kept.shape[axis]])

@@ -7,25 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from converters.coreml.read.budget import MOST_COMPUTED, require_computable
 from converters.coreml.read.ops.registry import op
-
-_MAX_NUMEL = 1 << 32
-
-
-def refuse_absurd(shape: list[int]) -> None:
-    """Refuse a shape that no device can hold.
-
-    Raises:
-        ValueError: it is one.
-    """
-    if min(shape, default=0) < 0 or math.prod(shape) > _MAX_NUMEL:
-        raise ValueError(f"shape {shape} is absurd")
 
 
 @op("fill")
 def fill(shape: list[int], value: Tensor | None = None) -> Tensor:
     """Tensor of one value; float32 zeros by default."""
-    refuse_absurd(shape)
+    require_computable(shape)
     return torch.zeros(shape) if value is None else value.reshape(()).expand(shape).clone()
 
 
@@ -44,7 +33,7 @@ def range_1d(start: Tensor, end: Tensor, step: Tensor) -> Tensor:
         count = ((end.float() - start.float()) / step.float()).ceil().item()
     else:
         count = math.ceil((end.item() - start.item()) / step.item())
-    if not count <= _MAX_NUMEL:
+    if not count <= MOST_COMPUTED:
         raise ValueError(f"range from {start.item()} to {end.item()} in steps of {step.item()}")
     steps = torch.arange(
         max(int(count), 0), dtype=torch.float64 if start.is_floating_point() else start.dtype
@@ -61,7 +50,7 @@ def one_hot(
     off_value: Tensor | None = None,
 ) -> Tensor:
     """Vectors that are `on_value` at the index and `off_value` elsewhere, along a new axis."""
-    refuse_absurd([*indices.shape, one_hot_vector_size])
+    require_computable([*indices.shape, one_hot_vector_size])
     on = torch.tensor(1) if on_value is None else on_value
     off = torch.tensor(0) if off_value is None else off_value
     hits = indices[..., None] == torch.arange(one_hot_vector_size)

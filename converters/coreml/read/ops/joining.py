@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from converters.coreml.read.budget import require_computable
 from converters.coreml.read.ops.registry import UnsupportedForm, op
 
 
@@ -42,6 +43,7 @@ def pad(x: Tensor, pad: list[int], mode: str = "constant", constant_val: float =
     """Pad the last axes, (before, after) of each; with a constant, mirrored, or with the border value."""
     if len(pad) % 2 or len(pad) > 2 * x.dim() or min(pad, default=0) < 0:
         raise ValueError(f"pad {pad} for a tensor of rank {x.dim()}")
+    require_computable(_padded(list(x.shape), pad))
     if mode == "constant":
         return F.pad(x, last_axis_first(pad), value=constant_val)
     if mode not in ("reflect", "replicate"):
@@ -51,6 +53,14 @@ def pad(x: Tensor, pad: list[int], mode: str = "constant", constant_val: float =
         before, after = pad[2 * (axis - first) : 2 * (axis - first) + 2]
         x = x.index_select(axis, _mirror(x.shape[axis], before, after, mode))
     return x
+
+
+def _padded(sizes: list[int], pad: list[int]) -> list[int]:
+    """Sizes after padding the last axes."""
+    first = len(sizes) - len(pad) // 2
+    return sizes[:first] + [
+        size + before + after for size, before, after in zip(sizes[first:], pad[0::2], pad[1::2], strict=True)
+    ]
 
 
 def _mirror(size: int, before: int, after: int, mode: str) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converters.coreml.read.budget import require_computable
 from converters.coreml.read.ops.registry import Call, OutOfRange, TensorList, op
 
 _MAX_LENGTH = 1 << 20
@@ -25,6 +26,7 @@ def make_list(
     if not 0 <= init_length <= _MAX_LENGTH:
         raise ValueError(f"init_length {init_length}")
     sizes = [1 if isinstance(size, str) else int(size) for part in elem_shape for size in _sizes(part)]
+    require_computable(sizes)
     return TensorList((None,) * init_length, dynamic_length, torch.zeros(sizes, dtype=call.carrier))
 
 

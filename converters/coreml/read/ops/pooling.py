@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from converters.coreml.read.budget import require_computable
 from converters.coreml.read.ops.convolution import spatial_padding
 from converters.coreml.read.ops.joining import last_axis_first
 from converters.coreml.read.ops.registry import UnsupportedForm, op
@@ -47,7 +48,11 @@ def _windows(
 
 def _padded(x: Tensor, padding: list[int], extra: list[int], value: float) -> Tensor:
     wider = [size + (extra[place // 2] if place % 2 else 0) for place, size in enumerate(padding)]
-    return F.pad(x, last_axis_first(wider), value=value) if any(wider) else x
+    if not any(wider):
+        return x
+    pairs = zip(x.shape[2:], wider[0::2], wider[1::2], strict=True)
+    require_computable([*x.shape[:2], *(max(0, sum(each)) for each in pairs)])
+    return F.pad(x, last_axis_first(wider), value=value)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from converters.coreml.read.ops.creation import refuse_absurd
+from converters.coreml.read.budget import require_computable
 from converters.coreml.read.ops.registry import Call, UnsupportedForm, op
 
 
@@ -20,7 +20,7 @@ def _generator(call: Call, seed: int) -> torch.Generator:
 
 
 def _uniform(shape: list[int], call: Call, seed: int) -> Tensor:
-    refuse_absurd(shape)
+    require_computable(shape)
     return torch.rand(shape, generator=_generator(call, seed))
 
 
@@ -37,7 +37,7 @@ def random_normal(
     shape: list[int], call: Call, mean: float = 0.0, stddev: float = 1.0, seed: int = -1
 ) -> Tensor:
     """Normally distributed."""
-    refuse_absurd(shape)
+    require_computable(shape)
     return mean + stddev * torch.randn(shape, generator=_generator(call, seed))
 
 
@@ -52,7 +52,7 @@ def random_categorical(x: Tensor, call: Call, mode: str = "logits", size: int = 
     """Classes of the last axis, drawn with replacement."""
     if mode not in ("logits", "probs"):
         raise UnsupportedForm(f"mode {mode!r}")
-    refuse_absurd([*x.shape[:-1], size])
+    require_computable([*x.shape[:-1], size])
     weights = torch.softmax(x.float(), -1) if mode == "logits" else x.float()
     drawn = torch.multinomial(
         weights.reshape(-1, x.shape[-1]), size, replacement=True, generator=_generator(call, seed)

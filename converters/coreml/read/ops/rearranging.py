@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from converters.coreml.read.budget import require_computable
 from converters.coreml.read.ops.registry import OutOfRange, op
 
 
@@ -29,6 +30,7 @@ def space_to_depth(x: Tensor, block_size: int) -> Tensor:
 def space_to_batch(x: Tensor, block_shape: list[int], paddings: list[int]) -> Tensor:
     """Pad, then blocks of space into the batch; the block position is the slower part of the batch."""
     (rows, columns), (top, bottom, left, right) = block_shape, paddings
+    require_computable([*x.shape[:2], max(0, x.shape[2] + top + bottom), max(0, x.shape[3] + left + right)])
     x = F.pad(x, [left, right, top, bottom])
     n, c, h, w = x.shape
     blocks = x.reshape(n, c, h // rows, rows, w // columns, columns)

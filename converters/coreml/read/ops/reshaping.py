@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from converters.coreml.read.budget import require_computable
 from converters.coreml.read.ops.registry import Call, op
 
 
@@ -86,6 +87,7 @@ def tile(x: Tensor, reps: list[int]) -> Tensor:
     """Repeat x along each axis."""
     if len(reps) != x.dim():
         raise ValueError(f"{len(reps)} repetitions for a tensor of rank {x.dim()}")
+    require_computable([size * times for size, times in zip(x.shape, reps, strict=True)])
     return x.repeat(reps)
 
 

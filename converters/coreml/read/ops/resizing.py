@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from converters.coreml.read.budget import require_computable
 from converters.coreml.read.ops.registry import UnsupportedForm, op
 
 __all__ = ["grid_points"]
@@ -56,6 +57,7 @@ def _linear(x: Tensor, axis: int, points: Tensor) -> Tensor:
     shape = [1] * x.dim()
     shape[axis] = -1
     weight = (points - low).to(x.dtype).reshape(shape)
+    require_computable([*x.shape[:axis], len(low), *x.shape[axis + 1 :]])
     return x.index_select(axis, low) * (1 - weight) + x.index_select(axis, high) * weight
 
 

@@ -240,6 +240,96 @@ def test_absurd_dimension(size: int, package: Path) -> None:
     refuse(package, "'second'", str(size))
 
 
+def test_absurd_dimension_beside_a_zero(package: Path) -> None:
+    def change(function: Any, operations: dict[str, Any]) -> None:
+        sizes = operations["second"].outputs[0].type.tensorType.dimensions
+        sizes[0].constant.size, sizes[1].constant.size = 2**63, 0
+
+    edit(package, change)
+    refuse(package, "'second'", str(2**63))
+
+
+def test_states_beyond_what_the_package_bears_out(package: Path) -> None:
+    """Each of them could be, together they are 3 GB in a package of some kilobytes."""
+
+    def change(function: Any, operations: dict[str, Any]) -> None:
+        for number in range(10):
+            given = function.inputs.add()
+            given.name = f"state{number}"
+            wrapped = given.type.stateType.wrappedType.tensorType
+            wrapped.CopyFrom(operations["second"].outputs[0].type.tensorType)
+            wrapped.dimensions[0].constant.size = 2**23 + 2**21
+
+    edit(package, change)
+    refuse(package, "its states have 838,860,800 elements together")
+
+
+def squared(length: int) -> Callable[[Any, dict[str, Any]], None]:
+    """Put so many constants behind `dense`, each the square of the one before; the last one is used."""
+
+    def change(function: Any, operations: dict[str, Any]) -> None:
+        block = function.block_specializations[function.opset]
+        made = list(block.operations)
+        place = next(at for at, op in enumerate(made) if op.outputs and op.outputs[0].name == "dense")
+        name, chain = "dense", []
+        for number in range(length):
+            link = type(made[place])()
+            link.type = "constexpr_blockwise_shift_scale"
+            for key in ("data", "scale"):
+                link.inputs[key].arguments.add().name = name
+            name = f"link{number}"
+            link.outputs.add().CopyFrom(made[place].outputs[0])
+            link.outputs[0].name = name
+            chain.append(link)
+        operations["second"].inputs["weight"].arguments[0].name = name
+        changed = [*made[: place + 1], *chain, *made[place + 1 :]]
+        del block.operations[:]
+        block.operations.extend(changed)
+
+    return change
+
+
+@pytest.mark.parametrize("length", [40, 900])
+def test_chain_of_constants_that_use_the_one_before_twice(length: int, package: Path) -> None:
+    """Each is computed once: computed anew for each use, forty would take weeks."""
+    expected = torch.from_numpy(_WEIGHT)
+    for _ in range(length):
+        expected = (expected.float() ** 2).half()
+    edit(package, squared(length))
+    loaded = load_package(package)
+    assert torch.equal(loaded.dense()[f"link{length - 1}"], expected)
+    loaded.run({"x": torch.zeros(2, 12)})
+
+
+def test_chain_of_constants_without_end(package: Path) -> None:
+    edit(package, squared(5000))
+    refuse(package, "is made of more than 1000 other constants")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.mlpackage"] * 2,
+        [".."],
+        ["."],
+        ["a/b"],
+        [""],
+        [f"{n}.mlpackage" for n in range(1000)],
+        [3],
+        "a",
+        None,
+    ],
+    ids=str,
+)
+def test_names_of_chunks(names: Any) -> None:
+    from converters.coreml.read.description import Description
+
+    prefix = "com.github.edkm-export."
+    metadata = {f"{prefix}interface": "neural-engine", f"{prefix}context": "64", f"{prefix}prefill": "32"}
+    with pytest.raises(PackageError, match="packages is not a list of different names"):
+        Description.of({**metadata, f"{prefix}packages": json.dumps(names)}, Path("it"))
+
+
 def test_absurd_fill(tmp_path: Path) -> None:
     path = save_program(
         tmp_path / "fill.mlpackage",
