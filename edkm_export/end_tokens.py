@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from edkm_export.special_floats import encode
+
 __all__ = ["as_setting", "end_tokens", "read_object", "stored_end_tokens", "with_end_tokens"]
 
 _KEY = "eos_token_id"
@@ -47,9 +49,12 @@ def stored_end_tokens(config: Mapping[str, Any], files: Mapping[str, bytes]) -> 
 
 
 def with_end_tokens(config: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
-    """A configuration that names every end token of a checkpoint; arguments as for `stored_end_tokens`."""
+    """A configuration, as config.json holds it, that names every end token of a checkpoint.
+
+    Arguments as for `stored_end_tokens`.
+    """
     ends = stored_end_tokens(config, files)
-    return {**config, **({_KEY: as_setting(ends)} if ends else {})}
+    return {**encode(dict(config)), **({_KEY: as_setting(ends)} if ends else {})}
 
 
 def read_object(content: bytes | None) -> dict[str, Any]:

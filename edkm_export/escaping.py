@@ -18,12 +18,14 @@ __all__ = ["for_code_span", "for_markdown", "for_markdown_sentence", "for_swift"
 # Characters that move the cursor, change colours or titles, or turn the direction of writing: control characters but
 # for line feed and tab, separators of lines, and format characters but for joiners of scripts and emoji.
 _KEPT = "\n\t\u200c\u200d\ufeff\u00ad"
-# Underlines inside of words, as in names of weights, are no markup, nor are backslashes before letters.
+# As little as will do, since people read it as it is too: underlines inside of words are no markup, nor are backslashes
+# before letters, or brackets that no address follows.
 _MARKDOWN = re.compile(
-    r"([`*\[\]<>|#~$]|\\(?=[!-/:-@\[-`{-~]|$)|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|(?<=\bwww)\.)"
+    r"([`*|#~$]|\\(?=[!-/:-@\[-`{-~]|$)|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|(?<=\bwww)\.|\](?=[(\[:])|^\[)"
 )
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
 _ADDRESS = re.compile(r":(?=//)")
-_LINE_START = re.compile(r"^([-+=:]|\d+[.)])")
+_LINE_START = re.compile(r"^([-+=:>]|\d+[.)])")
 _CODE_SPAN = re.compile(r"(?<!`)(`[^`]+`)(?!`)")
 
 
@@ -46,18 +48,19 @@ def _visible(character: str) -> str:
 
 def for_markdown(text: str) -> str:
     """For a line of Markdown, a heading or a cell of a table: one line that is no markup, link or HTML."""
-    # an address is no link by itself
-    return _begun(_ADDRESS.sub(r"\\:", _MARKDOWN.sub(r"\\\1", _one_line(text))))
+    return _begun(_escaped(_one_line(text)))
 
 
 def for_markdown_sentence(text: str) -> str:
     """As `for_markdown`, for a sentence of ours that names what strangers named: code in backticks stays code."""
     parts = _CODE_SPAN.split(_one_line(text))
-    escaped = [
-        part.replace("|", "\\|") if place % 2 else _ADDRESS.sub(r"\\:", _MARKDOWN.sub(r"\\\1", part))
-        for place, part in enumerate(parts)
-    ]
+    escaped = [part.replace("|", "\\|") if place % 2 else _escaped(part) for place, part in enumerate(parts)]
     return _begun("".join(escaped))
+
+
+def _escaped(line: str) -> str:
+    """Without markup, tags, and addresses that are links by themselves."""
+    return _TAG.sub("&lt;", _ADDRESS.sub(r"\\:", _MARKDOWN.sub(r"\\\1", line)))
 
 
 def _begun(line: str) -> str:

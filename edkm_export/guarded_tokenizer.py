@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -18,20 +19,26 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from edkm_export.errors import InputError
 from edkm_export.library_logs import silence
 from edkm_export.regular_file import require_regular_folder
 
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
+
 __all__ = ["GuardedTokenizer", "TokenizerError", "guarded", "open_tokenizer"]
 
-_SECONDS = 10.0
+_SECONDS = 10.0  # of the processor; a busy machine takes longer by the clock
+_CLOCK = 6.0  # so many times
 _CHARACTERS_PER_SECOND = (
     10_000  # beyond these seconds; the slowest of the usual tokenizers take twice as many
 )
 _MOST_BYTES = 1 << 30  # of memory, beyond a few hundred bytes for each character
 _BYTES_PER_CHARACTER = 512
+_BYTES_PER_LOADED = 16  # of its files count as a character: a vocabulary takes 30 times as much as its file
+_LOADING_SECONDS = 60.0  # at most; 262,144 tokens take ten
 _MOST_ANSWER_BYTES = 1 << 28
 _LENGTH = struct.Struct("<Q")
 _SUFFIXES = (".json", ".model", ".jinja", ".txt", ".tiktoken", ".vocab")
@@ -73,22 +80,24 @@ def open_tokenizer(folder: str | Path, where: str) -> GuardedTokenizer:
             str(folder), trust_remote_code=False, local_files_only=True
         )
 
-    return guarded(load, where)
+    files = [each for each in Path(folder).iterdir() if each.suffix in _SUFFIXES]
+    return guarded(load, where, sum(each.stat().st_size for each in files))
 
 
-def guarded(load: Callable[[], Any], where: str) -> GuardedTokenizer:
+def guarded(load: Callable[[], Any], where: str, size_bytes: int) -> GuardedTokenizer:
     """A tokenizer, loaded in the child first.
 
     Args:
         load: gives a tokenizer of transformers.
         where: what it belongs to, for messages.
+        size_bytes: about, of what it is made of.
 
     Raises:
         TokenizerError: it cannot be loaded within the bounds.
         Exception: what `load` raises.
     """
     child = _Child(load, where)
-    fault = child.ask({"do": "load"})
+    fault = child.ask({"do": "load"}, size_bytes // _BYTES_PER_LOADED, _LOADING_SECONDS)
     held = load()  # raises what it raised in the child
     if fault is not None:
         raise TokenizerError(f"{where}: {_FAILURES['load']}: {fault}")
@@ -116,16 +125,17 @@ class GuardedTokenizer:
     def __len__(self) -> int:
         return len(self._tokenizer)
 
-    def __call__(self, text: str, **options: Any) -> Mapping[str, list[int]]:
-        """Token ids of a text, {"input_ids": [...]} and what else the options ask for.
+    def __call__(self, text: str, **options: Any) -> BatchEncoding:
+        """Token ids of a text, `input_ids`, and what else the options ask for.
 
         Raises:
             TokenizerError: it fails, or takes too long.
         """
-        found: dict[str, list[int]] = self._child.ask(
-            {"do": "encode", "text": text, "options": options}, len(text)
-        )
-        return found
+        from transformers import BatchEncoding
+
+        tensors = options.pop("return_tensors", None)
+        found = self._child.ask({"do": "encode", "text": text, "options": options}, len(text))
+        return BatchEncoding(found, tensor_type=tensors, prepend_batch_axis=tensors is not None)
 
     def decode(self, token_ids: Any, **options: Any) -> str:
         """Text of token ids.
@@ -178,12 +188,13 @@ class _Child:
         self._pid = pid
         self._end = weakref.finalize(self, _end, pid, self._owner, (self._questions, self._answers))
 
-    def ask(self, question: Mapping[str, Any], size: int = 0) -> Any:
+    def ask(self, question: Mapping[str, Any], size: int = 0, most_seconds: float = math.inf) -> Any:
         """Its answer.
 
         Args:
             question: for `_Tokenizer`.
             size: characters or tokens that are handed over.
+            most_seconds: that it may take, whatever the size.
 
         Raises:
             TokenizerError: it says so, dies, or takes too long.
@@ -193,22 +204,22 @@ class _Child:
             return self._understood(_answered(self._answer, question))
         if not self._end.alive:
             raise TokenizerError(f"{self._where}: its tokenizer was ended before, since it took too much.")
-        seconds = _SECONDS + size / _CHARACTERS_PER_SECOND
-        until = time.monotonic() + seconds
-        data = json.dumps({**question, "size": size}).encode()
+        seconds = min(_SECONDS + size / _CHARACTERS_PER_SECOND, most_seconds)
+        until = time.monotonic() + _CLOCK * seconds
+        data = json.dumps({**question, "size": size, "seconds": seconds}).encode()
         try:
             _write(self._questions, data)
             (length,) = _LENGTH.unpack(self._read(_LENGTH.size, until))
             if length > _MOST_ANSWER_BYTES + 64 * size:
                 raise EOFError
             return self._understood(json.loads(self._read(length, until)))
-        except TimeoutError:
-            self._end()
-            raise TokenizerError(
-                f"{self._where}: its tokenizer or chat template took more than {seconds:.0f} s and was stopped: its "
-                "rules are made to take long, or this machine is very busy."
-            ) from None
-        except (EOFError, BrokenPipeError):
+        except (TimeoutError, EOFError, BrokenPipeError) as error:
+            if isinstance(error, TimeoutError) or self._ended_by() == getattr(signal, "SIGXCPU", None):
+                self._end()
+                raise TokenizerError(
+                    f"{self._where}: its tokenizer or chat template took more than {seconds:.0f} s and was stopped: its "
+                    "rules are made to take long."
+                ) from None
             self._end()
             raise TokenizerError(
                 f"{self._where}: its tokenizer or chat template took too much memory, or ended its process."
@@ -218,6 +229,15 @@ class _Child:
         ):  # Ctrl-C: an answer that comes later would be taken for that of another question
             self._end()
             raise
+
+    def _ended_by(self) -> int | None:
+        """The signal that ended the child; None: another end, or it goes on."""
+        assert self._pid is not None
+        with contextlib.suppress(ChildProcessError):
+            found = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if found is not None and found.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+                return found.si_status
+        return None
 
     def _read(self, size: int, until: float) -> bytes:
         parts, left = [], size
@@ -308,6 +328,7 @@ def _serve(tokenizer: _Tokenizer, questions: int, answers: int, others: Sequence
         while True:
             (length,) = _LENGTH.unpack(_exactly(questions, _LENGTH.size))
             question = json.loads(_exactly(questions, length))
+            _limit_time(question["seconds"])
             _limit_memory(_MOST_BYTES + _BYTES_PER_CHARACTER * question["size"])
             _write(answers, _encoded(_answered(tokenizer, question)))
     except (EOFError, BrokenPipeError):
@@ -325,6 +346,19 @@ def _encoded(answer: Mapping[str, Any]) -> bytes:
         return json.dumps(
             {"error": f"its tokenizer gives what is no text or ids: {first_line(error)}"}
         ).encode()
+
+
+def _limit_time(more_seconds: float) -> None:
+    """Let this process compute for so long; then SIGXCPU ends it."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        most = math.ceil(used.ru_utime + used.ru_stime + more_seconds)
+        if hard not in (_NO_LIMIT, resource.RLIM_INFINITY):
+            most = min(most, hard)
+        resource.setrlimit(resource.RLIMIT_CPU, (most, hard))
 
 
 def _limit_memory(more_bytes: int) -> None:

@@ -22,7 +22,8 @@ from edkm_export.errors import InputError
 
 __all__ = ["check_mapped_files", "guarding_mapped_files"]
 
-_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) \S+ (\d+) +(/.*)")  # proc_pid_maps(5)
+# proc_pid_maps(5); of what can be read and is no code: gaps between the parts of a library lie beyond its end
+_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r[w-]-[ps] ([0-9a-f]+) \S+ (\d+) +(/.*)")
 _ZEROS = 0x10 | getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)  # and MAP_FIXED of Linux
 
 _gone: list[str] = []
@@ -83,13 +84,13 @@ def _missing() -> Iterator[tuple[int, int, str]]:
         found = _LINE.fullmatch(os.fsdecode(line))
         if found is None:
             continue
-        start, end, offset = (int(found.group(group), 16) for group in (1, 2, 4))
-        path = found.group(6).removesuffix(" (deleted)")
+        start, end, offset = (int(found.group(group), 16) for group in (1, 2, 3))
+        path = found.group(5).removesuffix(" (deleted)")
         try:
             held = Path(path).stat()
         except OSError:  # removed: what was mapped is still there
             continue
-        if held.st_ino != int(found.group(5)):  # another file has its name
+        if held.st_ino != int(found.group(4)):  # another file has its name
             continue
         whole = -(-held.st_size // mmap.PAGESIZE) * mmap.PAGESIZE
         first = max(start, start + whole - offset)

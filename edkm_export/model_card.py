@@ -246,6 +246,9 @@ def _how(provenance: Mapping[str, Any]) -> str:
     if isinstance(training, dict):
         steps, tokens = (_whole(training.get(key)) for key in ("trained_steps", "trained_tokens"))
         return f"while it was fine-tuned for {steps} steps of {tokens} tokens in all"
+    if isinstance(calibration, dict) and isinstance(provenance.get("compensation"), dict):
+        weights, tokens = _whole(provenance["compensation"].get("weights")), _whole(calibration.get("tokens"))
+        return f"in one shot, {weights} weights with their errors made up for on {tokens} tokens of a text"
     if isinstance(calibration, dict):
         return f"in one shot, weighted by the activations of {_whole(calibration.get('tokens'))} tokens of a text"
     return "in one shot, without a calibration text" if "source" in provenance else "not recorded"

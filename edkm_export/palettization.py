@@ -1,4 +1,4 @@
-"""One-shot palettization: exact 1-D k-means of every weight, layer by layer."""
+"""One-shot palettization, layer by layer: exact 1-D k-means of every weight, and with a text errors are made up for."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from edkm_export.lut_dtypes import LUT_DTYPES
 from edkm_export.lut_grid import round_to_grid
 from edkm_export.memory import return_freed_memory
 from edkm_export.palette import PalettizedTensor, all_finite, check_grouping
+from edkm_export.propagation import Propagation
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.reference.conv1d import as_linear, is_conv1d
-from edkm_export.reference.streamed_model import release, values_of
+from edkm_export.reference.streamed_model import release, streamed_weights, values_of
 
 __all__ = [
     "PALETTIZABLE",
@@ -45,11 +46,17 @@ _BLOCK_WEIGHTS = 1 << 22  # weights clustered at a time; bounds the float32 copi
 
 @dataclass(frozen=True)
 class PalettizedModel:
-    """Parameters of a model after palettization, by name; see `Checkpoint`."""
+    """Parameters of a model after palettization, by name; see `Checkpoint`.
+
+    Attributes:
+        palettized, dense, tied: as of a checkpoint.
+        compensated: names of the palettized ones whose errors were made up for.
+    """
 
     palettized: dict[str, PalettizedTensor]
     dense: dict[str, Tensor]
     tied: dict[str, str]
+    compensated: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         """One line: how many of each."""
@@ -86,6 +93,7 @@ def palettize_model(
     recipe: Recipe,
     *,
     energy: Mapping[str, Tensor] | None = None,
+    windows: Tensor | None = None,
     source: str = "model",
     advance: Callable[[str, int], None] | None = None,
     consume: bool = True,
@@ -98,6 +106,9 @@ def palettize_model(
         recipe: bits, groups and LUT dtype by module name.
         energy: {module name: float32 [in]} mean square of the layer's inputs, see `calibration`; or as `importance` of
             `palettize_weight`.
+        windows: of a causal language model: tokens int64 [windows, context], all of which go through it in one call.
+            Its linear layers are then palettized so that each makes up for the errors of its columns and of the layers
+            before it, see `propagation`. They give the energy, too.
         source: name of the model, for messages.
         advance: called with a module's name and its number of weights when it is done.
         consume: free the model's own weights one by one, so that it is used up; False leaves it as it is.
@@ -113,9 +124,18 @@ def palettize_model(
     plan = recipe.plan(palettizable_shapes(model), source)
     aliases = _tied_names(model)
     palettized: dict[str, PalettizedTensor] = {}
+    compensated: dict[str, PalettizedTensor] = {}
+    if windows is not None and plan:
+        frees = consume and streamed_weights(model) is None  # what is read layer by layer is dropped in any case
+        propagation = Propagation(model, plan, consume=frees, source=source, advance=advance)
+        propagation.run(windows)
+        compensated, energy = propagation.palettized, propagation.energy
     for module_name, rule in plan.items():
         name = f"{module_name}.weight"
         name = name.removeprefix(".")  # the model is the layer itself
+        if module_name in compensated:
+            palettized[name] = compensated[module_name]
+            continue
         module = model.get_submodule(module_name)
         values = values_of(model, name)
         _check_values(name, values, source)
@@ -146,7 +166,7 @@ def palettize_model(
     for name, tensor in as_linear(model, left).items():
         _check_values(name, tensor, source)
         dense[name] = compact(tensor)
-    return PalettizedModel(palettized, dense, aliases)
+    return PalettizedModel(palettized, dense, aliases, frozenset(each.name for each in compensated.values()))
 
 
 def _check_values(name: str, tensor: Tensor, source: str) -> None:

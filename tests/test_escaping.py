@@ -25,7 +25,8 @@ HOSTILE = (
     "[/red]", "[link=https://example.org]x[/link]", "\x1b]0;owned\x07", "\x9b31m", "\u202etxt.exe", "\ud800", "a\r\nb",
     "| a | b |", "# heading", "1. one", "- one", "+ one", "===", "---", "<script>alert(1)</script>", "<!-- x", "`x",
     "``x`", "![x](y)", "[x](javascript:y)", "https://example.org", "www.example.org", "&lt;b&gt;", "**x**", "_x_",
-    "a_b",    "~~x~~", "\\", "\\(exit(1))", '"', "x\\", "x`", "$x$", "    code", "> quote", "a  \nb", "", " ",
+    "a_b", "[a]: b", "[[a]](b)", "a](b", "]", "[", "<a", "<https://x.y>",
+    "~~x~~", "\\", "\\(exit(1))", '"', "x\\", "x`", "$x$", "    code", "> quote", "a  \nb", "", " ",
 )  # fmt: skip
 PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 

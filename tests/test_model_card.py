@@ -175,6 +175,10 @@ def test_base_models_are_names_of_a_hub(provenance, expected):
             "weighted by the activations of 1,024 tokens of a text",
         ),
         (
+            {"source": {}, "calibration": {"tokens": 4096}, "compensation": {"weights": 210}},
+            "in one shot, 210 weights with their errors made up for on 4,096 tokens of a text",
+        ),
+        (
             {"training": {"trained_steps": 300, "trained_tokens": 1228800}},
             "fine-tuned for 300 steps of 1,228,800 tokens in all",
         ),

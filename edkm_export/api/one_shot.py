@@ -14,14 +14,16 @@ from edkm_export.activity import activity
 from edkm_export.api.calibration_data import CONTEXT, CalibrationInput
 from edkm_export.api.originals import read_evaluation_text
 from edkm_export.api.subjects import Subject
-from edkm_export.calibration import CalibrationText, check_vocabulary, input_energy
+from edkm_export.calibration import CalibrationText, check_vocabulary
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.compensated_weight import DAMPING, ROUNDS
 from edkm_export.decoder.build import decoder_config
 from edkm_export.decoder.embedding.embedding_model import embedding_config
 from edkm_export.errors import InputError
 from edkm_export.loss_estimate import ESTIMATE_CONTEXT, LossEstimate, Predictions, estimate_tokens
 from edkm_export.memory_budget import MemoryBudget
 from edkm_export.palettization import palettizable_shapes, palettize_model
+from edkm_export.propagation import windows_at_once
 from edkm_export.recipe import Recipe
 from edkm_export.reference.sentence_model import SentenceTokenizer
 from edkm_export.reference.streamed_model import device_of
@@ -113,15 +115,10 @@ def palettize_language_model(
         "base_model": subject.base_model(),
         "source": account.provenance(),
     }
-    energy = predictions = found = None
-    with _evaluating(model):
-        if calibration is not None and windows is not None:
-            with activity("calibrating", len(windows)) as counted:
-                energy = input_energy(model, windows, advance=counted.advance)
-            provenance["calibration"] = calibration.provenance(windows)
-        if held_out is not None:
-            with activity("predicting with the original"):
-                predictions = Predictions(model, held_out)
+    predictions = found = None
+    if windows is not None and calibration is not None:
+        windows = windows_at_once(model, windows)
+        provenance["calibration"] = calibration.provenance(windows)
     if settings is not None:
         files = {} if tokenizer is None else embedding_tokenizer_files(tokenizer, settings.max_tokens)
         finished = model.config.to_dict()
@@ -129,15 +126,25 @@ def palettize_language_model(
         changed = subject.settings(model)
         files = {} if tokenizer is None else tokenizer_files(tokenizer, changed)
         finished = changed.config.to_dict()
-    with activity("palettizing", sum(shapes[name][0] * shapes[name][1] for name in rules)) as counted:
-        parts = palettize_model(
-            model,
-            plan,
-            energy=energy,
-            source=where,
-            advance=lambda _name, count: counted.advance(count),
-            consume=subject.consume,
-        )
+    with _evaluating(model):
+        if held_out is not None:
+            with activity("predicting with the original"):
+                predictions = Predictions(model, held_out)
+        with activity("palettizing", sum(shapes[name][0] * shapes[name][1] for name in rules)) as counted:
+            parts = palettize_model(
+                model,
+                plan,
+                windows=windows,
+                source=where,
+                advance=lambda _name, count: counted.advance(count),
+                consume=subject.consume,
+            )
+    if parts.compensated:
+        provenance["compensation"] = {
+            "weights": len(parts.compensated),
+            "damping": DAMPING,
+            "rounds": ROUNDS,
+        }
     if predictions is not None:
         with activity("estimating the loss"), _keeping_weights(model, not subject.consume):
             found = predictions.compare(model, parts.palettized)

@@ -16,6 +16,7 @@ from edkm_export.api.subjects import MemorySubject, SourceSubject, Subject
 from edkm_export.array_input import as_tensor
 from edkm_export.calibration import Batch, module_energy
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.compensated_weight import makes_up, palettize_compensated
 from edkm_export.decoder.build import FAMILIES
 from edkm_export.errors import InputError, RecipeError
 from edkm_export.lut_dtypes import LutDtype
@@ -61,7 +62,7 @@ def palettize(
     lut_dtype: LutDtype | None = None,
     recipe: GivenRecipe | None = None,
     skip: Iterable[str] = (),
-    calibration_tokens: int = 1024,
+    calibration_tokens: int = 4096,
     estimate: bool = False,
     adapter: str | Path | None = None,
 ) -> Checkpoint: ...
@@ -77,7 +78,7 @@ def palettize(
     lut_dtype: LutDtype | None = None,
     recipe: GivenRecipe | None = None,
     skip: Iterable[str] = (),
-    calibration_tokens: int = 1024,
+    calibration_tokens: int = 4096,
     estimate: bool = False,
     adapter: str | Path | None = None,
     name: str = "weight",
@@ -90,10 +91,11 @@ def palettize(
             whose linear, embedding and convolution layers are palettized. Or one weight, float [out, in] or
             [out, in, *kernel].
         tokenizer: of transformers, or a folder with one; for a model in memory. A path brings its own.
-        calibration: what weighs the clustering; recommended, it is worth about a bit. For a language model: the path of
-            a text file, strings, a dataset with a "text" or "input_ids" column, or token ids. For other modules:
-            example inputs: a tensor, a tuple, a dict of named inputs, or several of these. For a weight: inputs of its
-            layer, float [..., in].
+        calibration: what decides which errors matter; recommended, it is worth about a bit. For a language model: the
+            path of a text file, strings, a dataset with a "text" or "input_ids" column, or token ids; each linear layer
+            then makes up for its errors and those of the layers before it. For a weight: inputs of its layer, float
+            [..., in], likewise. For other modules: example inputs, which weigh the clustering: a tensor, a tuple, a
+            dict of named inputs, or several of these.
         bits: of an index: 1, 2, 3, 4, 6 or 8; default 4. Embeddings and output heads of language models get 8.
         group_size: output rows that share a LUT, 0: all of them; default 16, or the nearest number that divides the
             rows.
@@ -257,7 +259,11 @@ def _of_weight(
             raise InputError("calibration: holds NaN or infinity.")
     rule = fitted_recipe({"": tuple(weight.shape)}, *options).rule_for("")
     assert rule is not None
-    return palettize_weight(name, weight, rule.fitted(len(weight)), importance=importance)
+    rule = rule.fitted(len(weight))
+    if importance is not None and makes_up(rule, weight.shape[1]):
+        rows = inputs.reshape(-1, weight.shape[1])
+        return palettize_compensated(name, weight, rule, rows.t() @ rows / len(rows))
+    return palettize_weight(name, weight, rule, importance=importance)
 
 
 def _provenance(where: str) -> dict[str, Any]:

@@ -53,12 +53,12 @@ _CONTEXT = 512
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Text whose activations weigh the clustering. Recommended: it is worth about a bit.",
+    help="Text on which layers make up for their errors. Recommended: it is worth more than a bit.",
 )
 @click.option(
     "--calibration-tokens",
     type=click.IntRange(min=2),
-    default=1024,
+    default=4096,
     show_default=True,
     help="Tokens of the calibration text to use.",
 )

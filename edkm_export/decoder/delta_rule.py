@@ -14,6 +14,7 @@ Nothing is divided by a product of decays, which may have underflowed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,10 +141,9 @@ def chunked_delta_rule(
             F.pad(each, (0, 0, 0, missing)) for each in (queries, keys, values, decay, strength)
         )
     parts = []
-    for piece in zip(
-        *(each.split(size, 2) for each in (queries, keys, values, decay, strength)), strict=True
-    ):
-        outputs, matrices = _chunk(*piece, matrices, triangle)
+    pieces: Any = (each.split(size, 2) for each in (queries, keys, values, decay, strength))  # type: ignore[no-untyped-call]
+    for query, key, value, fade, amount in zip(*pieces, strict=True):
+        outputs, matrices = _chunk(query, key, value, fade, amount, matrices, triangle)
         parts.append(outputs)
     assert matrices is not None, "no tokens"
     outputs = parts[0] if len(parts) == 1 else torch.cat(parts, 2)

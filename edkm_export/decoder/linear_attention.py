@@ -134,7 +134,9 @@ class Rule(nn.Module):
         """Queries and keys of one length, values: [batch, new, channels] -> [batch, value_heads, new, dim] each."""
         sizes = self.sizes
         width = sizes.key_heads * sizes.key_dim
-        queries, keys, values = mixed.split([width, width, sizes.value_heads * sizes.value_dim], dim=-1)
+        queries, keys, values = mixed.split(  # type: ignore[no-untyped-call]
+            [width, width, sizes.value_heads * sizes.value_dim], dim=-1
+        )
         return (  # queries have the factor that scores of attention have
             self._split(queries, sizes.key_heads, sizes.key_dim, sizes.key_dim**-0.5),
             self._split(keys, sizes.key_heads, sizes.key_dim, 1.0),
@@ -153,7 +155,7 @@ class Rule(nn.Module):
         return x.transpose(1, 2)
 
     def _triangle(self, new: int) -> Triangle:
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return Triangle.open(new, self.longest)
         return Triangle.of(min(new, CHUNK))
 

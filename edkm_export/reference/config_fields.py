@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edkm_export.reference.config_class import ConfigClass, config_class
+from edkm_export.reference.family_fields import ONLY_AS
 
 __all__ = ["ConfigFields", "shaping_fields", "sort_fields"]
 
@@ -69,6 +70,8 @@ _WITHOUT_EFFECT: dict[str, str] = {
     "chunk_size_feed_forward": "the same sums in other portions",
     "pretraining_tp": "the same sums in other portions",
     "reorder_and_upcast_attn": "the precision of half precision training",
+    "attention_softmax_in_fp32": "the precision of half precision training",
+    "scale_attention_softmax_in_fp32": "the precision of half precision training",
     "attn_implementation": "which kernel computes attention",
     "_attn_implementation": "which kernel computes attention",
     "_attn_implementation_autoset": "which kernel computes attention",
@@ -121,6 +124,8 @@ _SAME_AS = {
     "hidden_act": "hidden_activation",
     "sliding_window_size": "sliding_window",
     "layer_norm_eps": "norm_eps",
+    "attention_head_dim": "head_dim",
+    "layer_norm_epsilon": "norm_epsilon",
 }
 
 _PARTS = {
@@ -223,7 +228,9 @@ def sort_fields(config: Mapping[str, Any], *, embeds: bool = False) -> ConfigFie
             found.used[name] = value  # a head size is read where it is not declared, too
         elif name in kind.converted:
             found.used[name] = value
-        elif name in _SAME_AS and config.get(_SAME_AS[name]) is not None:
+        elif name in ONLY_AS.get(family, ()) and name not in declared:
+            _require(found, name, value, *ONLY_AS[family][name])
+        elif name in _SAME_AS and name not in declared and config.get(_SAME_AS[name]) is not None:
             _require(found, name, value, config[_SAME_AS[name]], f"says what {_SAME_AS[name]} says")
         elif name == "max_window_layers" and not config.get("use_sliding_window"):
             _forget(found, name, "no layer slides by its number")

@@ -19,8 +19,10 @@ from edkm_export.reference.origin import Origin, folder_origin
 from edkm_export.reference.placement import CONSTANTS, Placement
 from edkm_export.reference.quantized_weights import check_quantized, finer_scales, loading_arguments
 from edkm_export.reference.stored_tensors import StoredTensors, read_stored
+from edkm_export.reference.text_part import TextPart, text_of
 from edkm_export.reference.weight_range import check_weight
 from edkm_export.regular_file import read_regular, require_regular_folder
+from edkm_export.special_floats import decode_object
 
 if TYPE_CHECKING:
     import torch
@@ -52,14 +54,16 @@ class HfFolder:
         Raises:
             InputError: files are missing, damaged or pickles.
         """
-        config = self._read_config()
+        part = self._text_part()
+        config = part.config
         fields = sort_fields(config)
-        stored = read_stored(self.path, self.reference)
+        stored = self._stored()
         dequantized = check_quantized(config, stored.tensors)
         # how weights are quantized comes first: the rest may follow from it
         refused = dequantized.not_understood | stored.not_understood | fields.not_understood
         refused |= dequantized.not_understood
         without_effect = {
+            **part.without_effect,
             **fields.without_effect,
             **stored.without_effect,
             **dequantized.without_effect,
@@ -84,7 +88,7 @@ class HfFolder:
             remarks.append("float64 weights were rounded to float32")
         return Account(
             source=self.reference,
-            kind=f"Hugging Face folder ({_class_name(config)})",
+            kind=f"Hugging Face folder ({_class_name(self._read_config())}{', its text part' * part.renamed})",
             tensors=tuple(name for name in names if name not in refused),
             settings=used,
             without_effect=without_effect,
@@ -103,12 +107,12 @@ class HfFolder:
             InputError: config.json is damaged, or transformers refuses a value.
             SourceError: a field is not understood.
         """
-        config = self._read_config()
+        config = self._text_part().config
         fields = sort_fields(config)
         Account(self.reference, "", not_understood=fields.not_understood).require_understood()
         if not weights:
             return self._built_config(config, fields, None, untied=False)
-        stored = read_stored(self.path, self.reference)
+        stored = self._stored()
         return self._built_config(config, fields, stored, untied=self._has_own_head(config, fields, stored))
 
     def load_model(
@@ -130,10 +134,10 @@ class HfFolder:
         import transformers
 
         self.account().require_understood()
-        raw, config = self._read_config(), self.config()
+        raw, config = self._text_part().config, self.config()
         if "quantization_config" in raw:
             config.quantization_config = raw["quantization_config"]
-        stored = read_stored(self.path, self.reference)
+        stored = self._stored()
         arguments = {
             "config": config,
             "dtype": dtype or stored_dtype(stored),
@@ -144,7 +148,7 @@ class HfFolder:
         }
         with self._staged(stored) as folder:
             finer = finer_scales(raw, stored)
-            if finer:
+            if finer or self._text_part().renamed:
                 with stored.slices() as slices:
                     model, found = type(self._skeleton(config)).from_pretrained(
                         None, trust_remote_code=False, state_dict={**slices, **finer}, **arguments
@@ -175,14 +179,14 @@ class HfFolder:
         Raises:
             SourceError, InputError: see `load_model`; a weight holds NaN, infinity, or what float16 cannot hold.
         """
-        if "quantization_config" in self._read_config():
+        if "quantization_config" in self._text_part().config:
             return None
         self.account().require_understood()
         import transformers
 
         from edkm_export.reference.streamed_model import shared_names, stream  # it takes torch
 
-        stored, config = read_stored(self.path, self.reference), self.config()
+        stored, config = self._stored(), self.config()
         dtype = dtype or stored_dtype(stored)
         model = self._skeleton(config, dtype)
         with self._staged(stored) as folder:
@@ -229,6 +233,12 @@ class HfFolder:
         """
         path = self.path / "generation_config.json"
         return _read_object(path, self.reference) if path.is_file() else None
+
+    def _text_part(self) -> TextPart:
+        return text_of(self._read_config())
+
+    def _stored(self) -> StoredTensors:
+        return self._text_part().tensors(read_stored(self.path, self.reference))
 
     def _read_config(self) -> dict[str, Any]:
         path = self.path / "config.json"
@@ -298,7 +308,7 @@ class HfFolder:
                 (folder / path.name).symlink_to(path.resolve())
             settings = self.generation_settings()
             if settings is None:  # transformers fails without this file
-                config = self._read_config()
+                config = self._text_part().config
                 settings = {name: config[name] for name in _SPECIAL_TOKENS if config.get(name) is not None}
             (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
             yield folder
@@ -337,7 +347,7 @@ def _forget_quantizer(model: Any) -> None:
 
 def _read_object(path: Path, reference: str) -> dict[str, Any]:
     try:
-        contents = json.loads(read_regular(path))
+        contents = json.loads(read_regular(path), object_hook=decode_object)
     except OSError as error:
         raise InputError(f"{reference}: {path.name} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

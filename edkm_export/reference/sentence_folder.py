@@ -149,7 +149,7 @@ class SentenceFolder(HfFolder):
             shapes["linear.bias"] = (layer.out_features,)
         return shapes
 
-    def _has_own_head(self, config: Any, fields: Any) -> bool:
+    def _has_own_head(self, config: Any, fields: Any, stored: Any) -> bool:
         return False
 
     def _model(self, settings: EmbeddingSettings) -> Any:

@@ -54,7 +54,7 @@ class StoredTensors:
     """What the files of a folder hold.
 
     Attributes:
-        tensors: by name.
+        tensors: by name; that of a text part differs from the one in its file.
         files: the files that they are in.
         index: the index that names the files, None with a single file.
         without_effect: {file: why it is not read}.
@@ -72,7 +72,7 @@ class StoredTensors:
         from safetensors import safe_open
 
         with safe_open(self.tensors[name].file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(self.tensors[name].name)
         return tensor
 
     def unpacked(self, shapes: Mapping[str, tuple[int, ...]]) -> StoredTensors:
@@ -90,7 +90,9 @@ class StoredTensors:
 
         with contextlib.ExitStack() as stack:
             files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in self.files}
-            yield {name: files[tensor.file].get_slice(name) for name, tensor in self.tensors.items()}
+            yield {
+                name: files[tensor.file].get_slice(tensor.name) for name, tensor in self.tensors.items()
+            }
 
 
 def read_stored(folder: Path, reference: str) -> StoredTensors:

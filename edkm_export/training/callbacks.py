@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "Show",
     "dead_centroids",
     "moved_share",
+    "tensorboard",
 ]
 
 
@@ -87,6 +89,30 @@ class FirstStep(TrainerCallback):  # type: ignore[misc]
         if self._task is not None:
             self._task()
             self._task = None
+
+
+def tensorboard() -> list[TrainerCallback]:
+    """Curves for TensorBoard, where it is installed.
+
+    Its files are opened at the first log and not before: until its first step a run lies where it will not stay.
+    """
+    if find_spec("tensorboard") is None:
+        return []
+    from transformers.integrations import TensorBoardCallback
+
+    class FromTheFirstLog(TensorBoardCallback):  # type: ignore[misc]
+        begun = False
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not self.begun:
+                self.begun = True
+                super().on_train_begin(args, state, control, **kwargs)
+            super().on_log(args, state, control, **kwargs)
+
+    return [FromTheFirstLog()]
 
 
 class Refresh(TrainerCallback):  # type: ignore[misc]

@@ -26,7 +26,7 @@ from edkm_export.reference.source import (
 from edkm_export.reference.tokenizer_files import tokenizer_files
 from edkm_export.text import LEAST_TOKENS, read_text, token_windows
 from edkm_export.training import run_checkpoints, run_log
-from edkm_export.training.callbacks import Clock, Evaluate, FirstStep, Log, Refit, Show
+from edkm_export.training.callbacks import Clock, Evaluate, FirstStep, Log, Refit, Show, tensorboard
 from edkm_export.training.curve import draw
 from edkm_export.training.data import read_tokens
 from edkm_export.training.distributed.processes import ALONE, Processes
@@ -345,6 +345,7 @@ class Run:
                 lambda step: self.evaluations.measure(evaluated, "training", step),
                 progress,
             ),
+            *tensorboard(),
         ):
             trainer.add_callback(callback)
         self.announce("training")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -38,7 +37,7 @@ def training_arguments(
         logging_nan_inf_filter=False,  # it waits for the device at each step, and hides what we report
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 500,
-        report_to=["tensorboard"] if find_spec("tensorboard") is not None else [],
+        report_to=[],  # see `callbacks.tensorboard`
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_drop_last=True,

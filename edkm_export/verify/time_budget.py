@@ -114,9 +114,10 @@ def run_windows(execute: Execute, windows: Sequence[Tensor] | Tensor, share: Sha
     Returns:
         float32 [positions, vocab_size] of each.
     """
-    if isinstance(execute, Together):
+    held: object = execute
+    if isinstance(held, Together):
         with torch.no_grad():
-            return [one for wave in share.waves(list(windows)) for one in execute.together(wave)]
+            return [one for wave in share.waves(list(windows)) for one in held.together(wave)]
     counted = tracked(windows, "evaluation text", "windows")
     with torch.no_grad():
         return [execute(window) for window in share.within(counted)]

@@ -316,15 +316,17 @@ def test_one_weight():
 
 
 def test_inputs_weigh_a_weight():
-    weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 8, generator=generator)
     weight[:, 0] *= 50
-    inputs = torch.ones(5, 8)
+    inputs = torch.randn(40, 8, generator=generator)
     inputs[:, 0] = 0
-    error = (
-        (edkm_export.palettize(weight, bits=2, calibration=inputs).decode() - weight)[:, 1:].square().mean()
-    )
-    plain = (edkm_export.palettize(weight, bits=2).decode() - weight)[:, 1:].square().mean()
-    assert error < plain / 3
+
+    def error(made: PalettizedTensor) -> float:
+        return float((inputs @ (made.decode().float() - weight).t()).square().mean())
+
+    weighted = edkm_export.palettize(weight, bits=2, calibration=inputs)
+    assert error(weighted) < error(edkm_export.palettize(weight, bits=2)) / 3
 
 
 # One line

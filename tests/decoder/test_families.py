@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
-
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from edkm_export.decoder.build import build_decoder
 from edkm_export.decoder.config import FULL, SLIDING
 from edkm_export.decoder.context import MASKED, Context, causal_mask, sliding_mask
-from edkm_export.decoder.families import FAMILIES
-from edkm_export.decoder.families.settings import PartlyRotarySettings
 from edkm_export.decoder.positions import PositionTables
 from edkm_export.decoder.whole_sequence import WholeSequence
 from edkm_export.errors import CheckpointError
+from tests.helpers.family_draws import random_cases
 from tests.helpers.growing_cache import GrowingCache
-from tests.helpers.odd_families import CASES, build, build_case, checkpoint_of, keys_of, plain
+from tests.helpers.odd_families import CASES, build, build_case, checkpoint_of
 
 LENGTH = 24
 TOLERANCE = 1e-4  # float32 on both sides, sums in another order; logits are of size one
@@ -105,111 +99,6 @@ def test_a_head_stored_apart_from_a_tied_embedding_is_refused():
     made.tied.clear()
     with pytest.raises(CheckpointError, match="lm_head.weight is stored apart, but .* tie_word_embeddings"):
         build_decoder(made)
-
-
-SIZES = ("vocab_size", "n_positions", "max_position_embeddings", "head_dim")
-ROTATIONS: list[dict[str, Any]] = [
-    {"rope_type": "default"},
-    {"rope_type": "linear", "factor": 4.0},
-    {"rope_type": "dynamic", "factor": 2.0},
-    {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    },
-    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-    {
-        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 4.0,
-        "mscale": 0.7, "mscale_all_dim": 1.3,
-    },
-    {
-        "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "truncate": False,
-        "attention_factor": 0.9,
-    },
-]  # fmt: skip
-
-
-def values_of(annotation: Any) -> st.SearchStrategy[Any] | None:
-    """Values of a field's type; None: it is left as it is."""
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return values_of(inner[0])
-    if origin in (Union, UnionType):
-        known = [each for each in map(values_of, inner) if each is not None]
-        return st.one_of(st.none(), *known) if known else None
-    if origin is Literal:
-        return st.sampled_from(inner)
-    if annotation is bool:
-        return st.booleans()
-    if annotation is float:
-        return st.floats(0.5, 50)
-    if annotation is int:
-        return st.integers(1, 30)
-    return None
-
-
-@st.composite
-def rotations(draw, kind: str, head_dim: int) -> dict[str, Any]:
-    """`rope_parameters` of one kind of layers."""
-    part = issubclass(FAMILIES[kind], PartlyRotarySettings)
-    given: dict[str, Any] = {"rope_theta": draw(st.sampled_from([100.0, 10000.0, 500000.0]))}
-    rotary = head_dim
-    if part:
-        given["partial_rotary_factor"] = draw(
-            st.sampled_from([1.0, 0.5]) if head_dim % 4 == 0 else st.just(1.0)
-        )
-        rotary = int(head_dim * given["partial_rotary_factor"])
-    factors = st.lists(st.floats(1, 4), min_size=rotary // 2, max_size=rotary // 2)
-    longrope = st.fixed_dictionaries(
-        {
-            "rope_type": st.just("longrope"),
-            "original_max_position_embeddings": st.just(32),
-            "short_factor": factors,
-            "long_factor": factors,
-        }
-    )
-    kinds = st.sampled_from(ROTATIONS[:1] if kind == "phi3" else ROTATIONS)
-    return given | draw(kinds | longrope)
-
-
-@st.composite
-def random_cases(draw, kinds: tuple[str, ...] = tuple(FAMILIES)) -> tuple[str, dict[str, Any]]:
-    """(model type, configuration) of any family, from the fields that it declares."""
-    kind = draw(st.sampled_from(kinds))
-    keys, made = keys_of(kind), plain(kind)
-    kv_heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    heads, head_dim = kv_heads * draw(st.integers(1, 3)), 2 * draw(st.integers(2, 7))
-    width = draw(st.integers(3, 7)) if "head_dim" in made and kind != "phi3" else head_dim
-    sizes = {
-        "hidden_size": heads * width, "n_embd": heads * width, "intermediate_size": draw(st.integers(5, 30)),
-        "num_hidden_layers": layers, "n_layer": layers, "num_attention_heads": heads, "n_head": heads,
-        "num_key_value_heads": kv_heads, "head_dim": head_dim,
-    }  # fmt: skip
-    made |= {key: size for key, size in sizes.items() if key in made}
-    for key, field in keys.items():
-        values = values_of(field.annotation)
-        if key in sizes or key in SIZES or "eps" in (field.alias or key) or values is None:
-            continue
-        if field.examples:  # None only where an example is None
-            values = st.sampled_from(field.examples) | values.filter(lambda value: value is not None)
-        made[key] = draw(values)
-    types = st.sampled_from(["full_attention", "sliding_attention"])
-    if "layer_types" in keys:
-        made["layer_types"] = draw(st.lists(types, min_size=layers, max_size=layers))
-        if "sliding_attention" in made["layer_types"]:
-            made |= {"sliding_window": made["sliding_window"] or 5, "use_sliding_window": True}
-    if "max_position_embeddings" in keys:
-        default = transformers.AutoConfig.for_model(kind).rope_parameters
-        if "full_attention" in default:
-            made["rope_parameters"] = {each: draw(rotations(kind, head_dim)) for each in default}
-        else:
-            own = made.get("rope_parameters", {})  # with settings that this family alone has
-            optional = not keys["rope_parameters"].is_required() if own else True
-            made["rope_parameters"] = ({} if optional and draw(st.booleans()) else own) | draw(
-                rotations(kind, head_dim)
-            )
-    if kind == "phi3":
-        made["original_max_position_embeddings"] = 32
-    return kind, made
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -26,6 +26,7 @@ _SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
+    "shared_intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -39,6 +40,7 @@ _SIZES: dict[str, Any] = {
 _ODD_SIZES: dict[str, Any] = {
     "hidden_size": 40,
     "intermediate_size": 20,
+    "shared_intermediate_size": 20,
     "num_key_value_heads": 1,
     "head_dim": 14,
     "n_embd": 27,

@@ -102,6 +102,14 @@ def test_the_log_and_the_folder(tmp_path: Path) -> None:
     assert disk["perplexity"] == pytest.approx(last["perplexity"], rel=1e-5)  # SDPA against eager attention
 
 
+def test_curves_for_tensorboard_lie_in_the_finished_folder(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="not run: needs tensorboard")
+    run(tmp_path / "run", TINY)
+    (events,) = (tmp_path / "run" / "checkpoints" / "runs").glob("*/events*")
+    assert b"loss" in events.read_bytes()
+    assert [each.name for each in tmp_path.iterdir()] == ["run"]
+
+
 KILLED = """
 import sys
 from pathlib import Path

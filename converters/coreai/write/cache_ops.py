@@ -87,7 +87,7 @@ class FunctionalCache:
         state = self.states[name]
         state = torch.ops.edkm.cache_update(state, new.to(state.dtype), place, self._begin, self._end)
         self.states[name] = state
-        seen = state.narrow(0, place, 1).narrow(3, 0, self._visible).squeeze(0)
+        seen: Tensor = state.narrow(0, place, 1).narrow(3, 0, self._visible).squeeze(0)
         return seen.to(new.dtype)
 
     def extend(self, layer: int, columns: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class _LoopedRule:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         assert context.real is None, "this interface knows no padding"
         tokens = self._module.operands(mixed, strength, fading, a_log, dt_bias, context)
-        outputs = torch.zeros_like(tokens[2])
+        outputs = torch.zeros(tokens[2].shape)  # a loop keeps the strides of what it carries: not those of a view
         start = torch.zeros((), dtype=torch.int64)
         _, after, outputs = torch.ops.higher_order.while_loop(_more, _step, (start, before, outputs), tokens)
         return outputs.transpose(1, 2), after
@@ -49,7 +49,7 @@ def _more(token: Tensor, matrices: Tensor, outputs: Tensor, *tokens: Tensor) -> 
 
 def _step(token: Tensor, matrices: Tensor, outputs: Tensor, *tokens: Tensor) -> tuple[Any, ...]:
     place = token.view(1)
-    one: Any = [torch.index_select(each, 2, place) for each in tokens]
-    output, matrices = delta_step(*one, matrices)
+    queries, keys, values, decay, strength = (torch.index_select(each, 2, place) for each in tokens)
+    output, matrices = delta_step(queries, keys, values, decay, strength, matrices)
     places = token.view(1, 1, 1, 1).expand(output.shape)
     return token + 1, matrices, outputs.scatter(2, places, output)

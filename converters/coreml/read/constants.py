@@ -42,6 +42,7 @@ class Constants:
         self._shared = shared
         self._held: dict[tuple[str, bool], Inline] = {}
         self._keys: dict[str, int] = {}
+        self._places: dict[str, Hashable] = {}
         self.operations = {
             output.name: op for op in function.all_operations if op.is_constant for output in op.outputs
         }
@@ -84,14 +85,15 @@ class Constants:
         value = self.operations[name].arguments.get("val", (None,))[0]
         if isinstance(value, Value) and value.blob is None and not isinstance(value.inline, Tensor):
             return self.stored(name)  # words, or a list
+        if name not in self._places:
+            self._places[name] = (self._layout.root, declared.dtype.name, self._key(name))
 
         def decode() -> Tensor:
             stored = self.stored(name)
             assert isinstance(stored, Tensor)
             return stored.to(precision.carrier(declared.dtype))
 
-        key = (self._layout.root, declared.dtype.name, self._key(name))
-        return self._shared.get(key, precision is Precision.FLOAT16, decode)
+        return self._shared.get(self._places[name], precision is Precision.FLOAT16, decode)
 
     def declared(self, name: str) -> TensorType:
         """Look up the declared type of a constant."""

@@ -224,7 +224,7 @@ class _Stateful:
 
     def call(self, tokens: Tensor, used: int) -> Tensor:
         pieces = []
-        for piece in tokens.split(self._most):
+        for piece in tokens.split(self._most):  # type: ignore[no-untyped-call]
             pieces.append(self._run(piece, used))
             used += len(piece)
         return torch.cat(pieces)

@@ -244,7 +244,8 @@ def _chunk_size(
     decoder = chunk_decoder(checkpoint, layers, split)
     tables = PositionTables(decoder.config, checkpoint.config, context, slice(layers.first, layers.end))
     chunk = Chunk(decoder, tables, layers, prefill)
-    # learned positions are looked up by the first chunk alone, and only sliding windows need them later
-    positioned = decoder.config.names.positions is None or layers.embeds or chunk.window is not None
+    # learned positions are looked up by the first chunk alone, and only rotation and sliding windows need them later
+    learned = decoder.config.names.positions is not None and layers.embeds
+    positioned = bool(tables.tables) or learned or chunk.window is not None
     unused = () if positioned else ("offsets",)
     return predict_size(chunk, split_palettes(checkpoint.palettized, split), unused=unused, merged=True)

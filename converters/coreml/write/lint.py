@@ -109,7 +109,8 @@ def _vectors(checkpoint: Checkpoint, plan: ExportPlan, config: DecoderConfig) ->
 def _dimensions(checkpoint: Checkpoint, plan: ExportPlan, config: DecoderConfig) -> _Found:
     sizes = {
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size * (1 if len(config.names.mlp_inputs) > 1 else 2),
+        "intermediate_size": config.intermediate_size
+        * (2 if config.gated and len(config.names.mlp_inputs) == 1 else 1),
         "the context": plan.context,
     }
     if plan.split is None and plan.interface != "embedding":  # tokens are looked up, no head gives logits

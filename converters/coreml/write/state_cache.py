@@ -50,11 +50,13 @@ class StateLayout:
             layers: of the program; the default: all.
             multiple: the last two axes are made larger to multiples of it. What is added is not used.
         """
-        places = {
+        places: dict[type, dict[int, int]] = {
             kind: {layer: place for place, layer in enumerate(layers_with(config, kind, layers))}
             for kind in (KeysValues, Columns, Recurrence)
         }
         shapes: dict[str, tuple[int, ...]] = {}
+        names: tuple[str, ...]
+        sizes: tuple[int, ...]
         for layer in range(config.num_layers)[layers]:
             for state in layer_states(config, layer):
                 count = len(places[type(state)])

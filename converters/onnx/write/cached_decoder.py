@@ -1,4 +1,4 @@
-"""The graph of a decoder with a key-value cache."""
+"""The graph of a decoder with the states of its layers."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def build_graph(
     attending = layers_with(config, KeysValues)
     masks = _masks(tracer, decoder, cache.past(KEY, attending[0])) if attending else {}
     real = _real(tracer, input_ids) if layers_with(config, Columns) else None
-    context: Any = Context(position_ids, tables(position_ids), masks, real)  # type: ignore[arg-type]
-    logits = decoder(input_ids, context, cache)  # type: ignore[arg-type]
+    place: Any = Context(position_ids, tables(position_ids), masks, real)  # type: ignore[arg-type]
+    logits = decoder(input_ids, place, cache)
     outputs = {LOGITS: logits.name, **cache.present}
     graph.rename({value: name for name, value in outputs.items()})
     graph.prune(list(outputs))

@@ -50,8 +50,8 @@ class _ScannedRule:
         return self._scan(before, [*rows, *numbers])
 
     def _parameter(self, parameter: torch.Tensor) -> Value:
-        name = self._tracer.weights.vector(self._tracer.parameters[id(parameter)])
-        return Value(self._tracer, name, tuple(parameter.shape), self._tracer.dtype).to(torch.float32)
+        name = self._tracer.weights.vector(self._tracer.parameters[id(parameter)], wide=True)
+        return Value(self._tracer, name, tuple(parameter.shape), torch.float32)
 
     def _scan(self, before: Value, tokens: list[Value]) -> tuple[Value, Value]:
         """Matrices before, what each token brings -> outputs [batch, new, value_heads, value_dim], matrices after."""

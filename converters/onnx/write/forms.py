@@ -69,9 +69,9 @@ class Forms(ABC):
             )
         return WeightNodes(self.graph, tensor).lookup(ids, self.onnx_type)
 
-    def vector(self, name: str) -> str:
-        """A dense parameter, in the dtype of activations."""
-        return self.dense(name)
+    def vector(self, name: str, *, wide: bool = False) -> str:
+        """A dense parameter, in the dtype of activations, or in float32."""
+        return self.dense(name, wide=wide)
 
     def kernel(self, name: str) -> str:
         """The weight of a convolution along the text [channels, 1, size], in the dtype of activations."""
@@ -82,8 +82,10 @@ class Forms(ABC):
             )
         return self.dense(name)
 
-    def dense(self, name: str, use: Callable[[str], Any] = lambda value: value) -> str:
-        """A dense parameter, or what `use` takes of it, in the dtype of activations.
+    def dense(
+        self, name: str, use: Callable[[str], Any] = lambda value: value, *, wide: bool = False
+    ) -> str:
+        """A dense parameter, or what `use` takes of it, in the dtype of activations, or in float32.
 
         Stored as float16 when it is large and that loses nothing.
         """
@@ -100,7 +102,8 @@ class Forms(ABC):
         )
         stored = types.FLOAT16 if half else types.FLOAT
         used: str = use(value)
-        return used if stored == self.onnx_type else self.graph.node("Cast", used, to=self.onnx_type)
+        wanted = types.FLOAT if wide else self.onnx_type
+        return used if stored == wanted else self.graph.node("Cast", used, to=wanted)
 
     def _stored(self, name: str) -> str:
         held = name in self.checkpoint.palettized or name in self.checkpoint.dense

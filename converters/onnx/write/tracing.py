@@ -55,8 +55,8 @@ class WeightForms(Protocol):
         """Rows of a weight: int64 [batch, new] -> [batch, new, columns]."""
         ...
 
-    def vector(self, name: str) -> str:
-        """A dense parameter, in the dtype of activations."""
+    def vector(self, name: str, *, wide: bool = False) -> str:
+        """A dense parameter, in the dtype of activations, or in float32."""
         ...
 
     def kernel(self, name: str) -> str:

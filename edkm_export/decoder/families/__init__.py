@@ -6,7 +6,7 @@ from edkm_export.decoder.families.cohere2 import Cohere2Settings
 from edkm_export.decoder.families.exaone4 import Exaone4Settings
 from edkm_export.decoder.families.gemma import Gemma2Settings, Gemma3Settings
 from edkm_export.decoder.families.gpt2 import GPT2Settings
-from edkm_export.decoder.families.granite import GraniteSettings
+from edkm_export.decoder.families.granite import GraniteHybridSettings, GraniteSettings
 from edkm_export.decoder.families.hunyuan import HunyuanSettings
 from edkm_export.decoder.families.lfm2 import Lfm2Settings
 from edkm_export.decoder.families.llama import LlamaSettings
@@ -32,6 +32,7 @@ FAMILIES: dict[str, type[Settings]] = {
         Gemma3Settings,
         GPT2Settings,
         GraniteSettings,
+        GraniteHybridSettings,
         HunyuanSettings,
         Lfm2Settings,
         LlamaSettings,

@@ -210,8 +210,11 @@ class GgufModel:
         self._settings_understood()
         if self._vocabulary.is_empty:  # said in its own words, before a process is made for it
             return self._vocabulary.build()
-        return guarded(self._vocabulary.build, str(self.file.path))
+        size_bytes = _TOKEN_BYTES * len(self._vocabulary.tokens)
+        return guarded(self._vocabulary.build, str(self.file.path), size_bytes)
 
+
+_TOKEN_BYTES = 128  # of a token and its merge in a tokenizer.json
 
 _COUNTS = {
     "block_count": "num_layers",

@@ -1,0 +1,138 @@
+"""One weight as LUTs and indices that make the least error in its layer's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edkm_export.clustering import hard_assign, optimal_centroids
+from edkm_export.clustering.compensation import (
+    chosen,
+    compensated_indices,
+    descended_indices,
+    inverse_factor,
+    output_error,
+    refitted_centroids,
+)
+from edkm_export.errors import PaletteError
+from edkm_export.lut_grid import Rounded, round_to_grid
+from edkm_export.palette import PalettizedTensor, all_finite, check_grouping
+from edkm_export.recipe import Rule
+
+__all__ = ["DAMPING", "ROUNDS", "damped", "makes_up", "palettize_compensated"]
+
+DAMPING = 0.01
+"""What share of its mean square is added to that of each input: H of few tokens has no inverse otherwise.
+
+A share of its own, not of the mean over all, as GPTQ has it: where one input is a hundred times as large as the others,
+that would be all that the others weigh.
+"""
+
+_FLOOR = 1e-6  # of the mean over all, for inputs that are always zero
+
+ROUNDS = 2
+"""How often LUTs are refitted and indices moved; a third gains 1% of the error."""
+
+
+_LARGEST_BITS = 6  # with more there is hardly an error to make up for
+_WIDEST = 6144  # columns; H and what is made of it are five such squares in float32, 0.7 GiB
+
+
+def makes_up(rule: Rule, columns: int) -> bool:
+    """Whether a linear layer of so many inputs is to make up for its errors: at 8 bits it has hardly any.
+
+    Args:
+        rule: of the layer.
+        columns: its inputs; of more than 6,144, H takes too much memory.
+    """
+    return rule.bits <= _LARGEST_BITS and columns <= _WIDEST
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """LUTs on their grid, indices uint8 [out, in], and their error under the damped H."""
+
+    luts: Rounded
+    indices: Tensor
+    error: float
+
+
+def damped(hessian: Tensor) -> Tensor:
+    """H with more on its diagonal, so that it is positive definite; the identity in place of zero.
+
+    Args:
+        hessian: symmetric, positive semidefinite, float [n, n].
+    """
+    mean = float(hessian.diagonal().mean())
+    result = hessian.clone()
+    result.diagonal().mul_(1 + DAMPING).add_(mean * _FLOOR if mean > 0 else 1.0)
+    return result
+
+
+@torch.no_grad()
+def palettize_compensated(name: str, weight: Tensor, rule: Rule, hessian: Tensor) -> PalettizedTensor:
+    """Palettize the weight of a linear layer whose inputs are known.
+
+    Centroids begin at the exact k-means weighted by 1 / diag(inverse of H): how much an error of each column costs when
+    those after it make up for it. Columns are assigned from the one with the largest inputs on, then LUTs are refitted
+    and indices moved, in turns. Of all that is met, what has the least error of the output is kept; nearest centroids
+    are among it.
+
+    Args:
+        name: of the parameter.
+        weight: float [out, in]; it is clustered on the CPU.
+        rule: bits, groups and LUT dtype.
+        hessian: H = X'X of inputs X [tokens, in], up to a factor; float [in, in]. It is damped here.
+
+    Raises:
+        PaletteError: shapes that do not fit, the group size does not divide the rows, or H is not finite.
+    """
+    if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
+        raise PaletteError(f"{name}: is {weight.dtype} {list(weight.shape)}, expected floating point [out, in].")
+    rows, columns = weight.shape
+    if hessian.shape != (columns, columns) or not all_finite(hessian):
+        raise PaletteError(
+            f"{name}: the Hessian of its inputs is {list(hessian.shape)}, expected finite [{columns}, {columns}]."
+        )
+    check_grouping(name, rows, rule.group_size)
+    order = hessian.diagonal().argsort(descending=True, stable=True).cpu()
+    values = weight.detach().cpu().float()[:, order]
+    curvature = damped(hessian.detach().cpu().float()[order][:, order])
+    best = min(_candidates(values, curvature, rule), key=lambda each: each.error)
+    indices = torch.empty_like(best.indices)
+    indices[:, order] = best.indices
+    groups = len(best.luts.lut)
+    return PalettizedTensor.from_indices(
+        name,
+        best.luts.lut.view(groups, 1, -1, 1),
+        indices,
+        lut_scale=None if best.luts.scale is None else best.luts.scale.view(groups, 1),
+        lut_dtype=rule.lut_dtype,
+    )
+
+
+def _candidates(weight: Tensor, hessian: Tensor, rule: Rule) -> Iterator[_Candidate]:
+    """From the nearest centroids on; weight [rows, n] and H [n, n] float32, in the order of assignment."""
+    rows, n = weight.shape
+    groups = rows // (rule.group_size or rows)
+    factor = inverse_factor(hessian)
+    importance = factor.square().sum(0).reciprocal()  # 1 / diag(U'U)
+    grouped = weight.view(groups, -1)
+    start, _ = optimal_centroids(grouped, 1 << rule.bits, importance=importance)
+    luts = round_to_grid(start, rule.lut_dtype)
+
+    nearest = hard_assign(grouped, luts.values).view(rows, n)
+    yield _Candidate(luts, nearest, output_error(weight - chosen(luts.values.float(), nearest), hessian))
+    indices = compensated_indices(weight, luts.values.float(), factor)
+    del factor
+    for turn in range(ROUNDS + 1):
+        if turn:
+            fitted, places = refitted_centroids(weight, luts.values.float(), hessian, indices).sort(1)
+            luts = round_to_grid(fitted, rule.lut_dtype)
+            ranks = places.argsort(1).to(torch.uint8)  # where each entry went
+            indices = ranks.gather(1, indices.view(groups, -1).long()).view(rows, n)
+        indices, error = descended_indices(weight, luts.values.float(), hessian, indices)
+        yield _Candidate(luts, indices, error)
