@@ -33,7 +33,7 @@ def decoded(model: nn.Module, parts: PalettizedModel) -> Any:
 
 @pytest.mark.parametrize("case", ["gqa_4", "untied_and_biased", "odd_sizes"])
 def test_each_layer_is_palettized_on_what_those_before_it_make(case):
-    """Layer by layer, transformers' own model runs anew with the weights so far, and a hook takes what a layer is given."""
+    """Layer by layer, transformers' own model runs with the weights so far, and a hook takes what a layer is given."""
     model = inject_outliers(build(case)) if case == "gqa_4" else build(case)
     recipe = uniform_recipe(3, 0)
     windows = windows_of()
@@ -54,7 +54,9 @@ def test_each_layer_is_palettized_on_what_those_before_it_make(case):
         hook.remove()
         inputs = given[0].flatten(0, 1)
         hessian = inputs.t() @ inputs / len(inputs)
-        expected = palettize_compensated(f"{name}.weight", layer.weight.data, Rule(bits=3, group_size=0), hessian)
+        expected = palettize_compensated(
+            f"{name}.weight", layer.weight.data, Rule(bits=3, group_size=0), hessian
+        )
         found = parts.palettized[f"{name}.weight"]
         assert found.same_bits(expected), name
         layer.weight.data = found.decode().float()
@@ -91,7 +93,7 @@ def test_a_model_that_is_not_consumed_is_left_as_it_is():
 
 
 def test_layers_without_a_rule_and_of_many_bits():
-    """What stays dense is as it was, 8 bits are weighted k-means, and the tied embedding is weighed by the head's inputs."""
+    """What stays dense is as it was, 8 bits are weighted k-means; the head's inputs weigh the tied embedding."""
     model = build("plain").half()
     recipe = Recipe(
         rules=(
@@ -107,7 +109,9 @@ def test_layers_without_a_rule_and_of_many_bits():
     assert parts.compensated == parts.palettized.keys() - wide
     name = "model.layers.0.self_attn.k_proj"
     energy = input_energy(model, windows_of())
-    alone = palettize_model(model, recipe, energy=energy)  # the first layer is given what the float model gives it
+    alone = palettize_model(
+        model, recipe, energy=energy
+    )  # the first layer is given what the float model gives it
     torch.testing.assert_close(
         parts.palettized[f"{name}.weight"].decode(),
         alone.palettized[f"{name}.weight"].decode(),
@@ -131,11 +135,17 @@ def test_gpt2():
     assert float((made.decode() - weight).square().mean()) < 0.2 * float(weight.square().mean())
 
 
-@pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"])
+@pytest.mark.parametrize(
+    "where", ["model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"]
+)
 def test_a_broken_model_is_refused_and_left_as_it_is(where):
     model = build("plain")
     model.get_parameter(where).data.view(-1)[3] = float("nan")
-    message = "up_proj.weight holds NaN" if "up_proj" in where else "its input is not finite on the calibration text"
+    message = (
+        "up_proj.weight holds NaN"
+        if "up_proj" in where
+        else "its input is not finite on the calibration text"
+    )
     with pytest.raises(InputError, match=message):
         palettize_model(model, PRESETS["4bit"], windows=windows_of(), consume=False)
     assert not any("forward" in module.__dict__ for module in model.modules())

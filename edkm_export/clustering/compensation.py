@@ -2,8 +2,8 @@
 
 With inputs X [tokens, in] and H = X'X, a change E of the weight [out, in] changes the outputs by sum(E H * E) in all.
 Columns are assigned one by one, and the error of each is spread over those that are left (GPTQ, arXiv 2210.17323;
-Optimal Brain Surgeon). Coordinate descent then moves single indices as long as the error falls, and the LUTs are refitted
-by least squares, given the indices (GPTVQ, arXiv 2402.15319; LNQ in arXiv 2505.07004).
+Optimal Brain Surgeon). Coordinate descent then moves single indices as long as the error falls, and the LUTs are
+refitted by least squares, given the indices (GPTVQ, arXiv 2402.15319; LNQ in arXiv 2505.07004).
 """
 
 from __future__ import annotations
@@ -76,7 +76,14 @@ def compensated_indices(weight: Tensor, centroids: Tensor, factor: Tensor) -> Te
         block, triangle = work[:, some].contiguous(), factor[some, some].contiguous()
         errors, found = torch.empty_like(block), torch.empty(block.shape, dtype=torch.uint8)
         run = functools.partial(
-            _compensate, block.numpy(), triangle.numpy(), lut, borders, found.numpy(), errors.numpy(), group_size
+            _compensate,
+            block.numpy(),
+            triangle.numpy(),
+            lut,
+            borders,
+            found.numpy(),
+            errors.numpy(),
+            group_size,
         )
         spread(run, rows, _ROWS)
         indices[:, some] = found
@@ -108,10 +115,20 @@ def descended_indices(
         for start in range(0, n, _COLUMNS):
             some = slice(start, min(start + _COLUMNS, n))
             # a copy: the matrix product below does in the slope what the kernel does in the block
-            block, found = slope[:, some].clone(memory_format=torch.contiguous_format), indices[:, some].contiguous()
+            block, found = (
+                slope[:, some].clone(memory_format=torch.contiguous_format),
+                indices[:, some].contiguous(),
+            )
             square, moves = hessian[some, some].contiguous(), torch.zeros_like(block)
             run = functools.partial(
-                _descend, block.numpy(), square.numpy(), lut, borders, found.numpy(), moves.numpy(), group_size
+                _descend,
+                block.numpy(),
+                square.numpy(),
+                lut,
+                borders,
+                found.numpy(),
+                moves.numpy(),
+                group_size,
             )
             spread(run, rows, _ROWS)
             indices[:, some] = found

@@ -121,7 +121,11 @@ def test_several_poolings_are_refused(work, edkm):
 
 @pytest.mark.parametrize(
     ("pooling", "words"),
-    [("max", "model.pt: embedding.pooling"), (["mean"], "embedding.pooling"), ("cls", "sha256 of its 'embedding' part")],
+    [
+        ("max", "model.pt: embedding.pooling"),
+        (["mean"], "embedding.pooling"),
+        ("cls", "sha256 of its 'embedding' part"),
+    ],
 )
 def test_damaged_settings_of_a_checkpoint(made, edkm, pooling, words):
     import torch
