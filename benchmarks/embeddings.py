@@ -2,9 +2,9 @@
 
     python -m benchmarks.embeddings FOLDER --calibration fixtures/calibration.txt
 
-FOLDER is one of sentence-transformers. For each number of bits the model is palettized with the default recipe, exported to
-ONNX with `--runtime exact`, and verified against the folder on the built-in texts: mean and least cosine, rank agreement,
-queries with the same nearest document, and the size of the weights on disk.
+FOLDER is one of sentence-transformers. For each number of bits the model is palettized with the default recipe,
+exported to ONNX with `--runtime exact`, and verified against the folder on the built-in texts: mean and least cosine,
+rank agreement, queries with the same nearest document, and the size of the weights on disk.
 """
 
 from __future__ import annotations

@@ -97,7 +97,9 @@ def palettize_compensated(
         PaletteError: shapes that do not fit, the group size does not divide the rows, or H is not finite.
     """
     if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
-        raise PaletteError(f"{name}: is {weight.dtype} {list(weight.shape)}, expected floating point [out, in].")
+        raise PaletteError(
+            f"{name}: is {weight.dtype} {list(weight.shape)}, expected floating point [out, in]."
+        )
     rows, columns = weight.shape
     if hessian.shape != (columns, columns) or not all_finite(hessian):
         raise PaletteError(

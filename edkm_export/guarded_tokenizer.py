@@ -217,8 +217,8 @@ class _Child:
             if isinstance(error, TimeoutError) or self._ended_by() == getattr(signal, "SIGXCPU", None):
                 self._end()
                 raise TokenizerError(
-                    f"{self._where}: its tokenizer or chat template took more than {seconds:.0f} s and was stopped: its "
-                    "rules are made to take long."
+                    f"{self._where}: its tokenizer or chat template took more than {seconds:.0f} s and was stopped: "
+                    "its rules are made to take long."
                 ) from None
             self._end()
             raise TokenizerError(

@@ -23,7 +23,7 @@ class MemoryBudget:
 
     Attributes:
         total_bytes: for everything.
-        asked: whether the user named it; else it is what was free.
+        asked: whether the user named it; else it is what is there.
     """
 
     total_bytes: int
@@ -31,10 +31,12 @@ class MemoryBudget:
 
     @classmethod
     def of(cls, asked_bytes: int | None) -> MemoryBudget:
-        """What the user asks for; None: what is free on this machine."""
+        """What the user asks for; None: what is free on this machine, and what this process has of it."""
         if asked_bytes is not None:
             return cls(asked_bytes, asked=True)
-        return cls(available_memory()[1])
+        import psutil
+
+        return cls(available_memory()[1] + psutil.Process().memory_info().rss)
 
     def room_bytes(self, *, reserved_bytes: int = 0, models: int = 1) -> int:
         """What the weights of each model may take, when so many are in memory at once; 0 when nothing is left.
@@ -47,4 +49,4 @@ class MemoryBudget:
 
     def __str__(self) -> str:
         """In words, for a report."""
-        return f"{short_size(self.total_bytes)} {'asked for (--memory)' if self.asked else 'were free'}"
+        return f"{short_size(self.total_bytes)} {'asked for (--memory)' if self.asked else 'were there'}"

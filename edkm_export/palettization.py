@@ -126,7 +126,9 @@ def palettize_model(
     palettized: dict[str, PalettizedTensor] = {}
     compensated: dict[str, PalettizedTensor] = {}
     if windows is not None and plan:
-        frees = consume and streamed_weights(model) is None  # what is read layer by layer is dropped in any case
+        frees = (
+            consume and streamed_weights(model) is None
+        )  # what is read layer by layer is dropped in any case
         propagation = Propagation(model, plan, consume=frees, source=source, advance=advance)
         propagation.run(windows)
         compensated, energy = propagation.palettized, propagation.energy

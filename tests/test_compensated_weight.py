@@ -119,7 +119,9 @@ def test_as_many_values_as_entries_are_exact():
 def test_a_factor_of_the_hessian_does_not_matter():
     weight, inputs = layer(16, 40, 100)
     hessian = inputs.t() @ inputs
-    made = [palettize_compensated("w", weight, Rule(bits=3), hessian * factor) for factor in (1, 2**-10, 2**10)]
+    made = [
+        palettize_compensated("w", weight, Rule(bits=3), hessian * factor) for factor in (1, 2**-10, 2**10)
+    ]
     assert made[0].same_bits(made[1]) and made[0].same_bits(made[2])
 
 
@@ -135,7 +137,11 @@ def test_the_weight_is_left_as_it_is():
 @pytest.mark.parametrize(
     ("weight", "hessian", "message"),
     [
-        (torch.ones(4, 3, 2), torch.eye(3), "w: is torch.float32 [4, 3, 2], expected floating point [out, in]"),
+        (
+            torch.ones(4, 3, 2),
+            torch.eye(3),
+            "w: is torch.float32 [4, 3, 2], expected floating point [out, in]",
+        ),
         (torch.ones(4, 3), torch.eye(4), "Hessian of its inputs is [4, 4], expected finite [3, 3]"),
         (torch.ones(4, 3), torch.full((3, 3), float("nan")), "expected finite [3, 3]"),
         (torch.ones(5, 3), torch.eye(3), "group_size 16 does not divide its 5 output rows"),

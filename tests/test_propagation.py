@@ -33,7 +33,11 @@ def decoded(model: nn.Module, parts: PalettizedModel) -> Any:
 
 @pytest.mark.parametrize("case", ["gqa_4", "untied_and_biased", "odd_sizes"])
 def test_each_layer_is_palettized_on_what_those_before_it_make(case):
+<<<<<<< HEAD
     """transformers' own model runs anew for each layer with the weights so far; a hook takes what the layer is given."""
+=======
+    """Layer by layer, transformers' own model runs with the weights so far, and a hook takes what a layer is given."""
+>>>>>>> main
     model = inject_outliers(build(case)) if case == "gqa_4" else build(case)
     recipe = uniform_recipe(3, 0)
     windows = windows_of()
@@ -55,7 +59,11 @@ def test_each_layer_is_palettized_on_what_those_before_it_make(case):
         inputs = given[0].flatten(0, 1)
         hessian = inputs.t() @ inputs / len(inputs)
         expected = palettize_compensated(
+<<<<<<< HEAD
             f"{name}.weight", layer.weight.data, Rule(bits=3, group_size=0), hessian, samples=len(inputs)
+=======
+            f"{name}.weight", layer.weight.data, Rule(bits=3, group_size=0), hessian
+>>>>>>> main
         )
         found = parts.palettized[f"{name}.weight"]
         assert found.same_bits(expected), name
@@ -93,7 +101,11 @@ def test_a_model_that_is_not_consumed_is_left_as_it_is():
 
 
 def test_layers_without_a_rule_and_of_many_bits():
+<<<<<<< HEAD
     """What stays dense is as it was, and layers of 8 bits and the embedding are clustered by weighted k-means."""
+=======
+    """What stays dense is as it was, 8 bits are weighted k-means; the head's inputs weigh the tied embedding."""
+>>>>>>> main
     model = build("plain").half()
     recipe = Recipe(
         rules=(
@@ -109,7 +121,9 @@ def test_layers_without_a_rule_and_of_many_bits():
     assert parts.compensated == parts.palettized.keys() - wide
     name = "model.layers.0.self_attn.k_proj"
     energy = input_energy(model, windows_of())
-    alone = palettize_model(model, recipe, energy=energy)  # the first layer is given what the float model gives it
+    alone = palettize_model(
+        model, recipe, energy=energy
+    )  # the first layer is given what the float model gives it
     torch.testing.assert_close(
         parts.palettized[f"{name}.weight"].decode(),
         alone.palettized[f"{name}.weight"].decode(),
@@ -151,11 +165,17 @@ def test_gpt2():
     assert float((made.decode() - weight).square().mean()) < 0.2 * float(weight.square().mean())
 
 
-@pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"])
+@pytest.mark.parametrize(
+    "where", ["model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"]
+)
 def test_a_broken_model_is_refused_and_left_as_it_is(where):
     model = build("plain")
     model.get_parameter(where).data.view(-1)[3] = float("nan")
-    message = "up_proj.weight holds NaN" if "up_proj" in where else "its input is not finite on the calibration text"
+    message = (
+        "up_proj.weight holds NaN"
+        if "up_proj" in where
+        else "its input is not finite on the calibration text"
+    )
     with pytest.raises(InputError, match=message):
         palettize_model(model, PRESETS["4bit"], windows=windows_of(), consume=False)
     assert not any("forward" in module.__dict__ for module in model.modules())

@@ -9,7 +9,12 @@ import transformers
 
 from edkm_export.special_floats import decode_object, encode
 
-VALUES = {"a": [1.5, math.inf, {"b": -math.inf}], "c": "Infinity", "d": {"__float__": 3}, "e": (2.0, math.inf)}
+VALUES = {
+    "a": [1.5, math.inf, {"b": -math.inf}],
+    "c": "Infinity",
+    "d": {"__float__": 3},
+    "e": (2.0, math.inf),
+}
 
 
 def test_as_transformers_writes_them(tmp_path):

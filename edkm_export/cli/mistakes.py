@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edkm_export._version import __version__
 from edkm_export.limits import words_of
+from edkm_export.plain_data import printable
 
 __all__ = ["in_one_line", "loaded_versions", "our_mistake"]
 
@@ -42,12 +43,12 @@ def our_mistake(error: BaseException) -> str:
 def in_one_line(error: BaseException) -> str:
     """Kind of an error, and the first line of what it says."""
     first = (words_of(error).strip().splitlines() or [""])[0].rstrip(".")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return printable(f"{type(error).__name__}: {first}") if first else type(error).__name__
 
 
 def _traceback(error: BaseException) -> str:
     try:
-        return "".join(traceback.format_exception(error))
+        return printable("".join(traceback.format_exception(error)))
     except Exception:  # an error that cannot be printed, or too deep a chain
         return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}"
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from edkm_export.activity import Activity, activity
 from edkm_export.cli.table_layout import boxed, plain_lines, stacked_lines, wrapped
 from edkm_export.escaping import for_terminal
+from edkm_export.plain_data import printable
 
 if TYPE_CHECKING:
     from edkm_export.cli.display import Display
@@ -119,7 +120,7 @@ class Terminal(Console):
                 plain.print(each)
                 lines = plain.file.getvalue().splitlines()  # type: ignore[attr-defined]
             for line in lines:
-                PRINTED.info("%s", line)
+                PRINTED.info("%s", printable(line))
 
 
 def _harmless(printed: Any) -> Any:

@@ -76,7 +76,14 @@ def compensated_indices(weight: Tensor, centroids: Tensor, factor: Tensor) -> Te
         block, triangle = work[:, some].contiguous(), factor[some, some].contiguous()
         errors, found = torch.empty_like(block), torch.empty(block.shape, dtype=torch.uint8)
         run = functools.partial(
-            _compensate, block.numpy(), triangle.numpy(), lut, borders, found.numpy(), errors.numpy(), group_size
+            _compensate,
+            block.numpy(),
+            triangle.numpy(),
+            lut,
+            borders,
+            found.numpy(),
+            errors.numpy(),
+            group_size,
         )
         spread(run, rows, _ROWS)
         indices[:, some] = found
@@ -108,10 +115,20 @@ def descended_indices(
         for start in range(0, n, _COLUMNS):
             some = slice(start, min(start + _COLUMNS, n))
             # a copy: the matrix product below does in the slope what the kernel does in the block
-            block, found = slope[:, some].clone(memory_format=torch.contiguous_format), indices[:, some].contiguous()
+            block, found = (
+                slope[:, some].clone(memory_format=torch.contiguous_format),
+                indices[:, some].contiguous(),
+            )
             square, moves = hessian[some, some].contiguous(), torch.zeros_like(block)
             run = functools.partial(
-                _descend, block.numpy(), square.numpy(), lut, borders, found.numpy(), moves.numpy(), group_size
+                _descend,
+                block.numpy(),
+                square.numpy(),
+                lut,
+                borders,
+                found.numpy(),
+                moves.numpy(),
+                group_size,
             )
             spread(run, rows, _ROWS)
             indices[:, some] = found

@@ -116,7 +116,7 @@ class Attention(nn.Module):
     def rotate(
         self, queries: Tensor, keys: Tensor, rotary: dict[str, tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """RoPE of queries and keys [batch, heads, new, head_dim] by tables of the context, [batch, 1, new, rotary_dim]."""
+        """RoPE of queries and keys [batch, heads, new, head_dim] by tables of the context, [batch, 1, new, dim]."""
         return self._turn(queries, *table_of_queries(rotary, self.kind)), self._turn(keys, *rotary[self.kind])
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

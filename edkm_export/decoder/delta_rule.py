@@ -134,7 +134,7 @@ def chunked_delta_rule(
     size = triangle.tokens
     if size is None:
         return _chunk(queries, keys, values, decay, strength, matrices, triangle)
-    tokens = queries.shape[2]
+    tokens = int(queries.shape[2])  # fixed with the size of the chunks, in a trace too
     missing = -tokens % size
     if missing:  # what is added neither fades nor writes
         queries, keys, values, decay, strength = (

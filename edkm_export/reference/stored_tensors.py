@@ -90,9 +90,7 @@ class StoredTensors:
 
         with contextlib.ExitStack() as stack:
             files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in self.files}
-            yield {
-                name: files[tensor.file].get_slice(tensor.name) for name, tensor in self.tensors.items()
-            }
+            yield {name: files[tensor.file].get_slice(tensor.name) for name, tensor in self.tensors.items()}
 
 
 def read_stored(folder: Path, reference: str) -> StoredTensors:

@@ -7,7 +7,7 @@ in memory whole, so the results are the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ __all__ = [
 
 _T = TypeVar("_T")
 _ATTRIBUTE = "_edkm_streamed_weights"
+_ALWAYS = -1  # stands for a block that is in memory all the time
 
 WAVE = 16
 """Runs that share a pass at most: each has a thread, its activations and its results in memory."""
@@ -55,6 +56,11 @@ class _Block:
     module: nn.Module
     slots: tuple[_Slot, ...]
     size_bytes: int
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of its values, each once."""
+        return tuple(dict.fromkeys(slot.key for slot in self.slots))
 
 
 class StreamedWeights:
@@ -84,12 +90,15 @@ class StreamedWeights:
         self._blocks, always = _blocks(model, keys, dtype)
         # beside the blocks that stay: the one that is used, and what decoding it takes
         self._hold_bytes = room_bytes - 2 * max(block.size_bytes for block in self._blocks)
-        self._held: dict[int, dict[str, Tensor]] = {}
+        self._held: set[int] = set()
         self._held_bytes = self._most_bytes = 0
         self._loaded: int | None = None
-        self._meta = {id(slot): slot.module._parameters[slot.attribute] for slot in self._slots()}
-        for slot in always:
-            self._place(slot, read(slot.key))
+        self._slots: dict[str, list[_Slot]] = {}
+        for slot in (*always, *(slot for block in self._blocks for slot in block.slots)):
+            self._slots.setdefault(slot.key, []).append(slot)
+        self._meta = dict(model.named_parameters(remove_duplicate=False))
+        self._users: dict[str, set[int]] = {}  # of what is in memory: the blocks that it is there for
+        self._bring([slot.key for slot in always], _ALWAYS)
         for number, block in enumerate(self._blocks):
             block.module.register_forward_pre_hook(self._entering(number), prepend=True)
 
@@ -136,16 +145,11 @@ class StreamedWeights:
 
     def release(self) -> None:
         """Drop every block; those that are needed again are read again."""
-        for number in list(self._held):
-            self._remove(number)
-        if self._loaded is not None:
-            self._remove(self._loaded)
+        for number in self._held if self._loaded is None else {*self._held, self._loaded}:
+            self._drop(number)
         self._held.clear()
         self._loaded, self._held_bytes = None, 0
         return_freed_memory()
-
-    def _slots(self) -> list[_Slot]:
-        return [slot for block in self._blocks for slot in block.slots]
 
     def _entering(self, number: int) -> Callable[[nn.Module, Any], None]:
         def enter(_module: nn.Module, _inputs: Any) -> None:
@@ -164,31 +168,35 @@ class StreamedWeights:
         if number == self._loaded or number in self._held:
             return
         if self._loaded is not None:
-            self._remove(self._loaded)
+            self._drop(self._loaded)
             self._loaded = None
         block = self._blocks[number]
-        known = {key: value for held in self._held.values() for key, value in held.items()}
-        values: dict[str, Tensor] = {}
-        for slot in block.slots:
-            if slot.key not in values:
-                values[slot.key] = known[slot.key] if slot.key in known else self._read(slot.key)
-            self._place(slot, values[slot.key])
+        self._bring(block.keys, number)
         if self._held_bytes + block.size_bytes <= self._hold_bytes:
-            self._held[number] = values
+            self._held.add(number)
             self._held_bytes += block.size_bytes
             self._most_bytes = max(self._most_bytes, self._held_bytes)
         else:
             self._loaded = number
 
-    def _place(self, slot: _Slot, value: Tensor) -> None:
-        expected = slot.module._parameters[slot.attribute]
-        assert expected is not None
-        assert value.shape == expected.shape, slot.name
-        slot.module._parameters[slot.attribute] = nn.Parameter(value, requires_grad=False)
+    def _bring(self, keys: Iterable[str], number: int) -> None:
+        """Put values in place for a block; tied parameters are one, in memory and out of it."""
+        for key in keys:
+            if key not in self._users:
+                parameter = nn.Parameter(self._read(key), requires_grad=False)
+                for slot in self._slots[key]:
+                    assert parameter.shape == self._meta[slot.name].shape, slot.name
+                    slot.module._parameters[slot.attribute] = parameter
+            self._users.setdefault(key, set()).add(number)
 
-    def _remove(self, number: int) -> None:
-        for slot in self._blocks[number].slots:
-            slot.module._parameters[slot.attribute] = self._meta[id(slot)]
+    def _drop(self, number: int) -> None:
+        """Take away what is there for this block alone."""
+        for key in self._blocks[number].keys:
+            self._users[key].discard(number)
+            if not self._users[key]:
+                del self._users[key]
+                for slot in self._slots[key]:
+                    slot.module._parameters[slot.attribute] = self._meta[slot.name]
 
 
 def stream(

@@ -168,7 +168,7 @@ def provenance_of(
 def weights_room(checkpoint: Checkpoint, evaluation: VerificationInputs) -> int | None:
     """Bytes that the weights of one model may take: a model of transformers and the artifact are there at once.
 
-    Logits of all tokens are kept of three models, and compared in float64.
+    Logits of all tokens are kept of three models, and compared in float64; the palettes are there once, mapped.
 
     Returns:
         None: there is no limit, or all of them fit.
@@ -176,7 +176,7 @@ def weights_room(checkpoint: Checkpoint, evaluation: VerificationInputs) -> int 
     if evaluation.memory is None:
         return None
     logits = 5 * 8 * evaluation.tokens * _positive(checkpoint, "vocab_size")
-    room = evaluation.memory.room_bytes(reserved_bytes=logits, models=2)
+    room = evaluation.memory.room_bytes(reserved_bytes=logits + checkpoint.size_bytes, models=2)
     return room_if_needed(checkpoint.numel, room)
 
 

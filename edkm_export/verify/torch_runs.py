@@ -148,7 +148,7 @@ class _WeightsOnDisk(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         value = self._weights.read(name)
-        return value.t() if name in self._turned else value
+        return value.t().contiguous() if name in self._turned else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

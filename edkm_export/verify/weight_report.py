@@ -56,7 +56,9 @@ def describe_tensors(
     return rows
 
 
-def measure_sizes(checkpoint: Checkpoint, artifact: StoredModel, predicted_size_bytes: int | None) -> list[Size]:
+def measure_sizes(
+    checkpoint: Checkpoint, artifact: StoredModel, predicted_size_bytes: int | None
+) -> list[Size]:
     """Bytes by part, as the checkpoint predicts them and as they lie on disk."""
     try:
         palettized, dense = artifact.palettized(), artifact.dense()

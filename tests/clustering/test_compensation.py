@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -123,7 +125,7 @@ def test_each_step_of_the_refit_makes_the_error_smaller():
         )
         for steps in range(9)
     ]
-    assert all(later < earlier for earlier, later in zip(errors[:5], errors[1:5], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors[:5]))
     assert errors[-1] <= errors[4]
 
 

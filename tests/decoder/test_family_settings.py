@@ -124,7 +124,9 @@ def test_layers_are_those_of_transformers_without_layer_types(case):
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
-    kind=st.sampled_from([kind for kind in FAMILIES if {"sliding_window", "layer_types"} <= keys_of(kind).keys()]),
+    kind=st.sampled_from(
+        [kind for kind in FAMILIES if {"sliding_window", "layer_types"} <= keys_of(kind).keys()]
+    ),
     layers=st.integers(1, 13),
     first=st.integers(0, 14),
     pattern=st.integers(1, 7),
@@ -149,7 +151,11 @@ def test_layer_patterns_are_those_of_transformers(kind, layers, first, pattern, 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_defaults_are_those_of_transformers(kind):
     """For keys that a configuration does not give."""
-    forced = {key: field.examples[0] for key, field in keys_of(kind).items() if field.is_required() and field.examples}
+    forced = {
+        key: field.examples[0]
+        for key, field in keys_of(kind).items()
+        if field.is_required() and field.examples
+    }
     if "layer_types" in forced:
         forced["num_hidden_layers"] = len(forced["layer_types"])
     whole = transformers.AutoConfig.for_model(kind, **forced).to_dict()

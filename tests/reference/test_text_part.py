@@ -30,7 +30,12 @@ def gemma3(**text: Any) -> Any:
 
 
 def qwen3_vl(**text: Any) -> Any:
-    rotation = {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    rotation = {
+        "rope_type": "default",
+        "rope_theta": 5000.0,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+    }
     vision = {
         "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
         "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
@@ -98,7 +103,7 @@ def test_text_part_computes_what_the_whole_does(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral3"])
 def test_names_of_older_folders(name, tmp_path):
-    model, source = saved(name, tmp_path / "model")
+    _, source = saved(name, tmp_path / "model")
     text = load_model(source, torch.float32)
     rename(tmp_path / "model", "model.language_model.", "language_model.model.")
     older = load_model(source, torch.float32)

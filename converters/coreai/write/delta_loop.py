@@ -37,7 +37,9 @@ class _LoopedRule:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         assert context.real is None, "this interface knows no padding"
         tokens = self._module.operands(mixed, strength, fading, a_log, dt_bias, context)
-        outputs = torch.zeros(tokens[2].shape)  # a loop keeps the strides of what it carries: not those of a view
+        outputs = torch.zeros(
+            tokens[2].shape
+        )  # a loop keeps the strides of what it carries: not those of a view
         start = torch.zeros((), dtype=torch.int64)
         _, after, outputs = torch.ops.higher_order.while_loop(_more, _step, (start, before, outputs), tokens)
         return outputs.transpose(1, 2), after

@@ -73,7 +73,9 @@ class CoreMLArtifact(PackageFiles):
             held = function.states or {TEXT: function.inputs[TEXT]}
             shapes += [given.type.shape for given in held.values()]
         if not any(context in (shape or ()) for shape in shapes):
-            raise PackageError(f"{self.path}: its caches hold {list(shapes[0] or ())}, which are not so many.")
+            raise PackageError(
+                f"{self.path}: its caches hold {list(shapes[0] or ())}, which are not so many."
+            )
 
     def session(self) -> CoreMLSession | None:
         """The packages with their cache; None when they have none."""

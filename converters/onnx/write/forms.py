@@ -82,9 +82,7 @@ class Forms(ABC):
             )
         return self.dense(name)
 
-    def dense(
-        self, name: str, use: Callable[[str], Any] = lambda value: value, *, wide: bool = False
-    ) -> str:
+    def dense(self, name: str, use: Callable[[str], Any] = lambda value: value, *, wide: bool = False) -> str:
         """A dense parameter, or what `use` takes of it, in the dtype of activations, or in float32.
 
         Stored as float16 when it is large and that loses nothing.

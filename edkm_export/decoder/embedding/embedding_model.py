@@ -166,8 +166,8 @@ def _settings(config: dict[str, Any], source: str) -> Any:
     found = settings.decoder_config()
     if others := sorted(set(found.layer_kinds) - set(ATTENDS)):
         raise ConversionError(
-            f"{source}: model type {config['model_type']!r} has layers of the kind {others[0]!r}, whose states would take "
-            "in the padding of a batch; embedding models are made of attention alone."
+            f"{source}: model type {config['model_type']!r} has layers of the kind {others[0]!r}, whose states would "
+            "take in the padding of a batch; embedding models are made of attention alone."
         )
     if found.hidden_size % found.num_heads and isinstance(settings, (BertSettings, ModernBertSettings)):
         raise ConversionError(

@@ -13,8 +13,8 @@ __all__ = ["Cohere2Settings"]
 
 
 class Cohere2Settings(LayerTypeSettings):
-    """Attention and MLP side by side behind one layer norm without bias, RoPE of neighbouring channels in sliding layers,
-    full layers without positions, scaled logits.
+    """Attention and MLP side by side behind one layer norm without bias, RoPE of neighbouring channels in sliding
+    layers, full layers without positions, scaled logits.
     """
 
     model_type = "cohere2"

@@ -18,8 +18,8 @@ __all__ = ["Exaone4Settings"]
 
 
 class Exaone4Settings(LayerTypeSettings):
-    """Norms only after attention and MLP, RMSNorm of queries and keys head by head; with a sliding window, three of four
-    layers slide and the others know no positions.
+    """Norms only after attention and MLP, RMSNorm of queries and keys head by head; with a sliding window, three of
+    four layers slide and the others know no positions.
     """
 
     model_type = "exaone4"

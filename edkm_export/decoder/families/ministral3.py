@@ -47,7 +47,11 @@ class Ministral3Settings(SlidingSettings):
     def _grows(cls, given: dict[str, Any]) -> dict[str, Any]:
         for name in _GROWTH:
             value = given.get(name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not 0 <= value < float("inf")
+            ):
                 raise ValueError(f"{name} is {value!r}, expected a positive number")
         return given
 

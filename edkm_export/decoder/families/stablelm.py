@@ -13,8 +13,8 @@ __all__ = ["StableLmSettings"]
 
 
 class StableLmSettings(PartlyRotarySettings):
-    """Layer norms with bias, RoPE on a quarter of each head, attention and MLP one after the other or side by side, a layer
-    norm for each head of queries and keys where `qk_layernorm` says so.
+    """Layer norms with bias, RoPE on a quarter of each head, attention and MLP one after the other or side by side, a
+    layer norm for each head of queries and keys where `qk_layernorm` says so.
     """
 
     model_type = "stablelm"

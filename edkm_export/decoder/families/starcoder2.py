@@ -13,8 +13,8 @@ __all__ = ["Starcoder2Settings"]
 
 
 class Starcoder2Settings(SlidingSettings):
-    """Layer norms with bias, biases everywhere where `use_bias` says so, MLP without gate, a sliding window in every layer
-    or none.
+    """Layer norms with bias, biases everywhere where `use_bias` says so, MLP without gate, a sliding window in every
+    layer or none.
     """
 
     model_type = "starcoder2"

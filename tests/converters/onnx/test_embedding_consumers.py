@@ -94,7 +94,5 @@ def test_transformers_js(tmp_path, case):
 @pytest.mark.optimum
 def test_optimum(tmp_path):
     folder, _, expected = exported("minilm", tmp_path)
-    found = np.array(
-        last_line([place("EDKM_OPTIMUM_PYTHON"), "-c", OPTIMUM, str(folder), json.dumps(TEXTS)])
-    )
+    found = np.array(last_line([place("EDKM_OPTIMUM_PYTHON"), "-c", OPTIMUM, str(folder), json.dumps(TEXTS)]))
     np.testing.assert_allclose(found / np.linalg.norm(found, axis=1, keepdims=True), expected, atol=1e-4)
