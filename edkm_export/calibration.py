@@ -30,6 +30,7 @@ __all__ = [
     "float32_activations",
     "input_energy",
     "module_energy",
+    "run_body",
 ]
 
 Batch = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -74,17 +75,12 @@ def input_energy(
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
     ]
 
-    def run(ids: Tensor) -> Tensor:
-        if isinstance(model, SentenceModel):
-            return model(ids, torch.ones_like(ids))  # type: ignore[no-any-return]
-        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
-
     try:
         with float32_activations(model):
             for window in tracked(windows, "calibration text", "windows"):
                 ids = window[None].to(device_of(model))
-                hidden = run(ids)
-                if head_name is not None:  # its own product, a whole vocabulary wide, is not needed
+                hidden = run_body(model, ids)
+                if head_name is not None:
                     record(head_name, hidden)
                 if advance is not None:
                     advance()
@@ -178,6 +174,21 @@ def _of_weights(layer: nn.Module, energy: Tensor) -> Tensor:
     kernel = columns // layer.weight.shape[1]
     by_group = energy.view(layer.groups, -1).repeat_interleave(kernel, dim=1)  # [groups, columns]
     return by_group[0] if layer.groups == 1 else by_group.repeat_interleave(rows // layer.groups, dim=0)
+
+
+def run_body(model: Any, ids: Tensor) -> Tensor:
+    """Call all layers of a model but its output head, whose product, a whole vocabulary wide, is not needed.
+
+    Args:
+        model: a causal language model of transformers, or a `SentenceModel`.
+        ids: int64 [windows, context].
+
+    Returns:
+        The inputs of the head [windows, context, hidden]; of a `SentenceModel`, which has none, its embeddings.
+    """
+    if isinstance(model, SentenceModel):
+        return model(ids, torch.ones_like(ids))  # type: ignore[no-any-return]
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
 
 def check_vocabulary(model: Any, windows: Tensor) -> None:

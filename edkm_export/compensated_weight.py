@@ -60,20 +60,25 @@ class _Candidate:
     error: float
 
 
-def damped(hessian: Tensor) -> Tensor:
+def damped(hessian: Tensor, samples: int | None = None) -> Tensor:
     """H with more on its diagonal, so that it is positive definite; the identity in place of zero.
 
     Args:
         hessian: symmetric, positive semidefinite, float [n, n].
+        samples: how many inputs it is the mean of. From fewer than n the damping grows with the square of what is
+            missing: a few inputs say how large each channel is, but not how channels go together. None: enough.
     """
     mean = float(hessian.diagonal().mean())
+    share = DAMPING * max(1.0, len(hessian) / (samples or len(hessian))) ** 2
     result = hessian.clone()
-    result.diagonal().mul_(1 + DAMPING).add_(mean * _FLOOR if mean > 0 else 1.0)
+    result.diagonal().mul_(1 + share).add_(mean * _FLOOR if mean > 0 else 1.0)
     return result
 
 
 @torch.no_grad()
-def palettize_compensated(name: str, weight: Tensor, rule: Rule, hessian: Tensor) -> PalettizedTensor:
+def palettize_compensated(
+    name: str, weight: Tensor, rule: Rule, hessian: Tensor, *, samples: int | None = None
+) -> PalettizedTensor:
     """Palettize the weight of a linear layer whose inputs are known.
 
     Centroids begin at the exact k-means weighted by 1 / diag(inverse of H): how much an error of each column costs when
@@ -86,6 +91,7 @@ def palettize_compensated(name: str, weight: Tensor, rule: Rule, hessian: Tensor
         weight: float [out, in]; it is clustered on the CPU.
         rule: bits, groups and LUT dtype.
         hessian: H = X'X of inputs X [tokens, in], up to a factor; float [in, in]. It is damped here.
+        samples: tokens of X, see `damped`.
 
     Raises:
         PaletteError: shapes that do not fit, the group size does not divide the rows, or H is not finite.
@@ -102,7 +108,7 @@ def palettize_compensated(name: str, weight: Tensor, rule: Rule, hessian: Tensor
     check_grouping(name, rows, rule.group_size)
     order = hessian.diagonal().argsort(descending=True, stable=True).cpu()
     values = weight.detach().cpu().float()[:, order]
-    curvature = damped(hessian.detach().cpu().float()[order][:, order])
+    curvature = damped(hessian.detach().cpu().float()[order][:, order], samples)
     best = min(_candidates(values, curvature, rule), key=lambda each: each.error)
     indices = torch.empty_like(best.indices)
     indices[:, order] = best.indices

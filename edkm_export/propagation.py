@@ -1,8 +1,14 @@
 """Palettizes linear layers in the order in which a model calls them, each on what the ones before it make.
 
+<<<<<<< HEAD
+All windows go through the model in one call. The first time that a linear layer is called, the Hessian of its inputs
+is computed, its weight is palettized, and its output is that of the palettized weight: what comes later sees the errors
+of what came earlier, and makes up for them as far as it can. No layer is run twice, and nothing is assumed of the
+=======
 All windows go through the model in one call. The first time that a linear layer is called, the Hessian of its inputs is
 computed, its weight is palettized, and its output is that of the palettized weight: what comes later sees the errors of
 what came earlier, and makes up for them as far as it can. No layer is run twice, and nothing is assumed of the
+>>>>>>> main
 structure of the model.
 """
 
@@ -16,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edkm_export.calibration import check_vocabulary, float32_activations
+from edkm_export.calibration import check_vocabulary, float32_activations, run_body
 from edkm_export.compensated_weight import makes_up, palettize_compensated
 from edkm_export.errors import InputError
 from edkm_export.memory import return_freed_memory
@@ -65,7 +71,7 @@ class Propagation:
         """Nothing runs yet.
 
         Args:
-            model: a causal language model of transformers, in eval mode, in any float dtype.
+            model: a causal language model of transformers or a `SentenceModel`, in eval mode, in any float dtype.
             rules: by module name; layers without one stay as they are.
             consume: free each weight when it is done; otherwise the model is left as it is.
             source: name of the model, for messages.
@@ -80,7 +86,13 @@ class Propagation:
             for name, layer in _linear_layers(model).items()
             if name in rules and id(_parameter(layer)) not in outer
         }
+<<<<<<< HEAD
+        self._layers = {
+            name: layer for name, layer in inner.items() if makes_up(rules[name], _width(layer))
+        }
+=======
         self._layers = {name: layer for name, layer in inner.items() if makes_up(rules[name], _width(layer))}
+>>>>>>> main
         self._others = {name: layer for name, layer in inner.items() if name not in self._layers}
         self._inputs: Tensor | None = None  # that the Hessian is of: layers side by side share it
         self._hessian: Tensor | None = None
@@ -101,7 +113,7 @@ class Propagation:
         try:
             with float32_activations(self._model), self._watching():
                 ids = windows.to(device_of(self._model))
-                hidden = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                hidden = run_body(self._model, ids)
         finally:
             self._inputs = self._hessian = None
             return_freed_memory()
@@ -144,7 +156,10 @@ class Propagation:
             if not all_finite(weight):
                 raise InputError(f"{self._source}: {parameter} holds NaN or infinity; the model is broken.")
             hessian = self._hessian_of(name, inputs)
-            self.palettized[name] = palettize_compensated(parameter, weight, self._rules[name], hessian)
+            samples = inputs.numel() // inputs.shape[-1]
+            self.palettized[name] = palettize_compensated(
+                parameter, weight, self._rules[name], hessian, samples=samples
+            )
             if self._advance is not None:
                 self._advance(name, weight.numel())
         decoded = self.palettized[name].decode().to(inputs.device, inputs.dtype)

@@ -33,7 +33,11 @@ def decoded(model: nn.Module, parts: PalettizedModel) -> Any:
 
 @pytest.mark.parametrize("case", ["gqa_4", "untied_and_biased", "odd_sizes"])
 def test_each_layer_is_palettized_on_what_those_before_it_make(case):
+<<<<<<< HEAD
+    """transformers' own model runs anew for each layer with the weights so far; a hook takes what the layer is given."""
+=======
     """Layer by layer, transformers' own model runs with the weights so far, and a hook takes what a layer is given."""
+>>>>>>> main
     model = inject_outliers(build(case)) if case == "gqa_4" else build(case)
     recipe = uniform_recipe(3, 0)
     windows = windows_of()
@@ -55,7 +59,11 @@ def test_each_layer_is_palettized_on_what_those_before_it_make(case):
         inputs = given[0].flatten(0, 1)
         hessian = inputs.t() @ inputs / len(inputs)
         expected = palettize_compensated(
+<<<<<<< HEAD
+            f"{name}.weight", layer.weight.data, Rule(bits=3, group_size=0), hessian, samples=len(inputs)
+=======
             f"{name}.weight", layer.weight.data, Rule(bits=3, group_size=0), hessian
+>>>>>>> main
         )
         found = parts.palettized[f"{name}.weight"]
         assert found.same_bits(expected), name
@@ -93,7 +101,11 @@ def test_a_model_that_is_not_consumed_is_left_as_it_is():
 
 
 def test_layers_without_a_rule_and_of_many_bits():
+<<<<<<< HEAD
+    """What stays dense is as it was, and layers of 8 bits and the embedding are clustered by weighted k-means."""
+=======
     """What stays dense is as it was, 8 bits are weighted k-means; the head's inputs weigh the tied embedding."""
+>>>>>>> main
     model = build("plain").half()
     recipe = Recipe(
         rules=(
@@ -118,6 +130,24 @@ def test_layers_without_a_rule_and_of_many_bits():
         rtol=1e-3,  # one float16: the energies are sums in another order
         atol=0,
     )
+
+
+def test_an_embedding_model():
+    """Its layers behind the pooling see one vector a window: so few that they are clustered nearly by energy alone."""
+    from transformers import LlamaConfig
+
+    from edkm_export.embedding_settings import EmbeddingSettings
+    from edkm_export.reference.sentence_model import SentenceModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    dense = [{"in_features": 32, "out_features": 16, "bias": True, "activation": "identity"}]
+    settings = EmbeddingSettings.model_validate({"pooling": "mean", "dense": dense, "max_tokens": 64})
+    model = SentenceModel(config, settings).eval()
+    parts = palettize_model(model, uniform_recipe(3, 16), windows=windows_of())
+    assert len(parts.compensated) == 15 and "dense.0.weight" in parts.compensated
 
 
 def test_gpt2():

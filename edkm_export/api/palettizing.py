@@ -262,7 +262,7 @@ def _of_weight(
     rule = rule.fitted(len(weight))
     if importance is not None and makes_up(rule, weight.shape[1]):
         rows = inputs.reshape(-1, weight.shape[1])
-        return palettize_compensated(name, weight, rule, rows.t() @ rows / len(rows))
+        return palettize_compensated(name, weight, rule, rows.t() @ rows / len(rows), samples=len(rows))
     return palettize_weight(name, weight, rule, importance=importance)
 
 
