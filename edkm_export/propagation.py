@@ -1,14 +1,8 @@
 """Palettizes linear layers in the order in which a model calls them, each on what the ones before it make.
 
-<<<<<<< HEAD
 All windows go through the model in one call. The first time that a linear layer is called, the Hessian of its inputs
 is computed, its weight is palettized, and its output is that of the palettized weight: what comes later sees the errors
 of what came earlier, and makes up for them as far as it can. No layer is run twice, and nothing is assumed of the
-=======
-All windows go through the model in one call. The first time that a linear layer is called, the Hessian of its inputs is
-computed, its weight is palettized, and its output is that of the palettized weight: what comes later sees the errors of
-what came earlier, and makes up for them as far as it can. No layer is run twice, and nothing is assumed of the
->>>>>>> main
 structure of the model.
 """
 
@@ -86,13 +80,7 @@ class Propagation:
             for name, layer in _linear_layers(model).items()
             if name in rules and id(_parameter(layer)) not in outer
         }
-<<<<<<< HEAD
-        self._layers = {
-            name: layer for name, layer in inner.items() if makes_up(rules[name], _width(layer))
-        }
-=======
         self._layers = {name: layer for name, layer in inner.items() if makes_up(rules[name], _width(layer))}
->>>>>>> main
         self._others = {name: layer for name, layer in inner.items() if name not in self._layers}
         self._inputs: Tensor | None = None  # that the Hessian is of: layers side by side share it
         self._hessian: Tensor | None = None
