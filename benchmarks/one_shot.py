@@ -2,15 +2,9 @@ r"""One-shot palettization of a model: k-means weighted by activations, and laye
 
     python -m benchmarks.one_shot MODEL --calibration TEXT --text cfi.txt:0.3 --text devil.txt --bits 4 --bits 3.25
 
-<<<<<<< HEAD
-Perplexity, KL to the original and top-1 agreement on each text, in windows of 512. Bits that are not whole are mixed up
-to that average over the decoder, LUTs included, by Fisher information, as the presets of `train` do. A text FILE:0.3
-starts at 30% of the file's characters; it must not be the calibration text.
-=======
 Perplexity, KL to the original and top-1 agreement on each text, in windows of 512. Bits that are not whole are mixed
 up to that average over the decoder, LUTs included, by Fisher information, as the presets of `train` do. A text
 FILE:0.3 starts at 30% of the file's characters; it must not be the calibration text.
->>>>>>> main
 """
 
 from __future__ import annotations

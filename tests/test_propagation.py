@@ -33,11 +33,7 @@ def decoded(model: nn.Module, parts: PalettizedModel) -> Any:
 
 @pytest.mark.parametrize("case", ["gqa_4", "untied_and_biased", "odd_sizes"])
 def test_each_layer_is_palettized_on_what_those_before_it_make(case):
-<<<<<<< HEAD
-    """transformers' own model runs anew for each layer with the weights so far; a hook takes what the layer is given."""
-=======
     """Layer by layer, transformers' own model runs with the weights so far, and a hook takes what a layer is given."""
->>>>>>> main
     model = inject_outliers(build(case)) if case == "gqa_4" else build(case)
     recipe = uniform_recipe(3, 0)
     windows = windows_of()
@@ -59,11 +55,7 @@ def test_each_layer_is_palettized_on_what_those_before_it_make(case):
         inputs = given[0].flatten(0, 1)
         hessian = inputs.t() @ inputs / len(inputs)
         expected = palettize_compensated(
-<<<<<<< HEAD
-            f"{name}.weight", layer.weight.data, Rule(bits=3, group_size=0), hessian, samples=len(inputs)
-=======
             f"{name}.weight", layer.weight.data, Rule(bits=3, group_size=0), hessian
->>>>>>> main
         )
         found = parts.palettized[f"{name}.weight"]
         assert found.same_bits(expected), name
@@ -101,11 +93,7 @@ def test_a_model_that_is_not_consumed_is_left_as_it_is():
 
 
 def test_layers_without_a_rule_and_of_many_bits():
-<<<<<<< HEAD
-    """What stays dense is as it was, and layers of 8 bits and the embedding are clustered by weighted k-means."""
-=======
     """What stays dense is as it was, 8 bits are weighted k-means; the head's inputs weigh the tied embedding."""
->>>>>>> main
     model = build("plain").half()
     recipe = Recipe(
         rules=(
