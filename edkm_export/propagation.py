@@ -1,8 +1,8 @@
 """Palettizes linear layers in the order in which a model calls them, each on what the ones before it make.
 
-All windows go through the model in one call. The first time that a linear layer is called, the Hessian of its inputs is
-computed, its weight is palettized, and its output is that of the palettized weight: what comes later sees the errors of
-what came earlier, and makes up for them as far as it can. No layer is run twice, and nothing is assumed of the
+All windows go through the model in one call. The first time that a linear layer is called, the Hessian of its inputs
+is computed, its weight is palettized, and its output is that of the palettized weight: what comes later sees the errors
+of what came earlier, and makes up for them as far as it can. No layer is run twice, and nothing is assumed of the
 structure of the model.
 """
 

@@ -14,7 +14,7 @@ from edkm_export.activity import activity
 from edkm_export.api.calibration_data import CONTEXT, CalibrationInput
 from edkm_export.api.originals import read_evaluation_text
 from edkm_export.api.subjects import Subject
-from edkm_export.calibration import CalibrationText, check_vocabulary
+from edkm_export.calibration import CalibrationText, check_vocabulary, input_energy
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.compensated_weight import DAMPING, ROUNDS
 from edkm_export.decoder.build import decoder_config
@@ -115,9 +115,10 @@ def palettize_language_model(
         "base_model": subject.base_model(),
         "source": account.provenance(),
     }
-    predictions = found = None
+    energy = predictions = found = None
     if windows is not None and calibration is not None:
-        windows = windows_at_once(model, windows)
+        if settings is None:
+            windows = windows_at_once(model, windows)
         provenance["calibration"] = calibration.provenance(windows)
     if settings is not None:
         files = {} if tokenizer is None else embedding_tokenizer_files(tokenizer, settings.max_tokens)
@@ -127,6 +128,10 @@ def palettize_language_model(
         files = {} if tokenizer is None else tokenizer_files(tokenizer, changed)
         finished = changed.config.to_dict()
     with _evaluating(model):
+        if settings is not None and windows is not None:  # the inputs of its layers weigh their columns
+            with activity("calibrating", len(windows)) as counted:
+                energy = input_energy(model, windows, advance=counted.advance)
+            windows = None
         if held_out is not None:
             with activity("predicting with the original"):
                 predictions = Predictions(model, held_out)
@@ -134,6 +139,7 @@ def palettize_language_model(
             parts = palettize_model(
                 model,
                 plan,
+                energy=energy,
                 windows=windows,
                 source=where,
                 advance=lambda _name, count: counted.advance(count),

@@ -275,7 +275,7 @@ def configured(**changes: Any) -> Callable[[Checkpoint], Checkpoint]:
         ({"model_type": "remove"}, "model type None cannot be exported yet"),
         ({"num_hidden_layers": "remove"}, "its configuration lacks 'num_hidden_layers'"),
         ({"hidden_act": "xielu"}, "hidden_act 'xielu' is not supported"),
-        ({"num_hidden_layers": 3}, "parameter model.layers.2."),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3 layers, but its weights are of 2"),
         ({"num_hidden_layers": "two"}, ""),
         ({"num_attention_heads": 0}, ""),
         ({"max_position_embeddings": "many"}, ""),
