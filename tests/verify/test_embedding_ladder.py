@@ -27,6 +27,7 @@ from edkm_export.verify.write import quality as card_words
 from tests.helpers.embedding_models import CASES, palettized, write_folder
 
 OPTIONS = {
+    "memory_bytes": None,
     "text": None,
     "tokens": 600,
     "original": None,
