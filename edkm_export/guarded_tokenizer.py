@@ -122,6 +122,12 @@ class GuardedTokenizer:
             raise AttributeError(name)
         return getattr(self._tokenizer, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("_tokenizer", "_child"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._tokenizer, name, value)
+
     def __len__(self) -> int:
         return len(self._tokenizer)
 

@@ -64,17 +64,6 @@ def test_fewer_tokens_than_columns(tokens):
     assert made < plain
 
 
-def test_one_token_says_nothing_of_how_channels_go_together():
-    """Told that it is one, errors are those of weighted k-means on other tokens; otherwise they are much larger."""
-    weight, inputs = layer(32, 80, 400)
-    one = inputs[:1].t() @ inputs[:1]
-    rule = Rule(bits=3, group_size=16)
-    plain = palettize_weight("w", weight, rule, importance=inputs[0].square())
-    told = palettize_compensated("w", weight, rule, one, samples=1)
-    bound = error(weight, plain.decode(), inputs[1:])
-    assert error(weight, told.decode(), inputs[1:]) < 1.2 * bound
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 1), (5, 131), (27, 37), (16, 300)])
 def test_odd_sizes(shape):
     weight, inputs = layer(*shape, 64)

@@ -82,6 +82,8 @@ def test_every_reader_asks(key: str, small_export, small_folder, tmp_path: Path,
     from edkm_export.decoder.build import empty_decoder
     from edkm_export.reference.hard_model import load_hard_model
 
+    if key == "num_labels":  # no model is built from it: see `reference.config_fields.shaping_fields`
+        return
     made = load(small_export.model)
     changed = replace(made, config={**made.config, key: ABSURD[key]})
     checkpoint.save(changed, tmp_path / "model.pt")

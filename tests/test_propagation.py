@@ -62,7 +62,7 @@ def test_each_layer_is_palettized_on_what_those_before_it_make(case):
         layer.weight.data = found.decode().float()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3])
 def test_a_model_with_outliers_is_nearer_to_the_original(bits):
     """Judged on other tokens than those it was calibrated on."""
     model = inject_outliers(build("gqa_4")).half()
@@ -118,24 +118,6 @@ def test_layers_without_a_rule_and_of_many_bits():
         rtol=1e-3,  # one float16: the energies are sums in another order
         atol=0,
     )
-
-
-def test_an_embedding_model():
-    """Its layers behind the pooling see one vector a window: so few that they are clustered nearly by energy alone."""
-    from transformers import LlamaConfig
-
-    from edkm_export.embedding_settings import EmbeddingSettings
-    from edkm_export.reference.sentence_model import SentenceModel
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    )
-    dense = [{"in_features": 32, "out_features": 16, "bias": True, "activation": "identity"}]
-    settings = EmbeddingSettings.model_validate({"pooling": "mean", "dense": dense, "max_tokens": 64})
-    model = SentenceModel(config, settings).eval()
-    parts = palettize_model(model, uniform_recipe(3, 16), windows=windows_of())
-    assert len(parts.compensated) == 15 and "dense.0.weight" in parts.compensated
 
 
 def test_gpt2():

@@ -38,7 +38,7 @@ def context_rung(claimed: int | None, positions: int, fault: str = "") -> Rung:
         "why": "an app that believes the claim would feed longer texts than can be computed",
     }
     if claimed is None:
-        return Rung(**names, verdict=Verdict.NOT_RUN, detail=DAMAGED)
+        return Rung(**names, verdict=Verdict.NOT_RUN, detail=f"no claim: none is made, or {DAMAGED}")
     detail = f"{claimed:,} positions claimed, the model has {positions:,}"
     if fault:
         detail = f"{claimed:,} positions claimed, but {fault}"

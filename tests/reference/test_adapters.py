@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"r": 4, "target_modules": PROJECTIONS, "modules_to_save": ["lm_head"]},
     ),
     "norms": ("gemma2", {"r": 4, "target_modules": PROJECTIONS, "modules_to_save": ["input_layernorm"]}),
-    "biases": ("llama: gelu", {"r": 4, "target_modules": PROJECTIONS, "bias": "lora_only"}),
+    "biases": ("llama: odd", {"r": 4, "target_modules": PROJECTIONS, "bias": "lora_only"}),
 }
 
 

@@ -144,7 +144,7 @@ def test_both_forms_are_read(tmp_path):
         ({"query": "?", "choices": ["one"], "gold": 0}, "expected `query` and `choices`"),
         ({"query": "?", "choices": ["a", "b"], "gold": 2}, "line 1: gold is 2, expected 0 to 1"),
         ({"query": "?", "choices": ["a", "b"], "gold": True}, "gold is True"),
-        ("", "holds no questions"),
+        ("", "is empty"),
     ],
 )
 def test_lines_that_are_no_questions(tmp_path, line, message):
@@ -153,5 +153,5 @@ def test_lines_that_are_no_questions(tmp_path, line, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="no such text file"):
         load_items(tmp_path / "gone.jsonl")

@@ -159,8 +159,10 @@ def test_fewer_tokens_are_compared_and_it_is_said(climb):
     report = climb(seconds=6, minutes=1)
     found = tokens_of(report)
     assert found["palettization"] == TOKENS and 64 <= found["execution-one"] < TOKENS
-    assert report.faithful_export is Verdict.PASS and report.not_run == [
-        "trained soft model: no training run was given"
+    assert report.faithful_export is Verdict.PASS
+    assert [each.partition(":")[0] for each in report.not_run] == [
+        "trained soft model",
+        "positions that the artifact says it holds",  # this one says nothing
     ]
     cut = f"runtime one: {found['execution-one']} of {TOKENS} tokens compared"
     assert cut in report.time_budget.cut
