@@ -240,9 +240,11 @@ class _Child:
         """The signal that ended the child; None: another end, or it goes on."""
         assert self._pid is not None
         with contextlib.suppress(ChildProcessError):
-            found = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if found is not None and found.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
-                return found.si_status
+            for _ in range(100):  # its pipes are closed a moment before it has ended
+                found = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if found is not None:
+                    return found.si_status if found.si_code in (os.CLD_KILLED, os.CLD_DUMPED) else None
+                time.sleep(0.01)
         return None
 
     def _read(self, size: int, until: float) -> bytes:
@@ -325,6 +327,7 @@ def _serve(tokenizer: _Tokenizer, questions: int, answers: int, others: Sequence
     try:
         for each in others:
             os.close(each)
+        _close_all_but(questions, answers)  # a lock of this process would outlive it in the child
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
         nowhere = os.open(os.devnull, os.O_RDWR)
@@ -343,6 +346,13 @@ def _serve(tokenizer: _Tokenizer, questions: int, answers: int, others: Sequence
         code = 1
     finally:
         os._exit(code)
+
+
+def _close_all_but(*kept: int) -> None:
+    first = 3
+    for each in (*sorted(kept), 1 << 16):
+        os.closerange(first, each)
+        first = each + 1
 
 
 def _encoded(answer: Mapping[str, Any]) -> bytes:
