@@ -29,6 +29,7 @@ TWO_STEPS = TrainConfig(
 )
 
 
+@pytest.mark.skip(reason="not run: not tried on a whole machine yet")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["lfm2", "qwen3_5"])
 def test_two_steps_and_an_export(case, tmp_path, monkeypatch):
