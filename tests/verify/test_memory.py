@@ -74,7 +74,7 @@ def test_what_fits_is_run_whole(tiny_export, tiny_llama):
 
 
 @pytest.mark.parametrize("precision", ["float32", "rounded", "float16"])
-@pytest.mark.parametrize("room", [0, 1_500_000])
+@pytest.mark.parametrize("room", [0, 4_000_000])
 def test_interpreter_that_decodes_at_each_use(tiny_export, no_small_constants, precision, room):
     decoded = DecodedWeights(room)
     package, whole = load_package(tiny_export.package, decoded), load_package(tiny_export.package)
