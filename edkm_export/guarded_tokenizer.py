@@ -8,6 +8,7 @@ did, for what only describes them. Where a system cannot fork (Windows), there i
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -324,6 +325,8 @@ def _answered(tokenizer: _Tokenizer, question: Mapping[str, Any]) -> dict[str, A
 def _serve(tokenizer: _Tokenizer, questions: int, answers: int, others: Sequence[int]) -> NoReturn:
     """Answer until the other side is gone."""
     code = 0
+    # what the parent left is not walked, which took seconds of a large one, nor ended here, where its threads are not
+    gc.freeze()
     try:
         for each in others:
             os.close(each)

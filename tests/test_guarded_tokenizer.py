@@ -130,6 +130,33 @@ def test_a_pipe_among_its_files(folder, name) -> None:
         open_tokenizer(folder, "it")
 
 
+def test_what_the_parent_left_is_not_collected_in_the_child(folder, tmp_path) -> None:
+    import gc
+    import os
+
+    owner, trace = os.getpid(), tmp_path / "collected"
+
+    class Left:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            if os.getpid() != owner:
+                trace.touch()
+
+    def load() -> Any:
+        gc.collect()
+        return transformers.AutoTokenizer.from_pretrained(folder)
+
+    gc.disable()
+    try:
+        Left()
+        guarded_tokenizer.guarded(load, "it", 1000)
+    finally:
+        gc.enable()
+    assert not trace.exists()
+
+
 def test_its_process_ends_with_it(folder) -> None:
     import gc
     import os

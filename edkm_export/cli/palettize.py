@@ -89,8 +89,8 @@ def command(
 
     MODEL is a Hugging Face folder, a hub id or a GGUF file; `edkm-export inspect MODEL` says what is used of it. A
     folder of sentence-transformers (modules.json) is an embedding model; it gets no estimate, `verify` measures it.
-    Linear layers get --bits, with one LUT for every --group-size rows, embedding and output head 8 bits with one LUT
-    each; a --recipe decides otherwise.
+    Without a recipe, linear layers get --bits, with one LUT for every --group-size rows, embedding and output head 8
+    bits with one LUT each.
     """
     from edkm_export.atomic import check_output
     from edkm_export.text import check_text, read_text, token_ids
