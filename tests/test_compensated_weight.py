@@ -142,7 +142,6 @@ def test_what_does_not_fit_is_refused(weight, hessian, message):
         palettize_compensated("w", weight, Rule(bits=3), hessian)
 
 
-@pytest.mark.xfail(reason="known: one token misleads it", strict=True)
 def test_one_token_says_nothing_of_how_channels_go_together():
     """Told that it is one, errors are those of weighted k-means on other tokens; otherwise they are much larger."""
     weight, inputs = layer(32, 80, 400)

@@ -62,16 +62,7 @@ def test_each_layer_is_palettized_on_what_those_before_it_make(case):
         layer.weight.data = found.decode().float()
 
 
-@pytest.mark.parametrize(
-    "bits",
-    [
-        2,
-        3,
-        pytest.param(
-            4, marks=pytest.mark.xfail(reason="known: worse than weighted k-means at 4 bits", strict=True)
-        ),
-    ],
-)
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_model_with_outliers_is_nearer_to_the_original(bits):
     """Judged on other tokens than those it was calibrated on."""
     model = inject_outliers(build("gqa_4")).half()

@@ -16,7 +16,7 @@ from edkm_export.api.originals import read_evaluation_text
 from edkm_export.api.subjects import Subject
 from edkm_export.calibration import CalibrationText, check_vocabulary, input_energy
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.compensated_weight import DAMPING, ROUNDS
+from edkm_export.compensated_weight import ROUNDS
 from edkm_export.decoder.build import decoder_config
 from edkm_export.decoder.embedding.embedding_model import embedding_config
 from edkm_export.errors import InputError
@@ -148,7 +148,7 @@ def palettize_language_model(
     if parts.compensated:
         provenance["compensation"] = {
             "weights": len(parts.compensated),
-            "damping": DAMPING,
+            "damping": "min(1, 4^(bits - 4))",
             "rounds": ROUNDS,
         }
     if predictions is not None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.sampling import sampled
 from tests.helpers.snapshots import snapshot
 
 pytest.importorskip("coremltools")
@@ -77,7 +78,7 @@ def test_palettize(edkm, small_folder, work, monkeypatch, number, point, existin
     interrupted(edkm, work, "palettize", small_folder, "--overwrite")
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", sampled(SIGNALS, 3))
 @pytest.mark.parametrize("point", ["reading", "converting", "saving", "verifying"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_coreml(edkm, small_export, work, monkeypatch, number, point, existing):
@@ -123,7 +124,7 @@ def test_coreml(edkm, small_export, work, monkeypatch, number, point, existing):
     )
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", sampled(SIGNALS, 3))
 def test_signal_that_a_library_swallows(edkm, small_export, work, monkeypatch, number):
     """coremltools has dozens of bare `except:`, most of them around imports, and it may arrive in any of them."""
     import coremltools
@@ -186,7 +187,7 @@ def assert_interrupted(process: subprocess.Popen[str]) -> None:
     )
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", sampled(SIGNALS, 3))
 def test_palettize_as_a_process(small_folder, work, temporary, tmp_path, number):
     """The calibration text is a pipe: the process waits for it at a known point of its work."""
     os.mkfifo(tmp_path / "text")

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.paths import FIXTURES
+from tests.helpers.sampling import sampled
 from tests.helpers.snapshots import snapshot
 
 pytestmark = [
@@ -83,7 +84,7 @@ def waiting(command: str, tmp_path: Path) -> Iterator[tuple[list[str], Path]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("command", ["palettize", "train"])
+@pytest.mark.parametrize("command", sampled(["palettize", "train"], 2))
 def test_a_signal_ends_a_command_in_order(tmp_path, work, command, number):
     with waiting(command, tmp_path) as (arguments, pipe):
         process = start(*arguments)
@@ -126,6 +127,7 @@ def test_a_signal_ends_each_command_in_order(edkm, saved, work, monkeypatch, com
     assert snapshot(work) == before
 
 
+@pytest.mark.slow
 def test_a_hangup_that_is_ignored_stays_so(tmp_path, work):
     """Under nohup the command goes on when the terminal is closed."""
     with waiting("palettize", tmp_path) as (arguments, pipe):
@@ -142,7 +144,7 @@ def test_a_hangup_that_is_ignored_stays_so(tmp_path, work):
 # Memory and open files
 
 
-@pytest.mark.parametrize("gibibytes", [0.75, 1.5, 2.5])
+@pytest.mark.parametrize("gibibytes", sampled([0.75, 1.5, 2.5], 3, 1))
 @pytest.mark.parametrize("command", ["inspect", "palettize"])
 def test_little_address_space(saved, small_folder, work, command, gibibytes):
     """Where importing torch is too much, where threads are, and where the work is: it is never a mistake of ours."""
@@ -155,7 +157,7 @@ def test_little_address_space(saved, small_folder, work, command, gibibytes):
         assert snapshot(work) == {}
 
 
-@pytest.mark.parametrize("count", [8, 16, 32])
+@pytest.mark.parametrize("count", sampled([8, 16, 32], 3, 1))
 def test_few_open_files(saved, count):
     status, _, err = run(
         "inspect", saved, prepare=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))

@@ -26,6 +26,7 @@ from edkm_export.verify.report import Report
 from tests.helpers.exports import palettized_folder
 from tests.helpers.killing import run_command
 from tests.helpers.paths import FIXTURES
+from tests.helpers.sampling import sampled
 from tests.helpers.snapshots import snapshot
 from tests.verify.test_report import report
 
@@ -147,9 +148,10 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", sampled(FORMATS, 3, 1))
 @EXISTING
 @pytest.mark.parametrize("conversion", ["stored", pytest.param("anew", marks=pytest.mark.slow)])
+@pytest.mark.timeout(900)
 def test_export(made, tmp_path, monkeypatch, form, existing, conversion):
     """Converted once; after that, the folder is filled with a copy of the files, or with `anew` converted each time."""
     kind, options, library = FORMATS[form]
@@ -242,7 +244,7 @@ def trained(train: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.mark.parametrize(
     ("existing", "again", "stride"),
     [
-        (False, "--resume", 5),
+        (False, "--resume", 20),
         pytest.param(False, "--resume", 1, marks=pytest.mark.slow),  # 90 s each
         pytest.param(True, "--resume", 1, marks=pytest.mark.slow),
         pytest.param(False, "--overwrite", 1, marks=pytest.mark.slow),

@@ -128,6 +128,7 @@ class Replayed(GraphedStep):
         return self._passes(input_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_trainer_runs_recorded_steps_like_others(
     accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -54,6 +54,7 @@ def same_bits(first: Path, second: Path) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["3bit", pytest.param("2bit", marks=pytest.mark.slow)])
 def test_training_closes_the_gap_that_clustering_opens(preset: str, tmp_path: Path) -> None:
     """KL to the original, after 40 steps of 512 tokens, on text that was trained on and on text that was not.
@@ -285,6 +286,7 @@ def test_a_loss_that_is_not_finite_names_the_last_checkpoint(
     assert run_checkpoints.last_complete(tmp_path / "run" / "checkpoints").name == "checkpoint-4"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -310,6 +312,7 @@ def test_a_full_disk_names_the_last_checkpoint(
         run(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
               RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")]
@@ -333,6 +336,7 @@ def test_old_checkpoints_go_only_when_a_new_one_is_whole(tmp_path: Path) -> None
     assert names == ["checkpoint-4", "checkpoint-6"]
 
 
+@pytest.mark.slow
 def test_minutes_end_a_run_and_its_schedule(tmp_path: Path) -> None:
     config = TINY.updated({"steps": None, "minutes": 0.02, "save_every": 0})
     started = time.monotonic()
@@ -347,7 +351,7 @@ def test_minutes_end_a_run_and_its_schedule(tmp_path: Path) -> None:
     "changes",
     [
         {"backward": "soft"},
-        {"backward": "dkm", "group_size": 0, "iterations": 2},
+        pytest.param({"backward": "dkm", "group_size": 0, "iterations": 2}, marks=pytest.mark.slow),
         {"objective": "cross-entropy", "lut_dtype": "int8", "train_embedding": True, "accumulate": 2},
         {"backward": "dkm", "bits": 3, "lut_dtype": "int4", "refit_every": 1},
         {"bf16": True, "lut_dtype": "int4", "target_bits": 3.6, "group_size": 4},

@@ -59,6 +59,7 @@ def test_every_preset_takes_the_fixture(train, tiny_llama, preset):
     assert ("4.1 was aimed at" in result.err) == (preset == "4bit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "preset", "told"),
     [("odd_sizes", "4bit", True), ("hidden_not_16", "2bit", True), ("one_layer", "3bit", False)],
@@ -187,6 +188,7 @@ def killed_while(train: Callable[..., Any], model: Path, point: str, *options: o
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["preparing", "stepping"])
 def test_a_run_that_is_killed_before_its_first_step(train, tiny_llama, work, point):
     """There is no run then, or the one that it was to replace; the next one removes what else there is."""
@@ -199,6 +201,7 @@ def test_a_run_that_is_killed_before_its_first_step(train, tiny_llama, work, poi
     assert train(tiny_llama, "--resume").status == 0 and set(work.iterdir()) == {work / "run"}
 
 
+@pytest.mark.slow
 def test_one_of_two_runs_in_a_folder_proceeds(train, tiny_llama, monkeypatch):
     """The other one says why it does not, whenever it starts and whatever it is to do."""
     assert train(tiny_llama).status == 0
@@ -234,6 +237,7 @@ def test_a_folder_that_holds_leftovers_alone(train, tiny_llama, option):
     assert load(Path("run/model.pt")).palettized and not list(Path("run").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_link_to_a_folder_of_a_run(train, tiny_llama, tmp_path):
     """The run lies where the link points, and the link stays."""
     (tmp_path / "large").mkdir()
@@ -264,6 +268,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PaletteTrainer, "compute_loss", interrupted)
 
 
+@pytest.mark.slow
 def test_stopped_before_the_first_checkpoint(train, tiny_llama, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(1, patch)
@@ -277,6 +282,7 @@ def test_stopped_before_the_first_checkpoint(train, tiny_llama, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_stopped_after_a_checkpoint(train, edkm, tiny_llama, monkeypatch):
     options = ("--steps", 6, "--save-every", 2)
     with monkeypatch.context() as patch:

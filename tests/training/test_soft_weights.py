@@ -142,6 +142,7 @@ def test_a_checkpoint_without_its_recipe_is_refused(plain):
         read_soft_weights(plain, made)
 
 
+@pytest.mark.slow
 def test_run_that_was_cut_and_resumed(spoilt):
     expected = dict(read_soft_weights(spoilt, load(spoilt / "model.pt")).weights())
     shutil.rmtree(spoilt / "checkpoints" / "checkpoint-4")
@@ -153,6 +154,7 @@ def test_run_that_was_cut_and_resumed(spoilt):
     assert torch.allclose(found[WEIGHT], expected[WEIGHT], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_run_that_time_ended_keeps_its_last_state(tmp_path):
     run(tmp_path / "run", {"steps": None, "minutes": 0.01, "save_every": 10_000})
     made = load(tmp_path / "run" / "model.pt")
@@ -215,6 +217,7 @@ def test_run_that_kept_no_state(tmp_path):
         read_soft_weights(tmp_path / "run", load(tmp_path / "run" / "model.pt"))
 
 
+@pytest.mark.slow
 def test_run_with_large_luts_only(tmp_path):
     run(tmp_path / "run", {"bits": 6, "steps": 1})
     with pytest.raises(InputError, match="trained no weight with a LUT of 16 entries or less"):
@@ -224,6 +227,7 @@ def test_run_with_large_luts_only(tmp_path):
 # The command
 
 
+@pytest.mark.slow
 def test_verify_compares_the_soft_model_of_the_run(edkm, spoilt, tmp_path):
     pytest.importorskip("coremltools")
     model, made = spoilt / "model.pt", tmp_path / "package"

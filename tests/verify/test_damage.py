@@ -14,6 +14,7 @@ import pytest
 from converters.coreml.format import PARAMETERS_KEY
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.verify.report import Report, Verdict
+from tests.helpers.sampling import sampled
 
 pytest.importorskip("coremltools")
 
@@ -240,7 +241,7 @@ DAMAGE: dict[str, tuple[Callable[[Path, Checkpoint], None], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", sampled(DAMAGE, 3))
 def test_damage_is_found(kind, verify, tiny_export, tmp_path):
     damage, expected = DAMAGE[kind]
     package = Path(shutil.copytree(tiny_export.package, tmp_path / "copy" / "model.mlpackage"))

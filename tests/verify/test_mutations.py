@@ -15,6 +15,7 @@ from edkm_export.verify.report import Verdict
 from tests.faults.coreml_mutations import COREML_MUTATIONS, COREML_STATE_MUTATIONS
 from tests.faults.mutation import Mutation
 from tests.faults.onnx_mutations import ONNX_MUTATIONS
+from tests.helpers.sampling import sampled
 
 pytest.importorskip("coremltools")
 pytest.importorskip("onnxruntime")
@@ -56,21 +57,21 @@ def check(mutation: Mutation, checkpoint: Checkpoint, artifact: Artifact, text: 
         assert [fault.module for fault in report.faults] == [mutation.module]
 
 
-@pytest.mark.parametrize("mutation", COREML_MUTATIONS, ids=str)
+@pytest.mark.parametrize("mutation", sampled(COREML_MUTATIONS, 4), ids=str)
 def test_package(mutation, tiny_export, held_out, tmp_path):
     package = Path(shutil.copytree(tiny_export.package, tmp_path / "model.mlpackage"))
     mutation.apply(package, tiny_export.checkpoint)
     check(mutation, tiny_export.checkpoint, coreml.open_artifact(package), held_out)
 
 
-@pytest.mark.parametrize("mutation", COREML_STATE_MUTATIONS, ids=str)
+@pytest.mark.parametrize("mutation", sampled(COREML_STATE_MUTATIONS, 4), ids=str)
 def test_stateful_package(mutation, tiny_stateful, tiny_checkpoint, held_out, tmp_path):
     package = Path(shutil.copytree(tiny_stateful, tmp_path / "model.mlpackage"))
     mutation.apply(package, tiny_checkpoint)
     check(mutation, tiny_checkpoint, coreml.open_artifact(package), held_out)
 
 
-@pytest.mark.parametrize("mutation", ONNX_MUTATIONS, ids=str)
+@pytest.mark.parametrize("mutation", sampled(ONNX_MUTATIONS, 4), ids=str)
 def test_graph(mutation, tiny_onnx, tiny_checkpoint, held_out, tmp_path):
     folder = Path(shutil.copytree(tiny_onnx, tmp_path / "folder"))
     mutation.apply(folder, tiny_checkpoint)

@@ -157,6 +157,7 @@ def fresh(request, tmp_path_factory) -> Made:
     return made(palettized(model), tmp_path_factory.mktemp("fresh"), **OPTIONS[request.param])
 
 
+@pytest.mark.slow
 def test_size_without_what_the_converter_leaves_out(fresh):
     assert exact(sizes(fresh), fresh.plan.package_sizes_bytes)
     rung, _ = compare_bytes(fresh.checkpoint, fresh.artifact)

@@ -23,6 +23,7 @@ from tests.helpers.gguf_kinds import KINDS, LLAMA3, YARN, Kind, rope
 from tests.helpers.gguf_models import divergence, log_probabilities, text
 from tests.helpers.gguf_mutations import key_mutations, tensor_mutations
 from tests.helpers.gguf_writer import Content, write
+from tests.helpers.sampling import sampled
 
 FILES = {
     "llama": Kind("llama", {"attention_bias": True}),
@@ -101,7 +102,7 @@ def shown(value: Any, before: dict[str, Any], after: dict[str, Any]) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", sampled(FILES, 4))
 def test_changed_key(name, tmp_path):
     kind = FILES[name]
     made = kind.content(kind.model())

@@ -1,0 +1,18 @@
+"""Fewer cases by default, all of them with `-m slow` beside the default run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+__all__ = ["sampled"]
+
+
+def sampled(cases: Iterable[Any], every: int, first: int = 0) -> list[Any]:
+    """One case in `every`, from the one numbered `first` on; the others are slow."""
+    return [
+        case if number % every == first else pytest.param(case, marks=pytest.mark.slow)
+        for number, case in enumerate(cases)
+    ]
