@@ -71,7 +71,9 @@ class CoreMLArtifact(PackageFiles):
         for package, where in self.functions():
             function = package.functions[where]
             if not function.states and TEXT not in function.inputs:
-                raise PackageError(f"{self.path}: function '{where}' has neither caches nor an input '{TEXT}'.")
+                raise PackageError(
+                    f"{self.path}: function '{where}' has neither caches nor an input '{TEXT}'."
+                )
             held = function.states or {TEXT: function.inputs[TEXT]}
             shapes += [given.type.shape for given in held.values()]
         if not any(context in (shape or ()) for shape in shapes):
