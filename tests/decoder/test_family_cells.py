@@ -17,8 +17,6 @@ from edkm_export.artifact.metrics import divergence
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import ConversionError
 from edkm_export.reference.hard_model import load_hard_embedding_model, load_hard_model
-from edkm_export.verify.report import Verdict
-from edkm_export.verify.rungs import size_rung
 from tests.helpers.family_cells import CELLS, COLUMNS, KINDS, Cell, Column, some_text
 from tests.helpers.onnx_texts import assert_same_logits
 
@@ -103,8 +101,10 @@ def test_cell(cell, tmp_path):
     for name, tensor in checkpoint.dense.items():
         # what a format computes from, or leaves out, has no place of its own
         assert name not in dense or torch.equal(dense[name].half().flatten(), tensor.half().flatten()), name
-    size = size_rung(artifact.weights_size_bytes(), predicted_size_bytes(checkpoint, artifact))
-    assert size.verdict is Verdict.PASS, size.detail
+    actual, predicted = artifact.weights_size_bytes(), predicted_size_bytes(checkpoint, artifact)
+    assert predicted is not None
+    # Small constants of a program count in so small a model.
+    assert abs(actual / predicted - 1) < (0.05 if column.format == "Core AI" else 0.01)
     if column.embeds:
         _is_embedding_model(checkpoint, artifact)
     elif column.format == "ONNX":

@@ -7,6 +7,7 @@ llama.cpp is installed, it says the same of all that is not refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,9 @@ def shown(value: Any, before: dict[str, Any], after: dict[str, Any]) -> bool:
     )
     ratios = [new / old for new, old in zip(numbers(after), numbers(before), strict=False) if old]
     return any(
-        abs(each - wanted) < 1e-5 for each in (*numbers(after), *ratios) for wanted in (value, value / head)
+        math.isclose(each, wanted, rel_tol=1e-6, abs_tol=1e-5)  # float32 in the file
+        for each in (*numbers(after), *ratios)
+        for wanted in (value, value / head)
     )
 
 
