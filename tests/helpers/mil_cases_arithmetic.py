@@ -251,7 +251,7 @@ CONVOLUTION = [
         {"x": normal(2, 6, 4)},
         lambda x: F.conv1d(x, _t(_short), torch.arange(6.0), groups=6),
         {"weight": _short, "bias": np.arange(6).astype(np.float32), "groups": 6},
-        note="decode step",
+        note="step",
         inferred=False,
     ),
     Case(
