@@ -21,8 +21,6 @@ from converters.coreml.read.session import CoreMLSession
 from converters.coreml.write.export_plan import plan_export
 from converters.coreml.write.packages import export_packages
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.palettization import palettize_model
-from edkm_export.recipe import uniform_recipe
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 4096,
@@ -89,10 +87,16 @@ def random_model(kind: str, settings: dict[str, Any]) -> Any:
 
 
 def exported(model: Any, folder: Path, interface: str) -> CoreMLSession:
-    """At 4 bits in groups of 16 rows, as the default recipe does."""
-    config = model.config.to_dict()
-    parts = palettize_model(model, uniform_recipe(4, 16))
-    checkpoint = Checkpoint(config=config, palettized=parts.palettized, dense=parts.dense, tied=parts.tied)
+    """With dense weights: the session decodes palettes once, so that a step costs the same with them."""
+    config, dense, tied = model.config.to_dict(), {}, {}
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if first == name:
+            dense[name] = parameter.detach().half().contiguous()
+        else:
+            tied[name] = first
+    checkpoint = Checkpoint(config=config, palettized={}, dense=dense, tied=tied)
     plan = plan_export(checkpoint, interface=interface, sequence_length=512)
     return CoreMLSession.open(export_packages(checkpoint, plan, folder, "model")[0])
 

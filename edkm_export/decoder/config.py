@@ -166,6 +166,15 @@ class DecoderConfig:
         """Layers of attention, or what stands for it, and MLP."""
         return len(self.layer_kinds)
 
+    @property
+    def relative_positions(self) -> bool:
+        """A text that begins at a later position computes the same.
+
+        Learned positions, and queries that grow with theirs, are counted from the first. Behind the rotation, a norm's
+        weights tell channels apart, and scores no longer depend on the distance alone.
+        """
+        return self.names.positions is None and self.query_growth is None and not self.query_key_norm_last
+
     def attention_kinds(self, layers: slice = slice(None)) -> list[str]:
         """Kinds of the layers that attend, sorted: those that need masks and positions."""
         return sorted(set(self.layer_kinds[layers]).intersection(ATTENDS))

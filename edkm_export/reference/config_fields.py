@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edkm_export.reference.config_class import ConfigClass, config_class
-from edkm_export.reference.family_fields import ONLY_AS
+from edkm_export.reference.family_fields import IN_ANY_CASE, ONLY_AS
 
 __all__ = ["ConfigFields", "shaping_fields", "sort_fields"]
 
@@ -213,6 +213,10 @@ def sort_fields(config: Mapping[str, Any], *, embeds: bool = False) -> ConfigFie
                 found.forgotten.add(name)
         elif name == "per_layer_config" and value is not None:
             found.not_understood[name] = "layers with settings of their own are not supported"
+        elif name in ONLY_AS.get(family, ()) and name not in declared:
+            _require(found, name, value, *ONLY_AS[family][name])
+        elif name in IN_ANY_CASE.get(family, ()) and name not in declared:
+            _forget(found, name, IN_ANY_CASE[family][name])
         elif name in _ONLY_AS and (name not in declared or name == "is_encoder_decoder"):
             _require(found, name, value, *_ONLY_AS[name])
         elif rotates and name in ("rope_parameters", "rope_scaling"):
@@ -228,8 +232,6 @@ def sort_fields(config: Mapping[str, Any], *, embeds: bool = False) -> ConfigFie
             found.used[name] = value  # a head size is read where it is not declared, too
         elif name in kind.converted:
             found.used[name] = value
-        elif name in ONLY_AS.get(family, ()) and name not in declared:
-            _require(found, name, value, *ONLY_AS[family][name])
         elif name in _SAME_AS and name not in declared and config.get(_SAME_AS[name]) is not None:
             _require(found, name, value, config[_SAME_AS[name]], f"says what {_SAME_AS[name]} says")
         elif name == "max_window_layers" and not config.get("use_sliding_window"):

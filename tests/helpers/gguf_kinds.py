@@ -57,7 +57,7 @@ class Kind:
         return write(self.content(model), folder / "model.gguf", parts=self.parts)
 
 
-def _put(**values: Any) -> Callable[[Content], None]:
+def put(**values: Any) -> Callable[[Content], None]:
     """Add keys; two underscores stand for a dot, and keys without one belong to the architecture."""
 
     def change(made: Content) -> None:
@@ -71,7 +71,7 @@ def _put(**values: Any) -> Callable[[Content], None]:
     return change
 
 
-def _drop(*names: str) -> Callable[[Content], None]:
+def drop(*names: str) -> Callable[[Content], None]:
     def change(made: Content) -> None:
         for name in names:
             made.metadata.pop(name, None)
@@ -80,14 +80,14 @@ def _drop(*names: str) -> Callable[[Content], None]:
     return change
 
 
-def _tensor(name: str, *shape: int, value: float = 0.5) -> Callable[[Content], None]:
+def with_tensor(name: str, *shape: int, value: float = 0.5) -> Callable[[Content], None]:
     def change(made: Content) -> None:
         made.tensors[name] = np.full(shape, value, np.float32)
 
     return change
 
 
-def _all(*changes: Callable[[Content], Content | None]) -> Callable[[Content], Content]:
+def all_of(*changes: Callable[[Content], Content | None]) -> Callable[[Content], Content]:
     def change(made: Content) -> Content:
         for each in changes:
             made = each(made) or made
@@ -221,7 +221,7 @@ KINDS: dict[str, Kind] = {
     "gemma3, linear": Kind("gemma3_text", {**_GEMMA3_ROPE, "num_hidden_layers": 7}),
     "gemma3, cap of logits": Kind("gemma3_text", {"final_logit_softcapping": 4.0}),
     "gemma3, no window": Kind(
-        "gemma3_text", {"layer_types": ["full_attention"] * 3}, _drop("gemma3.attention.sliding_window")
+        "gemma3_text", {"layer_types": ["full_attention"] * 3}, drop("gemma3.attention.sliding_window")
     ),
     "gemma3, own head": Kind("gemma3_text", {"tie_word_embeddings": False}),
     "gemma3 27B": Kind(
@@ -233,83 +233,83 @@ KINDS: dict[str, Kind] = {
     "gpt2, narrow MLP": Kind("gpt2", {"n_inner": 48}),
     "gpt2, head written twice": Kind("gpt2", {}, _twin_head),
     # what must be refused
-    "llama, experts": Kind("llama", change=_put(expert_count=8), refused="mixtures of experts"),
+    "llama, experts": Kind("llama", change=put(expert_count=8), refused="mixtures of experts"),
     "llama, half of a head rotates": Kind(
-        "llama", change=_put(rope__dimension_count=4), refused="rotate as a whole"
+        "llama", change=put(rope__dimension_count=4), refused="rotate as a whole"
     ),
-    "llama, window": Kind("llama", change=_put(attention__sliding_window=6), refused="two readings"),
+    "llama, window": Kind("llama", change=put(attention__sliding_window=6), refused="two readings"),
     "llama, values of another size": Kind(
         "llama",
-        change=_put(attention__key_length=8, attention__value_length=16),
+        change=put(attention__key_length=8, attention__value_length=16),
         refused="values of 16 channels",
     ),
-    "llama, scale of attention": Kind("llama", change=_put(attention__scale=0.5), refused="is 0.5; this"),
-    "llama, scale of logits": Kind("llama", change=_put(logit_scale=0.5), refused="have no such factor"),
+    "llama, scale of attention": Kind("llama", change=put(attention__scale=0.5), refused="is 0.5; this"),
+    "llama, scale of logits": Kind("llama", change=put(logit_scale=0.5), refused="have no such factor"),
     "llama, scale of embeddings": Kind(
-        "llama", change=_put(embedding_scale=12.0), refused="have no such factor"
+        "llama", change=put(embedding_scale=12.0), refused="have no such factor"
     ),
     "llama, unknown kind of scaling": Kind(
-        "llama", change=_put(rope__scaling__type="spiral"), refused="'spiral' is not known"
+        "llama", change=put(rope__scaling__type="spiral"), refused="'spiral' is not known"
     ),
     "llama, linear over factors": Kind(
         "llama",
         rope("llama3", factor=8.0, **LLAMA3),
-        _put(rope__scaling__factor=2.0),
+        put(rope__scaling__factor=2.0),
         refused="on top of rope_freqs.weight",
     ),
     "llama, yarn with a ramp of its own": Kind(
-        "llama", YARN, _put(rope__scaling__yarn_beta_fast=16.0), refused="llama.cpp counts with 32.0"
+        "llama", YARN, put(rope__scaling__yarn_beta_fast=16.0), refused="llama.cpp counts with 32.0"
     ),
     "llama, yarn with an attention factor of its own": Kind(
-        "llama", YARN, _put(rope__scaling__yarn_attn_factor=1.0), refused="llama.cpp counts with 1.13863"
+        "llama", YARN, put(rope__scaling__yarn_attn_factor=1.0), refused="llama.cpp counts with 1.13863"
     ),
-    "llama, unknown setting": Kind("llama", change=_put(layer_twist=1), refused="llama.layer_twist"),
+    "llama, unknown setting": Kind("llama", change=put(layer_twist=1), refused="llama.layer_twist"),
     "llama, unknown setting of another kind": Kind(
-        "llama", change=_put(other__thing="x"), refused="other.thing: is not known"
+        "llama", change=put(other__thing="x"), refused="other.thing: is not known"
     ),
     "llama, unknown tensor": Kind(
-        "llama", change=_tensor("blk.0.attn_gate.weight", 4, 4), refused="has no place for this tensor"
+        "llama", change=with_tensor("blk.0.attn_gate.weight", 4, 4), refused="has no place for this tensor"
     ),
-    "llama, bias of the head": Kind("llama", change=_tensor("output.bias", 272), refused="output.bias"),
+    "llama, bias of the head": Kind("llama", change=with_tensor("output.bias", 272), refused="output.bias"),
     "llama, norms of queries": Kind(
-        "llama", change=_tensor("blk.0.attn_q_norm.weight", 8), refused="attn_q_norm"
+        "llama", change=with_tensor("blk.0.attn_q_norm.weight", 8), refused="attn_q_norm"
     ),
-    "llama, both ways": Kind("llama", change=_put(attention__causal=False), refused="sees later tokens"),
+    "llama, both ways": Kind("llama", change=put(attention__causal=False), refused="sees later tokens"),
     "llama, tokenizer of an unknown kind": Kind(
-        "llama", change=_put(tokenizer__ggml__model="plamo2"), refused="'plamo2' is not supported"
+        "llama", change=put(tokenizer__ggml__model="plamo2"), refused="'plamo2' is not supported"
     ),
     "llama, split of an unknown kind": Kind(
         "llama",
-        change=_put(tokenizer__ggml__model="gpt2", tokenizer__ggml__pre="abacus"),
+        change=put(tokenizer__ggml__model="gpt2", tokenizer__ggml__pre="abacus"),
         refused="'abacus' is not supported",
     ),
     "mistral3, attention that cools": Kind(
         "mistral",
-        change=_put(attention__temperature_scale=0.1),
+        change=put(attention__temperature_scale=0.1),
         arch="mistral3",
-        refused="grows with the position",
+        refused="needs a rope.scaling.type of yarn",
     ),
     "qwen2, no biases": Kind(
         "qwen2", change=lambda made: _no_biases(made), refused="blk.0.attn_q.bias: this tensor is missing"
     ),
     "qwen3, factors": Kind(
-        "qwen3", change=_tensor("rope_freqs.weight", 8, value=2.0), refused="rope_freqs.weight"
+        "qwen3", change=with_tensor("rope_freqs.weight", 8, value=2.0), refused="rope_freqs.weight"
     ),
     "phi3, only long factors": Kind(
-        "phi3", change=_tensor("rope_factors_long.weight", 4), refused="it holds rope_factors_long.weight"
+        "phi3", change=with_tensor("rope_factors_long.weight", 4), refused="it holds rope_factors_long.weight"
     ),
     "gemma3, yarn": Kind(
         "gemma3_text",
-        change=_put(rope__scaling__type="yarn", rope__scaling__factor=2.0),
+        change=put(rope__scaling__type="yarn", rope__scaling__factor=2.0),
         refused="only a linear scaling",
     ),
     "gemma3, cap of attention": Kind(
-        "gemma3_text", change=_put(attn_logit_softcapping=50.0), refused="gemma3.attn_logit_softcapping"
+        "gemma3_text", change=put(attn_logit_softcapping=50.0), refused="gemma3.attn_logit_softcapping"
     ),
     "an architecture that nobody asked for": Kind(
-        "llama", change=_put(general__architecture="mamba"), refused="'mamba' is not supported"
+        "llama", change=put(general__architecture="mamba"), refused="'mamba' is not supported"
     ),
-    "an adapter": Kind("llama", change=_put(general__type="adapter"), refused="'adapter' is not a model"),
+    "an adapter": Kind("llama", change=put(general__type="adapter"), refused="'adapter' is not a model"),
 }
 
 _SMALL_BLOCKS = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from typing import Any
 
@@ -31,6 +32,71 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "sliding_window": None},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6, "num_hidden_layers": 3},
+    "cohere2": {"sliding_window": 6, "num_hidden_layers": 5, "logit_scale": 0.5},
+    "exaone4": {"head_dim": 8, "sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.25,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "granitemoehybrid": {
+        "shared_intermediate_size": 48,
+        "num_local_experts": 0,
+        "layer_types": ["attention"] * 2,
+        "position_embedding_type": "rope",
+        "mamba_n_heads": 2,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.25,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "hunyuan_v1_dense": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0},
+    },
+    "lfm2": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "norm_eps": 1e-5,
+        "block_auto_adjust_ff_dim": False,
+    },
+    "ministral3": {
+        "head_dim": 16,
+        "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
+    "olmo2": {},
+    "olmo3": {"num_hidden_layers": 5, "sliding_window": 6},
+    "qwen3_5_text": {
+        "num_hidden_layers": 5,
+        "head_dim": 16,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+        },
+    },
+    "smollm3": {"num_hidden_layers": 5, "use_sliding_window": False},
+    "stablelm": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    },
+    "starcoder2": {"sliding_window": None},
 }
 _GPT2: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -60,11 +126,13 @@ def tiny(family: str, *, seed: int = 0, **changes: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = _GPT2 if family == "gpt2" else _COMMON | _FAMILIES[family]
+    settings = copy.deepcopy(settings | changes)  # a config completes its RoPE parameters in place
     with _quiet():
-        config = AutoConfig.for_model(family, **settings | changes)
+        config = AutoConfig.for_model(family, **settings)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     gemma = family.startswith("gemma")
+    offset = gemma or family == "qwen3_5_text"  # norms multiply by one plus their weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -75,8 +143,11 @@ def tiny(family: str, *, seed: int = 0, **changes: Any) -> Any:
                 parameter.copy_(noise * (0.3 if ".wpe." in name else spread))
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
+            elif parameter.ndim == 3 or name.endswith("A_log"):  # kernels of convolutions, and decays
+                parameter.copy_(0.5 * noise)
             else:
-                parameter.copy_(0.3 * noise + (0 if gemma else 1))
+                centre = 0 if offset and not name.endswith("linear_attn.norm.weight") else 1
+                parameter.copy_(0.3 * noise + centre)
     return model.eval().requires_grad_(False)
 
 

@@ -13,16 +13,33 @@ from typing import Any
 import gguf
 import numpy as np
 
+from tests.helpers.gguf_newer import in_turn, newer_settings
+
 ARCHITECTURES = {
+    "cohere2": "cohere2",
+    "exaone4": "exaone4",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
+    "granite": "granite",
+    "granitemoehybrid": "granite",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "lfm2": "lfm2",
     "llama": "llama",
+    "ministral3": "mistral3",
     "mistral": "llama",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_5_text": "qwen35",
+    "smollm3": "smollm3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
 }
+_LIKE_LLAMA = ("granite", "llama", "mistral3", "smollm3")
+"""Architectures whose converter laces the halves of the heads of queries and keys."""
 _MODULES = {
     "embed_tokens": "token_embd",
     "wte": "token_embd",
@@ -48,7 +65,28 @@ _MODULES = {
     "down_proj": "ffn_down",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
+    "query_layernorm": "attn_q_norm",
+    "key_layernorm": "attn_k_norm",
+    "q_layernorm": "attn_q_norm",
+    "k_layernorm": "attn_k_norm",
+    "embedding_norm": "token_embd_norm",
+    "operator_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+    "w1": "ffn_gate",
+    "w2": "ffn_down",
+    "w3": "ffn_up",
+    "in_proj": "shortconv.in_proj",
+    "conv": "shortconv.conv",
+    "in_proj_qkv": "attn_qkv",
+    "in_proj_z": "attn_gate",
+    "in_proj_a": "ssm_alpha",
+    "in_proj_b": "ssm_beta",
+    "conv1d": "ssm_conv1d",
+    "output_linear": "ffn_down",
 }
+_OUT_PROJ = {"self_attn": "attn_output", "conv": "shortconv.out_proj", "linear_attn": "ssm_out"}
+_BEHIND_ATTENTION = ("exaone4", "gemma2", "gemma3", "olmo2", "qwen35")
+"""Architectures in which `post_attention_layernorm` is stored as `post_attention_norm`."""
 
 
 @dataclass
@@ -110,18 +148,18 @@ def _settings(config: Any, arch: str, rope: dict[str, Any]) -> dict[str, Any]:
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
+        "feed_forward_length": getattr(config, "shared_intermediate_size", config.intermediate_size),
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        **_epsilon(config),
     }
     width = config.hidden_size // config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or width
-    if arch in ("gemma2", "gemma3", "qwen3") or head_dim != width:
+    if arch in ("gemma2", "gemma3", "qwen3", "qwen35") or head_dim != width:
         found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
-    if arch in ("llama", "mistral3"):
+    if arch in _LIKE_LLAMA:
         found |= {"vocab_size": config.vocab_size, "rope.dimension_count": head_dim}
-    if arch != "gemma2":
+    if arch not in ("gemma2", "stablelm"):
         found["rope.freq_base"] = float(rope["rope_theta"])
     if arch == "phi3":
         found["rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1.0))
@@ -141,7 +179,16 @@ def _settings(config: Any, arch: str, rope: dict[str, Any]) -> dict[str, Any]:
             found["rope.freq_base_swa"] = float(config.rope_parameters["sliding_attention"]["rope_theta"])
         if config.final_logit_softcapping:
             found["final_logit_softcapping"] = config.final_logit_softcapping
-    return found | _scaling(rope)
+    return found | _scaling(rope) | newer_settings(config, arch, head_dim, rope)
+
+
+def _epsilon(config: Any) -> dict[str, float]:
+    for name in ("rms_norm_eps", "norm_eps"):
+        if hasattr(config, name):
+            return {"attention.layer_norm_rms_epsilon": getattr(config, name)}
+    names = ("layer_norm_eps", "norm_epsilon")
+    (value,) = (getattr(config, name) for name in names if hasattr(config, name))
+    return {"attention.layer_norm_epsilon": value}
 
 
 def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
@@ -198,25 +245,50 @@ def _tensors(model: Any, arch: str) -> dict[str, np.ndarray]:
         value = parameter.detach().float().numpy()
         parts = name.split(".")
         module, suffix = parts[-2], parts[-1]
-        stored = _MODULES.get(module)
-        if module == "c_proj":
-            stored = "attn_output" if parts[-3] == "attn" else "ffn_down"
-        if module == "post_attention_layernorm":
-            stored = "post_attention_norm" if arch.startswith("gemma") else "ffn_norm"
-        assert stored is not None, name
+        if arch == "qwen35" and "linear_attn" in parts:
+            value = in_turn(value, config, module, suffix)
+        if module == "input_linear":
+            layer = parts[2]
+            for half, rows in zip(("gate", "up"), np.split(value, 2), strict=True):
+                found[f"blk.{layer}.ffn_{half}.weight"] = np.ascontiguousarray(rows)
+            continue
+        stored = _stored_name(parts, arch)
         layer = next((part for part in parts if part.isdigit()), None)
         if layer is not None:
             stored = f"blk.{layer}.{stored}"
-        if arch.startswith("gemma") and stored.endswith("norm"):
+        if value.ndim == 3:  # the kernel of a convolution
+            value = value[:, 0]
+        if arch.startswith(("gemma", "qwen35")) and stored.endswith("norm") and "linear_attn" not in parts:
             value = value + np.float32(1)
         if arch == "gpt2" and suffix == "weight" and module in ("c_attn", "c_proj", "c_fc"):
             value = value.T
-        if arch in ("llama", "mistral3") and module in ("q_proj", "k_proj"):
+        if arch in _LIKE_LLAMA and module in ("q_proj", "k_proj"):
             heads = config.num_attention_heads if module == "q_proj" else config.num_key_value_heads
             # the two halves of each head are laced into one another
             value = value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+        if suffix == "A_log":
+            found[stored] = -np.exp(value)
+            continue
+        if suffix == "dt_bias":
+            suffix = "bias"
         found[f"{stored}.{suffix}"] = np.ascontiguousarray(value)
     return found
+
+
+def _stored_name(parts: list[str], arch: str) -> str:
+    """Of a parameter, without the number of its layer and what it ends in."""
+    module, parent = parts[-2], parts[-3] if len(parts) > 2 else ""
+    if module == "linear_attn":
+        return {"A_log": "ssm_a", "dt_bias": "ssm_dt"}[parts[-1]]
+    if module == "norm" and parent == "linear_attn":
+        return "ssm_norm"
+    if module == "out_proj":
+        return _OUT_PROJ[parent]
+    if module == "c_proj":
+        return "attn_output" if parent == "attn" else "ffn_down"
+    if module == "post_attention_layernorm":
+        return "post_attention_norm" if arch in _BEHIND_ATTENTION else "ffn_norm"
+    return _MODULES[module]
 
 
 def _byte_vocabulary(size: int) -> dict[str, Any]:

@@ -183,6 +183,7 @@ _kernel, _grouped, _line, _cube = (
     normal(4, 3, 3),
     normal(2, 2, 2, 2, 2),
 )
+_short = normal(6, 1, 4)
 
 
 def _conv(x, weight, bias=None, pad=(0, 0, 0, 0), **kwargs):
@@ -243,6 +244,14 @@ CONVOLUTION = [
             "groups": 3,
         },
         note="grouped",
+        inferred=False,
+    ),
+    Case(
+        "conv",
+        {"x": normal(2, 6, 4)},
+        lambda x: F.conv1d(x, _t(_short), torch.arange(6.0), groups=6),
+        {"weight": _short, "bias": np.arange(6).astype(np.float32), "groups": 6},
+        note="step",
         inferred=False,
     ),
     Case(

@@ -174,7 +174,9 @@ def read_palettes(program: Program, description: Description) -> dict[str, Palet
 def read_dense(program: Program, description: Description) -> dict[str, Tensor]:
     """Other weights by name, float16.
 
-    Weights of nothing but ones or zeros may be left out, since a converter drops products and sums that change nothing.
+    A weight that the model computes with in float32, such as what decays are made of, is held in float32: a converter
+    widens it when it writes the file, which loses nothing. Weights of nothing but ones or zeros may be left out, since
+    a converter drops products and sums that change nothing.
 
     Raises:
         PackageError: any other weight that the metadata names is not there.
@@ -183,8 +185,12 @@ def read_dense(program: Program, description: Description) -> dict[str, Tensor]:
     stored: dict[str, NDArray[Any]] = {}
     for function in program.functions.values():
         for constant in function.constants():
-            if constant.type.element == "float16" and constant.type.numel in sizes:
+            if constant.type.numel not in sizes:
+                continue
+            if constant.type.element == "float16":
                 stored.setdefault(dense_digest(constant.packed()), constant.array())
+            elif constant.type.element == "float32" and (narrow := _narrowed(constant.array())) is not None:
+                stored.setdefault(dense_digest(narrow.tobytes()), narrow)
     found = {}
     for name, told in description.dense.items():
         if told.digest in stored:
@@ -195,6 +201,13 @@ def read_dense(program: Program, description: Description) -> dict[str, Tensor]:
                 "left out."
             )
     return found
+
+
+def _narrowed(values: NDArray[Any]) -> NDArray[Any] | None:
+    """Float32 values in float16; None where one of them is no number of float16."""
+    with np.errstate(over="ignore"):
+        narrow = values.astype("<f2")
+    return narrow if np.array_equal(narrow.astype(np.float32), values) else None
 
 
 def _is_trivial(told: DenseEntry) -> bool:

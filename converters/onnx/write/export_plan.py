@@ -176,8 +176,8 @@ def _metadata(
     }
     if checkpoint.embedding is not None:
         values["embedding"] = checkpoint.embedding.model_dump(mode="json")
-        # learned positions are counted from the first column, padding or not
-        values["padding"] = "right" if config.names.positions is not None else "either"
+        # positions are counted from the first column, padding or not
+        values["padding"] = "either" if config.relative_positions else "right"
     return {
         METADATA_PREFIX + key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         for key, value in values.items()

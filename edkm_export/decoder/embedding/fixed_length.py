@@ -16,7 +16,7 @@ __all__ = ["FixedLength"]
 class FixedLength(nn.Module):
     """An embedding model over a fixed number of positions, its tables held as constants.
 
-    A shorter text is padded, on the right or, where positions are not learned, on the left.
+    A shorter text is padded, on the right or, where positions are relative, on the left.
 
     Args:
         model: the embedding model.

@@ -59,7 +59,7 @@ class GgufModel:
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         check_config(told, str(file.path), shapes, SourceError)  # before anything is listed that many times
         self._described = self._architecture.describe(settings, file)
-        self._places = places(self._architecture, self._described.config)
+        self._places = places(self._architecture, self._described)
         self._vocabulary = Vocabulary(settings)
         settings.finish()
         self._settings = settings
@@ -133,7 +133,7 @@ class GgufModel:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.for_model(self._architecture.model_type, **self._described.config)
+            return AutoConfig.for_model(self._described.model_type, **self._described.config)
         except Exception as error:  # configurations check themselves, with errors of several classes
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise SourceError(f"{self.file.path}: its metadata makes no model ({lines[0]}).") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edkm_export.errors import SourceError
 from edkm_export.reference.gguf.gguf_file import GgufFile, StoredTensor
-from edkm_export.reference.gguf.tensor_names import Place
+from edkm_export.reference.gguf.tensor_names import InTurn, Place
 
 __all__ = ["fill", "read_parameter", "skeleton", "wrong_shapes"]
 
@@ -36,9 +36,11 @@ def wrong_shapes(model: Any, file: GgufFile, places: Mapping[str, Place]) -> dic
         stored = file.tensors.get(name)
         if stored is None:
             continue
-        shape = (
-            stored.shape[::-1] if place.change == "transposed" and len(stored.shape) == 2 else stored.shape
-        )
+        shape = stored.shape
+        if place.change == "transposed" and len(shape) == 2:
+            shape = shape[::-1]
+        elif place.change == "convolution" and len(shape) == 2:
+            shape = (shape[0], 1, shape[1])
         if shape != shapes[place.parameter]:
             wrong[name] = (
                 f"has the shape {list(stored.shape)}, but {place.parameter} of the model that its metadata describes "
@@ -111,9 +113,21 @@ def _read(stored: StoredTensor, place: Place, dtype: torch.dtype) -> Tensor:
         values = stored.values(first, last)
         if place.change == "minus one":
             values = values - np.float32(1)
+        elif place.change == "negative exponential":
+            values = _logarithms(values, stored, place)
         _check(values, stored, place, dtype)
         made[first:last] = torch.from_numpy(np.ascontiguousarray(values))
     return made.reshape(stored.shape)
+
+
+def _logarithms(values: NDArray[np.float32], stored: StoredTensor, place: Place) -> NDArray[np.float32]:
+    """Of the negated values."""
+    if not (values < 0).all():
+        raise SourceError(
+            f"{stored.path}: {stored.name} ({place.parameter}): holds a value that is not below zero."
+        )
+    found: NDArray[np.float32] = np.log(-values)
+    return found
 
 
 def _check(values: NDArray[np.float32], stored: StoredTensor, place: Place, dtype: torch.dtype) -> None:
@@ -137,4 +151,15 @@ def _restored(value: Tensor, place: Place) -> Tensor:
         rows = value.shape[0] // place.heads
         pairs = value.reshape(place.heads, rows // 2, 2, *value.shape[1:])
         return pairs.transpose(1, 2).reshape(value.shape).contiguous()
-    return value
+    if place.in_turn is not None:
+        value = _by_keys(value, place.in_turn)
+    return value.unsqueeze(1) if place.change == "convolution" else value
+
+
+def _by_keys(value: Tensor, heads: InTurn) -> Tensor:
+    """Heads of values beside those that they share a head of keys with."""
+    before, moved = value.tensor_split([heads.first], heads.axis)
+    shape, axis = moved.shape, heads.axis
+    split = moved.reshape(*shape[:axis], heads.times, heads.keys, heads.size, *shape[axis + 1 :])
+    moved = split.transpose(axis, axis + 1).reshape(shape)
+    return torch.cat([before, moved], heads.axis).contiguous()

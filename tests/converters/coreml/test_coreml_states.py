@@ -35,9 +35,7 @@ _QUICK = (("lfm2", "neural-engine"), ("qwen3_5", "swift-transformers"), ("qwen3_
 CASES = [
     (case, interface)
     if (case, interface) in _QUICK
-    else pytest.param(
-        case, interface, marks=pytest.mark.skip(reason="not run: its thresholds are not measured yet")
-    )
+    else pytest.param(case, interface, marks=pytest.mark.slow)
     for case in ("lfm2", "lfm2: odd", "qwen3_5", "qwen3_5: odd")
     for interface in INTERFACES
 ]
@@ -116,7 +114,7 @@ def test_a_recurrence_is_held_as_the_sum_of_two():
     assert float(relative.max()) < 2.0**-21  # float16 alone: 2**-11
 
 
-@pytest.mark.skip(reason="not run: its thresholds are not measured yet")
+@pytest.mark.slow
 def test_a_long_memory_needs_the_remainder(tmp_path, monkeypatch):
     """Heads that forget a five-thousandth at each token, each op rounded to float16: with one half of the state, what a
     token adds to a full matrix is less than half of its last bit.

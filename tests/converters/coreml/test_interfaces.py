@@ -27,7 +27,6 @@ from edkm_export.reference.hard_model import load_hard_model
 from edkm_export.verify.bytes import compare_bytes
 from edkm_export.verify.report import Verdict
 from edkm_export.verify.rungs import size_rung
-from tests.helpers import odd_families
 from tests.helpers.odd_models import build
 
 pytest.importorskip("coremltools")
@@ -251,34 +250,6 @@ def test_missing_chunk(chunked, tmp_path):
     shutil.copytree(chunked.packages[0], tmp_path / chunked.packages[0].name)
     with pytest.raises(PackageError, match=r"model-2-of-2.mlpackage: no such package"):
         open_chunks(tmp_path / chunked.packages[0].name)
-
-
-@pytest.mark.parametrize(
-    ("case", "interface"),
-    [
-        ("mistral", "swift-transformers"),
-        ("gemma3", "neural-engine"),
-        pytest.param("mistral", "neural-engine", marks=pytest.mark.slow),
-        pytest.param("gemma3", "swift-transformers", marks=pytest.mark.slow),
-        pytest.param("gpt2", "swift-transformers", marks=pytest.mark.slow),
-        pytest.param("gpt2", "neural-engine", marks=pytest.mark.slow),
-    ],
-)
-def test_families_decode_through_the_state(case, interface, tmp_path):
-    """Windows, caps, norms and learned positions, behind a cache."""
-    model = odd_families.build(case)
-    one = made(
-        odd_families.checkpoint_of(model), tmp_path, interface=interface, sequence_length=32, **(
-            {"prefill": 8} if interface == "neural-engine" else {}
-        ),
-    )  # fmt: skip
-    tokens = tokens_for(one.checkpoint, 24)
-    with torch.no_grad():
-        expected = load_hard_model(one.checkpoint)(tokens[None]).logits[0]
-    session = one.artifact.session()
-    assert session is not None
-    found = torch.cat([session.feed(piece) for piece in tokens.split([17, *[1] * 7])])
-    assert divergence(expected, found) <= MOST_KL
 
 
 class Vocabulary(torch.nn.Module):

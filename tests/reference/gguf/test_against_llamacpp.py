@@ -13,8 +13,10 @@ import torch
 from edkm_export.errors import InputError
 from edkm_export.reference import llamacpp
 from edkm_export.reference.gguf.gguf_model import read_gguf
-from tests.helpers.gguf_kinds import KINDS, QUANTIZED, TEXT, decoded
+from tests.helpers.gguf_kinds import KINDS as OLDER
+from tests.helpers.gguf_kinds import QUANTIZED, TEXT, decoded
 from tests.helpers.gguf_models import agreement, divergence, log_probabilities, text
+from tests.helpers.gguf_newer_kinds import NEWER
 from tests.helpers.gguf_writer import write
 
 pytestmark = [
@@ -22,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(llamacpp.available() is None, reason=f"llama.cpp is missing: {llamacpp.INSTALL}"),
 ]
 
+KINDS = {**OLDER, **NEWER}
 EXACT = [name for name, kind in KINDS.items() if kind.refused is None]
 SAME = [name for name in EXACT if KINDS[name].llamacpp is True]
 OTHER = [name for name in EXACT if KINDS[name].llamacpp is not True]

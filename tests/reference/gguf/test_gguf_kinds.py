@@ -7,10 +7,13 @@ import torch
 
 from edkm_export.errors import SourceError
 from edkm_export.reference.gguf.gguf_model import read_gguf
-from tests.helpers.gguf_kinds import KINDS, QUANTIZED, TEXT, decoded
+from tests.helpers.gguf_kinds import KINDS as OLDER
+from tests.helpers.gguf_kinds import QUANTIZED, TEXT, decoded
 from tests.helpers.gguf_models import agreement, divergence, log_probabilities, text
+from tests.helpers.gguf_newer_kinds import NEWER
 from tests.helpers.gguf_writer import write
 
+KINDS = {**OLDER, **NEWER}
 EXACT = [name for name, kind in KINDS.items() if kind.refused is None]
 REFUSED = [name for name, kind in KINDS.items() if kind.refused is not None]
 

@@ -82,7 +82,18 @@ def conv(
         pairs = zip(x.shape[2:], padding[0::2], padding[1::2], strict=True)
         require_computable([*x.shape[:2], *(max(0, sum(each)) for each in pairs)])
         x = F.pad(x, last_axis_first(padding))
+    if x.dtype == torch.float32 and _is_one_product(x, weight, groups, dilations):
+        # One output of each channel, as in a decode step of a short convolution: a sixth of the time, and less.
+        sums = (x * weight[:, 0]).sum(tuple(range(2, x.dim())), keepdim=True)
+        return sums if bias is None else sums + bias.reshape(-1, *[1] * rank)
     return _CONV[rank](x, weight, bias, strides, 0, dilations, groups)
+
+
+def _is_one_product(x: Tensor, weight: Tensor, groups: int, dilations: list[int]) -> bool:
+    """Each channel has a kernel of its own, which is as large as what it is laid on."""
+    return (
+        max(dilations) == 1 and x.shape[1] == groups == len(weight) and weight.shape[1:] == (1, *x.shape[2:])
+    )
 
 
 @op("conv_transpose")
