@@ -28,15 +28,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(nn.Module):
-    """Two linear layers around an activation, which may gate (as in SwiGLU)."""
+    """Two linear layers around an activation, which may gate (as in SwiGLU).
 
-    def __init__(self, config: DecoderConfig) -> None:
+    Args:
+        config: of the decoder.
+        size: inner channels; None: those of the configuration.
+    """
+
+    def __init__(self, config: DecoderConfig, size: int | None = None) -> None:
         super().__init__()
         self.names, self.activation = config.names, ACTIVATIONS[config.activation]
         self.inner_scale = config.inner_scale
-        self.sizes = (config.intermediate_size,) * (2 if config.gated else 1)
+        size = config.intermediate_size if size is None else size
+        self.sizes = (size,) * (2 if config.gated else 1)
         add_projections(self, self.names.mlp_inputs, config.hidden_size, self.sizes, config.mlp_bias)
-        output = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        output = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
         self.add_module(self.names.mlp_output, output)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -148,6 +148,7 @@ _ROPE_FIELDS: dict[str, set[str]] = {
         "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
     },
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor", "short_mscale", "long_mscale"},
+    "proportional": {"factor", "partial_rotary_factor"},
 }  # fmt: skip
 _ROPE_ALIASES = {"su": "longrope"}
 # A model that stretches the base of its rotation by a fixed alpha leaves these aside.
@@ -211,7 +212,7 @@ def sort_fields(config: Mapping[str, Any], *, embeds: bool = False) -> ConfigFie
             found.without_effect[name] = _WITHOUT_EFFECT[name]
             if name not in declared and name not in ("torch_dtype", "num_labels"):
                 found.forgotten.add(name)
-        elif name == "per_layer_config" and value is not None:
+        elif name == "per_layer_config" and value is not None and not kind.layers_differ:
             found.not_understood[name] = "layers with settings of their own are not supported"
         elif name in _ONLY_AS and (name not in declared or name == "is_encoder_decoder"):
             _require(found, name, value, *_ONLY_AS[name])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edkm_export.reference.stored_buffers import stored_buffers
 from edkm_export.reference.stored_tensors import StoredTensors
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ class Placement:
             stored: from `read_stored`.
             scales: tensors that are used to dequantize others.
         """
-        expected = {name: tuple(each.shape) for name, each in model.named_parameters(remove_duplicate=False)}
+        held = {**dict(model.named_parameters(remove_duplicate=False)), **stored_buffers(model)}
+        expected = {name: tuple(each.shape) for name, each in held.items()}
         modules = {id(module): name for name, module in model.named_modules()}
         output = model.get_output_embeddings()
         placed = cls(

@@ -8,7 +8,7 @@ import torch
 
 from converters.onnx.write.builder import CONTRIB
 from converters.onnx.write.tracing import Tracer, Value
-from edkm_export.decoder.norms import LayerNorm, RMSNorm, UnitNorm
+from edkm_export.decoder.norms import LayerNorm, PlainRMSNorm, RMSNorm, UnitNorm
 
 __all__ = ["replace_norm"]
 
@@ -19,6 +19,8 @@ def replace_norm(module: torch.nn.Module, tracer: Tracer) -> None:
         fused = tracer.weights.contrib and tracer.dtype == torch.float32 and module.scale == 1
         form = _SkipRMSNorm if fused else _RMSNorm
         module.forward = form(module, tracer)  # type: ignore[method-assign, assignment]
+    elif isinstance(module, PlainRMSNorm):
+        module.forward = _PlainRMSNorm(module, tracer)  # type: ignore[method-assign, assignment]
     elif isinstance(module, LayerNorm):
         module.forward = _LayerNorm(module, tracer)  # type: ignore[method-assign, assignment]
     elif isinstance(module, UnitNorm):
@@ -82,6 +84,13 @@ class _RMSNorm(_Norm):
         if self._module.scale != 1:
             weight = weight * self._module.scale
         return weight
+
+
+class _PlainRMSNorm(_Norm):
+    """The same without a weight."""
+
+    def __call__(self, x: Value) -> Value:
+        return self._normalize(x.to(torch.float32)).to(self._tracer.dtype)
 
 
 class _SkipRMSNorm(_RMSNorm):
