@@ -36,9 +36,9 @@ class Gemma4Settings(LayerTypeSettings):
     """
 
     model_type = "gemma4_text"
-    models = "Gemma 4 E2B, E4B, 12B and 31B, and the text part of others"
+    models = "Gemma 4 E2B, E4B and 31B"
 
-    num_hidden_layers: pydantic.PositiveInt = pydantic.Field(examples=[4, 5])
+    num_hidden_layers: pydantic.PositiveInt = pydantic.Field(examples=[3, 5])
     head_dim: pydantic.PositiveInt = 256
     global_head_dim: pydantic.PositiveInt = pydantic.Field(512, examples=[24, 10])
     num_key_value_heads: pydantic.PositiveInt | None = 4
@@ -53,7 +53,7 @@ class Gemma4Settings(LayerTypeSettings):
         None,
         min_length=1,
         examples=[
-            ["sliding_attention", "full_attention"] * 2,
+            ["sliding_attention", "full_attention", "full_attention"],
             ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
         ],
     )
@@ -62,7 +62,7 @@ class Gemma4Settings(LayerTypeSettings):
     vocab_size_per_layer_input: pydantic.PositiveInt = pydantic.Field(262_144, examples=[96])
     hidden_size_per_layer_input: pydantic.NonNegativeInt = pydantic.Field(256, examples=[16, 10])
     attention_k_eq_v: bool = False
-    num_kv_shared_layers: pydantic.NonNegativeInt = pydantic.Field(0, examples=[2, 2])
+    num_kv_shared_layers: pydantic.NonNegativeInt = pydantic.Field(0, examples=[1, 2])
     use_double_wide_mlp: bool = False
     enable_moe_block: Literal[False] = False
 

@@ -23,8 +23,8 @@ from tests.helpers.odd_families import build, checkpoint_of
 
 pytest.importorskip("coremltools")
 
-PIECES = ([40], [13, *[1] * 27], [3, 20, 1, 16])
-TOKENS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(3))
+PIECES = ([9, *[1] * 11], [3, 10, 1, 6])
+TOKENS = torch.randint(3, 96, (20,), generator=torch.Generator().manual_seed(3))
 INTERFACES: dict[str, dict[str, Any]] = {
     "swift-transformers": {"sequence_length": 48},
     "neural-engine": {"interface": "neural-engine", "sequence_length": 64, "prefill": 8},
@@ -65,7 +65,7 @@ def test_pieces_are_the_whole_text(case, interface, tmp_path):
     # Tables of rotation are float16 in a package, and in the second run each op is rounded; 2e-6 and 3e-4 as measured.
     for precision, most in (("float32", 3e-5), ("rounded", 1e-2)):
         session = CoreMLSession(packages, description, precision=precision)
-        for pieces in PIECES if precision == "float32" else PIECES[1:2]:
+        for pieces in PIECES if precision == "float32" else PIECES[:1]:
             session.reset()
             found = torch.cat([session.feed(piece) for piece in TOKENS.split(pieces)]).log_softmax(-1)
             kl = float((expected.exp() * (expected - found)).sum(-1).max())
