@@ -37,9 +37,8 @@ class Attention(nn.Module):
         self.source, self.lends = config.source_of(layer), layer in config.sources()
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.gates = config.attention_gate
-        self.inputs, self.sizes = self.names.attention_inputs, (width, kv_width, kv_width)
-        if self.gates:
-            self.sizes = (2 * width, kv_width, kv_width)
+        self.inputs = self.names.attention_inputs
+        self.sizes: tuple[int, ...] = (2 * width if self.gates else width, kv_width, kv_width)
         if self.source is not None:
             self.inputs, self.sizes = self.inputs[:1], self.sizes[:1]
         elif config.values_from_keys and self.kind == FULL:

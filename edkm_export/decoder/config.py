@@ -11,6 +11,7 @@ __all__ = [
     "FULL",
     "LINEAR",
     "SLIDING",
+    "AltUp",
     "DecoderConfig",
     "HeadSizes",
     "LayerEmbedding",
@@ -88,6 +89,21 @@ class HeadSizes:
 
 
 @dataclass(frozen=True)
+class AltUp:
+    """Residual streams of a model with alternating updates (arXiv 2301.13310).
+
+    Attributes:
+        streams: number of them.
+        active: the one that attention and MLP read.
+        scales: the active one is multiplied by a weight of its own before the per-layer embedding is gated by it.
+    """
+
+    streams: int
+    active: int
+    scales: bool
+
+
+@dataclass(frozen=True)
 class LayerEmbedding:
     """Sizes of the table that gives each layer a vector of its own for each token (Gemma's per-layer embedding).
 
@@ -133,7 +149,10 @@ class DecoderConfig:
         logit_scale: factor on the logits.
         embedding_scale: factor on the token embeddings.
         output_scale: factor on what attention and MLP add to the residual stream.
-        doubled_mlps: layers that share keys and values have an MLP of twice the intermediate size.
+        intermediate_sizes: inner channels of the MLP of each layer; empty: all have `intermediate_size`.
+        sparsity: part of the gates of each layer's MLP that is zero, if they are normally distributed; empty: none.
+        altup: the layers carry several residual streams (AltUp); None: one.
+        laurel_rank: channels of a linear path beside attention (LAuReL); 0: there is none.
         layer_scalar: what a layer gives is multiplied by a number of its own.
         layer_embedding: a further input of each layer; None: there is none.
         inner_scale: power of two by which the inner activations of the MLP are held smaller than in the Hugging Face
@@ -185,7 +204,10 @@ class DecoderConfig:
     logit_scale: float = 1.0
     embedding_scale: float = 1.0
     output_scale: float = 1.0
-    doubled_mlps: bool = False
+    intermediate_sizes: tuple[int, ...] = ()
+    sparsity: tuple[float, ...] = ()
+    altup: AltUp | None = None
+    laurel_rank: int = 0
     layer_scalar: bool = False
     layer_embedding: LayerEmbedding | None = None
     inner_scale: float = 1.0
@@ -235,5 +257,8 @@ class DecoderConfig:
 
     def intermediate_of(self, layer: int) -> int:
         """Inner channels of the MLP of a layer."""
-        doubled = self.doubled_mlps and self.source_of(layer) is not None
-        return self.intermediate_size * (2 if doubled else 1)
+        return self.intermediate_sizes[layer] if self.intermediate_sizes else self.intermediate_size
+
+    def sparsity_of(self, layer: int) -> float:
+        """Part of the gates of a layer's MLP that is zero."""
+        return self.sparsity[layer] if self.sparsity else 0.0

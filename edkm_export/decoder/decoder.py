@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from edkm_export.decoder.altup import HALF, AlternatingUpdates, Laurel, add_streams, joined, spread
 from edkm_export.decoder.attention import Attention
 from edkm_export.decoder.config import CONVOLUTION, LINEAR, DecoderConfig
 from edkm_export.decoder.context import Context
@@ -43,7 +44,7 @@ class Layer(LayerInput):
         self.parallel, self.output_scale = config.parallel, config.output_scale
         self.mixer = _mixer_name(config, layer)
         self.add_module(self.mixer, _MIXERS.get(config.layer_kinds[layer], Attention)(config, layer))
-        self.add_module(names.mlp, MLP(config, config.intermediate_of(layer)))
+        self.add_module(names.mlp, MLP(config, layer))
         for name in (names.attention_norm, names.mlp_norm):
             if name is not None:
                 self.add_module(name, build_norm(config))
@@ -79,6 +80,29 @@ class Layer(LayerInput):
         return x if name is None else self.get_submodule(name)(x, *others)
 
 
+class AltUpLayer(Layer):
+    """A layer with several residual streams, and a linear path beside attention (Gemma 3n)."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        assert config.altup is not None and config.laurel_rank and config.layer_embedding is not None
+        self.altup = AlternatingUpdates(config, config.altup)
+        self.laurel = Laurel(config)
+
+    def forward(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
+        """x [batch, new, streams, hidden] -> the same."""
+        names = self.names
+        predicted, active = self.altup.predict(x)
+        normed = self._through(names.attention_norm, active)
+        mixed = self._through(names.attention_output_norm, self._through(self.mixer, normed, context, cache))
+        mixed = (active + mixed + self.laurel(normed)) * HALF
+        inner = self._through(names.mlp, self._through(names.mlp_norm, mixed))
+        computed = mixed + self._through(names.mlp_output_norm, inner)
+        corrected, first = self.altup.correct(predicted, active, computed)
+        assert self.number is not None
+        return self.altup.add(corrected, self.of_input(first, context.layer_inputs[self.number]))
+
+
 class Stack(nn.Module):
     """Embedding, layers and final norm: the part that Hugging Face calls `model` or `transformer`."""
 
@@ -90,10 +114,13 @@ class Stack(nn.Module):
         self.add_module(names.embedding, nn.Embedding(config.vocab_size, config.hidden_size))
         if names.positions is not None:
             self.add_module(names.positions, nn.Embedding(config.max_positions, config.hidden_size))
-        self.add_module(names.layers, nn.ModuleList(Layer(config, i) for i in range(config.num_layers)))
+        kind = Layer if config.altup is None else AltUpLayer
+        self.add_module(names.layers, nn.ModuleList(kind(config, i) for i in range(config.num_layers)))
         self.add_module(names.final_norm, build_norm(config))
         if config.layer_embedding is not None:
             add_tables(self, config, config.layer_embedding)
+        if config.altup is not None:
+            add_streams(self, config, config.altup)
 
     def forward(self, input_ids: Tensor, context: Context, cache: Cache | None) -> Tensor:
         """input_ids [batch, new] -> [batch, new, hidden]."""
@@ -130,9 +157,11 @@ class Stack(nn.Module):
         # the axis of the heads, once for all layers
         rotary = {kind: (cos.unsqueeze(1), sin.unsqueeze(1)) for kind, (cos, sin) in context.rotary.items()}
         context = replace(context, rotary=rotary, lent={})
+        if self.config.altup is not None:
+            x = spread(self, x)
         for layer in list(self.get_submodule(self.names.layers).children())[first:end]:
             x = layer(x, context, cache)
-        return x
+        return x if self.config.altup is None else joined(self, x)
 
 
 class Decoder(nn.Module):

@@ -1,7 +1,7 @@
 """Per-layer embeddings: a table that gives each layer a vector of its own for each token (Gemma 3n, Gemma 4).
 
-The table is several times as large as the model beside it, and a token needs one row of it. It is an embedding like that
-of the tokens: palettized, and looked up row by row.
+The table is larger than the model beside it, and a token needs one row of it. It is an embedding like that of the
+tokens: palettized, and looked up row by row.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ def layer_inputs(
     """
     layers, size = config.num_layers, sizes.size
     batch, new = embedded.shape[:2]
+    if sizes.rows < config.vocab_size:  # tokens of images and sound; they read the first row
+        input_ids = input_ids * (input_ids <= sizes.rows - 1).to(input_ids.dtype)
     rows = stack.get_submodule(_TABLE)(input_ids)
     projected = stack.get_submodule(_PROJECTION)(embedded).reshape(batch, new, layers, size)
     normed = stack.get_submodule(_NORM)(projected).reshape(batch, new, layers * size)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edkm_export.decoder.config import DecoderConfig
+from edkm_export.decoder.magnitudes import TopGates
 from edkm_export.decoder.projections import add_projections, project
 
 __all__ = ["ACTIVATIONS", "MLP"]
@@ -32,14 +33,16 @@ class MLP(nn.Module):
 
     Args:
         config: of the decoder.
-        size: inner channels; None: those of the configuration.
+        layer: its number, from 0; None: all layers are alike.
     """
 
-    def __init__(self, config: DecoderConfig, size: int | None = None) -> None:
+    def __init__(self, config: DecoderConfig, layer: int | None = None) -> None:
         super().__init__()
         self.names, self.activation = config.names, ACTIVATIONS[config.activation]
         self.inner_scale = config.inner_scale
-        size = config.intermediate_size if size is None else size
+        size = config.intermediate_size if layer is None else config.intermediate_of(layer)
+        zeros = 0.0 if layer is None else config.sparsity_of(layer)
+        self.sparse = TopGates(zeros) if zeros else None
         self.sizes = (size,) * (2 if config.gated else 1)
         add_projections(self, self.names.mlp_inputs, config.hidden_size, self.sizes, config.mlp_bias)
         output = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
@@ -48,7 +51,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] -> [..., hidden]."""
         first, *values = project(self, self.names.mlp_inputs, self.sizes, x)
-        inner = self.activation(first)
+        inner = self.activation(first if self.sparse is None else self.sparse(first))
         for each in values:  # scaled before the product, which could leave the range of float16
             inner = inner * (each if self.inner_scale == 1 else each * self.inner_scale)
         return self.get_submodule(self.names.mlp_output)(inner)  # type: ignore[no-any-return]

@@ -40,6 +40,8 @@ _WITHOUT_EFFECT: dict[str, str] = {
     "mtp_num_hidden_layers": "layers that guess further tokens are not part of the model",
     "mtp_use_dedicated_embeddings": "layers that guess further tokens are not part of the model",
     "gradient_checkpointing": "for training only",
+    "altup_coef_clip": "for training only",
+    "altup_lr_multiplier": "for training only",
     "neftune_noise_alpha": "for training only",
     "attention_dropout": _DROPOUT,
     "attn_pdrop": _DROPOUT,

@@ -1,6 +1,7 @@
 """The text model in a folder of a model that also sees or hears: its configuration, and the names of its tensors.
 
-Without images and sound such a model computes what its text model does, so the rest of the folder changes no logit of a text.
+Without images and sound such a model computes what its text model does, so the rest of the folder changes no logit of a
+text.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ __all__ = ["TextPart", "text_of"]
 
 _TEXT_TYPES: dict[str, dict[str, str]] = {
     "gemma3": {"gemma3_text": "gemma3_text"},
+    "gemma3n": {"gemma3n_text": "gemma3n_text"},
     "gemma4": {"gemma4_text": "gemma4_text"},
     "mistral3": {"mistral": "mistral", "ministral3": "ministral3"},
     # its rotation has three axes, which are the same number in a text

@@ -126,5 +126,7 @@ def test_a_part_beyond_the_head_is_refused():
     made = checkpoint_of(build("gemma4"))
     rope = {**made.config["rope_parameters"]}
     rope["full_attention"] = {"rope_type": "proportional", "partial_rotary_factor": 1.5, "rope_theta": 1e4}
-    with pytest.raises(ConversionError, match="partial_rotary_factor is 1.5, expected more than 0 and at most 1"):
+    with pytest.raises(
+        ConversionError, match="partial_rotary_factor is 1.5, expected more than 0 and at most 1"
+    ):
         WholeSequence(build_decoder(made), {**made.config, "rope_parameters": rope}, 8)

@@ -123,7 +123,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_k_eq_v": True,
             "num_global_key_value_heads": 1,
             "rope_parameters": {
-                "full_attention": {"rope_type": "proportional", "rope_theta": 1000.0, "partial_rotary_factor": 0.3},
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "rope_theta": 1000.0,
+                    "partial_rotary_factor": 0.3,
+                },
                 "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
             },
         },
@@ -182,7 +186,8 @@ def build_case(kind: str, given: dict[str, Any], seed: int = 0) -> Any:
                 parameter.uniform_(-5, 1)  # heads that remember two tokens, and others that remember hundreds
             elif parameter.dim() == 1:
                 parameter.uniform_(centre - 0.5, centre + 0.5)
-                if kind == "gemma4_text" and name.endswith("k_norm.weight"):  # its scores have no scale but this
+                if kind in ("gemma3n_text", "gemma4_text") and name.endswith("k_norm.weight"):
+                    # as trained ones: scores have no other scale
                     parameter.mul_(len(parameter) ** -0.5)
     return model.float().eval()
 

@@ -130,8 +130,8 @@ def _check_states(config: DecoderConfig, interface: str, source: str) -> None:
         )
     if interface == "neural-engine" and config.layer_embedding is not None:
         raise ConversionError(
-            f"{source}: --interface neural-engine hands over embedded tokens, and the per-layer embedding of this model "
-            "is looked up by their numbers; use --interface dynamic."
+            f"{source}: --interface neural-engine hands over embedded tokens, and the per-layer embedding of this "
+            "model is looked up by their numbers; use --interface dynamic."
         )
     if interface == "neural-engine" and (config.sharing_layers or config.full_heads is not None):
         raise ConversionError(

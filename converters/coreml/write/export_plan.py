@@ -201,9 +201,7 @@ def _context(interface: Interface, limit: int, asked: int | None, prefill: int, 
     return length
 
 
-def _divisions(
-    config: DecoderConfig, chunks: int | str, source: str
-) -> Iterator[tuple[LayerRange, ...]]:
+def _divisions(config: DecoderConfig, chunks: int | str, source: str) -> Iterator[tuple[LayerRange, ...]]:
     """Ranges of nearly equal length; one division, or all from coarse to fine."""
     layers = config.num_layers
     if config.sharing_layers or config.layer_embedding is not None:

@@ -28,7 +28,12 @@ def replace_attention(module: torch.nn.Module, tracer: Tracer, rotation: Rotatio
         tracer: of the graph.
         rotation: its `rotate`, which takes heads side by side; None: it has none, or its own.
     """
-    if not isinstance(module, Attention) or module.cap is not None or module.gates or module.source is not None:
+    if (
+        not isinstance(module, Attention)
+        or module.cap is not None
+        or module.gates
+        or module.source is not None
+    ):
         return
     if rotation or not module.rotary_dim:
         module.forward = _FusedAttention(module, tracer, rotation)  # type: ignore[method-assign, assignment]

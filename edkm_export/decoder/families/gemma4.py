@@ -9,7 +9,13 @@ import pydantic
 
 from edkm_export.decoder.config import ATTENDS, FULL, SLIDING, DecoderConfig, HeadSizes, LayerEmbedding
 from edkm_export.decoder.families.gemma import GEMMA_NAMES
-from edkm_export.decoder.families.settings import LAYER_KINDS, POST_NORM_INNER_SCALE, Activation, LayerType, LayerTypeSettings
+from edkm_export.decoder.families.settings import (
+    LAYER_KINDS,
+    POST_NORM_INNER_SCALE,
+    Activation,
+    LayerType,
+    LayerTypeSettings,
+)
 
 __all__ = ["Gemma4Settings"]
 
@@ -30,9 +36,9 @@ def _kinds(types: list[LayerType] | None, layers: int) -> list[str]:
 
 
 class Gemma4Settings(LayerTypeSettings):
-    """Norms before and after attention and MLP; RMSNorm of queries, keys and values; heads of full layers have sizes and
-    RoPE of their own, in a part of the head; the last layers use keys and values of earlier ones; per-layer embeddings;
-    a scalar for each layer; no experts.
+    """Norms before and after attention and MLP; RMSNorm of queries, keys and values; heads of full layers have sizes
+    and RoPE of their own, in a part of the head; the last layers use keys and values of earlier ones; per-layer
+    embeddings; a scalar for each layer; no experts.
     """
 
     model_type = "gemma4_text"
@@ -54,7 +60,13 @@ class Gemma4Settings(LayerTypeSettings):
         min_length=1,
         examples=[
             ["sliding_attention", "full_attention", "full_attention"],
-            ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            [
+                "full_attention",
+                "sliding_attention",
+                "sliding_attention",
+                "sliding_attention",
+                "full_attention",
+            ],
         ],
     )
     final_logit_softcapping: pydantic.PositiveFloat | None = pydantic.Field(None, examples=[None, 3.0])
@@ -77,8 +89,8 @@ class Gemma4Settings(LayerTypeSettings):
             if not all(type(value) is int and value > 0 for value in settings.values()):
                 raise ValueError(f"layer {layer!r} must have positive numbers")
         kinds = _kinds(known.data.get("layer_types"), known.data.get("num_hidden_layers", 1))
-        for kind in ATTENDS if given else ():
-            of_kind = [given.get(str(layer), {}) for layer, each in enumerate(kinds) if each == kind]
+        for kind in ATTENDS:
+            of_kind = [(given or {}).get(str(layer), {}) for layer, each in enumerate(kinds) if each == kind]
             if any(each != of_kind[0] for each in of_kind):
                 raise ValueError("layers of a kind must have heads of one size")
         return given
@@ -117,6 +129,13 @@ class Gemma4Settings(LayerTypeSettings):
             heads = self.num_global_key_value_heads
         return HeadSizes(heads, self.global_head_dim)
 
+    def _inner_sizes(self) -> tuple[int, ...]:
+        """Of the MLPs: twice as large in layers that share keys and values, where the configuration says so."""
+        if not self.use_double_wide_mlp:
+            return ()
+        own = self.num_hidden_layers - self.num_kv_shared_layers
+        return tuple(self.intermediate_size * (1 if i < own else 2) for i in range(self.num_hidden_layers))
+
     def decoder_config(self) -> DecoderConfig:
         """The decoder that the configuration describes."""
         config, kinds = super().decoder_config(), self.layer_kinds()
@@ -133,7 +152,7 @@ class Gemma4Settings(LayerTypeSettings):
             query_key_norm="head",
             value_norm=True,
             values_from_keys=self.attention_k_eq_v,
-            doubled_mlps=self.use_double_wide_mlp,
+            intermediate_sizes=self._inner_sizes(),
             layer_scalar=True,
             layer_embedding=LayerEmbedding(self.vocab_size_per_layer_input, self.hidden_size_per_layer_input)
             if self.hidden_size_per_layer_input

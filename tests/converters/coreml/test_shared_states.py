@@ -89,5 +89,7 @@ def _readers_of_the_table(body: Any) -> list[str]:
 
 
 def test_a_package_hands_over_no_keys_and_values():
-    with pytest.raises(ConversionError, match="--chunks 2 cuts a model whose layers read keys and values of other"):
+    with pytest.raises(
+        ConversionError, match="--chunks 2 cuts a model whose layers read keys and values of other"
+    ):
         plan_export(checkpoint_of(build("gemma4")), interface="neural-engine", chunks=2)
