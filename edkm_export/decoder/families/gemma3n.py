@@ -69,7 +69,7 @@ class Gemma3nSettings(LayerTypeSettings):
     altup_num_inputs: int = pydantic.Field(4, ge=2, examples=[4, 3])
     altup_active_idx: pydantic.NonNegativeInt = pydantic.Field(0, examples=[0, 1])
     altup_correct_scale: bool = True
-    num_kv_shared_layers: pydantic.NonNegativeInt = pydantic.Field(15, examples=[1, 2])
+    num_kv_shared_layers: pydantic.NonNegativeInt = pydantic.Field(examples=[1, 2])
     laurel_rank: pydantic.PositiveInt = pydantic.Field(64, examples=[16, 5])
     activation_sparsity_pattern: list[_Part] | None = pydantic.Field(
         None, examples=[[0.8, 0.0, 0.0], [0.95, 0.3, 0.0, 0.0, 0.5]]

@@ -41,12 +41,12 @@ def palettized(case: str) -> Checkpoint:
 @pytest.mark.parametrize(
     ("case", "interface"),
     [
-        ("gemma4", "neural-engine"),
+        ("gemma4", "swift-transformers"),
         *(
             pytest.param(case, interface, marks=pytest.mark.slow)
-            for case in ("gemma4", "gemma4: odd", "gemma4: dense")
+            for case in ("gemma3n", "gemma4", "gemma4: odd", "gemma4: dense")
             for interface in INTERFACES
-            if (case, interface) != ("gemma4", "neural-engine")
+            if (case, interface) != ("gemma4", "swift-transformers")
         ),
     ],
 )
@@ -62,14 +62,14 @@ def test_pieces_are_the_whole_text(case, interface, tmp_path):
     with torch.no_grad():
         expected = load_hard_model(checkpoint)(TOKENS[None], use_cache=False).logits[0].log_softmax(-1)
     packages, description = open_chunks(package)
-    # Tables of rotation are float16 in a package, and in the second run each op is rounded; 2e-6 and 3e-4 as measured.
+    # Tables of rotation are float16 in a package, and in the second run each op is rounded; 7e-7 and 3e-4 at most
+    # as measured.
     for precision, most in (("float32", 3e-5), ("rounded", 1e-2)):
         session = CoreMLSession(packages, description, precision=precision)
         for pieces in PIECES if precision == "float32" else PIECES[:1]:
             session.reset()
             found = torch.cat([session.feed(piece) for piece in TOKENS.split(pieces)]).log_softmax(-1)
             kl = float((expected.exp() * (expected - found)).sum(-1).max())
-            print(case, interface, precision, kl, pieces)
             assert kl < most, (precision, pieces)
     for function in load_package(package).functions.values():
         shapes = {name: state.type.shape for name, state in function.states.items()}
