@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from edkm_export.decoder.config import AltUp, DecoderConfig
 from edkm_export.decoder.magnitudes import SameMagnitude
-from edkm_export.decoder.norms import build_norm
+from edkm_export.decoder.norms import RMSNorm, build_norm
 
 __all__ = ["AlternatingUpdates", "Laurel", "add_streams", "joined", "spread"]
 
 _OUT, _BACK = "altup_projections", "altup_unembed_projections"
 _LEAST = 1e-5  # of a mean square, as transformers has it
+# What the router reads is divided by the hidden size. A part of that comes before its product and the rest after it, so
+# that neither side leaves float16; right behind the norm a converter would fold it into the norm's weight.
+_ROUTED = 2.0**-5
 
 
 def add_streams(stack: nn.Module, config: DecoderConfig, altup: AltUp) -> None:
@@ -76,8 +79,9 @@ class AlternatingUpdates(nn.Module):
         self.correction_coefs = nn.Linear(count, count, bias=False)
         self.prediction_coefs = nn.Linear(count, count**2, bias=False)
         self.modality_router = nn.Linear(size, count, bias=False)
-        self.router_norm = build_norm(config)
-        self.router_scale = 1 / size
+        eps = config.norm_eps * config.residual_scale**2
+        self.router_norm = RMSNorm(size, eps, offset=config.norm_offset, scale=_ROUTED)
+        self.router_scale = 1 / (size * _ROUTED)
 
     def predict(self, streams: Tensor) -> tuple[Tensor, Tensor]:
         """All streams from each other: [batch, new, streams, hidden] -> the same, and the active one of them."""
@@ -109,7 +113,7 @@ class AlternatingUpdates(nn.Module):
 
     def _modalities(self, x: Tensor) -> Tensor:
         """[batch, new, hidden] -> [batch, new, streams], between -1 and 1."""
-        return torch.tanh(self.modality_router(self.router_norm(x) * self.router_scale))
+        return torch.tanh(self.modality_router(self.router_norm(x)) * self.router_scale)
 
 
 class Laurel(nn.Module):

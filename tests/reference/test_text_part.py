@@ -14,6 +14,7 @@ from edkm_export.decoder.build import decoder_config
 from edkm_export.errors import SourceError
 from edkm_export.reference.source import Source, account, load_model
 from edkm_export.reference.stored_buffers import stored_buffers
+from tests.helpers import odd_families
 from tests.helpers.odd_families import plain
 
 TEXT = torch.arange(3, 43)[None] * 7 % 90 + 3
@@ -127,6 +128,49 @@ def test_text_part_computes_what_the_whole_does(name, tmp_path):
     # float32 on both sides, the same sums
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     decoder_config(text.config.to_dict(), "model.pt")  # a family that can be exported
+
+
+def test_a_folder_of_gemma3n(tmp_path):
+    """Its vision tower needs a library of its own, so the folder is made from a text model."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    model = odd_families.build("gemma3n")
+    model.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    weights = {
+        name.replace("model.", "model.language_model.", 1): value for name, value in load_file(path).items()
+    }
+    others = ("vision_tower.stem.weight", "audio_tower.conformer.0.weight", "embed_vision.soft.weight")
+    stored = (
+        "layers.2.self_attn.k_proj.weight",
+        "layers.2.self_attn.v_proj.weight",
+        "layers.2.self_attn.k_norm.weight",
+    )
+    weights |= {f"model.{name}": torch.ones(2, 2) for name in others}
+    weights |= {f"model.language_model.{name}": torch.ones(2, 2) for name in stored}
+    save_file(weights, path, metadata={"format": "pt"})
+    text = json.loads((folder / "config.json").read_text())
+    outer = {
+        "model_type": "gemma3n",
+        "text_config": text,
+        "vision_config": {},
+        "audio_config": {},
+        "boa_token_id": 5,
+    }
+    (folder / "config.json").write_text(
+        json.dumps({**outer, "architectures": ["Gemma3nForConditionalGeneration"]})
+    )
+    source = Source.parse(str(folder))
+    found = account(source)
+    assert not found.not_understood, found.not_understood
+    left = found.without_effect
+    assert all(any(name in each for each in left) for name in (*others, *stored))
+    assert "sound" in next(why for name, why in left.items() if "audio_tower" in name)
+    with torch.no_grad():
+        expected = model(input_ids=TEXT, use_cache=False).logits
+        logits = load_model(source, torch.float32)(input_ids=TEXT, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)  # eager attention or a kernel
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral3"])

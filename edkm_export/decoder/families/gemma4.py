@@ -71,7 +71,7 @@ class Gemma4Settings(LayerTypeSettings):
     )
     final_logit_softcapping: pydantic.PositiveFloat | None = pydantic.Field(None, examples=[None, 3.0])
     use_bidirectional_attention: Literal["vision", None] = None  # of images; a text has none
-    vocab_size_per_layer_input: pydantic.PositiveInt = pydantic.Field(262_144, examples=[96])
+    vocab_size_per_layer_input: pydantic.PositiveInt = pydantic.Field(262_144, examples=[320])
     hidden_size_per_layer_input: pydantic.NonNegativeInt = pydantic.Field(256, examples=[16, 10])
     attention_k_eq_v: bool = False
     num_kv_shared_layers: pydantic.NonNegativeInt = pydantic.Field(0, examples=[1, 2])
