@@ -22,9 +22,7 @@ _TABLE, _PROJECTION, _NORM = (
     "per_layer_projection_norm",
 )
 
-# The mean of two vectors is divided by their number's root. A norm stands behind all that is made of it, so that it can
-# be left out, and its rounding with it.
-_LARGER = math.sqrt(2)
+_SHARE = math.sqrt(0.5)  # of each of the two vectors
 
 
 def add_tables(stack: nn.Module, config: DecoderConfig, sizes: LayerEmbedding) -> None:
@@ -40,7 +38,7 @@ def add_tables(stack: nn.Module, config: DecoderConfig, sizes: LayerEmbedding) -
     stack.add_module(_PROJECTION, nn.Linear(config.hidden_size, width, bias=False))
     # transformers divides the projection by the root of the hidden size, and embeds without the residual scale
     eps = config.norm_eps * config.hidden_size * config.residual_scale**2
-    stack.add_module(_NORM, RMSNorm(sizes.size, eps, offset=config.norm_offset))
+    stack.add_module(_NORM, RMSNorm(sizes.size, eps, offset=config.norm_offset, scale=_SHARE))
 
 
 def layer_inputs(
@@ -56,7 +54,7 @@ def layer_inputs(
         embedded: what the first layer reads, [batch, new, hidden].
 
     Returns:
-        [batch, new, size] for each layer, `_LARGER` times as large as in the Hugging Face model.
+        [batch, new, size] for each layer.
     """
     layers, size = config.num_layers, sizes.size
     batch, new = embedded.shape[:2]
@@ -65,7 +63,7 @@ def layer_inputs(
     rows = stack.get_submodule(_TABLE)(input_ids)
     projected = stack.get_submodule(_PROJECTION)(embedded).reshape(batch, new, layers, size)
     normed = stack.get_submodule(_NORM)(projected).reshape(batch, new, layers * size)
-    mixed = normed + rows * math.sqrt(size)
+    mixed = normed + rows * (math.sqrt(size) * _SHARE)
     parts: tuple[Tensor, ...] = mixed.split([size] * layers, dim=-1)
     return parts
 
@@ -84,8 +82,7 @@ class LayerInput(nn.Module):
         self.stream_scale, self.input_scale = config.residual_scale, config.inner_scale
         self.per_layer_input_gate = nn.Linear(config.hidden_size, sizes.size, bias=False)
         self.per_layer_projection = nn.Linear(sizes.size, config.hidden_size, bias=False)
-        inner = config.inner_scale * _LARGER
-        self.post_per_layer_input_norm = build_norm(config, post=True, inner=inner)
+        self.post_per_layer_input_norm = build_norm(config, post=True, inner=config.inner_scale)
 
     def of_input(self, x: Tensor, given: Tensor) -> Tensor:
         """What is added: x [batch, new, hidden], given [batch, new, size] -> as x."""

@@ -35,7 +35,7 @@ class _Norm(nn.Module):
 
     Args:
         eps: added to the mean square of the input.
-        scale: power of two, factor on the result.
+        scale: factor on the result.
     """
 
     root_eps: Tensor
@@ -67,7 +67,7 @@ class RMSNorm(_Norm):
         size: channels.
         eps: added to the mean square of the input.
         offset: multiply by one plus the weight.
-        scale: power of two, factor on the result.
+        scale: factor on the result.
     """
 
     def __init__(self, size: int, eps: float, *, offset: bool = False, scale: float = 1.0) -> None:
@@ -153,7 +153,7 @@ def build_norm(config: DecoderConfig, *, post: bool = False, inner: float = 1.0)
     Args:
         config: of the decoder.
         post: a post-norm, whose output is added to the residual stream; otherwise a pre-norm, which reads it.
-        inner: factor by which the input of a post-norm is held smaller.
+        inner: power of two by which the input of a post-norm is held smaller.
     """
     size, eps, residual = config.hidden_size, config.norm_eps, config.residual_scale
     if config.norm == "layer":

@@ -65,6 +65,7 @@ UNHARMED = [
     Unharmed("gemma2", "8bit", "onnx low-memory"),
     Unharmed("gemma3", "4bit", "logits"),
     Unharmed("gemma4", "4bit", "onnx exact"),
+    Unharmed("gemma3n", "4bit", "onnx exact"),
     Unharmed("phi3", "4bit-per-tensor", "onnx exact"),
     Unharmed("gpt2", "4bit", "logits"),
     Unharmed("qwen2", "dense", "logits"),
