@@ -18,6 +18,7 @@ from edkm_export.palette import PalettizedTensor, all_finite, check_grouping
 from edkm_export.propagation import Propagation
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.reference.conv1d import as_linear, is_conv1d
+from edkm_export.reference.stored_buffers import stored_buffers
 from edkm_export.reference.streamed_model import release, streamed_weights, values_of
 
 __all__ = [
@@ -97,7 +98,6 @@ def palettize_model(
     source: str = "model",
     advance: Callable[[str, int], None] | None = None,
     consume: bool = True,
-    buffers: bool = False,
 ) -> PalettizedModel:
     """Palettize a model as its recipe says.
 
@@ -112,10 +112,10 @@ def palettize_model(
         source: name of the model, for messages.
         advance: called with a module's name and its number of weights when it is done.
         consume: free the model's own weights one by one, so that it is used up; False leaves it as it is.
-        buffers: keep the model's floating-point buffers too, such as the statistics of a batch norm.
 
     Returns:
-        Palettized and dense parameters. Parameters that are tied stay so.
+        Palettized and dense parameters; among the dense ones are floating-point buffers that are stored with them, such
+        as the statistics of a batch norm. Parameters that are tied stay so.
 
     Raises:
         RecipeError, PaletteError: the recipe does not fit the model.
@@ -157,13 +157,7 @@ def palettize_model(
         if advance is not None:
             advance(module_name, palettized[name].numel)
     left = {name: values_of(model, name) for name, _ in model.named_parameters() if name not in palettized}
-    if buffers:
-        known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        left |= {
-            name: tensor
-            for name, tensor in model.state_dict().items()
-            if name not in known and isinstance(tensor, Tensor) and tensor.is_floating_point()
-        }
+    left |= stored_buffers(model)
     dense = {}
     for name, tensor in as_linear(model, left).items():
         _check_values(name, tensor, source)

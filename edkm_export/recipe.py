@@ -155,7 +155,8 @@ _OUTER = (
 )
 # Tables of learned positions and token types: small, and added to every token. Convolutions along the text have a few
 # weights a channel: their LUTs would be larger than they are. What strength and decay of a recurrence are made of is a
-# thousandth of a model, and an error of it grows with every token.
+# thousandth of a model, and an error of it grows with every token. Coefficients between residual streams are a few
+# numbers a layer, and multiply whole streams.
 _DENSE = (
     "*transformer.wpe",
     "*position_embeddings",
@@ -164,6 +165,8 @@ _DENSE = (
     "*.linear_attn.conv1d",
     "*.linear_attn.in_proj_a",
     "*.linear_attn.in_proj_b",
+    "*.altup.*_coefs",
+    "*.altup.modality_router",
 )
 
 

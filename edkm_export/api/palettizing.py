@@ -215,7 +215,7 @@ def _of_module(
         else:
             batches = as_batches(calibration, module)
         energy = module_energy(module, batches)
-    parts = palettize_model(module, plan, energy=energy, source=where, consume=False, buffers=True)
+    parts = palettize_model(module, plan, energy=energy, source=where, consume=False)
     config = getattr(module, "config", None)
     return Checkpoint(
         config=portable(module).config.to_dict() if hasattr(config, "model_type") else {},

@@ -10,7 +10,7 @@ import torch
 
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.config_bounds import check_config
-from edkm_export.decoder.config import SLIDING, DecoderConfig
+from edkm_export.decoder.config import ATTENDS, SLIDING, DecoderConfig
 from edkm_export.decoder.decoder import Decoder
 from edkm_export.decoder.families import FAMILIES
 from edkm_export.decoder.families.settings import Settings
@@ -55,10 +55,12 @@ def read_settings(config: dict[str, Any], families: Mapping[str, type[Settings]]
 
 def _check_sizes(found: DecoderConfig, config: dict[str, Any], source: str) -> None:
     """Refuse values that are right each for itself but not together."""
-    if found.num_heads % found.num_kv_heads:
-        raise ConversionError(
-            f"{source}: {found.num_kv_heads} key/value heads do not divide {found.num_heads} heads."
-        )
+    sizes = {kind: found.heads_of(kind) for kind in ATTENDS}
+    for each in sizes.values():
+        if found.num_heads % each.kv_heads:
+            raise ConversionError(
+                f"{source}: {each.kv_heads} key/value heads do not divide {found.num_heads} heads."
+            )
     layers = config.get("num_hidden_layers", found.num_layers)
     if found.num_layers != layers:
         raise ConversionError(
@@ -70,11 +72,12 @@ def _check_sizes(found: DecoderConfig, config: dict[str, Any], source: str) -> N
             f"{source}: some of its layers are of type 'sliding_attention', but sliding_window of its configuration "
             f"is {config.get('sliding_window')!r}; palettize the model again."
         )
-    if found.rotary_dim % 2:
-        raise ConversionError(
-            f"{source}: {found.rotary_dim} channels of a head rotate, which must be an even number; it has "
-            f"head_dim {found.head_dim}."
-        )
+    for kind, each in sizes.items():
+        if found.rotary_of(kind) % 2:
+            raise ConversionError(
+                f"{source}: {found.rotary_of(kind)} channels of a head rotate, which must be an even number; it has "
+                f"head_dim {each.head_dim}."
+            )
 
 
 def _explain(detail: Any, family: str) -> str:

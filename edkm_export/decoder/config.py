@@ -11,7 +11,10 @@ __all__ = [
     "FULL",
     "LINEAR",
     "SLIDING",
+    "AltUp",
     "DecoderConfig",
+    "HeadSizes",
+    "LayerEmbedding",
     "LinearAttention",
     "Names",
 ]
@@ -78,6 +81,42 @@ class LinearAttention:
 
 
 @dataclass(frozen=True)
+class HeadSizes:
+    """Number of key/value heads of a layer, and channels of a head."""
+
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class AltUp:
+    """Residual streams of a model with alternating updates (arXiv 2301.13310).
+
+    Attributes:
+        streams: number of them.
+        active: the one that attention and MLP read.
+        scales: the active one is multiplied by a weight of its own before the per-layer embedding is gated by it.
+    """
+
+    streams: int
+    active: int
+    scales: bool
+
+
+@dataclass(frozen=True)
+class LayerEmbedding:
+    """Sizes of the table that gives each layer a vector of its own for each token (Gemma's per-layer embedding).
+
+    Attributes:
+        rows: tokens that it knows.
+        size: channels of the vector of one layer.
+    """
+
+    rows: int
+    size: int
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """Shape and options of a decoder; sizes in elements.
 
@@ -85,6 +124,9 @@ class DecoderConfig:
         max_positions: longest text that the model was made for.
         layer_kinds: FULL, SLIDING, CONVOLUTION or LINEAR for each layer.
         sliding_window: positions that a sliding layer sees, the token's own included.
+        full_heads: sizes of the heads of FULL layers, all of whose channels rotate; None: those of the others.
+        sharing_layers: so many of the last layers have no keys and values of their own: they use those of the last
+            layer before them that has the same kind.
         rotary_dim: channels of a head that rotate; 0: positions are learned.
         rotary_interleaved: pairs of neighbouring channels rotate, instead of the two halves of a head.
         rotary_alpha: stretches the base of the rotation whatever the length of the text (NTK-aware scaling); None: no.
@@ -97,6 +139,8 @@ class DecoderConfig:
         query_key_norm: queries and keys are normalized, all heads with one weight ("head"), all channels of all heads
             together ("whole"), or each head with a layer norm of its own ("apart"); None: they are not.
         query_key_norm_last: after the rotation.
+        value_norm: the values of each head are normalized, too, without a weight.
+        values_from_keys: FULL layers project no values: theirs are the projected keys, before norm and rotation.
         activation: key of `mlp.ACTIVATIONS`.
         gated: the MLP multiplies its values by an activated gate.
         parallel: attention and MLP read the same normed activations, and both outputs are added.
@@ -105,6 +149,12 @@ class DecoderConfig:
         logit_scale: factor on the logits.
         embedding_scale: factor on the token embeddings.
         output_scale: factor on what attention and MLP add to the residual stream.
+        intermediate_sizes: inner channels of the MLP of each layer; empty: all have `intermediate_size`.
+        sparsity: part of the gates of each layer's MLP that is zero, if they are normally distributed; empty: none.
+        altup: the layers carry several residual streams (AltUp); None: one.
+        laurel_rank: channels of a linear path beside attention (LAuReL); 0: there is none.
+        layer_scalar: what a layer gives is multiplied by a number of its own.
+        layer_embedding: a further input of each layer; None: there is none.
         inner_scale: power of two by which the inner activations of the MLP are held smaller than in the Hugging Face
             model, where a norm of its output takes it away again.
         residual_scale: power of two by which the residual stream is held smaller than in the Hugging Face model.
@@ -128,6 +178,8 @@ class DecoderConfig:
     norm_eps: float
     layer_kinds: tuple[str, ...]
     sliding_window: int | None = None
+    full_heads: HeadSizes | None = None
+    sharing_layers: int = 0
     rotary_dim: int = 0
     rotary_interleaved: bool = False
     rotary_alpha: float | None = None
@@ -138,6 +190,8 @@ class DecoderConfig:
     norm_offset: bool = False
     query_key_norm: Literal["head", "whole", "apart"] | None = None
     query_key_norm_last: bool = False
+    value_norm: bool = False
+    values_from_keys: bool = False
     activation: str = "silu"
     gated: bool = True
     parallel: bool = False
@@ -150,6 +204,12 @@ class DecoderConfig:
     logit_scale: float = 1.0
     embedding_scale: float = 1.0
     output_scale: float = 1.0
+    intermediate_sizes: tuple[int, ...] = ()
+    sparsity: tuple[float, ...] = ()
+    altup: AltUp | None = None
+    laurel_rank: int = 0
+    layer_scalar: bool = False
+    layer_embedding: LayerEmbedding | None = None
     inner_scale: float = 1.0
     residual_scale: float = 1.0
     kernel_size: int = 0
@@ -178,3 +238,36 @@ class DecoderConfig:
     def attention_kinds(self, layers: slice = slice(None)) -> list[str]:
         """Kinds of the layers that attend, sorted: those that need masks and positions."""
         return sorted(set(self.layer_kinds[layers]).intersection(ATTENDS))
+
+    def heads_of(self, kind: str) -> HeadSizes:
+        """Sizes of the heads of layers of a kind that attends."""
+        if kind == FULL and self.full_heads is not None:
+            return self.full_heads
+        return HeadSizes(self.num_kv_heads, self.head_dim)
+
+    def rotary_of(self, kind: str) -> int:
+        """Channels of a head that rotate in layers of a kind that attends."""
+        if kind == FULL and self.full_heads is not None and self.rotary_dim:
+            return self.full_heads.head_dim
+        return self.rotary_dim
+
+    def source_of(self, layer: int) -> int | None:
+        """The layer whose keys and values a layer uses; None: it makes its own."""
+        own = self.num_layers - self.sharing_layers
+        if layer < own:
+            return None
+        kind = self.layer_kinds[layer]
+        return next(each for each in reversed(range(own)) if self.layer_kinds[each] == kind)
+
+    def sources(self) -> set[int]:
+        """Layers whose keys and values others use."""
+        found = {self.source_of(layer) for layer in range(self.num_layers)}
+        return {layer for layer in found if layer is not None}
+
+    def intermediate_of(self, layer: int) -> int:
+        """Inner channels of the MLP of a layer."""
+        return self.intermediate_sizes[layer] if self.intermediate_sizes else self.intermediate_size
+
+    def sparsity_of(self, layer: int) -> float:
+        """Part of the gates of a layer's MLP that is zero."""
+        return self.sparsity[layer] if self.sparsity else 0.0

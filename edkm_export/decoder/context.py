@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -26,6 +26,9 @@ class Context:
             grow need it: a mask hides the keys of padding, but what has entered them stays.
         triangle: masks of chunks for linear attention; None: made by each layer.
         token_types: int [batch, new]; None: the model has none.
+        layer_inputs: for each layer, float [batch, new, size]; empty: the model has no per-layer embedding.
+        lent: {number of a layer: its keys and values of all positions}, of those that later layers use; filled by
+            the layers of one forward pass.
     """
 
     position_ids: Tensor
@@ -34,6 +37,8 @@ class Context:
     real: Tensor | None = None
     triangle: Triangle | None = None
     token_types: Tensor | None = None
+    layer_inputs: tuple[Tensor, ...] = ()
+    lent: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:

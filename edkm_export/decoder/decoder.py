@@ -11,9 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from edkm_export.decoder.altup import HALF, AlternatingUpdates, Laurel, add_streams, joined, spread
 from edkm_export.decoder.attention import Attention
 from edkm_export.decoder.config import CONVOLUTION, LINEAR, DecoderConfig
 from edkm_export.decoder.context import Context
+from edkm_export.decoder.layer_embedding import LayerInput, add_tables, layer_inputs
 from edkm_export.decoder.linear_attention import GatedDeltaNet
 from edkm_export.decoder.mlp import MLP
 from edkm_export.decoder.norms import build_norm
@@ -33,7 +35,7 @@ def _mixer_name(config: DecoderConfig, layer: int) -> str:
     return known.get(config.layer_kinds[layer], names.attention)
 
 
-class Layer(nn.Module):
+class Layer(LayerInput):
     """Attention, or what stands for it, and MLP, each with a residual connection, and a norm before or after it."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
@@ -42,7 +44,7 @@ class Layer(nn.Module):
         self.parallel, self.output_scale = config.parallel, config.output_scale
         self.mixer = _mixer_name(config, layer)
         self.add_module(self.mixer, _MIXERS.get(config.layer_kinds[layer], Attention)(config, layer))
-        self.add_module(names.mlp, MLP(config))
+        self.add_module(names.mlp, MLP(config, layer))
         for name in (names.attention_norm, names.mlp_norm):
             if name is not None:
                 self.add_module(name, build_norm(config))
@@ -52,6 +54,10 @@ class Layer(nn.Module):
         for each, inner in zip(post, (1.0, config.inner_scale), strict=True):
             if each is not None:
                 self.add_module(each, build_norm(config, post=True, inner=inner))
+        self.number = layer if config.layer_embedding is not None else None
+        if config.layer_embedding is not None:
+            self.add_input(config, config.layer_embedding)
+        self.layer_scalar = nn.Parameter(torch.ones(1)) if config.layer_scalar else None
 
     def forward(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
         """x [batch, new, hidden] -> [batch, new, hidden]."""
@@ -62,7 +68,10 @@ class Layer(nn.Module):
         if not self.parallel:
             normed = self._through(names.mlp_norm, x)
         inner = self._through(names.mlp, normed)
-        return x + self._scaled(self._through(names.mlp_output_norm, inner))
+        x = x + self._scaled(self._through(names.mlp_output_norm, inner))
+        if self.number is not None:
+            x = x + self.of_input(x, context.layer_inputs[self.number])
+        return x if self.layer_scalar is None else x * self.layer_scalar
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.output_scale == 1 else x * self.output_scale
@@ -71,22 +80,52 @@ class Layer(nn.Module):
         return x if name is None else self.get_submodule(name)(x, *others)
 
 
+class AltUpLayer(Layer):
+    """A layer with several residual streams, and a linear path beside attention (Gemma 3n)."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        assert config.altup is not None and config.laurel_rank and config.layer_embedding is not None
+        self.altup = AlternatingUpdates(config, config.altup)
+        self.laurel = Laurel(config)
+
+    def forward(self, x: Tensor, context: Context, cache: Cache | None) -> Tensor:
+        """x [batch, new, streams, hidden] -> the same."""
+        names = self.names
+        predicted, active = self.altup.predict(x)
+        normed = self._through(names.attention_norm, active)
+        mixed = self._through(names.attention_output_norm, self._through(self.mixer, normed, context, cache))
+        mixed = (active + mixed + self.laurel(normed)) * HALF
+        inner = self._through(names.mlp, self._through(names.mlp_norm, mixed))
+        computed = mixed + self._through(names.mlp_output_norm, inner)
+        corrected, first = self.altup.correct(predicted, active, computed)
+        assert self.number is not None
+        return self.altup.add(corrected, self.of_input(first, context.layer_inputs[self.number]))
+
+
 class Stack(nn.Module):
     """Embedding, layers and final norm: the part that Hugging Face calls `model` or `transformer`."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.names = names = config.names
+        self.config, self.names = config, config.names
+        names = config.names
         self.embedding_scale = config.embedding_scale * config.residual_scale
         self.add_module(names.embedding, nn.Embedding(config.vocab_size, config.hidden_size))
         if names.positions is not None:
             self.add_module(names.positions, nn.Embedding(config.max_positions, config.hidden_size))
-        self.add_module(names.layers, nn.ModuleList(Layer(config, i) for i in range(config.num_layers)))
+        kind = Layer if config.altup is None else AltUpLayer
+        self.add_module(names.layers, nn.ModuleList(kind(config, i) for i in range(config.num_layers)))
         self.add_module(names.final_norm, build_norm(config))
+        if config.layer_embedding is not None:
+            add_tables(self, config, config.layer_embedding)
+        if config.altup is not None:
+            add_streams(self, config, config.altup)
 
     def forward(self, input_ids: Tensor, context: Context, cache: Cache | None) -> Tensor:
         """input_ids [batch, new] -> [batch, new, hidden]."""
-        x = self.through(self.embed(input_ids, context), context, cache)
+        x = self.embed(input_ids, context)
+        x = self.through(x, self.with_layer_inputs(context, input_ids, x), cache)
         return self.get_submodule(self.names.final_norm)(x)  # type: ignore[no-any-return]
 
     def embed(self, input_ids: Tensor, context: Context) -> Tensor:
@@ -98,16 +137,31 @@ class Stack(nn.Module):
             x = x + self.get_submodule(self.names.positions)(context.position_ids)
         return x  # type: ignore[no-any-return]
 
+    def with_layer_inputs(self, context: Context, input_ids: Tensor, embedded: Tensor) -> Context:
+        """A context with what each layer reads of the tokens, in models that have a per-layer embedding.
+
+        Args:
+            context: of the tokens.
+            input_ids: int [batch, new].
+            embedded: from `embed`, [batch, new, hidden].
+        """
+        sizes = self.config.layer_embedding
+        if sizes is None:
+            return context
+        return replace(context, layer_inputs=layer_inputs(self, self.config, sizes, input_ids, embedded))
+
     def through(
         self, x: Tensor, context: Context, cache: Cache | None, first: int = 0, end: int | None = None
     ) -> Tensor:
         """Layers `first` to `end`, exclusive: x [batch, new, hidden] -> [batch, new, hidden]."""
         # the axis of the heads, once for all layers
         rotary = {kind: (cos.unsqueeze(1), sin.unsqueeze(1)) for kind, (cos, sin) in context.rotary.items()}
-        context = replace(context, rotary=rotary)
+        context = replace(context, rotary=rotary, lent={})
+        if self.config.altup is not None:
+            x = spread(self, x)
         for layer in list(self.get_submodule(self.names.layers).children())[first:end]:
             x = layer(x, context, cache)
-        return x
+        return x if self.config.altup is None else joined(self, x)
 
 
 class Decoder(nn.Module):

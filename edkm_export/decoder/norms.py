@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from edkm_export.decoder.config import DecoderConfig
 
-__all__ = ["HeadNorms", "LayerNorm", "RMSNorm", "UnitNorm", "build_norm", "build_query_key_norm"]
+__all__ = [
+    "HeadNorms",
+    "LayerNorm",
+    "PlainRMSNorm",
+    "RMSNorm",
+    "UnitNorm",
+    "build_norm",
+    "build_query_key_norm",
+]
 
 # Under the largest magnitude, so that a zero input is not divided by zero. It needs no care, since any positive
 # divisor gives the same result; a 64th of it is the smallest normal number of float16.
@@ -26,16 +34,14 @@ class _Norm(nn.Module):
     """Common part.
 
     Args:
-        size: channels.
         eps: added to the mean square of the input.
-        scale: power of two, factor on the result.
+        scale: factor on the result.
     """
 
     root_eps: Tensor
 
-    def __init__(self, size: int, eps: float, *, scale: float = 1.0) -> None:
+    def __init__(self, eps: float, *, scale: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
         self.scale = scale
         # A tensor, since a number divided by a tensor is converted to `inverse`, which adds an epsilon of its own.
         self.register_buffer("root_eps", torch.tensor([eps**0.5], device="cpu"), persistent=False)
@@ -61,11 +67,12 @@ class RMSNorm(_Norm):
         size: channels.
         eps: added to the mean square of the input.
         offset: multiply by one plus the weight.
-        scale: power of two, factor on the result.
+        scale: factor on the result.
     """
 
     def __init__(self, size: int, eps: float, *, offset: bool = False, scale: float = 1.0) -> None:
-        super().__init__(size, eps, scale=scale)
+        super().__init__(eps, scale=scale)
+        self.weight = nn.Parameter(torch.ones(size))
         self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,6 +80,18 @@ class RMSNorm(_Norm):
         normal = self._normalize(*self._shrink(x))
         # Not (1 + weight): a converter would fold the sum, and the weight itself could not be read back.
         return normal * self.weight + normal if self.offset else normal * self.weight
+
+
+class PlainRMSNorm(_Norm):
+    """Root mean square norm without a weight.
+
+    Args:
+        eps: added to the mean square of the input.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> [..., size]."""
+        return self._normalize(*self._shrink(x))
 
 
 class LayerNorm(_Norm):
@@ -85,7 +104,8 @@ class LayerNorm(_Norm):
     """
 
     def __init__(self, size: int, eps: float, *, bias: bool = True) -> None:
-        super().__init__(size, eps)
+        super().__init__(eps)
+        self.weight = nn.Parameter(torch.ones(size))
         self.bias = nn.Parameter(torch.zeros(size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,14 +164,15 @@ def build_norm(config: DecoderConfig, *, post: bool = False, inner: float = 1.0)
     return RMSNorm(size, eps * residual**2, offset=config.norm_offset)
 
 
-def build_query_key_norm(config: DecoderConfig, heads: int) -> nn.Module:
+def build_query_key_norm(config: DecoderConfig, heads: int, size: int) -> nn.Module:
     """The norm of queries or keys that `config.query_key_norm` names.
 
     Args:
         config: of the decoder.
         heads: of the queries, or of the keys.
+        size: channels of a head.
     """
-    size, eps = config.head_dim, config.norm_eps
+    eps = config.norm_eps
     if config.query_key_norm == "apart":
         return HeadNorms(heads, size, eps)
     return RMSNorm(size * (heads if config.query_key_norm == "whole" else 1), eps, offset=config.norm_offset)

@@ -52,7 +52,7 @@ class PositionTables(nn.Module):
             )
         for kind in _rotated_kinds(decoder_config, layers):
             cos, sin = rope_tables(
-                hf_config, decoder_config.rotary_dim, length, kind,
+                hf_config, decoder_config.rotary_of(kind), length, kind,
                 interleaved=decoder_config.rotary_interleaved, alpha=decoder_config.rotary_alpha,
             )  # fmt: skip
             self._hold(kind, cos, sin)

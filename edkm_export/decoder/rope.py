@@ -192,11 +192,25 @@ def _longrope(frequencies: Tensor, parameters: _Parameters, base: float) -> _Sca
     return scaled, parameters.number("attention_factor", attention)
 
 
+def _proportional(frequencies: Tensor, parameters: _Parameters, base: float) -> _Scaled:
+    """Gemma 4's: the fastest frequencies of a whole head, and none in the other channels, which do not rotate."""
+    part = parameters.number("partial_rotary_factor", 1.0)
+    if part > 1:
+        raise ConversionError(
+            f"RoPE scaling 'proportional': partial_rotary_factor is {part!r}, expected more than 0 and at most 1."
+        )
+    half = len(frequencies)
+    turning = int(part * 2 * half // 2)
+    kept = torch.cat((frequencies[:turning], torch.zeros(half - turning, dtype=torch.float64)))
+    return kept / parameters.number("factor", 1.0), 1.0
+
+
 _FREQUENCIES = {
     "default": _default,
     "dynamic": _default,
     "linear": _linear,
     "llama3": _llama3,
     "longrope": _longrope,
+    "proportional": _proportional,
     "yarn": _yarn,
 }

@@ -60,7 +60,7 @@ LayerState: TypeAlias = "KeysValues | Columns | Recurrence"
 
 
 def layer_states(config: DecoderConfig, layer: int) -> tuple[LayerState, ...]:
-    """What a layer keeps.
+    """What a layer keeps; nothing when it attends with the keys and values of another one.
 
     Args:
         config: of the decoder.
@@ -68,7 +68,10 @@ def layer_states(config: DecoderConfig, layer: int) -> tuple[LayerState, ...]:
     """
     kind = config.layer_kinds[layer]
     if kind in ATTENDS:
-        return (KeysValues(config.num_kv_heads, config.head_dim),)
+        if config.source_of(layer) is not None:
+            return ()
+        sizes = config.heads_of(kind)
+        return (KeysValues(sizes.kv_heads, sizes.head_dim),)
     if kind == CONVOLUTION:
         return (Columns(config.hidden_size, config.kernel_size),)
     assert kind == LINEAR and config.linear is not None, kind

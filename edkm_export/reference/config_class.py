@@ -17,6 +17,7 @@ from typing import Any
 __all__ = ["ConfigClass", "config_class"]
 
 _FROM_ARGUMENTS = re.compile(r"""kwargs\.(?:pop|get|setdefault)\(\s*["'](\w+)["']""")
+_TO_ARGUMENTS = re.compile(r"""kwargs\[\s*["'](\w+)["']\s*\]\s*=""")
 _FROM_ROTARY = re.compile(r"""rope_parameters(?:\.get\(|\[)\s*["'](\w+)["']""")
 
 
@@ -35,13 +36,19 @@ class ConfigClass:
 
     def __init__(self, kind: Any) -> None:
         self.declared = {each.name for each in fields(kind)} | set(kind.attribute_map)
-        own = [each for each in kind.__mro__ if ".models." in each.__module__]
-        self.converted = {name for each in own for name in _FROM_ARGUMENTS.findall(inspect.getsource(each))}
+        own = [inspect.getsource(each) for each in kind.__mro__ if ".models." in each.__module__]
+        self.converted = {name for source in own for name in _FROM_ARGUMENTS.findall(source)}
+        self.converted |= {name for source in own for name in _TO_ARGUMENTS.findall(source)}
         self.converted |= {f"_{name}" for name in self.converted}  # as some classes save them
         model = Path(inspect.getfile(kind)).with_name(f"modeling_{Path(inspect.getfile(kind)).stem[14:]}.py")
         source = model.read_text(encoding="utf-8") if model.is_file() else ""
         self.rotary = set(_FROM_ROTARY.findall(source))
         self.rotary_notes = set(kind.ignore_keys_at_rope_validation) - self.rotary
+
+    @property
+    def layers_differ(self) -> bool:
+        """It makes settings of single layers itself, and saves them in `per_layer_config`."""
+        return "per_layer_config" in self.converted
 
     @property
     def rotates(self) -> bool:

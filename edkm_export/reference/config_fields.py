@@ -40,6 +40,8 @@ _WITHOUT_EFFECT: dict[str, str] = {
     "mtp_num_hidden_layers": "layers that guess further tokens are not part of the model",
     "mtp_use_dedicated_embeddings": "layers that guess further tokens are not part of the model",
     "gradient_checkpointing": "for training only",
+    "altup_coef_clip": "for training only",
+    "altup_lr_multiplier": "for training only",
     "neftune_noise_alpha": "for training only",
     "attention_dropout": _DROPOUT,
     "attn_pdrop": _DROPOUT,
@@ -148,6 +150,7 @@ _ROPE_FIELDS: dict[str, set[str]] = {
         "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
     },
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor", "short_mscale", "long_mscale"},
+    "proportional": {"factor", "partial_rotary_factor"},
 }  # fmt: skip
 _ROPE_ALIASES = {"su": "longrope"}
 # A model that stretches the base of its rotation by a fixed alpha leaves these aside.
@@ -211,7 +214,7 @@ def sort_fields(config: Mapping[str, Any], *, embeds: bool = False) -> ConfigFie
             found.without_effect[name] = _WITHOUT_EFFECT[name]
             if name not in declared and name not in ("torch_dtype", "num_labels"):
                 found.forgotten.add(name)
-        elif name == "per_layer_config" and value is not None:
+        elif name == "per_layer_config" and value is not None and not kind.layers_differ:
             found.not_understood[name] = "layers with settings of their own are not supported"
         elif name in ONLY_AS.get(family, ()) and name not in declared:
             _require(found, name, value, *ONLY_AS[family][name])

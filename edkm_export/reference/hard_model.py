@@ -20,6 +20,7 @@ from edkm_export.library_logs import silence
 from edkm_export.reference.config_fields import shaping_fields
 from edkm_export.reference.conv1d import as_linear, conv1d_weights
 from edkm_export.reference.sentence_model import SentenceModel
+from edkm_export.reference.stored_buffers import stored_buffers
 from edkm_export.reference.streamed_model import stream
 
 __all__ = ["load_hard_embedding_model", "load_hard_model", "load_hard_tokenizer"]
@@ -90,7 +91,8 @@ def load_hard_embedding_model(checkpoint: Checkpoint, dtype: torch.dtype = torch
         checkpoint,
         lambda config: SentenceModel(config, settings, attn_implementation="eager", dtype=dtype),
     )
-    checkpoint.check_parameters({name: tuple(each.shape) for name, each in model.named_parameters()})
+    held = {**dict(model.named_parameters()), **stored_buffers(model)}
+    checkpoint.check_parameters({name: tuple(each.shape) for name, each in held.items()})
     model.load_state_dict(checkpoint.state_dict(dtype), assign=True)
     return model.eval().requires_grad_(False)
 

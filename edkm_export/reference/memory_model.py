@@ -12,6 +12,7 @@ from edkm_export.errors import InputError, SourceError
 from edkm_export.reference.account import Account
 from edkm_export.reference.config_fields import sort_fields
 from edkm_export.reference.conv1d import as_linear
+from edkm_export.reference.stored_buffers import stored_buffers
 from edkm_export.reference.weight_range import check_weight_range
 
 __all__ = ["account_of_model", "is_causal_lm", "portable", "require_plain"]
@@ -91,7 +92,7 @@ def account_of_model(model: Any, where: str) -> Account:
     return Account(
         source=where,
         kind=f"transformers model in memory ({type(model).__name__})",
-        tensors=tuple(as_linear(model, dict(model.named_parameters()))),
+        tensors=tuple(as_linear(model, {**dict(model.named_parameters()), **stored_buffers(model)})),
         settings=fields.used,
         without_effect=fields.without_effect,
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edkm_export.reference.stored_buffers import stored_buffers
 from edkm_export.reference.stored_tensors import StoredTensors
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ _ROTATIONS = "rotary_emb.inv_freq"
 _MASKS = (".attn.bias", ".attn.masked_bias")
 _CONSTANT = "a constant that older versions saved; it is what the configuration gives"
 _ROWS = 4096  # compared at a time
+
+# Gemma 3n and 4 store these for layers that share keys and values, too
+_SHARED = re.compile(r"(?:^|\.)layers\.\d{1,4}\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\.weight$")
 
 CONSTANTS = (_ROTATIONS, *_MASKS)
 """Ends of the names of such constants."""
@@ -53,7 +58,8 @@ class Placement:
             stored: from `read_stored`.
             scales: tensors that are used to dequantize others.
         """
-        expected = {name: tuple(each.shape) for name, each in model.named_parameters(remove_duplicate=False)}
+        held = {**dict(model.named_parameters(remove_duplicate=False)), **stored_buffers(model)}
+        expected = {name: tuple(each.shape) for name, each in held.items()}
         modules = {id(module): name for name, module in model.named_modules()}
         output = model.get_output_embeddings()
         placed = cls(
@@ -82,7 +88,11 @@ class Placement:
 
     def _place_other(self, name: str, model: Any, stored: StoredTensors) -> None:
         """A tensor that is no parameter: a constant of an older version, or something unknown."""
-        if name.endswith(CONSTANTS) and _is_constant(name, stored.read(name), model):
+        if _SHARED.search(name) and any(re.search(each, name) for each in _left_out(model)):
+            self.without_effect[name] = (
+                "keys and values of a layer that uses those of another one; transformers leaves it out, too"
+            )
+        elif name.endswith(CONSTANTS) and _is_constant(name, stored.read(name), model):
             self.without_effect[name] = _CONSTANT
         elif name.endswith(CONSTANTS):
             self.not_understood[name] = (
@@ -124,6 +134,12 @@ def _spellings(name: str) -> Iterator[str]:
         yield f"{prefix}{name}"
         if name.startswith(prefix):
             yield name.removeprefix(prefix)
+
+
+def _left_out(model: Any) -> list[str]:
+    """Patterns of names that the model's class knows to be stored and does not load."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return [rf"(?:^|\.){re.escape(each)}\." for each in patterns if each.startswith("layers.")]
 
 
 def _is_constant(name: str, tensor: Tensor, model: Any) -> bool:

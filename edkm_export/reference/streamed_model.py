@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edkm_export.activity import activity
 from edkm_export.memory import return_freed_memory
+from edkm_export.reference.stored_buffers import stored_buffers
 from edkm_export.reference.turns import Turns
 
 __all__ = [
@@ -213,6 +214,8 @@ def stream(
         The model, in eval mode.
     """
     model.eval().requires_grad_(False)
+    for name, buffer in stored_buffers(model).items():  # a number a layer: they are always there
+        buffer.copy_(read(keys.get(name, name)))
     model.__dict__[_ATTRIBUTE] = StreamedWeights(model, read, keys, dtype, room_bytes)
     return model
 

@@ -1,6 +1,7 @@
-"""The text model in a folder of a vision-language model: its configuration, and the names of its tensors.
+"""The text model in a folder of a model that also sees or hears: its configuration, and the names of its tensors.
 
-Without images such a model computes what its text model does, so the rest of the folder changes no logit of a text.
+Without images and sound such a model computes what its text model does, so the rest of the folder changes no logit of a
+text.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ __all__ = ["TextPart", "text_of"]
 
 _TEXT_TYPES: dict[str, dict[str, str]] = {
     "gemma3": {"gemma3_text": "gemma3_text"},
+    "gemma3n": {"gemma3n_text": "gemma3n_text"},
+    "gemma4": {"gemma4_text": "gemma4_text"},
     "mistral3": {"mistral": "mistral", "ministral3": "ministral3"},
     # its rotation has three axes, which are the same number in a text
     "qwen3_vl": {"qwen3_vl_text": "qwen3"},
@@ -24,6 +27,7 @@ _TEXT_TYPES: dict[str, dict[str, str]] = {
 """{model type of a folder: {that of its text part: the text model that computes the same}}."""
 
 _OTHER_PART = "of the vision part; a text has no images"
+_SOUND = "of the audio part; a text has no sound"
 _PREFIXES = (
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "model."),
@@ -32,8 +36,9 @@ _PREFIXES = (
 )
 _OTHER_PREFIXES = (
     *("vision_tower.", "vision_model.", "visual.", "multi_modal_projector."),
-    *("model.vision_tower.", "model.visual.", "model.multi_modal_projector."),
+    *("model.vision_tower.", "model.visual.", "model.multi_modal_projector.", "model.embed_vision."),
 )
+_SOUND_PREFIXES = ("model.audio_tower.", "model.embed_audio.")
 _OWN = ("text_config", "model_type", "architectures")
 _SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # said for the whole model
 _AXES = ("mrope_section", "mrope_interleaved")
@@ -61,6 +66,8 @@ class TextPart:
         for name, tensor in stored.tensors.items():
             if name.startswith(_OTHER_PREFIXES):
                 left[name] = _OTHER_PART
+            elif name.startswith(_SOUND_PREFIXES):
+                left[name] = _SOUND
             else:
                 kept[_text_name(name)] = tensor
         return dataclasses.replace(stored, tensors=kept, without_effect=left)
@@ -83,7 +90,7 @@ def text_of(config: Mapping[str, Any]) -> TextPart:
             if value is not None:
                 made[name] = value
         elif name in outer.declared | outer.converted and name not in _OWN:
-            left[name] = _OTHER_PART
+            left[name] = _SOUND if name.startswith(("audio", "boa_", "eoa_")) else _OTHER_PART
         elif name not in _OWN:
             made.setdefault(name, value)
     for name in ("rope_parameters", "rope_scaling"):

@@ -87,8 +87,10 @@ class _Recorder:
             return
         made = self._made.get((value.data_ptr(), value.shape))
         parent = name.rpartition(".")[0]
-        # What a norm outside of attention reads is the residual stream, or all of attention or MLP.
-        stem = module.get_parameter("weight").dim() == 1 and "attn" not in parent
+        # What a norm outside of attention reads is the residual stream, or all of attention or MLP. One of a per-layer
+        # embedding is not as wide, and reads nothing but the tokens.
+        weight = module.get_parameter("weight")
+        stem = weight.dim() == 1 and "attn" not in parent and len(weight) == self._model.config.hidden_size
         if made is None or stem:
             self._add(made[0] if made else parent, f"what goes into {name}", name, value, stem)
 

@@ -142,6 +142,8 @@ def test_layer_patterns_are_those_of_transformers(kind, layers, first, pattern, 
         "no_rope_layers": None,
         "no_rope_layer_interval": pattern,
         "layer_types": None,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": None,
     }
     of_transformers = transformers.AutoConfig.for_model(kind, **given_keys).layer_types
     found = decoder_config({"model_type": kind, **given_keys}, "model.pt").layer_kinds

@@ -156,7 +156,8 @@ def test_theta_of_older_configurations():
 
 @pytest.mark.parametrize("kind", ["ntk", "su", "mrope"])
 def test_unsupported_kind_lists_those_that_are(kind):
-    message = f"RoPE scaling '{kind}' is not supported; supported are default, dynamic, linear, llama3, longrope, yarn"
+    known = "default, dynamic, linear, llama3, longrope, proportional, yarn"
+    message = f"RoPE scaling '{kind}' is not supported; supported are {known}"
     with pytest.raises(ConversionError, match=message):
         rope_tables({"rope_parameters": {"rope_type": kind, **THETA}}, 16, 8)
 

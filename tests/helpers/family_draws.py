@@ -15,7 +15,10 @@ from tests.helpers.odd_families import keys_of, plain
 __all__ = ["random_cases"]
 
 _SIZES = ("vocab_size", "n_positions", "max_position_embeddings", "head_dim")
-_SHAPES = ("block_", "conv_", "linear_", "mamba_")  # sizes that must fit each other
+_SHAPES = (  # sizes that must fit each other
+    *("block_", "conv_", "linear_", "mamba_"),
+    *("num_global_", "num_kv_shared_", "vocab_size_per_", "altup_", "laurel_"),
+)
 _ROTATIONS: list[dict[str, Any]] = [
     {"rope_type": "default"},
     {"rope_type": "linear", "factor": 4.0},
@@ -86,6 +89,16 @@ def _rotations(draw, kind: str, head_dim: int) -> dict[str, Any]:
     return given | draw(kinds | longrope)
 
 
+def _sharing(draw: Any, types: list[str]) -> dict[str, Any]:
+    """Layers that use keys and values of earlier ones, behind some that have their own; the last one is full."""
+    types[-1] = "full_attention"
+    sharing = draw(st.lists(st.sampled_from(types), max_size=2))
+    if sharing:
+        sharing[-1] = "full_attention"
+    sizes = {"num_hidden_layers": len(types) + len(sharing), "num_kv_shared_layers": len(sharing)}
+    return {"layer_types": [*types, *sharing], **sizes}
+
+
 @st.composite
 def random_cases(draw, kinds: tuple[str, ...] = tuple(FAMILIES)) -> tuple[str, dict[str, Any]]:
     """(model type, configuration) of any family, from the fields that it declares."""
@@ -113,18 +126,33 @@ def random_cases(draw, kinds: tuple[str, ...] = tuple(FAMILIES)) -> tuple[str, d
     if "layer_types" in keys:
         types = st.sampled_from(_choices(keys["layer_types"].annotation))
         made["layer_types"] = draw(st.lists(types, min_size=layers, max_size=layers))
+        if "num_kv_shared_layers" in keys:
+            made |= _sharing(draw, made["layer_types"])
+        if "global_head_dim" in keys:
+            made |= {"num_global_key_value_heads": None, "global_head_dim": 2 * draw(st.integers(2, 7))}
         if "sliding_attention" in made["layer_types"]:
             made |= {"sliding_window": made["sliding_window"] or 5, "use_sliding_window": True}
     if "max_position_embeddings" in keys:
         default = transformers.AutoConfig.for_model(kind).rope_parameters
         if "full_attention" in default:
-            made["rope_parameters"] = {each: draw(_rotations(kind, head_dim)) for each in default}
+            of_full = {"full_attention": made.get("global_head_dim", head_dim)}
+            made["rope_parameters"] = {
+                each: draw(_rotations(kind, of_full.get(each, head_dim))) for each in default
+            }
         else:
             own = made.get("rope_parameters", {})  # with settings that this family alone has
             optional = not keys["rope_parameters"].is_required() if own else True
             made["rope_parameters"] = ({} if optional and draw(st.booleans()) else own) | draw(
                 _rotations(kind, head_dim)
             )
+    if "activation_sparsity_pattern" in keys:
+        parts = st.sampled_from([0.0, 0.3, 0.9])
+        count = made["num_hidden_layers"]
+        made["activation_sparsity_pattern"] = draw(st.lists(parts, min_size=count, max_size=count))
+        made["altup_active_idx"] = made["altup_num_inputs"] - draw(st.integers(1, 2))
+    if "global_head_dim" in keys and draw(st.booleans()):
+        part = {"rope_theta": 1000.0, "partial_rotary_factor": draw(st.sampled_from([0.3, 1.0]))}
+        made["rope_parameters"]["full_attention"] = {"rope_type": "proportional", **part}
     if "linear_num_key_heads" in keys:
         made["linear_num_value_heads"] = made["linear_num_key_heads"] * draw(st.integers(1, 3))
     if kind == "phi3":

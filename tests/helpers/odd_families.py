@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.families import FAMILIES
 from edkm_export.decoder.families.settings import Activation
+from edkm_export.reference.stored_buffers import stored_buffers
 
 __all__ = ["CASES", "EXPORTED", "SAMPLED", "build", "build_case", "checkpoint_of", "keys_of", "plain"]
 
@@ -111,6 +112,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma4: dense": (
+        "gemma4_text",
+        {
+            **plain("gemma4_text"),
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "rope_theta": 1000.0,
+                    "partial_rotary_factor": 0.3,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
     "phi3: longrope": (
         "phi3",
         {
@@ -153,7 +174,11 @@ def build_case(kind: str, given: dict[str, Any], seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        centre = 0.0 if kind.startswith("gemma") else 1.0  # Gemma's norms multiply by one plus their weight
+        offset = kind in ("gemma2", "gemma3_text")  # their norms multiply by one plus their weight
+        centre = 0.0 if offset else 1.0
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.3, 0.9)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.2)
@@ -161,6 +186,9 @@ def build_case(kind: str, given: dict[str, Any], seed: int = 0) -> Any:
                 parameter.uniform_(-5, 1)  # heads that remember two tokens, and others that remember hundreds
             elif parameter.dim() == 1:
                 parameter.uniform_(centre - 0.5, centre + 0.5)
+                if kind in ("gemma3n_text", "gemma4_text") and name.endswith("k_norm.weight"):
+                    # as trained ones: scores have no other scale
+                    parameter.mul_(len(parameter) ** -0.5)
     return model.float().eval()
 
 
@@ -177,4 +205,5 @@ def checkpoint_of(model: Any) -> Checkpoint:
             dense[name] = (parameter.detach().t() if name in turned else parameter.detach()).contiguous()
         else:
             tied[name] = first
+    dense |= {name: buffer.detach().clone() for name, buffer in stored_buffers(model).items()}
     return Checkpoint(config=model.config.to_dict(), palettized={}, dense=dense, tied=tied)

@@ -19,6 +19,7 @@ from edkm_export.errors import EdkmExportError, InputError
 from edkm_export.reference.quantized_weights import DEQUANTIZED
 from edkm_export.reference.quantized_weights import REFUSED as QUANTIZATIONS
 from edkm_export.reference.source import Source, account, load_config, load_model, load_tokenizer
+from edkm_export.reference.stored_buffers import stored_buffers
 from tests.helpers import odd_families
 from tests.helpers.folder_kinds import EXACT, HEAD, REFUSED, UP, Kind, edit_config, edit_weights, own_head
 from tests.helpers.paths import FIXTURES
@@ -73,7 +74,7 @@ def test_every_family(tmp_path, case):
     found = account(Source.parse(str(folder)))
     assert not found.not_understood
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert set(found.tensors) == set(parameters.values())
+    assert set(found.tensors) == {*parameters.values(), *stored_buffers(model)}
     same(logits(model), logits(load_model(Source.parse(str(folder)), torch.float32)))
 
 

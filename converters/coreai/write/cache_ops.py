@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from converters.coreai.backend import load_authoring
@@ -84,10 +85,16 @@ class FunctionalCache:
         return self._grown(KEY_CACHE, place, keys), self._grown(VALUE_CACHE, place, values)
 
     def _grown(self, name: str, place: int, new: Tensor) -> Tensor:
-        state = self.states[name]
+        state, (_, heads, _, size) = self.states[name], new.shape
+        if (heads, size) != (state.shape[2], state.shape[4]):  # another layer's heads are larger
+            new = F.pad(new, (0, state.shape[4] - size, 0, 0, 0, state.shape[2] - heads))
         state = torch.ops.edkm.cache_update(state, new.to(state.dtype), place, self._begin, self._end)
         self.states[name] = state
         seen: Tensor = state.narrow(0, place, 1).narrow(3, 0, self._visible).squeeze(0)
+        if heads != state.shape[2]:
+            seen = seen.narrow(1, 0, heads)
+        if size != state.shape[4]:
+            seen = seen.narrow(3, 0, size)
         return seen.to(new.dtype)
 
     def extend(self, layer: int, columns: Tensor) -> Tensor:

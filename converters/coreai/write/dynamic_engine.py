@@ -142,6 +142,8 @@ def _states(config: DecoderConfig, length: int, dtype: torch.dtype) -> dict[str,
             count = len(layers_with(config, type(state)))
             if isinstance(state, KeysValues):
                 shape: tuple[int, ...] = (count, 1, state.heads, length, state.head_dim)
+                # heads of several sizes share a state, which is as large as the largest
+                shape = tuple(map(max, shapes.get(KEY_CACHE, shape), shape))
                 shapes |= {KEY_CACHE: shape, VALUE_CACHE: shape}
             elif isinstance(state, Columns):
                 shapes[COLUMN_STATES] = (count, 1, state.width, state.channels)

@@ -128,6 +128,16 @@ def _check_states(config: DecoderConfig, interface: str, source: str) -> None:
             f"{source}: --interface neural-engine feeds some tokens again, which the state of a convolution or a "
             "recurrence cannot take back; use --interface dynamic."
         )
+    if interface == "neural-engine" and config.layer_embedding is not None:
+        raise ConversionError(
+            f"{source}: --interface neural-engine hands over embedded tokens, and the per-layer embedding of this "
+            "model is looked up by their numbers; use --interface dynamic."
+        )
+    if interface == "neural-engine" and (config.sharing_layers or config.full_heads is not None):
+        raise ConversionError(
+            f"{source}: --interface neural-engine has one size of keys and values, and one place for each layer; this "
+            "model has heads of two sizes, or layers that share keys and values. Use --interface dynamic."
+        )
     if not layers_with(config, KeysValues):
         raise ConversionError(f"{source}: no layer of it attends, and the engine asks for keys and values.")
 

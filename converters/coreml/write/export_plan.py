@@ -19,6 +19,7 @@ from converters.coreml.write.targets import check_target
 from converters.coreml.write.vocabulary import RowSplit, plan_split, split_palettes, split_vocabulary
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import decoder_config
+from edkm_export.decoder.config import DecoderConfig
 from edkm_export.decoder.decoder import Decoder
 from edkm_export.decoder.embedding.export_interface import chosen_interface
 from edkm_export.decoder.embedding.fixed_length import FixedLength
@@ -131,7 +132,7 @@ def plan_export(
         unused = ("positions",) if config.names.positions is None else ()
         size = predict_size(module, checkpoint.palettized, unused=unused)
         return ExportPlan(chosen, target, context, 0, (whole,), None, (size,), config.hidden_size)
-    for ranges in _divisions(config.num_layers, chunks, source):
+    for ranges in _divisions(config, chunks, source):
         sizes = tuple(
             _chunk_size(checkpoint, layers, split, context=context, prefill=prefill) for layers in ranges
         )
@@ -200,8 +201,16 @@ def _context(interface: Interface, limit: int, asked: int | None, prefill: int, 
     return length
 
 
-def _divisions(layers: int, chunks: int | str, source: str) -> Iterator[tuple[LayerRange, ...]]:
+def _divisions(config: DecoderConfig, chunks: int | str, source: str) -> Iterator[tuple[LayerRange, ...]]:
     """Ranges of nearly equal length; one division, or all from coarse to fine."""
+    layers = config.num_layers
+    if config.sharing_layers or config.layer_embedding is not None:
+        if chunks not in ("auto", 1):
+            raise ConversionError(
+                f"{source}: --chunks {chunks} cuts a model whose layers read keys and values of other layers, or a "
+                "per-layer embedding of the tokens, and a package hands over neither; use --chunks 1."
+            )
+        chunks = 1
     if chunks != "auto" and not (isinstance(chunks, int) and 1 <= chunks <= layers):
         raise ConversionError(f"{source}: --chunks {chunks} is outside 1 to {layers}, the model's layers.")
     for count in range(1, layers + 1) if chunks == "auto" else [int(chunks)]:

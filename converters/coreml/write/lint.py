@@ -13,7 +13,7 @@ from converters.coreml.write.export_plan import LARGEST_CHUNK_BYTES, ExportPlan
 from converters.coreml.write.vocabulary import LARGEST_DIMENSION
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import decoder_config
-from edkm_export.decoder.config import DecoderConfig
+from edkm_export.decoder.config import ATTENDS, DecoderConfig
 from edkm_export.decoder.embedding.embedding_model import embedding_config
 from edkm_export.device_lint import Finding, worst_first
 from edkm_export.palette import PalettizedTensor
@@ -109,7 +109,7 @@ def _vectors(checkpoint: Checkpoint, plan: ExportPlan, config: DecoderConfig) ->
 def _dimensions(checkpoint: Checkpoint, plan: ExportPlan, config: DecoderConfig) -> _Found:
     sizes = {
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size
+        "intermediate_size": max(map(config.intermediate_of, range(config.num_layers)))
         * (2 if config.gated and len(config.names.mlp_inputs) == 1 else 1),
         "the context": plan.context,
     }
@@ -157,13 +157,14 @@ def _flexible_states(checkpoint: Checkpoint, plan: ExportPlan, config: DecoderCo
 
 
 def _state_sizes(checkpoint: Checkpoint, plan: ExportPlan, config: DecoderConfig) -> _Found:
+    head_dim = max(config.heads_of(kind).head_dim for kind in ATTENDS)
     if plan.interface == "swift-transformers" and (
-        config.head_dim % _STATE_MULTIPLE or plan.context % _STATE_MULTIPLE
+        head_dim % _STATE_MULTIPLE or plan.context % _STATE_MULTIPLE
     ):
         yield Finding(
             "state-size",
             "note",
-            f"states of {plan.context} positions x {config.head_dim} channels",
+            f"states of {plan.context} positions x {head_dim} channels",
             f"states whose last axes are not multiples of {_STATE_MULTIPLE} fail on the Neural Engine.",
             "coremltools issue 2631",
             f"use --interface neural-engine, which pads them, or a --sequence-length divisible by {_STATE_MULTIPLE}",

@@ -102,7 +102,10 @@ class Chunk(nn.Module):
         triangle = self.triangle.masks() if self.layout.places[Recurrence] else None
         context = Context(positions, self.tables(positions), masks, real, triangle)
         stack = self.decoder.stack
-        hidden = stack.embed(x, context) if self.layers.embeds else x  # type: ignore[operator]
+        hidden = x
+        if self.layers.embeds:
+            hidden = stack.embed(x, context)  # type: ignore[operator]
+            context = stack.with_layer_inputs(context, x, hidden)  # type: ignore[operator]
         begin = position[0]
         cache = StateCache(self, self.layout, self.decoder.config, begin, begin + self.new, count=count)
         hidden = stack.through(hidden, context, cache, self.layers.first, self.layers.end)  # type: ignore[operator]

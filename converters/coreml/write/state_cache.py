@@ -68,7 +68,9 @@ class StateLayout:
                     names = (RECURRENCE_CACHE, REMAINDER_CACHE)
                     sizes = (state.heads, state.key_dim, state.value_dim)
                 padded = (*sizes[:-2], *(-(-size // multiple) * multiple for size in sizes[-2:]))
-                shapes |= dict.fromkeys(names, (count, *padded))
+                for name in names:  # heads of several sizes share a state, which is as large as the largest
+                    before = shapes.get(name, (0,) * (1 + len(padded)))
+                    shapes[name] = tuple(map(max, before, (count, *padded)))
         return cls(shapes, places)
 
     def add_to(self, module: nn.Module) -> None:
@@ -141,11 +143,13 @@ class StateCache:
 
     def _grown(self, name: str, layer: int, new: Tensor) -> Tensor:
         state = self._module.get_buffer(name)
-        index, size = self._places[KeysValues][layer], new.shape[-1]
+        index, heads, size = self._places[KeysValues][layer], new.shape[1], new.shape[-1]
         padded = F.pad(new, (0, state.shape[-1] - size)) if state.shape[-1] > size else new
+        if state.shape[1] > heads:
+            padded = F.pad(padded, (0, 0, 0, 0, 0, state.shape[1] - heads))
         # The layer axis is sliced, not indexed: it takes the place of the batch.
         state[index : index + 1, :, self._begin : self._end, :] = padded.to(state.dtype)
-        return state[index : index + 1, :, : self._visible, :size].to(new.dtype)
+        return state[index : index + 1, :heads, : self._visible, :size].to(new.dtype)
 
     def extend(self, layer: int, columns: Tensor) -> Tensor:
         """Columns [1, channels, new] -> those kept before and the new ones, [1, channels, width + new]."""

@@ -41,20 +41,27 @@ class Layers:
         Raises:
             PackageError: it is used in another layer, or for keys instead of values.
         """
-        number = re.search(r"\.(\d{1,6})\.", name)
+        number = re.search(r"\.(?:layers|h)\.(\d{1,6})\.", name)
         if number is None or not self._reach["key"]:
             return
         layer, module = int(number[1]), name.split(".")[-2]
         for result, node in results.items():
             key, value = (self._reach[what].get(result, math.inf) for what in ("key", "value"))
             wanted_key = layer if module in _KEYS_ALONE + _KEYS_AND_VALUES else self._after(layer)
-            wanted_value = layer if module in _VALUES_ALONE + _KEYS_AND_VALUES else self._after(layer)
+            valued = module in _VALUES_ALONE + _KEYS_AND_VALUES
+            valued = valued or (module in _KEYS_ALONE and not self._has_values(name))
+            wanted_value = layer if valued else self._after(layer)
             if (key, value) != (wanted_key, wanted_value):
                 found = "no layer's" if key == value == math.inf else f"layer {min(key, value)}'s"
                 raise PackageError(
                     f"{self._graph.path}: {name}: {node} reaches {found} keys or values first, which a weight of this "
                     "name does not; weights of the graph are exchanged."
                 )
+
+    def _has_values(self, name: str) -> bool:
+        """Whether there is a projection to values beside one to keys; without it, values are the projected keys."""
+        other = name.replace("k_proj", "v_proj")
+        return any(each.startswith(other) for node in self._graph.nodes for each in node.inputs)
 
     def _after(self, layer: int) -> float:
         return layer + 1 if present_name(layer + 1, "key") in self._graph.outputs else math.inf

@@ -149,6 +149,7 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "BitwiseOr": np.bitwise_or,
     "Div": _divide,
     "Mod": lambda left, right, fmod=0: np.fmod(left, right) if fmod else np.mod(left, right),
+    "LessOrEqual": np.less_equal,
     "Mul": np.multiply,
     "Sub": np.subtract,
 }

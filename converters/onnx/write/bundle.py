@@ -60,8 +60,8 @@ def write_bundle(checkpoint: Checkpoint, plan: OnnxPlan, folder: str | Path) -> 
         documents |= sentence_documents(checkpoint.embedding, plan.config.hidden_size)
     else:
         documents[GENERATION_CONFIG] = generation_config(checkpoint)
-    if checkpoint.embedding is None and not layers_with(plan.config, Columns):
-        # the runtime's configuration has no names for other states than keys and values
+    if checkpoint.embedding is None and not layers_with(plan.config, Columns) and not plan.config.full_heads:
+        # the runtime's configuration has no names for other states than keys and values, and one size of heads
         documents["genai_config.json"] = genai_config(checkpoint, plan, f"{_GRAPH_FOLDER}/{MODEL_FILE}")
     for name, document in documents.items():
         (folder / name).parent.mkdir(exist_ok=True)

@@ -8,8 +8,8 @@ import torch
 
 from converters.onnx.format import KEY, VALUE, present_name
 from converters.onnx.write.fused_rotary import Rotation
-from converters.onnx.write.growing_cache import GrowingCache
-from converters.onnx.write.tracing import Tracer, Value
+from converters.onnx.write.growing_cache import TOTAL, GrowingCache
+from converters.onnx.write.tracing import Dimension, Tracer, Value
 from edkm_export.decoder.attention import Attention
 from edkm_export.decoder.context import Context
 from edkm_export.decoder.projections import project
@@ -20,14 +20,20 @@ ATTENTION_OPSET = 23
 
 
 def replace_attention(module: torch.nn.Module, tracer: Tracer, rotation: Rotation | None) -> None:
-    """Let an attention of a decoder be one operator, if it is one that caps no scores and gates no output.
+    """Let an attention of a decoder be one operator, if it is one that caps no scores, gates no output and has keys and
+    values of its own: the operator appends to what it reads.
 
     Args:
         module: of the decoder.
         tracer: of the graph.
         rotation: its `rotate`, which takes heads side by side; None: it has none, or its own.
     """
-    if not isinstance(module, Attention) or module.cap is not None or module.gates:
+    if (
+        not isinstance(module, Attention)
+        or module.cap is not None
+        or module.gates
+        or module.source is not None
+    ):
         return
     if rotation or not module.rotary_dim:
         module.forward = _FusedAttention(module, tracer, rotation)  # type: ignore[method-assign, assignment]
@@ -56,12 +62,15 @@ class _FusedAttention:
         module, graph = self._module, self._tracer.graph
         names = module.names
         mask: Any = context.masks[module.kind]
-        projected: Any = project(module, names.attention_inputs, module.sizes, x)  # type: ignore[arg-type]
-        queries, keys, values = projected
+        projected: Any = project(module, module.inputs, module.sizes, x)  # type: ignore[arg-type]
+        queries, keys, values = projected[0], projected[1], projected[-1]
+        if module.value_norm is not None:
+            values = self._each_head(module.value_norm, values, module.kv_heads)
         if module.norms and not module.norms_last:
             queries, keys = self._normed(queries, keys)
         if self._rotation is not None:
-            queries, keys = self._rotation.turn(queries, keys, self._turned_scale)
+            queries = self._rotation.queries(queries, scale=self._turned_scale)
+            keys = self._rotation.keys(keys)
         if module.norms and module.norms_last:
             queries, keys = self._normed(queries, keys)
         layer = module.layer
@@ -78,6 +87,10 @@ class _FusedAttention:
             kv_num_heads=module.kv_heads,
             scale=self._scale,
         )  # fmt: skip
+        if module.lends:
+            every: tuple[Dimension, ...] = (x.shape[0], module.kv_heads, TOTAL, module.head_dim)
+            lent: Any = [Value(self._tracer, f"{mixed}.{what}", every, x.dtype) for what in (KEY, VALUE)]
+            context.lent[layer] = tuple(lent)
         value = Value(self._tracer, mixed, (*x.shape[:2], module.heads * module.head_dim), x.dtype)
         return module.get_submodule(names.attention_output)(value)  # type: ignore[no-any-return]
 

@@ -24,7 +24,7 @@ def replace_rotation(module: torch.nn.Module, tracer: Tracer, tables: PositionTa
     """Let an attention of a decoder rotate with RotaryEmbedding, if it rotates and its tables hold each angle twice.
 
     Returns:
-        Its `rotate` from now on; None when it keeps its own.
+        What rotates its queries and keys from now on; None when it keeps its own.
     """
     if not isinstance(module, Attention) or not module.rotary_dim:
         return None
@@ -36,7 +36,8 @@ def replace_rotation(module: torch.nn.Module, tracer: Tracer, tables: PositionTa
     if any(half is None for half in halves):
         return None
     rotation = Rotation(module, tracer, halves[:2], halves[2:])
-    module.rotate = rotation  # type: ignore[method-assign, assignment]
+    module.rotate_queries = rotation.queries  # type: ignore[method-assign, assignment]
+    module.rotate_keys = rotation.keys  # type: ignore[method-assign, assignment]
     return rotation
 
 
@@ -53,27 +54,27 @@ class Rotation:
     def __init__(self, module: Attention, tracer: Tracer, queries: list[Any], keys: list[Any]) -> None:
         self._module, self._tracer = module, tracer
         dtype = np.float16 if tracer.dtype == torch.float16 else np.float32
-        self._queries: list[NDArray[Any]] = [half.astype(dtype) for half in queries]
-        self._keys: list[NDArray[Any]] = [half.astype(dtype) for half in keys]
+        self._of_queries: list[NDArray[Any]] = [half.astype(dtype) for half in queries]
+        self._of_keys: list[NDArray[Any]] = [half.astype(dtype) for half in keys]
 
     @property
     def is_whole(self) -> bool:
         """Every channel of a head rotates."""
         return self._module.rotary_dim == self._module.head_dim
 
-    def __call__(self, queries: Value, keys: Value, rotary: object) -> tuple[Value, Value]:
-        """`turn` as an attention calls it; the gathered rows of the tables are not needed."""
-        return self.turn(queries, keys)
-
-    def turn(self, queries: Value, keys: Value, scale: float = 1.0) -> tuple[Value, Value]:
-        """Queries [batch, heads, new, head_dim] or [batch, new, heads * head_dim], and keys -> the same.
+    def queries(self, x: Value, rotary: object = None, scale: float = 1.0) -> Value:
+        """Queries [batch, heads, new, head_dim] or [batch, new, heads * head_dim] -> the same.
 
         Args:
-            queries: whose tables are multiplied by `scale`.
-            keys: as they are.
-            scale: of the channels that rotate.
+            x: the queries.
+            rotary: of the context, as an attention gives it; the gathered rows of the tables are not needed.
+            scale: factor on the channels that rotate.
         """
-        return self._turn(queries, self._queries, scale), self._turn(keys, self._keys)
+        return self._turn(x, self._of_queries, scale)
+
+    def keys(self, x: Value, rotary: object = None) -> Value:
+        """The same of keys."""
+        return self._turn(x, self._of_keys)
 
     def _turn(self, x: Value, halves: list[NDArray[Any]], scale: float = 1.0) -> Value:
         module, own = self._module, self._tracer.weights.contrib

@@ -19,6 +19,7 @@ from converters.onnx.format import (
 )
 from converters.onnx.write.export_plan import OnnxPlan
 from edkm_export.checkpoint import Checkpoint
+from edkm_export.decoder.states import KeysValues, layers_with
 from edkm_export.end_tokens import as_setting, read_object, stored_end_tokens
 
 __all__ = ["genai_config", "generation_config"]
@@ -68,7 +69,7 @@ def genai_config(checkpoint: Checkpoint, plan: OnnxPlan, model: str) -> dict[str
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
-        "num_hidden_layers": config.num_layers,
+        "num_hidden_layers": len(layers_with(config, KeysValues)),  # it looks for a cache of each
         "inputs": {
             "input_ids": INPUT_IDS,
             "attention_mask": ATTENTION_MASK,

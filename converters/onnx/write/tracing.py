@@ -144,7 +144,7 @@ class Value:
         name = self.tracer.constant(other, self.dtype)
         return self.tracer.emit("Sub", name, self.name, shape=self.shape, dtype=self.dtype)
 
-    def __mul__(self, other: Value | Number) -> Value:
+    def __mul__(self, other: Value | Number | torch.nn.Parameter) -> Value:
         return self._binary("Mul", other)
 
     def __truediv__(self, other: Value | Number) -> Value:
@@ -320,9 +320,14 @@ class Value:
         kept = -start if start < 0 else _less(size, start)
         return self.tracer.emit("Slice", self.name, *ends, shape=(*self.shape[:-1], kept), dtype=self.dtype)
 
-    def _binary(self, op: str, other: Value | Number, dtype: torch.dtype | None = None) -> Value:
+    def _binary(
+        self, op: str, other: Value | Number | torch.nn.Parameter, dtype: torch.dtype | None = None
+    ) -> Value:
         if isinstance(other, Value):
             name, shape = other.name, _broadcast(self.shape, other.shape)
+        elif isinstance(other, torch.nn.Parameter):
+            name = self.tracer.weights.vector(self.tracer.parameters[id(other)])
+            shape = _broadcast(self.shape, tuple(other.shape))
         else:
             name, shape = self.tracer.constant(other, self.dtype), self.shape
         return self.tracer.emit(op, self.name, name, shape=shape, dtype=dtype or self.dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from edkm_export.decoder.families.cohere2 import Cohere2Settings
 from edkm_export.decoder.families.exaone4 import Exaone4Settings
 from edkm_export.decoder.families.gemma import Gemma2Settings, Gemma3Settings
+from edkm_export.decoder.families.gemma3n import Gemma3nSettings
+from edkm_export.decoder.families.gemma4 import Gemma4Settings
 from edkm_export.decoder.families.gpt2 import GPT2Settings
 from edkm_export.decoder.families.granite import GraniteHybridSettings, GraniteSettings
 from edkm_export.decoder.families.hunyuan import HunyuanSettings
@@ -30,6 +32,8 @@ FAMILIES: dict[str, type[Settings]] = {
         Exaone4Settings,
         Gemma2Settings,
         Gemma3Settings,
+        Gemma3nSettings,
+        Gemma4Settings,
         GPT2Settings,
         GraniteSettings,
         GraniteHybridSettings,

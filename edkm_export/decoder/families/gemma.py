@@ -10,9 +10,9 @@ import pydantic
 from edkm_export.decoder.config import DecoderConfig, Names
 from edkm_export.decoder.families.settings import Activation, LayerTypeSettings
 
-__all__ = ["Gemma2Settings", "Gemma3Settings"]
+__all__ = ["GEMMA_NAMES", "Gemma2Settings", "Gemma3Settings"]
 
-_NAMES = Names(
+GEMMA_NAMES = Names(
     attention_output_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     mlp_output_norm="post_feedforward_layernorm",
@@ -49,7 +49,7 @@ class Gemma2Settings(LayerTypeSettings):
         """The decoder that the configuration describes."""
         return replace(
             super().decoder_config(),
-            names=_NAMES,
+            names=GEMMA_NAMES,
             norm_offset=True,
             qkv_bias=self.attention_bias,
             output_bias=self.attention_bias,

@@ -11,6 +11,7 @@ import pydantic
 from edkm_export.decoder.config import FULL, SLIDING, DecoderConfig
 
 __all__ = [
+    "LAYER_KINDS",
     "MIXED_LAYERS",
     "POST_NORM_INNER_SCALE",
     "Activation",
@@ -24,7 +25,8 @@ __all__ = [
 
 Activation = Literal["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
 LayerType = Literal["full_attention", "sliding_attention"]
-_KINDS: dict[LayerType, str] = {"full_attention": FULL, "sliding_attention": SLIDING}
+LAYER_KINDS: dict[LayerType, str] = {"full_attention": FULL, "sliding_attention": SLIDING}
+"""{type of a layer in a configuration: its kind}."""
 MIXED_LAYERS: list[Any] = [
     ["sliding_attention", "full_attention"],
     ["full_attention", "sliding_attention"],
@@ -119,7 +121,7 @@ class LayerTypeSettings(SlidingSettings):
     def layer_kinds(self) -> list[str]:
         """As `layer_types` says, or in a pattern of the family."""
         if self.layer_types is not None:
-            return [_KINDS[each] for each in self.layer_types]
+            return [LAYER_KINDS[each] for each in self.layer_types]
         return self.usual_kinds()
 
     def usual_kinds(self) -> list[str]:

@@ -17,6 +17,7 @@ from edkm_export.palette import PalettizedTensor
 from edkm_export.palettization import compact
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.reference.conv1d import conv1d_weights, held_weight, is_conv1d
+from edkm_export.reference.stored_buffers import stored_buffers
 from edkm_export.training.palettized.clusters import ClusterMethod, Clusters
 from edkm_export.training.palettized.modules import (
     PalettizedConv1D,
@@ -264,6 +265,8 @@ def to_checkpoint(
             dense[name] = compact(tensor.t().contiguous() if name in turned else tensor)
         else:
             tied[name] = first
+    numbers = stored_buffers(model)
+    dense |= {name: compact(numbers[name]) for name in numbers if ".clusters." not in f".{name}"}
     return Checkpoint(
         config=model.config.to_dict(),
         palettized=palettized,

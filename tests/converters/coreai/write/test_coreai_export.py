@@ -8,6 +8,7 @@ import torch
 from converters.coreai.backend import missing_backend
 from edkm_export.errors import ConversionError
 from tests.helpers.coreai_models import mixed_checkpoint
+from tests.helpers.odd_families import build_case, checkpoint_of, plain
 
 if missing_backend():
     pytest.skip(f"not run: {missing_backend()}", allow_module_level=True)
@@ -106,3 +107,16 @@ def test_lint(made):
         finding.id for finding in lint(made, plan_coreai(made, interface="neural-engine", pad_3bit=True))
     }
     assert found == {"state-multiple"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "hands over embedded tokens, and the per-layer embedding of this model is looked up by their numbers"),
+        ({"hidden_size_per_layer_input": 0}, "this model has heads of two sizes, or layers that share keys and"),
+    ],
+)  # fmt: skip
+def test_the_static_engine_has_one_size_of_heads_and_no_per_layer_embedding(changes, message):
+    model = build_case("gemma4_text", {**plain("gemma4_text"), **changes})
+    with pytest.raises(ConversionError, match=message):
+        plan_coreai(checkpoint_of(model), interface="neural-engine")
