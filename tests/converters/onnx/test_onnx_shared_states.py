@@ -34,8 +34,7 @@ def test_the_table_is_looked_up(runtime, tmp_path):
     for pieces in ([40], [13, *[1] * 27], [3, 20, 1, 16]):
         session.reset()
         found = torch.cat([session.feed(piece) for piece in TOKENS.split(pieces)])
-        print(runtime, (found - expected).abs().max())
-        # "fast" may round what it multiplies to 8 bits: 0.2 as measured
+        # "fast" rounds what it multiplies to 8 bits: 0.23 off as measured
         torch.testing.assert_close(found, expected, rtol=0, atol=0.5 if runtime == "fast" else 1e-4)
 
 
