@@ -325,8 +325,7 @@ def _answered(tokenizer: _Tokenizer, question: Mapping[str, Any]) -> dict[str, A
 def _serve(tokenizer: _Tokenizer, questions: int, answers: int, others: Sequence[int]) -> NoReturn:
     """Answer until the other side is gone."""
     code = 0
-    # what the parent left is not walked, which took seconds of a large one, nor ended here, where its threads are not
-    gc.freeze()
+    gc.freeze()  # a session of onnxruntime that the parent left would wait for its threads, which are not here
     try:
         for each in others:
             os.close(each)

@@ -5,6 +5,7 @@ Commands are run in forked processes, so that a kill is a real one: nothing is c
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -90,6 +91,7 @@ def run_command(arguments: list[str], folder: Path, scratch: Path, *, kill_at: i
     called.write_text("")
     child = os.fork()
     if not child:
+        gc.freeze()  # a session of onnxruntime that another test left would wait for its threads, which are not here
         status = 99
         try:
             with said.open("w") as output:

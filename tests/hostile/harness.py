@@ -8,6 +8,7 @@ a file outside of its folder, and control characters on the terminal are faults.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import resource
@@ -90,6 +91,7 @@ def run_case(steps: Sequence[Step], folder: Path, *, deadline_s: float = DEADLIN
     started = time.monotonic()
     pid = os.fork()
     if pid == 0:
+        gc.freeze()  # a session of onnxruntime that another test left would wait for its threads, which are not here
         _child(steps, folder, printed, told, before.vms + _HARD_BYTES, int(deadline_s))
     status, usage = _wait(pid, started + 3 * deadline_s)
     outcome = Outcome(seconds=time.monotonic() - started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -179,6 +180,7 @@ def killed_while(train: Callable[..., Any], model: Path, point: str, *options: o
     """The command in a process that is killed there."""
     child = os.fork()
     if not child:
+        gc.freeze()  # a session of onnxruntime that another test left would wait for its threads, which are not here
         with pytest.MonkeyPatch.context() as patch:
             where = {"preparing": run, "stepping": PaletteTrainer}[point]
             name = {"preparing": "prepare", "stepping": "compute_loss"}[point]
