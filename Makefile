@@ -36,7 +36,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
 
 # The report in headless Chromium, which `python -m playwright install chromium` brings.
 test-browser: $(READY)
@@ -47,6 +47,7 @@ test-coreai: $(READY)
 	$(BIN)/python -m pip install --quiet -e ".[dev,coreai]"
 	$(BIN)/python -m pytest tests/converters/coreai tests/cli/test_cli_coreai.py \
 		tests/verify/test_coreai_mutations_found.py
+	$(BIN)/python -m pytest tests/decoder/test_family_cells.py -k "Core and AI"
 
 # coremltools' own tests with predictions by the interpreter.
 test-coremltools: $(READY)
