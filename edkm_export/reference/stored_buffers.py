@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # importing it takes torch, which a wrong path must not wait for
+    from torch import Tensor
 
 __all__ = ["stored_buffers"]
 
