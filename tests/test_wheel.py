@@ -103,9 +103,11 @@ def place(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("hidden", "extra", "arguments"),
     [
-        ("coremltools", "coreml", ["coreml", "TINY.PT", "--no-verify", "-o", "out"]),
+        pytest.param(
+            "coremltools", "coreml", ["coreml", "TINY.PT", "--no-verify", "-o", "out"], marks=pytest.mark.slow
+        ),
         ("onnx", "onnx", ["onnx", "TINY.PT", "--no-verify", "-o", "out"]),
-        ("gguf", "gguf", ["palettize", "model.gguf", "-o", "out.pt"]),
+        pytest.param("gguf", "gguf", ["palettize", "model.gguf", "-o", "out.pt"], marks=pytest.mark.slow),
     ],
     ids=["coremltools", "onnx", "gguf"],
 )

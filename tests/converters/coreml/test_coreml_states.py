@@ -31,7 +31,7 @@ INTERFACES: dict[str, dict[str, Any]] = {
     "swift-transformers": {"sequence_length": 48},
     "neural-engine": {"interface": "neural-engine", "sequence_length": 64, "prefill": 8, "chunks": 2},
 }
-_QUICK = (("lfm2", "neural-engine"), ("qwen3_5", "swift-transformers"), ("qwen3_5", "neural-engine"))
+_QUICK = (("lfm2", "neural-engine"), ("qwen3_5", "swift-transformers"))
 CASES = [
     (case, interface)
     if (case, interface) in _QUICK
@@ -96,6 +96,7 @@ def test_pieces_are_the_whole_text(case, interface, tmp_path):
     assert divergence(checkpoint, found) < 1e-2  # each op rounded to float16; 2e-3 at most as measured
 
 
+@pytest.mark.slow
 def test_the_prefill_of_a_state_that_does_not_grow_counts_its_tokens(tmp_path):
     artifact = made(halved("lfm2"), tmp_path, **INTERFACES["neural-engine"])
     packages, _ = open_chunks(artifact.path)

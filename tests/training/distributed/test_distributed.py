@@ -197,16 +197,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_result_of_one(runs: Path) -> None:
     seen(runs, "plain")
     assert_same_run(runs / "plain-one", runs / "plain")
 
 
+@pytest.mark.slow
 def test_soft_kmeans_over_rows_of_several_processes(runs: Path) -> None:
     seen(runs, "paper")
     assert_same_run(runs / "paper-one", runs / "paper")
 
 
+@pytest.mark.slow
 def test_each_process_holds_half_and_gathers_indices_only(runs: Path) -> None:
     weights = load(runs / "plain" / "model.pt")
     trained = sum(
@@ -220,11 +223,13 @@ def test_each_process_holds_half_and_gathers_indices_only(runs: Path) -> None:
         assert each["gathered"] == ["torch.uint8"]
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_with_two(runs: Path) -> None:
     seen(runs, "resumed")
     assert_same_run(runs / "plain-one", runs / "resumed")
 
 
+@pytest.mark.slow
 def test_files_are_written_once(runs: Path) -> None:
     assert [each["step"] for each in records(runs / "plain")] == [1, 2, 3, 4]
     names = sorted(path.name for path in (runs / "plain" / "checkpoints").glob("checkpoint-*"))
@@ -240,6 +245,7 @@ def test_files_are_written_once(runs: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all(runs: Path) -> None:
     """The one at fault says why, the other that it was another."""
     first, second = (json.loads((runs / f"broken.{rank}.json").read_text())["error"] for rank in range(2))
