@@ -142,8 +142,8 @@ REFUSALS = (
         lambda column: str(column) == "Core AI neural-engine",
     ),
     Refusal(
-        "--interface neural-engine hands over embedded tokens, and the per-layer embedding of this model is looked up by "
-        "their numbers",
+        "--interface neural-engine hands over embedded tokens, and the per-layer embedding of this model is looked "
+        "up by their numbers",
         "the engine hands over embedded tokens, and a per-layer embedding is looked up by their numbers",
         ("gemma3n_text", "gemma4_text"),
         lambda column: str(column) == "Core AI neural-engine",
