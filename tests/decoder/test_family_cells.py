@@ -103,8 +103,9 @@ def test_cell(cell, tmp_path):
         assert name not in dense or torch.equal(dense[name].half().flatten(), tensor.half().flatten()), name
     actual, predicted = artifact.weights_size_bytes(), predicted_size_bytes(checkpoint, artifact)
     assert predicted is not None
-    # Small constants of a program count in so small a model: Core AI's static functions have some each.
-    room_bytes = 3000 if column.format == "Core AI" else 0
+    # Small constants of a program count in so small a model: Core AI's static functions have some each, and RoPE tables
+    # of two kinds of layers, which are counted apart, are one in a package where they are equal.
+    room_bytes = 0 if column.format == "ONNX" else 3000
     assert abs(actual - predicted) < 0.01 * predicted + room_bytes
     if column.embeds:
         _is_embedding_model(checkpoint, artifact)

@@ -74,9 +74,9 @@ def test_family_comes_back_and_computes(case, tmp_path):
     expected = log_probabilities(made, tokens)
     # RoPE tables and the scales of Gemma are float16 in the package: 3e-7 at most as measured.
     assert divergence(expected, package.run({"input_ids": tokens.int()})["logits"]) < 3e-6
-    # Two layers of float16 roundings: 1.2e-5 at most as measured.
+    # Two layers of float16 roundings: 1.2e-5 at most as measured; 4.0e-4 behind the recurrence of Qwen3.5.
     rounded = package.run({"input_ids": tokens.int()}, precision="rounded")["logits"]
-    assert divergence(expected, rounded) < 1e-4
+    assert divergence(expected, rounded) < (1e-3 if case.startswith("qwen3_5") else 1e-4)
 
 
 def with_enormous_residuals(case: str) -> Any:
