@@ -57,8 +57,8 @@ def damping(bits: int) -> float:
     """What share of its mean square is added to that of each input: 4^(bits - 4), at most one.
 
     Some thousands of tokens say how large each channel is, but only roughly how channels go together. What that makes
-    of the error does not depend on the bits, while the error itself falls by a factor of four with each. With the share
-    of 0.01 that GPTQ has, SmolLM2 at 4 bits was further from the original, on other texts, than without compensation.
+    of the error does not depend on the bits, while the error itself falls by a factor of four with each. With a share
+    of 0.01, SmolLM2 at 4 bits was further from the original, on other texts, than without compensation.
     It is a share of the channel's own, not of the mean over all: where one input is a hundred times as large as the
     others, that would be all that the others weigh.
     """

@@ -103,9 +103,13 @@ def test_cell(cell, tmp_path):
         assert name not in dense or torch.equal(dense[name].half().flatten(), tensor.half().flatten()), name
     actual, predicted = artifact.weights_size_bytes(), predicted_size_bytes(checkpoint, artifact)
     assert predicted is not None
-    # Small constants of a program count in so small a model: Core AI's static functions have some each, and RoPE tables
-    # of two kinds of layers, which are counted apart, are one in a package where they are equal.
-    room_bytes = 0 if column.format == "ONNX" else 3000
+    # Constants that the prediction does not count in so small a model: up to 2,263 bytes in Core AI (Cohere 2, static
+    # functions; not traced). OLMo 3 in Core ML is smaller by 2,176, the size of a pair of RoPE tables with headers.
+    room_bytes = 0
+    if column.format == "Core AI":
+        room_bytes = 3000
+    elif column.format == "Core ML" and checkpoint.config["model_type"] == "olmo3":
+        room_bytes = 2200
     assert abs(actual - predicted) < 0.01 * predicted + room_bytes
     if column.embeds:
         _is_embedding_model(checkpoint, artifact)
