@@ -68,7 +68,7 @@ def main(
                  made.seconds <= 60 * export_minutes),
                 ("  peak memory", f"{made.peak_bytes / 1e9:.2f} GB", f"{export_gb:g} GB",
                  made.peak_bytes <= export_gb * 1e9),
-                ("  model.aimodel", f"{size(folder / 'model.aimodel') / 1e6:.1f} MB", "-", True),
+                ("  .aimodel", f"{size(folder / f'{checkpoint.stem}.aimodel') / 1e6:.1f} MB", "-", True),
             ]  # fmt: skip
             if not export_only:
                 status, more = verified(checkpoint, folder, original, tokens, verify_minutes)

@@ -30,6 +30,7 @@ class Activity:
         unit: what is counted, in the plural: "windows", "bytes"; empty: shares of the whole alone mean something.
         done: how much of it is done.
         detail: figures about it for people, such as the loss of a training step; empty: none.
+        holds_interpreter: it is one native call, during which no other Python thread runs.
         started: when it began, by `time.monotonic`.
     """
 
@@ -38,6 +39,7 @@ class Activity:
     unit: str = ""
     done: float = 0.0
     detail: str = ""
+    holds_interpreter: bool = False
     started: float = field(default_factory=time.monotonic)
 
     def advance(self, amount: float = 1) -> None:
@@ -93,10 +95,13 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def activity(words: str, total: float | None = None, unit: str = "") -> Iterator[Activity]:
+def activity(
+    words: str, total: float | None = None, unit: str = "", *, holds_interpreter: bool = False
+) -> Iterator[Activity]:
     """Say what is done meanwhile; the attributes of `Activity` are the arguments."""
     check_mapped_files()
-    begun, watcher = Activity(words, total, unit), _WATCHER.get()
+    begun = Activity(words, total, unit, holds_interpreter=holds_interpreter)
+    watcher = _WATCHER.get()
     if watcher is None:
         yield begun
         return

@@ -16,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from edkm_export.activity import Activity
+from edkm_export.cli.pulse import Pulse, duration
 from edkm_export.escaping import for_terminal
 
-__all__ = ["Display", "duration", "figure"]
+__all__ = ["Display", "figure"]
 
 _PLAIN_EVERY_S = 7.0  # a busy interpreter may delay a line by some seconds, and none may take more than ten
 _FRAMES_PER_S = 8
@@ -43,6 +44,7 @@ class Display:
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._live: Live | None = None
+        self._pulse: tuple[Activity, Pulse] | None = None
         self._spinner = Spinner("dots")
         if moving:
             self._live = Live(
@@ -91,6 +93,8 @@ class Display:
         self._stack.append(activity)
         if activity.words:
             self._log(activity.words)
+        if activity.holds_interpreter:
+            self._start_pulse(activity)
 
     def renamed(self, activity: Activity) -> None:
         """See `edkm_export.activity.Watcher`."""
@@ -101,13 +105,41 @@ class Display:
 
     def ended(self, activity: Activity) -> None:
         """See `edkm_export.activity.Watcher`."""
+        if self._pulse is not None and self._pulse[0] is activity:
+            self._stop_pulse()
         if activity in self._stack:  # a loop that was left early ends late: others may have gone on meanwhile
             del self._stack[self._stack.index(activity) :]
         self._log(f"{activity.words}: ended after {activity.seconds:.2f} s")
 
+    def _start_pulse(self, activity: Activity) -> None:
+        """Let another process show it: no thread of this one will run."""
+        shown = self._live.is_started if self._live is not None else self._thread is not None
+        if not shown or self._pulse is not None:
+            return
+        try:
+            descriptor = self._console.file.fileno()
+        except (OSError, ValueError):  # a stream in memory
+            return
+        if self._live is not None:
+            self._live.stop()
+            words, every = for_terminal(activity.words)[: max(8, self._console.width - 16)], 1 / _FRAMES_PER_S
+        else:
+            words, every = for_terminal(_named(self._stack)), _PLAIN_EVERY_S
+        pulse = Pulse(descriptor, words, self._stack[0].seconds, every, moving=self._live is not None)
+        self._pulse = activity, pulse
+
+    def _stop_pulse(self) -> None:
+        assert self._pulse is not None
+        self._pulse[1].stop()
+        self._pulse = None
+        self.spoke()
+        if self._live is not None:
+            self._live.start()
+
     def _speak_regularly(self) -> None:
         while not self._over.wait(0.5):
-            if time.monotonic() - self._spoke >= _PLAIN_EVERY_S and (stack := list(self._stack)):
+            silent = self._pulse is None and time.monotonic() - self._spoke >= _PLAIN_EVERY_S
+            if silent and (stack := list(self._stack)):
                 self._console.print(f"- {_line(stack)}")
 
     def _render(self) -> RenderableType:
@@ -137,10 +169,15 @@ class Display:
 
 def _line(stack: list[Activity]) -> str:
     """Activities that lie inside of each other in one line, for a pipe."""
+    return f"{_named(stack)}, {duration(stack[0].seconds)} so far"
+
+
+def _named(stack: list[Activity]) -> str:
+    """The same without the time."""
     named = [each for each in stack[1:] if each.words] or stack[:1]
     parts = [f"{each.words}: {found}" if (found := figure(each)) else each.words for each in named]
     details = [each.detail for each in named if each.detail]
-    return ", ".join(["; ".join(parts), *details, f"{duration(stack[0].seconds)} so far"])
+    return ", ".join(["; ".join(parts), *details])
 
 
 def figure(activity: Activity, *, short: bool = False) -> str:
@@ -160,13 +197,3 @@ def figure(activity: Activity, *, short: bool = False) -> str:
     if short:
         return f"{percent} {done:,.0f}/{activity.total:,.0f} {unit}"
     return f"{percent} ({done:,.0f} of {activity.total:,.0f} {unit})"
-
-
-def duration(seconds: float) -> str:
-    """Whole seconds, and minutes and hours where there are any."""
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

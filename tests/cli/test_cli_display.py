@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
@@ -17,7 +18,8 @@ from rich.text import Text
 from edkm_export.activity import Activity, activity, tracked, watched_by
 from edkm_export.cli import display as display_module
 from edkm_export.cli.console import stages
-from edkm_export.cli.display import Display, duration, figure
+from edkm_export.cli.display import Display, figure
+from edkm_export.cli.pulse import duration
 from edkm_export.cli.table_layout import plain_lines, stacked_lines, wrapped
 from edkm_export.cli.terminal import Terminal
 
@@ -176,6 +178,43 @@ def test_lines_in_a_pipe_come_regularly(monkeypatch):
         lines[1],
     )
     assert any("50% (1 of 2 windows)" in line for line in lines) and "\x1b" not in "".join(lines)
+
+
+HOLDING = """
+import ctypes, os, sys
+from edkm_export.activity import activity, watched_by
+from edkm_export.cli import display
+display._PLAIN_EVERY_S = 0.3
+from edkm_export.cli.terminal import Terminal
+console = Terminal(stderr=True)
+shown = display.Display(console, moving=console.moves, log=lambda words: None)
+with shown.shown(), watched_by(shown), activity("edkm-export coreai"):
+    with activity("writing model.aimodel", holds_interpreter=True):
+        os.write(2, b"<")
+        ctypes.PyDLL(None).sleep(2)
+        os.write(2, b">")
+"""
+
+
+@pytest.mark.parametrize("moving", [True, False], ids=["terminal", "pipe"])
+def test_signs_of_life_while_native_code_holds_the_interpreter(moving):
+    reader, writer = pty.openpty() if moving else os.pipe()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"}
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        environment.pop(name, None)
+    process = subprocess.Popen([sys.executable, "-c", HOLDING], stderr=writer, env=environment)
+    os.close(writer)
+    printed = b""
+    with contextlib.suppress(OSError):  # how a pseudo-terminal ends
+        while part := os.read(reader, 1 << 16):
+            printed += part
+    os.close(reader)
+    assert process.wait() == 0
+    during = printed.decode().partition("<")[2].partition(">")[0]
+    signs = re.findall(
+        r"writing model.aimodel {2}\d s" if moving else "- writing model.aimodel, [01] s so far\n", during
+    )
+    assert len(signs) >= 2 and ("\x1b" in during) == moving
 
 
 def test_rows_fit_the_terminal(monkeypatch):

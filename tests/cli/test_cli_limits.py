@@ -83,7 +83,7 @@ def waiting(command: str, tmp_path: Path) -> Iterator[tuple[list[str], Path]]:
     yield [command, *map(str, given[command])], pipe
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", sampled([signal.SIGTERM, signal.SIGHUP], 2))
 @pytest.mark.parametrize("command", sampled(["palettize", "train"], 2))
 def test_a_signal_ends_a_command_in_order(tmp_path, work, command, number):
     with waiting(command, tmp_path) as (arguments, pipe):
@@ -178,12 +178,16 @@ def as_nobody() -> None:
 
 @pytest.mark.parametrize(
     "environment",
-    [
-        {"HOME": None},
-        {"HOME": "/nowhere", "XDG_CACHE_HOME": "/nowhere/cache"},
-        {"TMPDIR": "/nowhere"},
-        {"TMPDIR": "/dev/full"},
-    ],
+    sampled(
+        [
+            {"HOME": None},
+            {"HOME": "/nowhere", "XDG_CACHE_HOME": "/nowhere/cache"},
+            {"TMPDIR": "/nowhere"},
+            {"TMPDIR": "/dev/full"},
+        ],
+        4,
+        1,
+    ),
     ids=["no HOME", "HOME is missing", "TMPDIR is missing", "TMPDIR is no folder"],
 )
 def test_an_environment_without_places(small_folder, work, environment):

@@ -130,6 +130,7 @@ def test_palettize(small_folder, tmp_path, existing):
     assert kill_everywhere(Command(arguments, "model.pt", check_model, fill), tmp_path) >= 4
 
 
+@pytest.mark.slow
 @EXISTING
 def test_import(made, small_folder, tmp_path, existing):
     """Of a state dict whose weights take few values."""
@@ -178,6 +179,7 @@ def test_export(made, tmp_path, monkeypatch, form, existing, conversion):
     assert kill_everywhere(Command([*arguments, "out"], "out", check, fill), tmp_path) >= 8
 
 
+@pytest.mark.slow
 @EXISTING
 def test_report_of_verify(made, small_folder, tmp_path, monkeypatch, existing):
     """Each of its files is the old or the new one; the verification itself is not repeated."""

@@ -26,6 +26,7 @@ from edkm_export.training.run import Outcome, Run
 from edkm_export.training.train_config import PRESETS, TrainConfig
 from edkm_export.training.trainer import PaletteTrainer
 from tests.helpers.paths import FIXTURES, ROOT
+from tests.helpers.sampling import sampled
 
 MODEL, DATA, HELDOUT = FIXTURES / "tiny-llama", FIXTURES / "calibration.txt", FIXTURES / "heldout.txt"
 TINY = TrainConfig(
@@ -103,6 +104,7 @@ def test_the_log_and_the_folder(tmp_path: Path) -> None:
     assert disk["perplexity"] == pytest.approx(last["perplexity"], rel=1e-5)  # SDPA against eager attention
 
 
+@pytest.mark.slow
 def test_curves_for_tensorboard_lie_in_the_finished_folder(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="not run: needs tensorboard")
     run(tmp_path / "run", TINY)
@@ -131,6 +133,7 @@ run(Path({folder!r}))
 """
 
 
+@pytest.mark.slow
 def test_kill_and_resume_gives_the_same_bits(whole: Path, tmp_path: Path) -> None:
     with one_thread():
         script = KILLED.format(root=str(ROOT), folder=str(tmp_path / "cut"))
@@ -330,6 +333,7 @@ def test_out_of_memory_says_what_to_do(
         run(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go_only_when_a_new_one_is_whole(tmp_path: Path) -> None:
     run(tmp_path / "run")
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
@@ -347,34 +351,36 @@ def test_minutes_end_a_run_and_its_schedule(tmp_path: Path) -> None:
     assert rates[-1] < max(rates)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"backward": "soft"},
-        pytest.param({"backward": "dkm", "group_size": 0, "iterations": 2}, marks=pytest.mark.slow),
-        {"objective": "cross-entropy", "lut_dtype": "int8", "train_embedding": True, "accumulate": 2},
-        {"backward": "dkm", "bits": 3, "lut_dtype": "int4", "refit_every": 1},
-        {"bf16": True, "lut_dtype": "int4", "target_bits": 3.6, "group_size": 4},
-        {"bf16": True, "gradient_checkpointing": True, "importance": "energy", "fold_scales": True},
-        {
-            "self_generated": 64,
-            "importance": "none",
-            "target_bits": 2.5,
-            "decay": "cosine",
-            "train_norms": False,
-        },
-    ],
-    ids=[
-        "soft",
-        "dkm",
-        "cross-entropy-int8",
-        "dkm-int4",
-        "mixed-int4",
-        "bf16-checkpointing-fold",
-        "self-generated-mixed",
-    ],
-)
-def test_each_switch_trains_and_ships(changes: dict[str, Any], tmp_path: Path) -> None:
+SWITCHES: dict[str, dict[str, Any]] = {
+    "mixed-int4": {"bf16": True, "lut_dtype": "int4", "target_bits": 3.6, "group_size": 4},
+    "soft": {"backward": "soft"},
+    "dkm": {"backward": "dkm", "group_size": 0, "iterations": 2},
+    "dkm-int4": {"backward": "dkm", "bits": 3, "lut_dtype": "int4", "refit_every": 1},
+    "cross-entropy-int8": {
+        "objective": "cross-entropy",
+        "lut_dtype": "int8",
+        "train_embedding": True,
+        "accumulate": 2,
+    },
+    "bf16-checkpointing-fold": {
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "importance": "energy",
+        "fold_scales": True,
+    },
+    "self-generated-mixed": {
+        "self_generated": 64,
+        "importance": "none",
+        "target_bits": 2.5,
+        "decay": "cosine",
+        "train_norms": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", sampled(SWITCHES, 3))
+def test_each_switch_trains_and_ships(name: str, tmp_path: Path) -> None:
+    changes = SWITCHES[name]
     outcome = run(
         tmp_path / "run", TINY.updated({"steps": 2, "save_every": 0, **changes}), eval_texts=[HELDOUT]
     )

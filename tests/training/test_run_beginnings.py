@@ -22,6 +22,7 @@ from edkm_export.training.train_config import PRESETS
 from edkm_export.training.trainer import PaletteTrainer
 from tests.helpers.odd_models import build, build_tokenizer, save
 from tests.helpers.paths import FIXTURES
+from tests.helpers.sampling import sampled
 from tests.helpers.snapshots import snapshot
 
 DATA = FIXTURES / "calibration.txt"
@@ -101,7 +102,7 @@ def test_what_was_set_and_cannot_be_met(train, tiny_llama, work, monkeypatch, op
     assert snapshot(work) == {}
 
 
-@pytest.mark.parametrize(("settings", "fewest"), [("target_bits: 3.5", 3), ("bits: 2", 2)])
+@pytest.mark.parametrize(("settings", "fewest"), sampled([("target_bits: 3.5", 3), ("bits: 2", 2)], 2))
 def test_bits_of_a_file_are_those_of_the_command_line(train, tiny_llama, tmp_path, settings, fewest):
     """A target has the most bits that fit, and bits without a target are those of all layers."""
     (tmp_path / "mine.yaml").write_text(f"calibration_tokens: 64\n{settings}")
@@ -231,7 +232,7 @@ def test_one_of_two_runs_in_a_folder_proceeds(train, tiny_llama, monkeypatch):
     assert set(refused) == {"run is being written by another process; wait for it, or choose another -o."}
 
 
-@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+@pytest.mark.parametrize("option", sampled(["--resume", "--overwrite"], 2))
 def test_a_folder_that_holds_leftovers_alone(train, tiny_llama, option):
     Path("run/.metadata.json.partial").mkdir(parents=True)
     Path("run/.metadata.json.x7.partial").mkdir()

@@ -82,7 +82,7 @@ DAMAGES = {"missing": Path.unlink, "empty": empty, "torn": halve, "changed": fli
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", sampled(FILES, 2))
 def test_the_checkpoint_before_is_taken(cut: Path, name: str, damage: Callable[[Path], None]) -> None:
     """Which files are looked at, and that none is unpickled, does not depend on the training itself."""
     needed = (*FILES[:-1],)
@@ -143,6 +143,7 @@ def test_going_on_from_the_one_before_ends_with_the_same_bits(whole: Path, cut: 
     assert same_bits(whole / "model.pt", cut / "model.pt")
 
 
+@pytest.mark.slow
 def test_without_a_whole_checkpoint_it_starts_anew(whole: Path, cut: Path) -> None:
     for path in (cut / "checkpoints").glob("checkpoint-*"):
         flip(path / "optimizer.pt")

@@ -241,7 +241,7 @@ DAMAGE: dict[str, tuple[Callable[[Path, Checkpoint], None], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", sampled(DAMAGE, 3))
+@pytest.mark.parametrize("kind", sampled(DAMAGE, 5))
 def test_damage_is_found(kind, verify, tiny_export, tmp_path):
     damage, expected = DAMAGE[kind]
     package = Path(shutil.copytree(tiny_export.package, tmp_path / "copy" / "model.mlpackage"))

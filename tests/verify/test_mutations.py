@@ -64,6 +64,7 @@ def test_package(mutation, tiny_export, held_out, tmp_path):
     check(mutation, tiny_export.checkpoint, coreml.open_artifact(package), held_out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", sampled(COREML_STATE_MUTATIONS, 4), ids=str)
 def test_stateful_package(mutation, tiny_stateful, tiny_checkpoint, held_out, tmp_path):
     package = Path(shutil.copytree(tiny_stateful, tmp_path / "model.mlpackage"))

@@ -1,21 +1,25 @@
 """Programs made from a program on disk, for checks that the file itself would take too long for.
 
 The runtime for Linux decodes every palette at every call, and multiplies float16 matrices with a float16 accumulator.
-The *twin* is the program of the file, loaded and rewritten by Apple's package in two places: each palette is replaced
-by its dense weight, as our reader decodes it, and each product of float16 matrices is computed in float32 and rounded
-once. Everything else is as the file has it. A twin that is *observed* also gives what happens inside of it, for
-localization.
+The *twin* is the program of the file, loaded and rewritten by Apple's package: each palette is replaced by its dense
+weight, as our reader decodes it, and each product of float16 matrices is computed in float32 and rounded once; the
+weight of such a product is held in float32, which changes no value and saves a conversion at each call. Functions that
+give no logits are left out. Everything else is as the file has it. A twin that is *observed* also gives what happens
+inside of it, for localization.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from converters.coreai.backend import load_authoring
+from converters.coreai.format import PROMPT
 from converters.coreai.read.asset import Asset, load_asset
 from converters.coreai.read.observing import observe
 from converters.coreai.read.weights import StoredPalette
@@ -26,6 +30,9 @@ __all__ = ["write_decoders", "write_twin"]
 _LUT_TO_DENSE = "coreai.lut_to_dense"
 _PRODUCTS = ("coreai.decomposable.broadcasting_batch_matmul", "coreai.batch_matmul")
 _GRAPH, _PRIVATE = "coreai.graph", "priv"
+# On the way from a weight to the product that it is for.
+_TRANSPOSE = "coreai.transpose"
+_MOVES = (_TRANSPOSE, "coreai.reshape", "coreai.expand_dims")
 
 
 def write_twin(path: Path, output: Path, *, observed: bool = False) -> dict[str, dict[str, str]]:
@@ -50,10 +57,11 @@ def write_twin(path: Path, output: Path, *, observed: bool = False) -> dict[str,
     lookups: list[Any] = []
     products: list[Any] = []
     functions: list[Any] = []
+    prompts: list[Any] = []
 
     def visit(operation: Any) -> Any:
         if operation.name == _GRAPH and _PRIVATE not in operation.attributes:
-            functions.append(operation)
+            (prompts if _name(operation).startswith(PROMPT) else functions).append(operation)
         if operation.name == _LUT_TO_DENSE:
             lookups.append(operation)
         elif operation.name in _PRODUCTS and operation.parent.name == _GRAPH:
@@ -65,21 +73,24 @@ def write_twin(path: Path, output: Path, *, observed: bool = False) -> dict[str,
         raise PackageError(
             f"{path}: our reader finds {len(palettes)} palettes, Apple's package {len(lookups)}."
         )
+    dense = _DenseWeights(core)
     with module.context, core.ir.Location.unknown():
-        weights = [
-            _replace_palette(core, operation, palette)
-            for operation, palette in zip(lookups, palettes, strict=True)
-        ]
+        for operation, palette, name in zip(lookups, palettes, _names(asset, palettes), strict=True):
+            if operation.parent not in prompts:
+                dense.replace(operation, palette, name)
         for operation in products:
-            _widen_product(core, operation)
-        named = list(zip(weights, _names(asset, palettes), strict=True))
-        values = {
-            str(function.attributes["sym_name"].value): observe(core, function, named)
-            for function in functions
-            if observed
-        }
+            if operation.parent not in prompts:
+                _widen_product(core, operation, dense)
+        weights = dense.used()
+        values = {_name(function): observe(core, function, weights) for function in functions if observed}
+        for operation in prompts:
+            operation.erase()
     program.save_asset(output)
     return values
+
+
+def _name(function: Any) -> str:
+    return str(function.attributes["sym_name"].value)
 
 
 def _names(asset: Asset, palettes: Sequence[StoredPalette]) -> list[str]:
@@ -88,27 +99,113 @@ def _names(asset: Asset, palettes: Sequence[StoredPalette]) -> list[str]:
     return [told.get(palette.digest, "") for palette in palettes]
 
 
-def _replace_palette(core: Any, operation: Any, palette: StoredPalette) -> Any:
-    result = operation.results[0]
-    shape = palette.dense_shape
-    if tuple(result.type.shape) != shape:
-        raise PackageError(
-            f"a palette decodes to {list(result.type.shape)} for Apple's package, to {list(shape)} for us."
-        )
-    weight = palette.tensor("weight", shape, palette.n_bits).decode().numpy()
-    with core.ir.InsertionPoint(operation):
-        constant = core.ops.ConstantOp(value=core.elements(result.type, weight)).result
-    result.replace_all_uses_with(constant)
-    operation.erase()
-    return constant
+class _DenseWeights:
+    """Decoded weights as constants of a program: float16 as the file has them, and float32 for products."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self._decoded: dict[tuple[Any, ...], Any] = {}  # attributes; many functions share a weight
+        self._narrow: dict[Any, tuple[StoredPalette, str]] = {}
+        self._wide: list[tuple[Any, str]] = []
+
+    def replace(self, operation: Any, palette: StoredPalette, name: str) -> None:
+        """Put a constant in the place of a lookup.
+
+        Args:
+            operation: the lookup, which is erased.
+            palette: what it looks up.
+            name: of the parameter.
+        """
+        result = operation.results[0]
+        if tuple(result.type.shape) != palette.dense_shape:
+            raise PackageError(
+                f"a palette decodes to {list(result.type.shape)} for Apple's package, to {list(palette.dense_shape)} "
+                "for us."
+            )
+        with self._core.ir.InsertionPoint(operation):
+            constant = self._constant(palette, np.float16)
+        result.replace_all_uses_with(constant)
+        operation.erase()
+        self._narrow[constant] = palette, name
+
+    def widened(self, operand: Any) -> Any:
+        """An operand of a product in float32: the weight itself where it is one, moved as it was; otherwise a cast."""
+        moves: list[Any] = []
+        value = operand
+        while (made := value.owner) is not None and getattr(made, "name", "") in _MOVES:
+            moves.append(made)
+            value = made.operands[0]
+        if value not in self._narrow:
+            return self._core.ops.cast(operand, dtype=np.float32)
+        palette, name = self._narrow[value]
+        wide = self._constant(palette, np.float32, tuple(_Move.of(move) for move in reversed(moves)))
+        self._wide.append((wide, name))
+        return wide
+
+    def used(self) -> list[tuple[Any, str]]:
+        """Constants with the names of their parameters; those that nothing needs any more are erased."""
+        found = list(self._wide)
+        for constant, (_, name) in self._narrow.items():
+            if _is_used(constant):
+                found.append((constant, name))
+            else:
+                constant.owner.erase()
+        return found
+
+    def _constant(self, palette: StoredPalette, dtype: type, moves: tuple[_Move, ...] = ()) -> Any:
+        core = self._core
+        key = palette.digest, dtype, moves
+        if key not in self._decoded:
+            weight = (
+                palette.tensor("weight", palette.dense_shape, palette.n_bits).decode().numpy().astype(dtype)
+            )
+            for move in moves:
+                weight = move.apply(weight)
+            element = core.ir.F16Type.get() if dtype is np.float16 else core.ir.F32Type.get()
+            kind = core.ir.RankedTensorType.get(list(weight.shape), element)
+            self._decoded[key] = core.elements(kind, np.ascontiguousarray(weight))
+        return core.ops.ConstantOp(value=self._decoded[key]).result
 
 
-def _widen_product(core: Any, operation: Any) -> None:
+@dataclass(frozen=True)
+class _Move:
+    """What moves a weight on its way to a product.
+
+    Attributes:
+        axes: order of the axes of a transposition; None: a reshape.
+        shape: afterwards.
+    """
+
+    axes: tuple[int, ...] | None
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, operation: Any) -> _Move:
+        """From an operation of `_MOVES`."""
+        axes = None
+        if operation.name == _TRANSPOSE:
+            axes = tuple(int(axis) for axis in np.array(operation.operands[1].owner.attributes["value"]))
+        return cls(axes, tuple(operation.results[0].type.shape))
+
+    def apply(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """Of shape `shape`."""
+        return weight.reshape(self.shape) if self.axes is None else weight.transpose(self.axes)
+
+
+def _is_used(value: Any) -> bool:
+    """Whether something needs a value; moves that nothing needs are erased."""
+    for move in [use.owner for use in value.uses]:
+        if move.name in _MOVES and not _is_used(move.results[0]):
+            move.erase()
+    return bool(list(value.uses))
+
+
+def _widen_product(core: Any, operation: Any, weights: _DenseWeights) -> None:
     result = operation.results[0]
     if str(result.type.element_type) != "f16":
         return
     with core.ir.InsertionPoint(operation):
-        left, right = (core.ops.cast(operand, dtype=np.float32) for operand in operation.operands)
+        left, right = (weights.widened(operand) for operand in operation.operands)
         wide = core.ops.broadcasting_batch_matmul(left, right)
         narrow = core.ops.cast(wide, dtype=np.float16)
     result.replace_all_uses_with(narrow)

@@ -50,7 +50,8 @@ class StaticSession:
     Attributes:
         context: most positions that it can hold.
         has_cache: true.
-        step: function that is called, `extend`; with `prompt_opt`, which only fills the cache, logits are NaN.
+        step: function that is called, `extend`; with `prompt_opt`, which only fills the cache, logits are NaN. The
+            twin has no `prompt_opt`.
 
     Raises:
         PackageError: the runtime refuses the file.

@@ -15,6 +15,7 @@ from converters.coreai.write.export_plan import CoreAIPlan
 from converters.coreai.write.static_engine import static_functions
 from converters.coreai.write.weight_ops import named_weights, stored_form
 from edkm_export._version import __version__
+from edkm_export.activity import activity
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import empty_decoder
 from edkm_export.decoder.decoder import Decoder
@@ -63,7 +64,8 @@ def write_asset(checkpoint: Checkpoint, plan: CoreAIPlan, path: Path) -> None:
     metadata = load_authoring().Metadata()
     metadata.set_custom(DESCRIPTION_KEY, describe(checkpoint, plan))
     try:
-        with quiet():
+        # One native call: 2 s for SmolLM2, 30 s with the functions of the static engine.
+        with activity(f"writing {path.name}", holds_interpreter=True), quiet():
             program.save_asset(path, metadata)
     except RuntimeError as error:
         if isinstance(error.__cause__, OSError):
