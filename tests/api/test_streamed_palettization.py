@@ -22,6 +22,7 @@ from tests.helpers.gguf_models import tiny
 from tests.helpers.gguf_writer import content, write
 from tests.helpers.odd_models import build_tokenizer
 from tests.helpers.paths import FIXTURES
+from tests.helpers.sampling import sampled
 
 TEXT = (FIXTURES / "heldout.txt").read_text(encoding="utf-8")
 
@@ -62,7 +63,7 @@ def assert_same(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == expected and found is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", sampled([torch.float32, torch.bfloat16], 2))
 @pytest.mark.parametrize("case", ["gpt2", "gemma3: scaled RoPE", "qwen2: windows", "phi3"])
 def test_folder(tmp_path: Path, monkeypatch, case, dtype):
     kind, given = odd_families.CASES[case]

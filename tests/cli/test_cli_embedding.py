@@ -50,6 +50,7 @@ def test_whole_job(made, folder, edkm):
     assert again.status == 0 and "cosine" in again.out
 
 
+@pytest.mark.slow
 def test_core_ml(made, edkm):
     pytest.importorskip("coremltools")
     result = edkm("coreml", made, "--interface", "embedding", "--sequence-length", 32, *TOKENS)

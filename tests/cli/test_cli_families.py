@@ -14,11 +14,12 @@ from edkm_export.decoder.whole_sequence import WholeSequence
 from edkm_export.reference.hard_model import load_hard_model
 from tests.helpers.odd_families import CASES, EXPORTED, build
 from tests.helpers.odd_models import build_tokenizer
+from tests.helpers.sampling import sampled
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 8
 
 
-@pytest.mark.parametrize("case", EXPORTED)
+@pytest.mark.parametrize("case", sampled(EXPORTED, 4))
 def test_family_is_palettized_with_calibration(case, edkm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kind, arguments = CASES[case]

@@ -293,6 +293,7 @@ def test_conversation_without_a_turn(talks):
     assert (result.status, result.out) == (0, "")
 
 
+@pytest.mark.slow
 def test_conversation_that_outgrows_the_context(talks):
     """The oldest turns are forgotten, and that is said; one turn that does not fit alone is refused."""
     result = talks("\n".join(["word " * 100] * 5), "--max-new-tokens", 4)

@@ -139,6 +139,7 @@ def test_estimate_on_held_out_text(edkm, tiny_llama):
     assert advised + "-2" in again  # the folder of the first one is there
 
 
+@pytest.mark.slow
 def test_an_estimate_that_is_good_advises_nothing(edkm, tiny_llama):
     result = edkm("palettize", tiny_llama, "--bits", 6, "--calibration", FIXTURES / "calibration.txt")
     assert "estimated loss" in result.out and "edkm-export train" not in result.out

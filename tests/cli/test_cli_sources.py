@@ -15,6 +15,7 @@ from edkm_export.reference.hard_model import load_hard_model
 from edkm_export.verify.report import Report, Verdict
 from tests.helpers.folder_kinds import HEAD, edit_config, edit_weights, own_head
 from tests.helpers.odd_models import build, build_tokenizer, save
+from tests.helpers.sampling import sampled
 
 EMBEDDING = "model.embed_tokens.weight"
 pytestmark = pytest.mark.usefixtures("work")
@@ -58,7 +59,9 @@ def test_equal_twin_stays_tied(edkm, folder):
     assert made.tied == {HEAD: EMBEDDING} and made.config["tie_word_embeddings"] is True
 
 
-@pytest.mark.parametrize(("command", "module"), [("onnx", "onnxruntime"), ("coreml", "coremltools")])
+@pytest.mark.parametrize(
+    ("command", "module"), sampled([("onnx", "onnxruntime"), ("coreml", "coremltools")], 2)
+)
 def test_own_head_is_exported_and_verified(edkm, untied, command, module):
     pytest.importorskip(module)
     text = untied.parent / "text.txt"
@@ -206,7 +209,9 @@ def ends_of(path: Path) -> object:
     return json.loads(path.read_text())["eos_token_id"]
 
 
-@pytest.mark.parametrize(("command", "module"), [("onnx", "onnxruntime"), ("coreml", "coremltools")])
+@pytest.mark.parametrize(
+    ("command", "module"), sampled([("onnx", "onnxruntime"), ("coreml", "coremltools")], 2)
+)
 def test_end_tokens_are_the_same_everywhere(edkm, folder, command, module):
     """Each of the three files names one."""
     pytest.importorskip(module)

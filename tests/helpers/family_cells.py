@@ -171,7 +171,6 @@ REFUSALS = (
 
 _QUICK = {
     "Core ML swift-transformers": ("mistral",),
-    "Core ML neural-engine": ("gemma3_text",),
     "ONNX exact": tuple(FAMILIES),
     "ONNX low-memory": tuple(FAMILIES),
     "ONNX fast": tuple(FAMILIES),

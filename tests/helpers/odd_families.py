@@ -156,7 +156,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 EXPORTED = tuple(_name(kind) for kind in FAMILIES if kind != "llama")
 """The plain case of each family, whose sizes are also good for palettes of 16 rows; `odd_models` has Llamas."""
 
-_QUICK = ("gemma2", "gemma3", "gpt2", "mistral", "phi3", "qwen3")
+_QUICK = ("gemma3", "gpt2", "phi3")
 SAMPLED = [case if case in _QUICK else pytest.param(case, marks=pytest.mark.slow) for case in EXPORTED]
 """The same for tests that take seconds: a few that differ most in the default run, the others where it may be slow."""
 

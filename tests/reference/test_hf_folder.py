@@ -23,6 +23,7 @@ from edkm_export.reference.stored_buffers import stored_buffers
 from tests.helpers import odd_families
 from tests.helpers.folder_kinds import EXACT, HEAD, REFUSED, UP, Kind, edit_config, edit_weights, own_head
 from tests.helpers.paths import FIXTURES
+from tests.helpers.sampling import sampled
 
 TOKENS = torch.arange(3, 51)[None] * 7 % 96
 
@@ -68,7 +69,7 @@ def test_kind_that_is_read(tmp_path, name):
         same(expected, WholeSequence(decoder, loaded.config.to_dict(), TOKENS.shape[1])(TOKENS.int())[0])
 
 
-@pytest.mark.parametrize("case", odd_families.CASES)
+@pytest.mark.parametrize("case", sampled(odd_families.CASES, 2))
 def test_every_family(tmp_path, case):
     model, folder = write(Kind(lambda _folder: None, case=case), tmp_path / "model")
     found = account(Source.parse(str(folder)))

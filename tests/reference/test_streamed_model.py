@@ -22,6 +22,7 @@ from tests.helpers import odd_families
 from tests.helpers.folder_kinds import EXACT
 from tests.helpers.gguf_models import tiny
 from tests.helpers.gguf_writer import content, write
+from tests.helpers.sampling import sampled
 from tests.reference.test_hf_folder import write as write_folder
 
 GGUF = ["llama", "gemma3_text", "gpt2", "qwen2"]
@@ -67,7 +68,7 @@ def same(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
-@pytest.mark.parametrize("case", odd_families.CASES)
+@pytest.mark.parametrize("case", sampled(odd_families.CASES, 3))
 def test_hard_pytorch_of_every_family(case):
     made = palettized(case)
     whole, streamed = load_hard_model(made), load_hard_model(made, room_bytes=0)
@@ -78,7 +79,7 @@ def test_hard_pytorch_of_every_family(case):
     assert same(continued(streamed, given), continued(whole, given))
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", sampled(EXACT, 3))
 def test_folders_of_every_kind(tmp_path, name):
     _, folder = write_folder(EXACT[name], tmp_path / "model")
     source = Source.parse(str(folder))

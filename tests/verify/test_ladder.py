@@ -261,6 +261,7 @@ def test_report_does_not_tell_where_the_original_lies(tiny_export, tiny_llama):
     assert str(tiny_llama.parent) not in report.model_dump_json()
 
 
+@pytest.mark.slow
 def test_windows_are_as_long_as_the_package_takes(tiny_export):
     report = climb(tiny_export, tokens=200)
     assert report.provenance["evaluation"]["tokens"] == 192  # three windows of 64

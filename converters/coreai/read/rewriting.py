@@ -156,9 +156,8 @@ class _DenseWeights:
         core = self._core
         key = palette.digest, dtype, moves
         if key not in self._decoded:
-            weight = (
-                palette.tensor("weight", palette.dense_shape, palette.n_bits).decode().numpy().astype(dtype)
-            )
+            stored = palette.tensor("weight", palette.dense_shape, palette.n_bits)
+            weight: NDArray[Any] = stored.decode().numpy().astype(dtype)
             for move in moves:
                 weight = move.apply(weight)
             element = core.ir.F16Type.get() if dtype is np.float16 else core.ir.F32Type.get()

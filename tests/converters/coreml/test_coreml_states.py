@@ -31,7 +31,7 @@ INTERFACES: dict[str, dict[str, Any]] = {
     "swift-transformers": {"sequence_length": 48},
     "neural-engine": {"interface": "neural-engine", "sequence_length": 64, "prefill": 8, "chunks": 2},
 }
-_QUICK = (("lfm2", "neural-engine"), ("qwen3_5", "swift-transformers"))
+_QUICK = (("qwen3_5", "swift-transformers"),)
 CASES = [
     (case, interface)
     if (case, interface) in _QUICK

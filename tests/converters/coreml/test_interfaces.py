@@ -265,6 +265,7 @@ class Vocabulary(torch.nn.Module):
         return rows, self.head(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [40_000, 70_000])  # 16 bits hold all numbers of the first, not of the second
 def test_large_split_vocabulary_finds_every_row(rows, tmp_path):
     """Token numbers must never pass through float16, which holds integers up to 2,048 only."""

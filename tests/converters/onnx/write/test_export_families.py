@@ -15,9 +15,10 @@ from tests.helpers.family_draws import random_cases
 from tests.helpers.odd_families import CASES, EXPORTED, build, build_case, checkpoint_of
 from tests.helpers.onnx_models import export, family_checkpoint
 from tests.helpers.onnx_texts import assert_same_logits
+from tests.helpers.sampling import sampled
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sampled(CASES, 2))
 def test_dense_decoder_is_transformers_own(case, tmp_path):
     model = build(case)
     made = checkpoint_of(model)
@@ -26,7 +27,7 @@ def test_dense_decoder_is_transformers_own(case, tmp_path):
     assert_same_logits(graph.graph, graph.new_runtime(threads=1).run, model)
 
 
-@pytest.mark.parametrize("case", EXPORTED)
+@pytest.mark.parametrize("case", sampled(EXPORTED, 3))
 @pytest.mark.parametrize("runtime", ["low-memory", "fast"])
 def test_palettized_families_at_the_oldest_opset(case, runtime, tmp_path):
     """The newer ones are in `test_family_cells`. Without optimization MatMulNBits multiplies the very weights."""
