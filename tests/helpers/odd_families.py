@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +21,19 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.families import FAMILIES
 from edkm_export.decoder.families.settings import Activation
 from edkm_export.reference.stored_buffers import stored_buffers
+from tests.helpers.odd_models import build_tokenizer
 
-__all__ = ["CASES", "EXPORTED", "SAMPLED", "build", "build_case", "checkpoint_of", "keys_of", "plain"]
+__all__ = [
+    "CASES",
+    "EXPORTED",
+    "SAMPLED",
+    "build",
+    "build_case",
+    "checkpoint_of",
+    "keys_of",
+    "plain",
+    "trainable",
+]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -164,6 +176,16 @@ SAMPLED = [case if case in _QUICK else pytest.param(case, marks=pytest.mark.slow
 def build(case: str, seed: int = 0) -> Any:
     """A random model of a case of `CASES`: float32, in eval mode, the same for the same seed."""
     return build_case(*CASES[case], seed=seed)
+
+
+def trainable(case: str, folder: Path) -> Any:
+    """A plain case with a tokenizer in a folder, as `train` takes it: the model."""
+    kind, arguments = CASES[case]
+    sizes = {key: 304 for key in ("vocab_size", "vocab_size_per_layer_input") if key in arguments}
+    model = build_case(kind, {**arguments, **sizes})
+    model.save_pretrained(folder)
+    build_tokenizer(304).save_pretrained(folder)
+    return model
 
 
 def build_case(kind: str, given: dict[str, Any], seed: int = 0) -> Any:

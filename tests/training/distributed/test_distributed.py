@@ -27,6 +27,7 @@ from edkm_export.training.distributed.sharded_clusters import ShardedClusters, p
 from edkm_export.training.run import Run
 from edkm_export.training.train_config import TrainConfig
 from edkm_export.training.trainer import PaletteTrainer
+from tests.helpers.odd_families import trainable
 from tests.helpers.paths import FIXTURES
 
 MODEL, DATA, HELDOUT = FIXTURES / "tiny-llama", FIXTURES / "calibration.txt", FIXTURES / "heldout.txt"
@@ -50,14 +51,20 @@ ANSWERS = {
     "objective": "cross-entropy", "answers_only": True, "lut_dtype": "int8", "refit_every": 1, "clip": 0,
     "steps": 3, "gradient_checkpointing": True, "context": 64, "eval_every": 2,
 }  # fmt: skip
+FAMILY = {"steps": 2, "batch_size": 2, "bits": 4}
 
 
 def run(
-    folder: Path, changes: dict[str, Any], data: Path = DATA, device: str = "cpu", **arguments: Any
+    folder: Path,
+    changes: dict[str, Any],
+    data: Path = DATA,
+    device: str = "cpu",
+    model: Path = MODEL,
+    **arguments: Any,
 ) -> None:
     texts = [HELDOUT] if "eval_every" in changes else []
     config = BASE.updated(changes)
-    made = Run(Source.parse(str(MODEL)), [data], folder, config, eval_texts=texts)
+    made = Run(Source.parse(str(model)), [data], folder, config, eval_texts=texts)
     made.complete(device=device, **arguments)
 
 
@@ -268,6 +275,21 @@ def test_other_settings(tmp_path: Path) -> None:
     for name in ("soft", "answers"):
         seen(tmp_path, name)
         assert_same_run(tmp_path / f"{name}-one", tmp_path / name)
+
+
+# One family of each kind of state: sliding windows, convolutions, a recurrence, keys and values of other layers.
+@pytest.mark.slow
+def test_families(tmp_path: Path) -> None:
+    families = ("gemma3", "lfm2", "qwen3_5", "gemma4")
+    tasks = []
+    for family in families:
+        trainable(family, tmp_path / f"{family}-model")
+        tasks.append((family, FAMILY, {"model": tmp_path / f"{family}-model"}))
+        run(tmp_path / f"{family}-one", FAMILY, model=tmp_path / f"{family}-model")
+    two_processes(tmp_path, *tasks)
+    for family in families:
+        seen(tmp_path, family)
+        assert_same_run(tmp_path / f"{family}-one", tmp_path / family)
 
 
 @pytest.mark.gpu
