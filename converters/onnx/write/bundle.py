@@ -8,13 +8,13 @@ from typing import Any
 
 from converters.onnx.format import MODEL_FILE
 from converters.onnx.write.export_plan import OnnxPlan
-from converters.onnx.write.genai import GENERATION_CONFIG, genai_config, generation_config
+from converters.onnx.write.genai import GENERATION_CONFIG, genai_config, genai_runs, generation_config
 from converters.onnx.write.graph_file import write_graph
 from edkm_export._version import __version__
 from edkm_export.atomic import GENERATOR, MARKER
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.checkpoint_record import KEY, CheckpointRecord
-from edkm_export.decoder.states import Columns, layers_with
+from edkm_export.decoder.families import FAMILIES
 from edkm_export.end_tokens import with_end_tokens
 from edkm_export.errors import ConversionError
 from edkm_export.model_card import FILE
@@ -51,7 +51,9 @@ def write_bundle(checkpoint: Checkpoint, plan: OnnxPlan, folder: str | Path) -> 
     model = write_graph(plan, graph_folder)
     for file, content in checkpoint.tokenizer.items():
         (folder / file).write_bytes(content)
-    config = checkpoint.config if embeds else with_end_tokens(checkpoint.config, checkpoint.tokenizer)
+    config = (
+        checkpoint.config if embeds else with_end_tokens(_published(checkpoint.config), checkpoint.tokenizer)
+    )
     documents: dict[str, Any] = {
         "config.json": {**config, **_transformers_js(plan)},
         MARKER: _metadata(checkpoint, plan),
@@ -60,13 +62,21 @@ def write_bundle(checkpoint: Checkpoint, plan: OnnxPlan, folder: str | Path) -> 
         documents |= sentence_documents(checkpoint.embedding, plan.config.hidden_size)
     else:
         documents[GENERATION_CONFIG] = generation_config(checkpoint)
-    if checkpoint.embedding is None and not layers_with(plan.config, Columns) and not plan.config.full_heads:
-        # the runtime's configuration has no names for other states than keys and values, and one size of heads
+    if genai_runs(plan):
         documents["genai_config.json"] = genai_config(checkpoint, plan, f"{_GRAPH_FOLDER}/{MODEL_FILE}")
     for name, document in documents.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return model
+
+
+def _published(config: dict[str, Any]) -> dict[str, Any]:
+    """A Hugging Face configuration in the words of published ones."""
+    family = FAMILIES.get(config["model_type"])
+    words = {} if family is None else family.published_layer_types
+    if not words:
+        return config
+    return {**config, "layer_types": [words.get(kind, kind) for kind in config["layer_types"]]}
 
 
 def _transformers_js(plan: OnnxPlan) -> dict[str, Any]:

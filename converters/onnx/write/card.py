@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from converters.onnx.write.export_plan import OnnxPlan
+from converters.onnx.write.genai import genai_runs
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.embedding_card import MARKED_PROMPTS, prompts_section
 from edkm_export.embedding_settings import EmbeddingSettings
@@ -29,7 +30,7 @@ def onnx_card(checkpoint: Checkpoint, plan: OnnxPlan) -> FormatCard:
         return _embedding_card(checkpoint, checkpoint.embedding, plan)
     return FormatCard(
         library="onnx",
-        tags=["onnx", "onnxruntime", "onnxruntime-genai", "transformers.js"],
+        tags=["onnx", "onnxruntime", *["onnxruntime-genai"] * genai_runs(plan), "transformers.js"],
         summary=f"An ONNX decoder with cache (opset {plan.opset})",
         facts={
             "runtime profile": f"`{plan.runtime}`. {_PROFILES[plan.runtime]}",
@@ -72,14 +73,14 @@ def _embedding_use(settings: EmbeddingSettings, plan: OnnxPlan) -> str:
 
 
 def _use(plan: OnnxPlan) -> str:
+    genai = ("In this folder, with onnxruntime-genai:", code("python", _GENAI.strip().splitlines()))
     return "\n\n".join(
         (
             "The graph is `onnx/model.onnx`, its weights `onnx/model.onnx_data`: keep both. Inputs and outputs are "
             "named as optimum names them (`input_ids`, `attention_mask`, `position_ids`, "
-            f"`past_key_values.N.key`, `logits`, `present.N.key`); cache and logits are {plan.dtype}. In this folder, "
-            "with onnxruntime-genai:",
-            code("python", _GENAI.strip().splitlines()),
-            "With transformers.js, REPO being where this folder lies on a hub:",
+            f"`past_key_values.N.key`, `logits`, `present.N.key`); cache and logits are {plan.dtype}.",
+            *(genai if genai_runs(plan) else ()),
+            "With transformers.js, where it knows the family, REPO being where this folder lies on a hub:",
             code("js", _TRANSFORMERS_JS.strip().splitlines()),
         )
     )

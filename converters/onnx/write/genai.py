@@ -19,10 +19,10 @@ from converters.onnx.format import (
 )
 from converters.onnx.write.export_plan import OnnxPlan
 from edkm_export.checkpoint import Checkpoint
-from edkm_export.decoder.states import KeysValues, layers_with
+from edkm_export.decoder.states import Columns, KeysValues, layers_with
 from edkm_export.end_tokens import as_setting, read_object, stored_end_tokens
 
-__all__ = ["genai_config", "generation_config"]
+__all__ = ["genai_config", "genai_runs", "generation_config"]
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -46,6 +46,13 @@ def _own_generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: config[key] for key in keys if config.get(key) is not None}
+
+
+def genai_runs(plan: OnnxPlan) -> bool:
+    """Whether onnxruntime-genai can: it has no names for other states than keys and values, and one size of heads."""
+    return (
+        plan.interface == "decoder" and not layers_with(plan.config, Columns) and not plan.config.full_heads
+    )
 
 
 def genai_config(checkpoint: Checkpoint, plan: OnnxPlan, model: str) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class GraniteHybridSettings(_Multiplied):
 
     model_type = "granitemoehybrid"
     models = "Granite 4 (350M, 1B, Micro)"
+    published_layer_types = {"full_attention": "attention"}
 
     intermediate_size: pydantic.PositiveInt = pydantic.Field(alias="shared_intermediate_size")
     num_local_experts: Literal[0] = pydantic.Field(examples=[0])

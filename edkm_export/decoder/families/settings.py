@@ -50,10 +50,13 @@ class Settings(pydantic.BaseModel, ABC):
     Attributes:
         model_type: of the Hugging Face configuration.
         models: known ones of the family.
+        published_layer_types: {type of a layer as transformers writes it now: as published configurations have it},
+            where they differ; other programs know the latter alone.
     """
 
     model_type: ClassVar[str]
     models: ClassVar[str]
+    published_layer_types: ClassVar[dict[str, str]] = {}
 
     model_config = pydantic.ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 

@@ -28,7 +28,7 @@ from edkm_export.reference.tokenizer_files import tokenizer_files
 from tests.helpers.exports import palettized_folder
 from tests.helpers.onnx_models import export
 
-PROMPT = [5, 9, 100, 33, 2, 7, 64, 8]
+PROMPT = [5, 9, 31, 33, 4, 7, 64, 8]
 COUNT = 32
 
 GENAI = """
