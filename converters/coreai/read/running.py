@@ -56,7 +56,7 @@ class RunningModel:
 
     @cached_property
     def exact(self) -> AppleRuntime:
-        """The file itself."""
+        """The file itself; it loads while other things are done."""
         return self._start(self.asset.path)
 
     @cached_property

@@ -38,7 +38,7 @@ _ROOT = Path(__file__).resolve().parents[3]
 
 
 class AppleRuntime:
-    """A child process that holds one asset.
+    """A child process that holds one asset. It loads the asset while we go on, and is waited for when it is first used.
 
     Args:
         path: of the .aimodel that is run.
@@ -47,7 +47,7 @@ class AppleRuntime:
         deadline_s: longest wait for one answer.
 
     Raises:
-        PackageError: the runtime refuses the file or dies of it.
+        PackageError: the process died at once.
         BackendMissingError: coreai-core is not installed.
     """
 
@@ -56,7 +56,7 @@ class AppleRuntime:
     ) -> None:
         self._functions, self._name = functions, name
         self._child = Child(name, deadline_s)
-        self._child.ask({"do": "load", "path": str(path)})
+        self._loading: Iterator[Frame] | None = self._child.start({"do": "load", "path": str(path)})
 
     @property
     def pid(self) -> int:
@@ -68,12 +68,16 @@ class AppleRuntime:
         self._child.close()
 
     def set_state(self, name: str, array: NDArray[Any]) -> None:
-        """Give a state its contents."""
-        self._child.ask({"do": "state", "name": name}, {"contents": array})
+        """Give a state its contents.
+
+        Raises:
+            PackageError: the runtime refuses the file or dies of it.
+        """
+        self._ask({"do": "state", "name": name}, {"contents": array})
 
     def grow_state(self, name: str, axis: int, length: int) -> None:
         """Make a state longer; what it holds stays, what is new is zero."""
-        self._child.ask({"do": "grow", "name": name, "axis": axis, "length": length})
+        self._ask({"do": "grow", "name": name, "axis": axis, "length": length})
 
     def call(
         self,
@@ -98,7 +102,7 @@ class AppleRuntime:
 
         Raises:
             InputError: unknown function, or an input that is missing, unknown, or of another type or shape.
-            PackageError: the runtime fails, dies, or takes too long.
+            PackageError: the runtime refuses the file, fails, dies, or takes too long.
         """
         self._check(function, inputs, states or {}, kept or {})
         message = {
@@ -108,8 +112,15 @@ class AppleRuntime:
             "kept": dict(kept or {}),
             "keep": dict(keep or {}),
         }
-        _, outputs = self._child.ask(message, inputs)
+        _, outputs = self._ask(message, inputs)
         return outputs
+
+    def _ask(self, message: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None) -> Frame:
+        if self._loading is not None:
+            for _ in self._loading:  # its only answer
+                pass
+            self._loading = None
+        return self._child.ask(message, arrays)
 
     def _check(
         self,
@@ -202,6 +213,12 @@ class Child:
         self, message: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None
     ) -> Iterator[Frame]:
         """Send a message and give answers until the child says that it was the last."""
+        yield from self.start(message, arrays)
+
+    def start(
+        self, message: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None
+    ) -> Iterator[Frame]:
+        """Send a message; the answers, which are waited for when they are asked for, before anything else is sent."""
         assert self._process.stdin is not None
         try:
             for piece in pack_frame(message, arrays or {}):
@@ -209,6 +226,9 @@ class Child:
             self._process.stdin.flush()
         except (BrokenPipeError, ValueError):
             raise self._died() from None
+        return self._answers()
+
+    def _answers(self) -> Iterator[Frame]:
         while True:
             try:
                 answer, found = read_frame(self._take)
