@@ -187,7 +187,7 @@ def compare(
     entries, begin, budget = list(contestants), advance or (lambda _name: None), Budget(minutes)
     budget.expect(len(entries) + (original is not None))
     limits = [entry.context for entry in entries if entry.context is not None]
-    context = min(512 if minutes is None else WINDOW, *limits)
+    context = min([512 if minutes is None else WINDOW, *limits])
     windows: Tensor | None = None
     for entry in entries:
         found = token_windows(text, entry.tokenizer(), tokens=tokens, context=context, source=text_name)

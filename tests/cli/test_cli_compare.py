@@ -59,3 +59,8 @@ def test_damaged_package(edkm, tiny_export, tmp_path):
     (copy / "Manifest.json").write_text("{")
     result = edkm("compare", copy, "--tokens", 64)
     assert result.status == 2 and "Manifest.json" in result.message
+
+
+def test_a_checkpoint_that_does_not_say_how_long_its_context_is(edkm, saved):
+    result = edkm("compare", saved, saved, "--tokens", 64)
+    assert result.status == 2 and str(saved) in result.message
