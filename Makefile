@@ -33,7 +33,7 @@ demo: $(READY)
 		-o $(DEMO)/tiny-coreml --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
