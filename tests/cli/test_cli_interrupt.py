@@ -203,7 +203,9 @@ def test_palettize_as_a_process(small_folder, work, temporary, tmp_path, number)
     assert snapshot(temporary) == {}
 
 
-@pytest.mark.parametrize(("number", "delay_s"), sampled([(signal.SIGINT, 0), (signal.SIGTERM, 0.25)], 2))
+@pytest.mark.parametrize(
+    ("number", "delay_s"), sampled([(signal.SIGINT, 0), (signal.SIGTERM, 0.25)], 2, several=True)
+)
 def test_coreml_as_a_process(tiny_export, work, temporary, number, delay_s):
     """The signal arrives after the temporary folder has appeared, the second one while coremltools is imported."""
     before = snapshot(work)

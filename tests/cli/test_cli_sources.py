@@ -60,7 +60,7 @@ def test_equal_twin_stays_tied(edkm, folder):
 
 
 @pytest.mark.parametrize(
-    ("command", "module"), sampled([("onnx", "onnxruntime"), ("coreml", "coremltools")], 2)
+    ("command", "module"), sampled([("onnx", "onnxruntime"), ("coreml", "coremltools")], 2, several=True)
 )
 def test_own_head_is_exported_and_verified(edkm, untied, command, module):
     pytest.importorskip(module)
@@ -210,7 +210,7 @@ def ends_of(path: Path) -> object:
 
 
 @pytest.mark.parametrize(
-    ("command", "module"), sampled([("onnx", "onnxruntime"), ("coreml", "coremltools")], 2)
+    ("command", "module"), sampled([("onnx", "onnxruntime"), ("coreml", "coremltools")], 2, several=True)
 )
 def test_end_tokens_are_the_same_everywhere(edkm, folder, command, module):
     """Each of the three files names one."""

@@ -102,7 +102,9 @@ def test_what_was_set_and_cannot_be_met(train, tiny_llama, work, monkeypatch, op
     assert snapshot(work) == {}
 
 
-@pytest.mark.parametrize(("settings", "fewest"), sampled([("target_bits: 3.5", 3), ("bits: 2", 2)], 2))
+@pytest.mark.parametrize(
+    ("settings", "fewest"), sampled([("target_bits: 3.5", 3), ("bits: 2", 2)], 2, several=True)
+)
 def test_bits_of_a_file_are_those_of_the_command_line(train, tiny_llama, tmp_path, settings, fewest):
     """A target has the most bits that fit, and bits without a target are those of all layers."""
     (tmp_path / "mine.yaml").write_text(f"calibration_tokens: 64\n{settings}")
