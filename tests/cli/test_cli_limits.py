@@ -320,11 +320,13 @@ def test_a_folder_that_may_not_be_written(edkm, tiny_checkpoint, place):
         receive, send = multiprocessing.Pipe(duplex=False)
         child = os.fork()
         if not child:
-            gc.freeze()  # a session of onnxruntime would wait for its threads, which are not here
-            as_nobody()
-            result = command(closed)
-            send.send((result.status, result.err))
-            os._exit(0)
+            try:
+                gc.freeze()  # a session of onnxruntime would wait for its threads, which are not here
+                as_nobody()
+                result = command(closed)
+                send.send((result.status, result.err))
+            finally:
+                os._exit(0)
         send.close()
         assert receive.poll(PATIENCE_S)
         status, err = receive.recv()
