@@ -120,13 +120,15 @@ class Display:
             descriptor = self._console.file.fileno()
         except (OSError, ValueError):  # a stream in memory
             return
+        moving = self._live is not None
         if self._live is not None:
             self._live.stop()
-            words, every = for_terminal(activity.words)[: max(8, self._console.width - 16)], 1 / _FRAMES_PER_S
+            words = for_terminal(activity.words)[: max(8, self._console.width - 16)]
         else:
-            words, every = for_terminal(_named(self._stack)), _PLAIN_EVERY_S
-        pulse = Pulse(descriptor, words, self._stack[0].seconds, every, moving=self._live is not None)
-        self._pulse = activity, pulse
+            words = for_terminal(_named(self._stack))
+        since = activity if moving else self._stack[0]
+        every = 1 / _FRAMES_PER_S if moving else _PLAIN_EVERY_S
+        self._pulse = activity, Pulse(descriptor, words, since.seconds, every, moving=moving)
 
     def _stop_pulse(self) -> None:
         assert self._pulse is not None
