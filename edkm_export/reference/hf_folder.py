@@ -14,6 +14,7 @@ from edkm_export.config_bounds import check_config
 from edkm_export.errors import InputError
 from edkm_export.guarded_tokenizer import open_tokenizer
 from edkm_export.reference.account import Account
+from edkm_export.reference.built_config import built_config
 from edkm_export.reference.config_fields import ConfigFields, sort_fields
 from edkm_export.reference.origin import Origin, folder_origin
 from edkm_export.reference.placement import CONSTANTS, Placement
@@ -259,8 +260,6 @@ class HfFolder:
     def _built_config(
         self, config: Mapping[str, Any], fields: ConfigFields, stored: StoredTensors | None, *, untied: bool
     ) -> Any:
-        import transformers
-
         kept = {
             name: value
             for name, value in config.items()
@@ -270,7 +269,7 @@ class HfFolder:
             kept[_TIED] = False
         shapes = None if stored is None else {name: each.shape for name, each in stored.tensors.items()}
         check_config(kept, self.reference, shapes)
-        return transformers.AutoConfig.for_model(**kept)
+        return built_config(kept)
 
     def _has_own_head(self, config: Mapping[str, Any], fields: ConfigFields, stored: StoredTensors) -> bool:
         """Whether the head that is stored differs from the embedding that it should be tied to."""

@@ -14,6 +14,7 @@ from edkm_export.config_bounds import check_config
 from edkm_export.errors import SourceError
 from edkm_export.guarded_tokenizer import guarded
 from edkm_export.reference.account import Account
+from edkm_export.reference.built_config import built_config
 from edkm_export.reference.gguf.architectures import ARCHITECTURES
 from edkm_export.reference.gguf.gguf_file import GgufFile
 from edkm_export.reference.gguf.gguf_settings import GgufSettings
@@ -130,10 +131,8 @@ class GgufModel:
             SourceError: a part of the file is not understood, or the configuration is not possible.
         """
         self._settings_understood()
-        from transformers import AutoConfig
-
         try:
-            return AutoConfig.for_model(self._described.model_type, **self._described.config)
+            return built_config({"model_type": self._described.model_type, **self._described.config})
         except Exception as error:  # configurations check themselves, with errors of several classes
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise SourceError(f"{self.file.path}: its metadata makes no model ({lines[0]}).") from error
