@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from edkm_export.training.palettized.surgery import clusters_of
 from edkm_export.training.train_config import TrainConfig
 
-__all__ = ["build_optimizer", "freeze", "rate_at"]
+__all__ = ["build_optimizer", "freeze", "rate_at", "sizes_of"]
 
 _BETAS = (0.9, 0.95)
 
@@ -47,20 +49,44 @@ def freeze(model: Any, config: TrainConfig) -> None:
             parameter.requires_grad_(config.train_embedding or not is_outer)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+@torch.no_grad()
+def sizes_of(model: nn.Module, known: Mapping[str, float]) -> dict[str, float]:
+    """Root mean square of each trained parameter that is whole and not known yet, {name: size}."""
+    found: dict[str, float] = {}
+    luts = {id(clusters.lut) for clusters in clusters_of(model).values()}
+    for name, parameter in model.named_parameters():
+        is_whole = not isinstance(parameter, DTensor) and not parameter.is_meta
+        if parameter.requires_grad and is_whole and name not in known and id(parameter) not in luts:
+            found[name] = float(parameter.detach().float().square().mean().sqrt())
+    return found
+
+
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, sizes: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
     """AdamW without decay. Rates of weights are shares of their root mean square, rounded to powers of two.
 
     LUTs are held in units of their own size already. Weights of like size share a group, for fused kernels.
+
+    Args:
+        model: palettized.
+        config: settings.
+        sizes: root mean squares by parameter name, of a model in shares; None: they are taken here.
     """
+    known = sizes_of(model, {}) if sizes is None else sizes
+    size_of = {id(parameter): known.get(name) for name, parameter in model.named_parameters()}
+
+    def scale_of(parameter: nn.Parameter) -> float:
+        size = size_of[id(parameter)]
+        return 2.0 ** round(math.log2(size)) if size else 1.0
+
     groups: dict[float, list[nn.Parameter]] = {}
     luts: list[nn.Parameter] = []
     masters: set[int] = set()
     for clusters in clusters_of(model).values():
         masters |= {id(clusters.weight), id(clusters.lut)}
         if clusters.weight.requires_grad:
-            size = float(clusters.weight.detach().float().square().mean().sqrt())
-            scale = 2.0 ** round(math.log2(size)) if size > 0 else 1.0
-            groups.setdefault(scale, []).append(clusters.weight)
+            groups.setdefault(scale_of(clusters.weight), []).append(clusters.weight)
         if clusters.lut.requires_grad:
             luts.append(clusters.lut)
     others = [
@@ -76,8 +102,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         settings.append({"params": luts, "lr": config.lut_rate})
     by_size: dict[float, list[nn.Parameter]] = {}
     for parameter in others:
-        size = float(parameter.detach().float().square().mean().sqrt())
-        by_size.setdefault(2.0 ** round(math.log2(size)) if size > 0 else 1.0, []).append(parameter)
+        by_size.setdefault(scale_of(parameter), []).append(parameter)
     settings += [
         {"params": found, "lr": config.norm_rate * scale} for scale, found in sorted(by_size.items())
     ]

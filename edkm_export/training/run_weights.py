@@ -15,7 +15,7 @@ from edkm_export.torch_archive import UnsafeArchiveError, load_archive
 from edkm_export.training import run_checkpoints
 from edkm_export.training.palettized.surgery import clusters_of
 
-__all__ = ["load_weights", "read_state_dict", "read_weights", "save_weights"]
+__all__ = ["frozen_masters", "load_weights", "read_state_dict", "read_weights", "save_weights"]
 
 
 def save_weights(model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
@@ -26,7 +26,7 @@ def save_weights(model: Any, folder: Path, state: dict[str, Tensor] | None = Non
         folder: of the checkpoint.
         state: the model's whole state dict where its own one holds shares; None: its own.
     """
-    frozen = _frozen_masters(model)
+    frozen = frozen_masters(model)
     whole = model.state_dict() if state is None else state
     torch.save(
         {name: value for name, value in whole.items() if name not in frozen}, folder / run_checkpoints.WEIGHTS
@@ -68,7 +68,7 @@ def load_weights(model: Any, folder: Path) -> None:
         raise TrainingError(
             f"{folder}: does not fit the model ({' '.join(str(error).split())[:200]})."
         ) from error
-    excused = _frozen_masters(model)
+    excused = frozen_masters(model)
     lost = [name for name in missing if name not in excused]
     if lost or unknown:
         raise TrainingError(f"{folder}: does not fit the model: {', '.join((lost + list(unknown))[:4])}.")
@@ -76,7 +76,7 @@ def load_weights(model: Any, folder: Path) -> None:
         clusters.restored()
 
 
-def _frozen_masters(model: Any) -> set[str]:
+def frozen_masters(model: Any) -> set[str]:
     """State dict names of master weights that are not trained, under each name of tied ones."""
     return {
         name

@@ -8,7 +8,7 @@ Martens & Grosse 2015, arXiv 1503.05671, of which only the diagonals are needed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from edkm_export.errors import InputError
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.reference.conv1d import is_conv1d
-from edkm_export.training.palettized.surgery import Importance, seed_centroids
+from edkm_export.training.palettized.surgery import Importance
+from edkm_export.training.seeding import Seeding
 from edkm_export.weight_storage import storage_bits
 
 __all__ = [
@@ -109,7 +110,11 @@ class Sensitivity:
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], rules: Mapping[str, Rule], importance: Mapping[str, Importance]
+        self,
+        weights: Mapping[str, Tensor],
+        rules: Mapping[str, Rule],
+        importance: Mapping[str, Importance],
+        seeding: Seeding | None = None,
     ) -> None:
         """Nothing is clustered yet.
 
@@ -117,8 +122,11 @@ class Sensitivity:
             weights: {module name: float [out, in]}.
             rules: {module name: its rule}.
             importance: {module name: Fisher factors}; layers without are left out.
+            seeding: what clusters them, and reads them for it, so that of `weights` the shapes are enough; None: in
+                this process.
         """
-        self._weights, self._rules, self._importance = weights, rules, importance
+        self._rules, self._importance = rules, importance
+        self._seeding = Seeding(weights.__getitem__) if seeding is None else seeding
         self.sizes = {
             name: {
                 bits: storage_bits(weight.shape, self._rule(name, bits)) for bits in _sizes(rules[name].bits)
@@ -132,14 +140,21 @@ class Sensitivity:
     def _rule(self, name: str, bits: int) -> Rule:
         return self._rules[name].with_bits(bits)
 
+    def cluster(self, wanted: Iterable[tuple[str, int]]) -> None:
+        """Cluster layers (module name, bits) together, so that their losses are known."""
+        jobs = [(name, self._rule(name, bits)) for name, bits in wanted if (name, bits) not in self._losses]
+        for key, (centroids, error) in self._seeding.find(jobs, self._importance).items():
+            self.seeds[key] = centroids
+            self._losses[key] = float(error.sum()) / 2
+
+    def cluster_smallest(self) -> None:
+        """Cluster each layer at its smallest size: the losses that are always asked for."""
+        self.cluster((name, min(choices)) for name, choices in self.sizes.items())
+
     def loss(self, name: str, bits: int) -> float:
         """Estimated growth of the loss in nats a token."""
-        key = name, bits
-        if key not in self._losses:
-            found = self._importance[name]
-            self.seeds[key], error = seed_centroids(self._weights[name], self._rule(name, bits), found)
-            self._losses[key] = float(error.sum()) / 2
-        return self._losses[key]
+        self.cluster([(name, bits)])
+        return self._losses[name, bits]
 
 
 def _sizes(bits: int) -> list[int]:

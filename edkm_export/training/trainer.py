@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from edkm_export.training.optimizer import build_optimizer, rate_at
 from edkm_export.training.palettized.batch import ClusterBatch
 from edkm_export.training.palettized.surgery import attach, clusters_of
 from edkm_export.training.progress import Progress
-from edkm_export.training.run_weights import load_weights, read_state_dict, save_weights
+from edkm_export.training.run_weights import load_weights, read_state_dict, read_weights, save_weights
 from edkm_export.training.train_config import TrainConfig
 from edkm_export.training.windows import PackedWindows
 
@@ -56,15 +56,14 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         progress: Progress,
         *,
         processes: Processes = ALONE,
-        original: Any | None = None,
+        sharding: Sharding | None = None,
+        sizes: Mapping[str, float] | None = None,
     ) -> None:
-        self.processes, self.sharding = processes, None
-        optimizer = None
-        if processes.are_many:
-            if not hasattr(Trainer, "_clip_grad_norm"):  # it would clip each share by itself
-                raise InputError("several processes need a newer transformers: pip install -U transformers")
-            optimizer = build_optimizer(learner.model, config)  # its groups are of whole weights' sizes
-            self.sharding = Sharding(learner, original, optimizer, processes)
+        self.processes, self.sharding, self._sizes = processes, sharding, sizes
+        if sharding is not None and not hasattr(
+            Trainer, "_clip_grad_norm"
+        ):  # it would clip each share by itself
+            raise InputError("several processes need a newer transformers: pip install -U transformers")
         self.config, self.progress, self.learner = config, progress, learner
         self.folder = Path(arguments.output_dir)
         super().__init__(
@@ -72,7 +71,6 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             args=arguments,
             train_dataset=data,
             data_collator=collate,
-            optimizers=(optimizer, None),
         )
         self.remove_callback(PrinterCallback)
         self.clusters = ClusterBatch(list(clusters_of(learner).values()))
@@ -91,8 +89,10 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> Any:
         """Adam with our groups, attached to the clusters."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.learner.model, self.config)
+            self.optimizer = build_optimizer(self.learner.model, self.config, self._sizes)
             attach(self.learner, self.optimizer)
+            if self.sharding is not None:
+                self.sharding.optimizer = self.optimizer
         return self.optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -253,9 +253,12 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights, LUTs and indices, unless that was done before the model was sharded."""
+        """Load weights, LUTs and indices."""
+        folder = Path(resume_from_checkpoint)
         if self.sharding is None:
-            load_weights(self.learner.model, Path(resume_from_checkpoint))
+            load_weights(self.learner.model, folder)
+        else:
+            self.sharding.load_weights(read_weights(folder), folder)
 
     def run(self, resume: Path | None) -> None:
         """Train to the end.
