@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edkm_export.errors import InputError
 from edkm_export.recipe import Recipe
 from edkm_export.reference.conv1d import conv1d_weights
 from edkm_export.reference.float_weights import FloatWeights
 from edkm_export.training.distributed.processes import Processes
 from edkm_export.training.distributed.shares import Shares, decoder_layers
 from edkm_export.training.learner import hold_in_bfloat16
+from edkm_export.training.palettized.surgery import clusters_of
 from edkm_export.training.preparation import insert
 from edkm_export.training.train_config import TrainConfig
 
@@ -38,6 +40,10 @@ class Models:
     sizes: dict[str, float] | None = None
 
     def __init__(self, weights: FloatWeights, config: TrainConfig, processes: Processes) -> None:
+        if processes.are_many and config.masters != "float32":
+            raise InputError(
+                f"--masters {config.masters} is for a single process; {processes.count} hold a share of float32 ones."
+            )
         self.weights, self._config, self._processes = weights, config, processes
         self.shares = Shares(processes) if processes.are_many else None
         self._float: Any = None
@@ -124,6 +130,9 @@ class Models:
             seeded=seeds is not None,
             source=self.weights.reference,
         )
+        if self._config.masters == "bfloat16":
+            for clusters in clusters_of(student).values():
+                clusters.narrow()
         if self._config.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return student

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from edkm_export.training.narrow_moments import NarrowMoments
 from edkm_export.training.palettized.surgery import clusters_of
 from edkm_export.training.train_config import TrainConfig
 
@@ -95,16 +96,21 @@ def build_optimizer(
         if parameter.requires_grad and id(parameter) not in masters
     ]
     settings: list[dict[str, Any]] = [
-        {"params": parameters, "lr": config.weight_rate * scale}
+        {"params": parameters, "lr": config.weight_rate * scale, "narrow": True}
         for scale, parameters in sorted(groups.items())
     ]
     if luts:
-        settings.append({"params": luts, "lr": config.lut_rate})
+        settings.append({"params": luts, "lr": config.lut_rate, "narrow": False})
     by_size: dict[float, list[nn.Parameter]] = {}
     for parameter in others:
         by_size.setdefault(scale_of(parameter), []).append(parameter)
     settings += [
-        {"params": found, "lr": config.norm_rate * scale} for scale, found in sorted(by_size.items())
+        {"params": found, "lr": config.norm_rate * scale, "narrow": False}
+        for scale, found in sorted(by_size.items())
     ]
-    device = next(model.parameters()).device
-    return torch.optim.AdamW(settings, betas=_BETAS, weight_decay=0.0, fused=device.type == "cuda")
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    if config.moments != "float32" or config.masters != "float32":
+        return NarrowMoments(settings, config.moments, _BETAS, on_cuda=on_cuda)
+    for group in settings:
+        del group["narrow"]
+    return torch.optim.AdamW(settings, betas=_BETAS, weight_decay=0.0, fused=on_cuda)

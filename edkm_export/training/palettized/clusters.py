@@ -200,6 +200,12 @@ class Clusters(nn.Module):
         self._round()
         self.assign()
 
+    @torch.no_grad()
+    def narrow(self) -> None:
+        """Hold the master weight in bfloat16 from now on; indices and LUT are those of the weight so far."""
+        self.weight.data = self.weight.data.bfloat16()
+        self.seen()
+
     def adopt(self) -> None:
         """With "dkm", make the last iteration's centroids the LUT."""
         if self._last is not None:
