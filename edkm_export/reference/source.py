@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edkm_export.activity import Activity, activity
 from edkm_export.command_line import command_line
-from edkm_export.digest import file_sha256
+from edkm_export.digest import file_sha256s
 from edkm_export.errors import InputError
 from edkm_export.hub_id import is_hub_id
 from edkm_export.reference.account import Account
@@ -174,13 +174,17 @@ class Source:
         found: dict[str, Any] = {
             "reference": self.place,
             "sha256": {
-                path.relative_to(self.location).as_posix(): file_sha256(path) for path in self.weight_files()
+                path.relative_to(self.location).as_posix(): digest
+                for path, digest in file_sha256s(self.weight_files()).items()
             },
         }
         if self.adapter is not None:
             found["adapter"] = {
                 "reference": str(self.adapter.path),
-                "sha256": {path.name: file_sha256(path) for path in self.adapter.weight_files()},
+                "sha256": {
+                    path.name: digest
+                    for path, digest in file_sha256s(self.adapter.weight_files()).items()
+                },
             }
         return found
 

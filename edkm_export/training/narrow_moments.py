@@ -118,7 +118,9 @@ class NarrowMoments(torch.optim.Optimizer):
         found = super().state_dict()
         state = {
             number: {
-                f"{key}{part}": tensor for key, value in own.items() for part, tensor in parts_of(value).items()
+                f"{key}{part}": tensor
+                for key, value in own.items()
+                for part, tensor in parts_of(value).items()
             }
             for number, own in found["state"].items()
         }

@@ -305,10 +305,12 @@ class Run:
         distilling = config.objective == "distillation"
         original = None
         if distilling or self.eval_texts:
+            self.announce("loading the original")
             narrow = distilling and config.bf16 and not self.eval_texts  # evaluations are in float32
             folded = chosen is not None and bool(chosen.scales)
             original = self.models.original(in_bfloat16=narrow, changed=folded)
         self.evaluations.original = original
+        self.announce("palettizing")
         self.student = self.models.student(
             self.recipe, None if chosen is None else chosen.seeds, None if chosen is None else chosen.scales
         )

@@ -15,7 +15,7 @@ import pydantic
 
 from edkm_export.atomic import atomic_file
 from edkm_export.claims import clear
-from edkm_export.digest import file_sha256
+from edkm_export.digest import file_sha256, file_sha256s
 from edkm_export.errors import InputError
 from edkm_export.filesystem import flush_tree, remove
 
@@ -87,12 +87,10 @@ def _all(folder: Path) -> list[Path]:
 def complete(path: Path, *, elapsed: float) -> None:
     """Flush a checkpoint to the disk, list its files, and mark it as whole."""
     flush_tree(path)
+    written = [file for file in sorted(path.rglob("*")) if file.is_file()]
     files = {
-        str(PurePosixPath(file.relative_to(path))): _File(
-            size_bytes=file.stat().st_size, sha256=file_sha256(file)
-        )
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
+        str(PurePosixPath(file.relative_to(path))): _File(size_bytes=file.stat().st_size, sha256=digest)
+        for file, digest in file_sha256s(written).items()
     }
     mark = Mark(step=step(path), elapsed=elapsed, files=files)
     with atomic_file(path / _MARK, overwrite=True) as temporary:

@@ -397,7 +397,7 @@ class Clusters(nn.Module):
         return PalettizedTensor.from_indices(
             name,
             rounded.lut[:, None, :, None],
-            self.indices.cpu().view(self.weight.shape[0], -1),
+            self.indices.view(self.weight.shape[0], -1),
             shape=tuple(self.weight.shape),
             lut_scale=None if rounded.scale is None else rounded.scale[:, None],
             lut_dtype=self.grid.lut_dtype,
