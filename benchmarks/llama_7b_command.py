@@ -88,7 +88,5 @@ def complete_in(run: Run, processes: Processes, *, overwrite: bool) -> Any:
     """`Run.complete` by processes that have met already."""
     run.processes = processes
     with run.folder:
-        processes.first(
-            lambda: run.folder.open(resume=False, overwrite=overwrite, processes=processes.count, tell=print)
-        )
+        processes.first(lambda: run.folder.open(resume=False, overwrite=overwrite, tell=print))
         return run.finish(run.train(run.prepare(None), None))

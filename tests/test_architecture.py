@@ -126,6 +126,7 @@ OPTIONAL = (
     "matplotlib",
     "lm_eval",
     "peft",
+    "torchao",
     "triton",
 )
 

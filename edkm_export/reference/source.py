@@ -182,8 +182,7 @@ class Source:
             found["adapter"] = {
                 "reference": str(self.adapter.path),
                 "sha256": {
-                    path.name: digest
-                    for path, digest in file_sha256s(self.adapter.weight_files()).items()
+                    path.name: digest for path, digest in file_sha256s(self.adapter.weight_files()).items()
                 },
             }
         return found

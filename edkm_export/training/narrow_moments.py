@@ -67,6 +67,7 @@ class NarrowMoments(torch.optim.Optimizer):
     ) -> None:
         self._kind, self._on_cuda = _class_of(moments), on_cuda
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
+        self._empty = self._kind([torch.zeros(1)])  # what makes new moments
         self._inner: list[torch.optim.Optimizer] | None = None
         self._rows: dict[Tensor, nn.Parameter] = {}
 
@@ -91,7 +92,7 @@ class NarrowMoments(torch.optim.Optimizer):
         return found
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient."""
         loss = None if closure is None else closure()
         if self._inner is None:
@@ -138,6 +139,22 @@ class NarrowMoments(torch.optim.Optimizer):
             self.state[held[number]] = joined(moved)
         self._inner = None
 
+    def restore(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
+        """Take over the state of a parameter's rows; moments that were stored by their values are made narrow again."""
+        is_narrow = any(
+            group["narrow"] and any(parameter is each for each in group["params"])
+            for group in self.param_groups
+        )
+        if is_narrow:
+            own = plain(parameter.detach())
+            for key in ("exp_avg", "exp_avg_sq"):
+                made = self._empty._new_buffer(own, key == "exp_avg")
+                if type(made) is not type(state[key]) and not hasattr(state[key], "codes"):
+                    made.copy_(state[key])  # levels and scales of what was rounded already are found again
+                    state[key] = made
+        self.state[parameter] = state
+        self._inner = None
+
 
 def _class_of(moments: str) -> Any:
     library = _library()
@@ -156,17 +173,18 @@ def _class_of(moments: str) -> Any:
     return Plain
 
 
-def parts_of(value: Any) -> dict[str, Any]:
-    """A value of an optimizer's state as plain tensors, by what follows its name; the scales in rows of the weight's.
+def parts_of(value: Any, *, by_rows: bool = False) -> dict[str, Any]:
+    """A value of an optimizer's state as plain tensors, by what follows its name.
 
-    A moment in one byte has codes [rows, ...] and scales [rows, blocks of a row], or [blocks, 1] where blocks are not
-    parts of rows.
+    A moment in one byte has codes [rows, ...] and scales [rows, blocks of a row]; where blocks are not parts of rows,
+    scales [blocks, 1], or with `by_rows` the values themselves: these can be cut between any two rows.
     """
     if not hasattr(value, "codes"):
         return {"": value}
     rows = value.codes.shape[0]
-    scale = value.scale.view(rows, -1) if value.scale.numel() % rows == 0 else value.scale[:, None]
-    return {_CODES: value.codes, _SCALE: scale}
+    if value.scale.numel() % rows == 0:
+        return {_CODES: value.codes, _SCALE: value.scale.view(rows, -1)}
+    return {"": value.dequantize()} if by_rows else {_CODES: value.codes, _SCALE: value.scale[:, None]}
 
 
 def joined(parts: dict[str, Any]) -> dict[str, Any]:

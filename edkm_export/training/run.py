@@ -143,9 +143,8 @@ class Run:
         """
         with Processes.join(device) as self.processes, self.folder:
             self.processes.share(self.config.batch_size)
-            count = self.processes.count
             last = self.processes.first(
-                lambda: self.folder.open(resume=resume, overwrite=overwrite, processes=count, tell=self.tell)
+                lambda: self.folder.open(resume=resume, overwrite=overwrite, tell=self.tell)
             )
             if resume:
                 self._tell_start(last)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from edkm_export.errors import TrainingError
 from edkm_export.limits import is_out_of_memory
@@ -18,16 +17,10 @@ from edkm_export.training.palettized.surgery import clusters_of
 __all__ = ["frozen_masters", "load_weights", "read_state_dict", "read_weights", "save_weights"]
 
 
-def save_weights(model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write the state of a palettized model into an existing folder.
-
-    Args:
-        model: palettized.
-        folder: of the checkpoint.
-        state: the model's whole state dict where its own one holds shares; None: its own.
-    """
+def save_weights(model: Any, folder: Path) -> None:
+    """Write the state of a palettized model, whole, into an existing folder."""
     frozen = frozen_masters(model)
-    whole = model.state_dict() if state is None else state
+    whole = model.state_dict()
     torch.save(
         {name: value for name, value in whole.items() if name not in frozen}, folder / run_checkpoints.WEIGHTS
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -68,18 +68,16 @@ class Seeding:
                     )
                 return seed_centroids(weight, rule, importance.get(name), threads=max(1, threads // workers))
 
-            if workers == 1:
-                results = map(one, own)
-            else:
-                pool = ThreadPoolExecutor(workers)
-                results = pool.map(one, own)
+            pool = ThreadPoolExecutor(workers)
             try:
+                results: Iterable[tuple[Tensor, Tensor]] = (
+                    map(one, own) if workers == 1 else pool.map(one, own)
+                )
                 for (name, rule), result in zip(own, results, strict=True):
                     found[name, rule.bits] = result
                     shown.advance()
             finally:
-                if workers > 1:
-                    pool.shutdown(cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
         everywhere: Found = {}
         for part in self._processes.exchange(found):
             everywhere |= part

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from edkm_export.errors import TrainingError
 from edkm_export.training.distributed.sharded_clusters import ShardedClusters, plain
 from edkm_export.training.distributed.shares import Shares
+from edkm_export.training.narrow_moments import NarrowMoments, joined, parts_of
 from edkm_export.training.palettized.batch import ClusterBatch
 from edkm_export.training.palettized.surgery import clusters_of
 from edkm_export.training.run_weights import frozen_masters
@@ -72,15 +73,6 @@ class Sharding:
                 grad.mul_(factor)
         return norm
 
-    def _whole(self, value: Any) -> Any:
-        """A tensor of all processes, on the CPU of the first one; None elsewhere."""
-        found = value
-        if isinstance(value, DTensor):
-            found = self._gather(value)
-        elif not isinstance(value, Tensor):
-            return value
-        return found.cpu() if self.processes.is_first else None
-
     def _gather(self, value: DTensor) -> Tensor:
         rows = value.shape[0]
         share = -(-rows // self.processes.count)
@@ -89,30 +81,9 @@ class Sharding:
         padded[: len(local)] = local
         return self.processes.gather(padded)[:rows]
 
-    @torch.no_grad()
-    def whole_state(self) -> dict[str, Any]:
-        """The student's state dict as if it were not cut, tensor by tensor; for the first process, empty elsewhere."""
-        indices = {id(each.indices): each for each in self.clusters}
-        done: dict[int, Any] = {}
-        held = self.learner.model.state_dict(keep_vars=True)
-        for value in held.values():  # tied ones have several names
-            if id(value) not in done:
-                sharded = indices.get(id(value))
-                done[id(value)] = self._whole(value.detach() if sharded is None else sharded.all_indices())
-        return {name: done[id(value)] for name, value in held.items()} if self.processes.is_first else {}
-
     def whole_parameter(self, parameter: nn.Parameter) -> Tensor:
         """A parameter of all processes, in every process."""
         return self._gather(parameter) if isinstance(parameter, DTensor) else parameter.detach()
-
-    def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's state dict as if nothing were cut; for the first process only."""
-        state = self.optimizer.state_dict()
-        whole = {
-            number: {name: self._whole(value) for name, value in own.items()}
-            for number, own in state["state"].items()
-        }
-        return {"state": whole, "param_groups": state["param_groups"]} if self.processes.is_first else {}
 
     @torch.no_grad()
     def load_weights(self, state: Mapping[str, Tensor], folder: Path) -> None:
@@ -150,10 +121,15 @@ class Sharding:
         return whole[start : start + share]
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
-        """Take this process's shares out of what `optimizer_state` returned."""
+        """Take this process's shares out of the state of a single process's optimizer."""
         parameters = [
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
         ]  # numbered in this order, torch.optim.Optimizer.state_dict
+        if isinstance(self.optimizer, NarrowMoments):
+            self.optimizer.load_state_dict({**state, "state": {}})
+            for number, values in state["state"].items():
+                self.optimizer.restore(parameters[number], self._narrow(values, parameters[number]))
+            return
         own = {
             number: {
                 name: self._cut(value, parameters[number])
@@ -164,6 +140,21 @@ class Sharding:
             for number, values in state["state"].items()
         }
         self.optimizer.load_state_dict({"state": own, "param_groups": state["param_groups"]})
+
+    def _narrow(self, values: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+        """The rows that this process holds of the state of a parameter."""
+        parts = {
+            f"{key}{part}": tensor
+            for key, value in joined(values).items()
+            for part, tensor in parts_of(value, by_rows=True).items()
+        }
+        device, is_cut = plain(parameter).device, isinstance(parameter, DTensor)
+        return joined(
+            {
+                key: (self._rows(value, parameter) if is_cut and value.dim() else value).to(device, copy=True)
+                for key, value in parts.items()
+            }
+        )
 
     def _cut(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
         if not isinstance(parameter, DTensor):
