@@ -214,7 +214,7 @@ def _damage_coreml(draw: random.Random, folder: Path, seeds: Seeds) -> str:
 
 def _change_metadata(draw: random.Random, message: Any) -> str:
     metadata = message.description.metadata.userDefined
-    key = draw.choice(sorted(metadata))
+    key = draw.choice(sorted(metadata) or [""])  # an earlier change may have left none
     try:
         tree = json.loads(metadata[key])
     except ValueError:
