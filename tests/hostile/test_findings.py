@@ -19,8 +19,11 @@ import pytest
 import torch
 
 from converters.onnx.backend import load_onnxruntime
-from edkm_export.errors import CheckpointError
+from edkm_export.errors import CheckpointError, InputError
 from edkm_export.importing import import_state
+from edkm_export.training import run_log
+from edkm_export.training.run_record import RunRecord
+from tests.helpers.paths import FIXTURES
 from tests.hostile.archives import rewrite
 from tests.hostile.harness import Outcome, command, run_case
 from tests.hostile.oddities import change_file
@@ -370,3 +373,21 @@ def test_onnxruntime_prints_nothing(capfd) -> None:
     with pytest.raises(Exception, match="out of data bounds"):
         session.run(None, {"index": np.array([9])})
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["main.mlirb", "main.hash", "metadata.json"])
+def test_a_file_of_a_core_ai_model_is_something_else(kind, name, tmp_path) -> None:
+    folder = Path(shutil.copytree(FIXTURES / "coreai" / "model.aimodel", tmp_path / "it" / "model.aimodel"))
+    put(kind, folder / name)
+    assert refused(folder.parent, "inspect", folder)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "sparse", "folder"])
+@pytest.mark.parametrize("name", ["metadata.json", "log.jsonl"])
+def test_a_file_of_a_run_is_something_else(kind, name, tmp_path) -> None:
+    path = tmp_path / name
+    path.touch()
+    put(kind, path)
+    with pytest.raises(InputError, match="cannot be read"):
+        RunRecord.read(path) if name == "metadata.json" else run_log.records(path)
