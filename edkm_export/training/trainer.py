@@ -246,7 +246,8 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
     @property
     def _adam(self) -> torch.optim.Optimizer:
         """The optimizer itself, without what accelerate puts around it."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        found: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return found
 
     @property
     def _cpus(self) -> Any:

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -108,8 +110,8 @@ class Background:
 
         def work() -> None:
             try:
-                writer = dcp.FileSystemWriter(folder, sync_files=True)
-                dcp.save(dict(state), storage_writer=writer, process_group=self._group)
+                writer = FileSystemWriter(folder, sync_files=True)
+                save(dict(state), storage_writer=writer, process_group=self._group)
                 dist.barrier(self._group)
                 if self._processes.is_first:
                     complete()
@@ -185,9 +187,9 @@ def load_moments(
         room = rooms.setdefault(name, {})[key] = torch.empty(shape, dtype=dtype)
         shares[full] = _as_share(room, like, mesh)
     _read(folder, shares)
-    for name, room in rooms.items():
+    for name, parts in rooms.items():
         parameter = parameters[name]
-        own = {key: value.to(plain(parameter).device) for key, value in room.items()}
+        own = {key: value.to(plain(parameter).device) for key, value in parts.items()}
         if isinstance(optimizer, NarrowMoments):
             optimizer.restore(parameter, joined(own))
         else:
@@ -212,7 +214,7 @@ def _split(name: str, folder: Path) -> tuple[str, str]:
 def _listed(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """{name: shape and dtype} of the tensors in a checkpoint."""
     with _explained(folder):
-        found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        found = FileSystemReader(folder).read_metadata().state_dict_metadata
     return {
         name: (tuple(each.size), each.properties.dtype)
         for name, each in found.items()
@@ -222,7 +224,7 @@ def _listed(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 def _read(folder: Path, shares: dict[str, Any]) -> None:
     with _explained(folder):
-        dcp.load(shares, storage_reader=dcp.FileSystemReader(folder), no_dist=not dist.is_initialized())
+        load(shares, storage_reader=FileSystemReader(folder), no_dist=not dist.is_initialized())
 
 
 @contextlib.contextmanager
