@@ -23,9 +23,10 @@ from edkm_export.training.distributed.shares import Shares, decoder_layers
 from edkm_export.training.learner import hold_in_bfloat16
 from edkm_export.training.palettized.surgery import clusters_of
 from edkm_export.training.preparation import insert
+from edkm_export.training.tokens import Tokens
 from edkm_export.training.train_config import TrainConfig
 
-__all__ = ["Models"]
+__all__ = ["Models", "check_vocabulary"]
 
 
 class Models:
@@ -136,3 +137,16 @@ class Models:
         if self._config.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return student
+
+
+def check_vocabulary(weights: FloatWeights, tokens: Tokens) -> None:
+    """Refuse tokens that a model has no embedding for.
+
+    Raises:
+        InputError: naming the token.
+    """
+    largest, rows = int(tokens.ids.max()), weights.model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise InputError(
+            f"{weights.reference}: its tokenizer gives token {largest}, beyond the model's vocabulary of {rows}."
+        )

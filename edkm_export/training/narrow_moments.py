@@ -41,7 +41,7 @@ def _library() -> Any:
             import torchao.optim
     except ImportError as error:
         raise BackendMissingError(
-            "--moments and --masters need torchao: pip install 'edkm-export[low-memory]'"
+            "--moments and --masters need torchao: pip install 'edkm-export[moments]'"
         ) from error
     return torchao.optim
 

@@ -19,6 +19,7 @@ from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.recipe import Recipe, Rule, uniform_recipe
 from edkm_export.reference.conv1d import held_weight
 from edkm_export.training.distributed.processes import ALONE, Processes
+from edkm_export.training.first_centroids import Seeding
 from edkm_export.training.palettized.clusters import ClusterMethod
 from edkm_export.training.palettized.surgery import (
     Importance,
@@ -28,7 +29,6 @@ from edkm_export.training.palettized.surgery import (
     trainable_shapes,
 )
 from edkm_export.training.scaling import fold_scales
-from edkm_export.training.seeding import Seeding
 from edkm_export.training.sensitivity import (
     Sensitivity,
     allocate_bits,
@@ -42,6 +42,7 @@ __all__ = [
     "Chosen",
     "Preparation",
     "base_recipe",
+    "bits_told",
     "check_target",
     "decoder_bits",
     "insert",
@@ -257,6 +258,17 @@ def decoder_bits(model: Any) -> float:
     clusters = clusters_of(model)
     plan = _inner_plan(model, {name: each.rule for name, each in clusters.items()})
     return average_bits({name: tuple(clusters[name].weight.shape) for name in plan}, plan)
+
+
+def bits_told(model: Any, recipe: Recipe, target: float | None) -> list[str]:
+    """What the choice of bits came to, and which groups are not of the size that was aimed at, for the user."""
+    found = decoder_bits(model)
+    digits = 2 if target is None or round(found, 2) > target or found <= target else 3
+    line = f"{found:.{digits}f} bits a weight of the decoder, LUTs included"
+    if target is not None and found > target:
+        line += f" ({target:g} was aimed at: the LUTs of this model's small layers take more)"
+    shapes = {name: tuple(each.weight.shape) for name, each in clusters_of(model).items()}
+    return [line, *filter(None, [recipe.regrouped(shapes)])]
 
 
 def insert(

@@ -12,7 +12,6 @@ import torch
 
 from edkm_export import checkpoint
 from edkm_export.activity import activity
-from edkm_export.errors import InputError
 from edkm_export.plain_data import printable
 from edkm_export.recipe import Recipe
 from edkm_export.reference.hard_model import hard_weights
@@ -33,13 +32,14 @@ from edkm_export.training.distributed.processes import ALONE, Processes
 from edkm_export.training.distributed.sharding import Sharding
 from edkm_export.training.evaluation import Evaluation, Evaluations
 from edkm_export.training.learner import Learner, Student
-from edkm_export.training.models import Models
+from edkm_export.training.models import Models, check_vocabulary
 from edkm_export.training.optimizer import freeze
-from edkm_export.training.palettized.surgery import clusters_of, to_checkpoint
+from edkm_export.training.palettized.surgery import to_checkpoint
 from edkm_export.training.preparation import (
     Chosen,
     Preparation,
     base_recipe,
+    bits_told,
     check_target,
     decoder_bits,
     measures,
@@ -185,7 +185,7 @@ class Run:
         self.evaluations = Evaluations(self._eval_windows(), self._log, self.announce)
         self.announce("loading the model")
         weights = open_weights(self.source, torch.float32)
-        self._check_vocabulary(tokens, weights.model)
+        check_vocabulary(weights, tokens)
         self.models = Models(weights, self.config, self.processes)
         written = self._begin(tokens, last)
         return tokens if written is None else Tokens.join([tokens, written])
@@ -209,15 +209,6 @@ class Run:
             for path in self.eval_texts
         }
 
-    def _check_vocabulary(self, tokens: Tokens, model: Any) -> None:
-        """Refuse tokens that the model has no embedding for."""
-        largest, rows = int(tokens.ids.max()), model.get_input_embeddings().weight.shape[0]
-        if largest >= rows:
-            raise InputError(
-                f"{self.source.reference}: its tokenizer gives token {largest}, beyond the model's vocabulary "
-                f"of {rows}."
-            )
-
     def _begin(self, data: Tokens, last: Path | None) -> Tokens | None:
         """Build original and student, with what has to be known before; text that is added to the data, if any."""
         config, first = self.config, self.processes.first
@@ -232,6 +223,7 @@ class Run:
         model = self.models.measured(needed=needed)
         written = self._write_text(data) if config.self_generated else None
         self.evaluations.measure(model, "original", 0)
+        tokens = data if written is None else Tokens.join([data, written])
         chosen = Preparation(
             model,
             config,
@@ -240,12 +232,13 @@ class Run:
             self.processes.device,
             self.models.reads,
             self.processes,
-        ).choose(self.recipe, self._windows(data, written))
+        ).choose(self.recipe, tokens.sample(config.calibration_tokens, config.context))
         del model
         self.recipe = chosen.recipe
         self._build(chosen)
         if self.processes.is_first:
-            self._tell_bits()
+            for line in bits_told(self.student, self.recipe, config.target_bits):
+                self.tell(line)
         self.evaluations.measure(self._evaluated, "one-shot", 0)
         record = RunRecord(
             command=[printable(word) for word in self.provenance.get("command", ())],
@@ -262,11 +255,6 @@ class Run:
     def _origin(self) -> dict[str, Any]:
         """Provenance of the source, whose files are hashed once."""
         return self.source.provenance()
-
-    def _windows(self, data: Tokens, written: Tokens | None) -> torch.Tensor:
-        """What is measured on, int64 [windows, context]."""
-        tokens = data if written is None else Tokens.join([data, written])
-        return tokens.sample(self.config.calibration_tokens, self.config.context)
 
     def _write_text(self, data: Tokens) -> Tokens:
         """Text of the original."""
@@ -285,18 +273,6 @@ class Run:
             return made
 
         return self.processes.first(kept)
-
-    def _tell_bits(self) -> None:
-        """Say what the choice of bits came to, and which groups are not of the size that was aimed at."""
-        target, found = self.config.target_bits, decoder_bits(self.student)
-        digits = 2 if target is None or round(found, 2) > target or found <= target else 3
-        line = f"{found:.{digits}f} bits a weight of the decoder, LUTs included"
-        if target is not None and found > target:
-            line += f" ({target:g} was aimed at: the LUTs of this model's small layers take more)"
-        self.tell(line)
-        shapes = {name: tuple(each.weight.shape) for name, each in clusters_of(self.student).items()}
-        if regrouped := self.recipe.regrouped(shapes):
-            self.tell(regrouped)
 
     def _build(self, chosen: Chosen | None) -> None:
         """Build the frozen original and the learner; without `chosen`, a checkpoint is to be loaded into it."""

@@ -19,8 +19,8 @@ from edkm_export.errors import InputError
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.reference.conv1d import is_conv1d
+from edkm_export.training.first_centroids import Seeding
 from edkm_export.training.palettized.surgery import Importance
-from edkm_export.training.seeding import Seeding
 from edkm_export.weight_storage import storage_bits
 
 __all__ = [

@@ -202,7 +202,7 @@ class Clusters(nn.Module):
 
     @torch.no_grad()
     def narrow(self) -> None:
-        """Hold the master weight in bfloat16 from now on; indices and LUT are those of the weight so far."""
+        """Hold the master weight in bfloat16 from now on; indices and LUT stay those of the weight so far."""
         self.weight.data = self.weight.data.bfloat16()
         self.seen()
 
