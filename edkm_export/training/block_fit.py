@@ -1,0 +1,162 @@
+"""Fits a palettized layer of the stack to what the float one makes: indices, LUTs and norms together.
+
+Master weights and LUTs take gradient steps and indices follow, as in a training run, but the loss is the squared error
+of the layer's own output (BRECQ, arXiv 2102.05426; AutoRound, arXiv 2309.05516): nothing but one layer is in the
+optimizer, and no label is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edkm_export.training.layer_block import LayerBlock
+from edkm_export.training.optimizer import build_optimizer, rate_at
+from edkm_export.training.palettized.batch import ClusterBatch
+from edkm_export.training.palettized.surgery import attach, clusters_of
+from edkm_export.training.train_config import TrainConfig
+
+__all__ = ["BlockData", "FitSettings", "fit_block", "output_loss"]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a layer is fitted.
+
+    Attributes:
+        steps: of the optimizer.
+        batch: windows of a step.
+        rates: multiplies the learning rates of `weight_rate`.
+        norms: train norms and biases, too.
+        seed: of the order of the windows.
+    """
+
+    steps: int
+    batch: int
+    rates: float = 1.0
+    norms: bool = True
+    seed: int = 0
+
+    def config(self, bits: int) -> TrainConfig:
+        """Learning rates for weights of so many bits: those of the presets of training."""
+        rate = self.rates * 1e-3 * 2.0 ** max(0, min(2, 4 - bits))
+        return TrainConfig(
+            steps=self.steps, weight_rate=rate, lut_rate=rate, norm_rate=self.rates * 1e-3, warmup=0.05,
+            final_rate=0.0, decay="cosine",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """What a layer is fitted on.
+
+    Attributes:
+        inputs: float32 [windows, context, width]: what the palettized layers before it make.
+        targets: what the float layer makes of the float layers before it, of the same shape.
+        weights: what an error costs: [width], or [width, width], by which errors are multiplied; None: all alike.
+        held_out: the last windows, which are not trained on.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    weights: Tensor | None
+    held_out: int
+
+    @property
+    def trained(self) -> int:
+        """Windows that are trained on."""
+        return len(self.inputs) - self.held_out
+
+
+def output_loss(output: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean squared error of hidden states [windows, context, width], weighed."""
+    error = output - target
+    if weights is not None:
+        error = error @ weights if weights.dim() == 2 else error * weights
+    return error.square().mean()
+
+
+def fit_block(
+    block: LayerBlock, data: BlockData, settings: FitSettings, *, advance: Callable[[int], None] | None = None
+) -> tuple[float, float]:
+    """Train the palettized modules of a layer; they are left as they were where that did not help.
+
+    Args:
+        block: its module holds palettized layers.
+        data: to fit it on.
+        settings: how.
+        advance: called with the number of windows after each step.
+
+    Returns:
+        The loss on the held-out windows before and after, the former as a share of the mean square of the targets.
+    """
+    module = block.module
+    clusters = clusters_of(module)
+    weights = None if data.weights is None else data.weights.to(block.device)
+    before = _held_out_loss(block, data, weights, settings.batch)
+    if not before > 0:
+        return before, before
+    start = copy.deepcopy(module.state_dict())
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(settings.norms or ".clusters." in f".{name}")
+    config = settings.config(min((each.rule.bits for each in clusters.values()), default=4))
+    optimizer = build_optimizer(module, config)
+    attach(module, optimizer)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    batch = ClusterBatch(list(clusters.values()))
+    batch.defer()
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    order = _Order(data.trained, settings)
+    for step in range(settings.steps):
+        factor = rate_at(config, step / settings.steps)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        rows = order.next()
+        batch.refresh()
+        with torch.enable_grad():
+            made = block(data.inputs[rows], rows)
+            loss = output_loss(made, data.targets[rows].to(block.device), weights) / before
+            torch.autograd.backward(loss)
+        batch.gradients()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if advance is not None:
+            advance(len(rows))
+    module.requires_grad_(False)
+    batch.refresh()
+    after = _held_out_loss(block, data, weights, settings.batch)
+    if not after < before:  # NaN is no less
+        module.load_state_dict(start)
+        for each in clusters.values():
+            each.restored()
+    return before, after
+
+
+def _held_out_loss(block: LayerBlock, data: BlockData, weights: Tensor | None, batch: int) -> float:
+    total = 0.0
+    with torch.no_grad():
+        for rows in torch.arange(data.trained, len(data.inputs)).split(batch):
+            made = block(data.inputs[rows], rows)
+            total += float(output_loss(made, data.targets[rows].to(block.device), weights)) * len(rows)
+    return total / data.held_out
+
+
+class _Order:
+    """Windows of each step: all of them in a random order, again and again."""
+
+    def __init__(self, windows: int, settings: FitSettings) -> None:
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._windows, self._batch = windows, min(windows, settings.batch)
+        self._left = torch.empty(0, dtype=torch.int64)
+
+    def next(self) -> Tensor:
+        """int64 [windows of a step]."""
+        if len(self._left) < self._batch:
+            self._left = torch.randperm(self._windows, generator=self._generator)
+        rows, self._left = self._left[: self._batch], self._left[self._batch :]
+        return rows
