@@ -50,7 +50,10 @@ class Compensation:
         palettized: {module name: what became of its weight}.
         energy: {module name: float32 [in]} mean square of the inputs of layers that are left to the caller: of those
             that `compensated_weight.makes_up` says no to.
+        dense: {parameter name: values} of others that changed: none do.
     """
+
+    dense: Mapping[str, Tensor] = {}
 
     def __init__(
         self,
@@ -157,7 +160,9 @@ class Propagation(Compensation):
         Args:
             model: a causal language model of transformers or a `SentenceModel`, in eval mode, in any float dtype.
             rules: by module name; layers without one stay as they are.
-            consume, source, advance: as of `Compensation`.
+            consume: as of `Compensation`, like the following.
+            source: name of the model.
+            advance: called when a module is done.
         """
         self._model, self._head = model, model.get_output_embeddings()
         outer = {id(_parameter(layer)) for layer in (model.get_input_embeddings(), self._head) if layer}
@@ -188,6 +193,7 @@ class Propagation(Compensation):
         name = next((name for name, module in self._model.named_modules() if module is self._head), None)
         if name is not None:
             self._record(name, hidden)
+
 
 def _require_finite(name: str, values: Tensor) -> None:
     if not all_finite(values):

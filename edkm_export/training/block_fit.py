@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from edkm_export.training.layer_block import LayerBlock
 from edkm_export.training.optimizer import build_optimizer, rate_at
+from edkm_export.training.output_importance import OutputWeights, relative_scale
 from edkm_export.training.palettized.batch import ClusterBatch
 from edkm_export.training.palettized.surgery import attach, clusters_of
 from edkm_export.training.train_config import TrainConfig
 
-__all__ = ["BlockData", "FitSettings", "fit_block", "output_loss"]
+__all__ = ["BlockData", "FitSettings", "fit_block"]
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,20 @@ class FitSettings:
         batch: windows of a step.
         rates: multiplies the learning rates of `weight_rate`.
         norms: train norms and biases, too.
-        seed: of the order of the windows.
+        weighs: how errors are weighed, see `OutputWeights`.
+        seed: of the order of the windows, and of the labels that weigh errors.
     """
 
     steps: int
     batch: int
     rates: float = 1.0
     norms: bool = True
+    weighs: OutputWeights = "full"
     seed: int = 0
+
+    def with_steps(self, steps: int) -> FitSettings:
+        """The same with another number of steps."""
+        return replace(self, steps=steps)
 
     def config(self, bits: int) -> TrainConfig:
         """Learning rates for weights of so many bits: those of the presets of training."""
@@ -57,13 +64,16 @@ class BlockData:
     Attributes:
         inputs: float32 [windows, context, width]: what the palettized layers before it make.
         targets: what the float layer makes of the float layers before it, of the same shape.
-        weights: what an error costs: [width], or [width, width], by which errors are multiplied; None: all alike.
+        weights: what errors, as shares of the token's root mean square, are multiplied by: [width], or
+            [width, width]; None: by one.
+        relative: whether errors are such shares; otherwise they are what they are, and `weights` is None.
         held_out: the last windows, which are not trained on.
     """
 
     inputs: Tensor
     targets: Tensor
     weights: Tensor | None
+    relative: bool
     held_out: int
 
     @property
@@ -71,13 +81,23 @@ class BlockData:
         """Windows that are trained on."""
         return len(self.inputs) - self.held_out
 
+    def loss(self, block: LayerBlock, rows: Tensor) -> Tensor:
+        """Mean squared error of what a layer makes of some windows, int64 [windows], weighed."""
+        target = self.targets[rows]
+        error = block(self.inputs[rows], rows) - target
+        if self.relative:
+            error = error * relative_scale(target)
+        if self.weights is not None:
+            error = error @ self.weights if self.weights.dim() == 2 else error * self.weights
+        return error.square().mean()
 
-def output_loss(output: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean squared error of hidden states [windows, context, width], weighed."""
-    error = output - target
-    if weights is not None:
-        error = error @ weights if weights.dim() == 2 else error * weights
-    return error.square().mean()
+    @torch.no_grad()
+    def held_out_loss(self, block: LayerBlock, batch: int) -> float:
+        """The loss on windows that are not trained on."""
+        total = 0.0
+        for rows in torch.arange(self.trained, len(self.inputs)).split(batch):
+            total += float(self.loss(block, rows)) * len(rows)
+        return total / self.held_out
 
 
 def fit_block(
@@ -92,12 +112,11 @@ def fit_block(
         advance: called with the number of windows after each step.
 
     Returns:
-        The loss on the held-out windows before and after, the former as a share of the mean square of the targets.
+        The loss on the held-out windows before and after.
     """
     module = block.module
     clusters = clusters_of(module)
-    weights = None if data.weights is None else data.weights.to(block.device)
-    before = _held_out_loss(block, data, weights, settings.batch)
+    before = data.held_out_loss(block, settings.batch)
     if not before > 0:
         return before, before
     start = copy.deepcopy(module.state_dict())
@@ -118,9 +137,7 @@ def fit_block(
         rows = order.next()
         batch.refresh()
         with torch.enable_grad():
-            made = block(data.inputs[rows], rows)
-            loss = output_loss(made, data.targets[rows].to(block.device), weights) / before
-            torch.autograd.backward(loss)
+            torch.autograd.backward(data.loss(block, rows) / before)
         batch.gradients()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -129,21 +146,12 @@ def fit_block(
             advance(len(rows))
     module.requires_grad_(False)
     batch.refresh()
-    after = _held_out_loss(block, data, weights, settings.batch)
+    after = data.held_out_loss(block, settings.batch)
     if not after < before:  # NaN is no less
         module.load_state_dict(start)
         for each in clusters.values():
             each.restored()
     return before, after
-
-
-def _held_out_loss(block: LayerBlock, data: BlockData, weights: Tensor | None, batch: int) -> float:
-    total = 0.0
-    with torch.no_grad():
-        for rows in torch.arange(data.trained, len(data.inputs)).split(batch):
-            made = block(data.inputs[rows], rows)
-            total += float(output_loss(made, data.targets[rows].to(block.device), weights)) * len(rows)
-    return total / data.held_out
 
 
 class _Order:

@@ -34,15 +34,20 @@ class LayerBlock:
 
         Args:
             layer: as the model holds it, in any float dtype.
-            args, named: of its call, behind the hidden states.
+            args: of its call, behind the hidden states.
+            named: arguments of its call by name.
             windows: of that call: arguments of as many rows are cut like the hidden states.
             device: where to compute.
         """
         self.device = device
-        self.module = copy.deepcopy(layer)
+        replaced = layer.__dict__.pop("forward", None)  # which may know the whole model
+        try:
+            self.module = copy.deepcopy(layer)
+        finally:
+            if replaced is not None:
+                layer.forward = replaced
         for module in self.module.modules():
             module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
-            module.__dict__.pop("forward", None)
         self.module.float().to(device).eval().requires_grad_(False)
         self._windows = windows
         self._args = [self._placed(each) for each in args]

@@ -30,6 +30,7 @@ from edkm_export.reference.conv1d import is_conv1d
 from edkm_export.reference.streamed_model import device_of, is_layer, release, streamed_weights
 from edkm_export.training.block_fit import BlockData, FitSettings, fit_block
 from edkm_export.training.layer_block import LayerBlock
+from edkm_export.training.output_importance import output_importance
 from edkm_export.training.palettized.clusters import ClusterMethod
 from edkm_export.training.palettized.surgery import clusters_of, insert_palettes
 
@@ -41,11 +42,11 @@ _HELD_OUT = 16  # one window of so many shows whether fitting helped
 
 @dataclass(frozen=True)
 class Fitted:
-    """How well a layer was fitted: errors as of `fit_block`, as shares of the mean square of what it adds up to.
+    """How well a layer was fitted.
 
     Attributes:
         name: of the layer.
-        before, after: the error on windows that were not trained on, with compensation alone and after fitting.
+        before, after: the loss on windows that were not trained on, with compensation alone and after fitting.
     """
 
     name: str
@@ -81,7 +82,6 @@ class Reconstruction:
         settings: FitSettings,
         *,
         device: torch.device | str = "cpu",
-        importance: Mapping[str, Tensor] | None = None,
         consume: bool = False,
         source: str = "model",
         advance: Callable[[str, int], None] | None = None,
@@ -93,7 +93,6 @@ class Reconstruction:
             rules: by module name.
             settings: of the fit.
             device: where layers are fitted, one at a time; the model stays where it is.
-            importance: {name of a decoder layer: what an error of its output costs}, see `BlockData.weights`.
             consume: free each weight when it is done; otherwise the model is left as it is.
             source: name of the model, for messages.
             advance: called with a module's name and its number of weights when it is done.
@@ -102,7 +101,8 @@ class Reconstruction:
             InputError: its layers take more than hidden states of the layer before them.
         """
         self._model, self._rules, self._settings = model, rules, settings
-        self._device, self._importance = torch.device(device), importance or {}
+        self._device = torch.device(device)
+        self._importance: dict[str, Tensor] = {}
         self._consume = consume and streamed_weights(model) is None
         self._source, self._advance = source, advance
         self._layers = layers_of(model)
@@ -125,6 +125,18 @@ class Reconstruction:
             InputError: a token is beyond the vocabulary, or a weight or an activation is not finite.
         """
         check_vocabulary(self._model, windows)
+        settings = self._settings
+        if settings.weighs in ("full", "diagonal"):
+            with _reproducible(self._device):
+                self._importance = output_importance(
+                    self._model,
+                    windows,
+                    self._layers,
+                    kind=settings.weighs,
+                    device=self._device,
+                    seed=settings.seed,
+                    batch=settings.batch,
+                )
         try:
             with float32_activations(self._model), self._taking_over(), _reproducible(self._device):
                 hidden = run_body(self._model, windows.to(device_of(self._model)))
@@ -164,11 +176,16 @@ class Reconstruction:
         self._stream = targets
         palettes = self._start(name, block, hidden)
         insert_palettes(block.module, palettes, self._rules_in(name, palettes), method=ClusterMethod())
-        data = BlockData(hidden, targets, self._importance.get(name), max(1, count // _HELD_OUT))
-        before, after = fit_block(block, data, self._settings)
+        weights = self._importance.get(name)
+        data = BlockData(
+            hidden,
+            targets,
+            None if weights is None else weights.to(self._device),
+            relative=self._settings.weighs != "none",
+            held_out=max(1, count // _HELD_OUT),
+        )
+        self.fitted.append(Fitted(name, *fit_block(block, data, self._settings)))
         made = block.run(hidden, batch)
-        size = float(targets.square().mean()) or 1.0
-        self.fitted.append(Fitted(name, before / size, after / size))
         self._take(name, layer, block)
         if name == self._last:
             self._stream = None
