@@ -58,15 +58,15 @@ _CONTEXT = 512
 @click.option(
     "--calibration-tokens",
     type=click.IntRange(min=2),
-    help="Tokens of the calibration text to use.  [default: 4096; with --effort high 65536 on CUDA, 32768 on a CPU]",
+    help="Tokens of the calibration text to use.  [default: 4096; --effort high: 65536 on CUDA, 32768 on CPU]",
 )
 @click.option(
     "--effort",
     type=click.Choice(["normal", "high"]),
     default="normal",
     show_default=True,
-    help="high: fit each layer's indices, LUTs and norms to what the float layer makes of the calibration text. Minutes "
-    "on a GPU, many on a CPU.",
+    help="high: fit indices, LUTs and norms of each layer to what the float layer makes of the calibration text. "
+    "Minutes on a GPU, many on a CPU.",
 )
 @click.option(
     "--device",

@@ -82,13 +82,18 @@ class BlockData:
         return len(self.inputs) - self.held_out
 
     def loss(self, block: LayerBlock, rows: Tensor) -> Tensor:
-        """Mean squared error of what a layer makes of some windows, int64 [windows], weighed."""
+        """What the errors of a layer's output cost on some windows, int64 [windows], in the mean over their tokens.
+
+        With weights it is an estimate of the KL divergence in nats, q, of which log(1 + q) is taken: a token whose
+        prediction is lost has nothing left to lose, and must not outweigh all others.
+        """
         target = self.targets[rows]
         error = block(self.inputs[rows], rows) - target
         if self.relative:
             error = error * relative_scale(target)
         if self.weights is not None:
             error = error @ self.weights if self.weights.dim() == 2 else error * self.weights
+            return (error.square().sum(-1) / 2).log1p().mean()
         return error.square().mean()
 
     @torch.no_grad()

@@ -29,6 +29,7 @@ class LayerBlock:
         *,
         windows: int,
         device: torch.device,
+        values: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Copy a layer.
 
@@ -38,6 +39,7 @@ class LayerBlock:
             named: arguments of its call by name.
             windows: of that call: arguments of as many rows are cut like the hidden states.
             device: where to compute.
+            values: {parameter name in the layer: values}, where the layer itself has none at the moment.
         """
         self.device = device
         replaced = layer.__dict__.pop("forward", None)  # which may know the whole model
@@ -46,6 +48,11 @@ class LayerBlock:
         finally:
             if replaced is not None:
                 layer.forward = replaced
+        for inner, tensor in (values or {}).items():
+            owner, _, attribute = inner.rpartition(".")
+            self.module.get_submodule(owner)._parameters[attribute] = nn.Parameter(
+                tensor, requires_grad=False
+            )
         for module in self.module.modules():
             module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
         self.module.float().to(device).eval().requires_grad_(False)

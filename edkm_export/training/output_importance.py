@@ -24,7 +24,7 @@ from edkm_export.activity import activity
 from edkm_export.calibration import float32_activations, run_body
 from edkm_export.errors import InputError
 from edkm_export.palette import all_finite
-from edkm_export.reference.streamed_model import device_of
+from edkm_export.reference.streamed_model import device_of, streamed_weights, values_of
 from edkm_export.training.layer_block import LayerBlock
 
 __all__ = ["OutputWeights", "output_importance", "relative_scale"]
@@ -33,8 +33,12 @@ OutputWeights = Literal["full", "diagonal", "tokens", "none"]
 """How errors of a layer's output are weighed: by F, by its diagonal, as shares of the token's size alone, or not."""
 
 _WINDOWS = 16  # more say hardly more of a mean over tokens
+_VALUES = 1 << 27  # hidden states that are kept, of all layers: 512 MiB in float32
+_WIDEST = 2048  # whose F is kept whole, a square for each layer
 _SHRINKAGE = 0.1  # of F towards its diagonal
-_FLOOR = 1e-3  # of its mean diagonal, so that no direction is free
+_FLOOR = (
+    1e-6  # of its mean diagonal, so that no direction is free; a channel may be 300 times as large as others
+)
 
 
 def relative_scale(hidden: Tensor) -> Tensor:
@@ -56,20 +60,23 @@ def output_importance(
 
     Args:
         model: a float causal language model of transformers, in eval mode; it stays as and where it is.
-        windows: int64 [windows, context]; the first 16 are used.
+        windows: int64 [windows, context]; the first 16 are used, fewer where their hidden states are large.
         layers: its stack, in order, see `reconstruction.layers_of`.
-        kind: all of F, as a factor L with L L' = F, or the root of its diagonal.
+        kind: all of F, as a factor L with L L' = F, or the root of its diagonal; the latter for more than 2,048
+            channels in any case.
         device: where layers are computed.
         seed: of the labels.
         batch: windows at a time.
 
     Returns:
-        {name of the layer: float32 [width, width] or [width]}, with a mean square of one for each channel.
+        {name of the layer: float32 [width, width] or [width]}; half of the square is an estimate in nats.
 
     Raises:
         InputError: a gradient is not finite.
     """
-    windows = windows[:_WINDOWS]
+    width = model.get_input_embeddings().weight.shape[1]
+    kind = kind if width <= _WIDEST else "diagonal"
+    windows = windows[: min(_WINDOWS, max(1, _VALUES // (len(layers) * width * windows.shape[1])))]
     found: dict[str, Tensor] = {}
     with activity("measuring what errors cost", len(layers) + 2, "layers") as counted:
         calls, last = _record(model, windows, layers)
@@ -81,7 +88,14 @@ def output_importance(
             _check(name, gradient)
             found[name] = _factor(gradient, output, kind)
             hidden, args, named = calls.pop(name)
-            block = LayerBlock(layers[name], args, named, windows=len(windows), device=torch.device(device))
+            values = None
+            if streamed_weights(model) is not None:
+                values = {
+                    inner: values_of(model, f"{name}.{inner}") for inner, _ in layers[name].named_parameters()
+                }
+            block = LayerBlock(
+                layers[name], args, named, windows=len(windows), device=torch.device(device), values=values
+            )
             output = hidden.to(device)
             gradient = _pulled_back(block, output, gradient, batch)
             counted.advance()
@@ -175,13 +189,13 @@ def _factor(gradient: Tensor, output: Tensor, kind: str) -> Tensor:
     scaled = (gradient / relative_scale(output)).flatten(0, 1).double()
     if kind == "diagonal":
         diagonal = scaled.square().mean(0)
-        return (diagonal / diagonal.mean()).clamp_min(_FLOOR).sqrt().float()
+        return diagonal.clamp_min(_FLOOR * float(diagonal.mean())).sqrt().float()
     fisher = scaled.t() @ scaled / len(scaled)
     diagonal = fisher.diagonal().clone()
     fisher = fisher * (1 - _SHRINKAGE)
     fisher.diagonal().copy_(diagonal + _FLOOR * diagonal.mean())
-    values, vectors = torch.linalg.eigh(fisher / diagonal.mean())
-    return (vectors * values.clamp_min(0).sqrt()).float()
+    factor: Tensor = torch.linalg.cholesky(fisher)
+    return factor.float()
 
 
 def _check(name: str, gradient: Tensor) -> None:
