@@ -34,7 +34,8 @@ def main() -> None:
         )
         for name, layer in layers.items()
     }
-    settings = f"groups of {group}, {'symmetric' if given['sym'] else 'asymmetric'}, 200 iterations, {given['nsamples']} windows"
+    kind = "symmetric" if given["sym"] else "asymmetric"
+    settings = f"groups of {group}, {kind}, 200 iterations, {given['nsamples']} windows"
     task.finish(weights, bits, settings, "auto-round")
 
 

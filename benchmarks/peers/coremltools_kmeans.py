@@ -1,4 +1,4 @@
-"""coremltools' palettizers: k-means (PostTrainingPalettizer) and sensitive k-means (SKMPalettizer), groups of 16 rows."""
+"""coremltools' palettizers: k-means (PostTrainingPalettizer) and sensitive k-means (SKMPalettizer), 16-row groups."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 # Numbers of ggml_type in ggml.h.
 TYPES = {
-    "Q4_0": 2, "Q5_0": 6, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ2_XXS": 16, "IQ2_XS": 17,
-    "IQ3_XXS": 18, "IQ4_NL": 20, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23,
+    "Q4_0": 2, "Q5_0": 6, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ2_XXS": 16,
+    "IQ2_XS": 17, "IQ3_XXS": 18, "IQ4_NL": 20, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23,
 }  # fmt: skip
 FALLBACK = {
     "Q2_K": "Q4_0",
@@ -54,6 +54,7 @@ class Ggml:
         ]  # fmt: skip
 
     def traits(self, name: str) -> _Traits:
+        """Block sizes of a type, and how it is dequantized."""
         found: _Traits = self._library.ggml_get_type_traits(TYPES[name]).contents
         assert found.type_name.decode().upper() == name, f"{name} is {found.type_name!r} in this llama.cpp"
         return found

@@ -1,4 +1,4 @@
-"""mlx-lm's DWQ (distilled weight quantization): scales and biases of groups of 64 are trained against the float model."""
+"""mlx-lm's DWQ (distilled weight quantization): scales and biases of groups of 64, trained against the float model."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def main() -> None:
         (data / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in some))
     words = [
         sys.executable, "-m", "mlx_lm.quant.dwq", "--model", str(task.model), "--mlx-path", str(made),
-        "--bits", str(task.bits), "--group-size", str(GROUP), "--data-path", str(data), "--num-samples", str(len(texts)),
-        "--max-seq-length", str(task.windows.shape[1] + 1), "--seed", str(task.seed),
+        "--bits", str(task.bits), "--group-size", str(GROUP), "--data-path", str(data),
+        "--num-samples", str(len(texts)), "--max-seq-length", str(task.windows.shape[1] + 1), "--seed", str(task.seed),
     ]  # fmt: skip
     subprocess.run(words, check=True)
     model, _ = load(str(made))

@@ -46,6 +46,7 @@ class Task:
 
     @classmethod
     def read(cls) -> Task:
+        """The task that the command line names; the seed is set."""
         given = json.loads(Path(sys.argv[1]).read_text())
         windows = torch.tensor(json.loads(Path(given["windows"]).read_text()))
         torch.manual_seed(given["seed"])
@@ -64,6 +65,7 @@ class Task:
         return model.to(self.device).eval()
 
     def tokenizer(self) -> Any:
+        """Of the model."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.model, local_files_only=True, trust_remote_code=False)

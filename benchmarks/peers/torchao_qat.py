@@ -1,4 +1,4 @@
-"""torchao's quantization-aware training: fake-quantized weights in groups of 32, cross-entropy on the calibration text."""
+"""torchao's quantization-aware training: fake-quantized weights in groups of 32, cross-entropy on the text."""
 
 from __future__ import annotations
 
