@@ -13,9 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 
+from converters.onnx.backend import load_onnxruntime
 from edkm_export.errors import CheckpointError
 from edkm_export.importing import import_state
 from tests.hostile.archives import rewrite
@@ -339,3 +342,31 @@ def test_templates_without_end(source) -> None:
         source, "train", source, "--data", source / "it.jsonl", "-o", source / "run", "--steps", 1
     )
     assert "was stopped" in message or "too much memory" in message
+
+
+@pytest.mark.parametrize("template", [7, ["x"], {"default": 7}, [{"name": "a", "template": None}], True])
+def test_a_template_that_is_no_text(template, source) -> None:
+    settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["chat_template"] = template
+    (source / "chat_template.jinja").unlink(missing_ok=True)
+    (source / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    message = refused(source, "palettize", source, "-o", source / "out.pt", "--no-estimate")
+    assert "template" in message
+
+
+def test_onnxruntime_prints_nothing(capfd) -> None:
+    """Its log of what fails holds names of the graph, and colours."""
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Gather", ["table", "index"], ["row"], name="\x1b[2J")],
+        "lookup",
+        [onnx.helper.make_tensor_value_info("index", onnx.TensorProto.INT64, [1])],
+        [onnx.helper.make_tensor_value_info("row", onnx.TensorProto.FLOAT, [1])],
+        [onnx.helper.make_tensor("table", onnx.TensorProto.FLOAT, [2], [0.0, 1.0])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    session = load_onnxruntime().InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    with pytest.raises(Exception, match="out of data bounds"):
+        session.run(None, {"index": np.array([9])})
+    assert capfd.readouterr() == ("", "")
