@@ -100,7 +100,7 @@ class BlockData:
     def held_out_loss(self, block: LayerBlock, batch: int) -> float:
         """The loss on windows that are not trained on."""
         total = 0.0
-        for rows in torch.arange(self.trained, len(self.inputs)).split(batch):
+        for rows in torch.split(torch.arange(self.trained, len(self.inputs)), batch):
             total += float(self.loss(block, rows)) * len(rows)
         return total / self.held_out
 

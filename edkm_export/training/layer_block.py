@@ -80,7 +80,7 @@ class LayerBlock:
     def run(self, hidden: Tensor, batch: int, advance: Callable[[int], None] | None = None) -> Tensor:
         """What it makes of all windows: float32 [windows, context, width], `batch` of them at a time."""
         made = torch.empty_like(hidden, dtype=torch.float32)
-        for rows in torch.arange(len(hidden)).split(batch):
+        for rows in torch.split(torch.arange(len(hidden)), batch):
             made[rows] = self(hidden[rows], rows)
             if advance is not None:
                 advance(len(rows))

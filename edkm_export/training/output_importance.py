@@ -176,7 +176,7 @@ def _answer(output: Tensor, *_: Any, **__: Any) -> Tensor:
 def _pulled_back(block: LayerBlock, hidden: Tensor, gradient: Tensor, batch: int) -> Tensor:
     """Gradient at a layer's inputs from that at its outputs, both [windows, context, width]."""
     made = torch.empty_like(hidden)
-    for rows in torch.arange(len(hidden)).split(batch):
+    for rows in torch.split(torch.arange(len(hidden)), batch):
         leaf = hidden[rows].detach().requires_grad_()
         with torch.enable_grad():
             output = block(leaf, rows)

@@ -12,6 +12,7 @@ from edkm_export.calibration import input_energy
 from edkm_export.errors import InputError
 from edkm_export.palettization import PalettizedModel, palettizable_shapes, palettize_model
 from edkm_export.recipe import Recipe, Rule, uniform_recipe
+from edkm_export.reference.conv1d import as_linear
 from edkm_export.training.block_fit import FitSettings
 from edkm_export.training.reconstruction import Reconstruction, layers_of, windows_in_streams
 from tests.helpers import odd_families
@@ -43,14 +44,15 @@ def decoded(model: nn.Module, parts: PalettizedModel) -> Any:
     return other
 
 
+@pytest.mark.slow
 def test_a_fitted_model_is_nearer_to_the_original():
     """Nearer than where layers only make up for their errors, on other tokens than those it was fitted on.
 
-    Random tokens have nothing that carries over but their distribution; 0.95 is half of what was seen to be gained.
+    Random tokens have nothing that carries over but their distribution; 0.92 was seen.
     """
-    model, windows, tokens = build("gqa_4"), windows_of(128, 32), windows_of(8, 32, seed=1)
+    model, windows, tokens = build("gqa_4"), windows_of(64, 32), windows_of(8, 32, seed=1)
     plain = palettize_model(copy.deepcopy(model), uniform_recipe(2), windows=windows)
-    settings = FitSettings(steps=60, batch=8, rates=0.3, weighs="none")
+    settings = FitSettings(steps=100, batch=8, rates=0.3, weighs="none")
     made, record = fitted(copy.deepcopy(model), uniform_recipe(2), windows, settings)
     assert all(each.after < each.before for each in record.fitted)
     with torch.no_grad():
@@ -117,7 +119,10 @@ def test_other_weights_of_errors(weighs):
     assert all(each.after <= each.before for each in made.fitted)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma3", "qwen3_5", "lfm2"])
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", "gemma3", *(pytest.param(each, marks=pytest.mark.slow) for each in ("qwen3_5", "lfm2"))],
+)
 def test_families(family):
     """Conv1D, sliding windows and two kinds of RoPE, gated DeltaNet, short convolutions."""
     model = odd_families.build(family)
@@ -138,10 +143,11 @@ def test_families(family):
         del inner.palettized[name]
     hidden: list[Tensor] = []
     twin = copy.deepcopy(model).float()
-    for name, values in {**{k: v.decode() for k, v in inner.palettized.items()}, **inner.dense}.items():
-        parameter = dict(twin.named_parameters()).get(name)
-        if parameter is not None:
-            parameter.data = (values.t() if parameter.shape != values.shape else values).float()
+    state = {**{key: palette.decode() for key, palette in inner.palettized.items()}, **inner.dense}
+    own = dict(twin.named_parameters())
+    for name, values in as_linear(twin, state).items():
+        if name in own:
+            own[name].data = values.float()
     twin.get_output_embeddings().register_forward_pre_hook(lambda _module, args: hidden.append(args[0]))
     with torch.no_grad():
         twin(windows)
