@@ -101,7 +101,7 @@ class Reconstruction:
             InputError: its layers take more than hidden states of the layer before them.
         """
         self._model, self._rules, self._settings = model, rules, settings
-        self._device = torch.device(device)
+        self._device = self._place = torch.device(device)
         self._importance: dict[str, Tensor] = {}
         self._consume = consume and streamed_weights(model) is None
         self._source, self._advance = source, advance
@@ -166,7 +166,8 @@ class Reconstruction:
 
     def _forward(self, name: str, layer: nn.Module, hidden: Tensor, *args: Any, **named: Any) -> Tensor:
         """What the fitted layer makes of the palettized stream [windows, context, width]."""
-        place = hidden.device
+        if self._stream is None:
+            self._place = hidden.device  # of the model, which takes up again what the last layer makes
         hidden = hidden.to(self._device, torch.float32)
         count, batch = len(hidden), self._settings.batch
         block = LayerBlock(layer, args, named, windows=count, device=self._device)
@@ -189,7 +190,7 @@ class Reconstruction:
         self._take(name, layer, block)
         if name == self._last:
             self._stream = None
-        return made.to(place) if name == self._last else made
+        return made.to(self._place) if name == self._last else made
 
     def _start(self, name: str, block: LayerBlock, hidden: Tensor) -> dict[str, PalettizedTensor]:
         """{name in the layer: palette}, with errors made up for inside of the layer."""
