@@ -1,36 +1,54 @@
-r"""One-shot palettization of a model: k-means weighted by activations, and layers that make up for their errors.
+r"""One-shot palettization: weighted k-means, layers that make up for their errors, and layers that are fitted.
 
     python -m benchmarks.one_shot MODEL --calibration TEXT --text cfi.txt:0.3 --text devil.txt --bits 4 --bits 3.25
+    python -m benchmarks.one_shot MODEL --calibration TEXT --text cfi.txt:0.3 --bits 4.1 --effort high \
+        --device cuda --seed 0 --seed 1 --json one-shot.json
 
 Perplexity, KL to the original and top-1 agreement on each text, in windows of 512. Bits that are not whole are mixed
 up to that average over the decoder, LUTs included, by Fisher information, as the presets of `train` do. A text
 FILE:0.3 starts at 30% of the file's characters; it must not be the calibration text.
+
+With --effort high layers are fitted as `palettize --effort high` does; each --vary changes that in one point, such as
+`--vary weighs=none --vary norms=false --vary steps=200 --vary tokens=16384`, in a row of its own beside the unchanged
+one. --self-generated adds text that the original writes itself to the calibration text.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from benchmarks.accuracy import split
+from edkm_export.api.effort import Effort
 from edkm_export.calibration import input_energy
 from edkm_export.palettization import PalettizedModel, palettizable_shapes, palettize_model
 from edkm_export.recipe import Recipe, uniform_recipe
 from edkm_export.reference.conv1d import as_linear, held_weight
 from edkm_export.reference.source import Source, load_model, load_tokenizer
 from edkm_export.text import read_text, token_windows
+from edkm_export.training.block_fit import FitSettings
 from edkm_export.training.evaluation import Evaluation, evaluate
+from edkm_export.training.reconstruction import Reconstruction, windows_in_streams
+from edkm_export.training.self_generated import first_token, generate
 from edkm_export.training.sensitivity import Sensitivity, allocate_bits, fisher_factors, mixed_recipe
+from edkm_export.training.tokens import Tokens
 
 CONTEXT = 512
+ONE_SHOT_TOKENS = 4096
+
+Palettize = Callable[[Any, Recipe], PalettizedModel]
 
 
 def recipe_of(model: Any, windows: Tensor, bits: float) -> Recipe:
@@ -47,13 +65,63 @@ def recipe_of(model: Any, windows: Tensor, bits: float) -> Recipe:
     return mixed_recipe(base, allocate_bits(found.sizes, found.loss, budget), plan)
 
 
-def methods(windows: Tensor) -> dict[str, Callable[[Any, Recipe], PalettizedModel]]:
+def plain_methods(windows: Tensor) -> dict[str, Palettize]:
     return {
         "weighted k-means": lambda model, recipe: palettize_model(
             model, recipe, energy=input_energy(model, windows)
         ),
         "errors made up for": lambda model, recipe: palettize_model(model, recipe, windows=windows),
     }
+
+
+def fitted(windows: Tensor, settings: FitSettings, device: str, tokens: int) -> Palettize:
+    """Layers fitted on the first of the windows; they are drawn from all of the text, in a fixed order."""
+
+    def palettize(model: Any, recipe: Recipe) -> PalettizedModel:
+        some = windows_in_streams(model, windows[: max(2, tokens // CONTEXT)])
+        rules = recipe.plan(palettizable_shapes(model), "model")
+        made = Reconstruction(model, rules, settings, device=device, consume=True)
+        made.run(some)
+        return palettize_model(model, recipe, begun=made)
+
+    return palettize
+
+
+def fitted_methods(
+    windows: Tensor,
+    settings: FitSettings,
+    device: str,
+    tokens: int,
+    seeds: tuple[int, ...],
+    changes: tuple[str, ...],
+) -> dict[str, Palettize]:
+    """{name: method}: as it is, with each seed, and with one thing changed, with the first seed."""
+    found = {}
+    for seed in seeds:
+        found[f"fitted, seed {seed}"] = fitted(windows, replace(settings, seed=seed), device, tokens)
+    for change in changes:
+        name, _, value = change.partition("=")
+        settled = {name: yaml.safe_load(value)}
+        count = settled.pop("tokens", tokens)
+        own = replace(settings, seed=seeds[0], **settled)
+        found[f"fitted, {change}"] = fitted(windows, own, device, count)
+    return found
+
+
+def calibration_windows(
+    text: str, tokenizer: Any, original: Any, *, tokens: int, own_tokens: int, device: str, source: str
+) -> Tensor:
+    """Windows of a text, and of what the original writes itself, mixed."""
+    windows = token_windows(text, tokenizer, tokens=tokens, context=CONTEXT, source=source)
+    if not own_tokens:
+        return windows
+    data = Tokens(windows.flatten())
+    made = generate(
+        original.to(device), data, tokens=own_tokens, context=CONTEXT, start=first_token(tokenizer), seed=0
+    )
+    original.cpu()
+    both = torch.cat([windows, made.ids.long().view(-1, CONTEXT)])
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(0))]
 
 
 def cell(found: Evaluation) -> str:
@@ -63,52 +131,113 @@ def cell(found: Evaluation) -> str:
 @click.command(help=__doc__)
 @click.argument("model")
 @click.option("--calibration", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--calibration-tokens", default=4096, show_default=True)
+@click.option(
+    "--calibration-from", default=0.0, help="Share of the calibration text that is left out at its start."
+)
+@click.option("--calibration-tokens", type=int, help="[default: 4096; with --effort high as `palettize`]")
+@click.option(
+    "--self-generated", default=0, help="Tokens that the original writes itself, added to the text."
+)
 @click.option("--text", "texts", required=True, multiple=True)
 @click.option("--eval-tokens", default=4096, show_default=True)
 @click.option("--bits", "sizes", default=[4.0, 3.0], multiple=True, type=float, show_default=True)
 @click.option("--method", "chosen", multiple=True, help="Only these.")
+@click.option("--effort", default="normal", type=click.Choice(["normal", "high"]))
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Of --effort high.")
+@click.option("--steps", type=int, help="Of --effort high.")
+@click.option("--seed", "seeds", default=[0], multiple=True, help="Of --effort high.")
+@click.option("--vary", multiple=True, help="NAME=VALUE: a row with one thing of --effort high changed.")
+@click.option(
+    "--json", "rows_file", type=click.Path(path_type=Path), help="Where rows are written as they come."
+)
 def main(
     model: str,
     calibration: Path,
-    calibration_tokens: int,
+    calibration_from: float,
+    calibration_tokens: int | None,
+    self_generated: int,
     texts: tuple[str, ...],
     eval_tokens: int,
     sizes: tuple[float, ...],
     chosen: tuple[str, ...],
+    effort: str,
+    device: str | None,
+    steps: int | None,
+    seeds: tuple[int, ...],
+    vary: tuple[str, ...],
+    rows_file: Path | None,
 ) -> None:
     source = Source.parse(model).locate()
     tokenizer, original = load_tokenizer(source), load_model(source).float()
-    windows = token_windows(
-        read_text(calibration), tokenizer, tokens=calibration_tokens, context=CONTEXT, source=str(calibration)
+    level = Effort.of(effort, device=device, steps=steps)
+    place = "cpu" if level is None else level.device
+    tokens = calibration_tokens or (ONE_SHOT_TOKENS if level is None else level.tokens)
+    text = read_text(calibration)
+    windows = calibration_windows(
+        text[int(len(text) * calibration_from) :],
+        tokenizer,
+        original,
+        tokens=max(tokens - self_generated, CONTEXT),
+        own_tokens=self_generated,
+        device=place,
+        source=str(calibration),
     )
     evaluation = {}
-    for text in texts:
-        path, start = split(text)
+    for name in texts:
+        path, start = split(name)
         whole = read_text(path)
-        evaluation[text] = token_windows(
-            whole[int(len(whole) * start) :], tokenizer, tokens=eval_tokens, context=CONTEXT, source=text
+        evaluation[name] = token_windows(
+            whole[int(len(whole) * start) :], tokenizer, tokens=eval_tokens, context=CONTEXT, source=name
         )
+    judge = copy.deepcopy(original).to(place)
+    few = windows[: ONE_SHOT_TOKENS // CONTEXT]
     table = Table("bits", "method", "seconds", *(Path(text).name for text in texts))
-    floats = [cell(evaluate(original, each)) for each in evaluation.values()]
-    table.add_row("float", "", "", *floats)
+    floats = [evaluate(judge, each) for each in evaluation.values()]
+    table.add_row("float", "", "", *(cell(each) for each in floats))
+    rows: list[dict[str, Any]] = []
+    methods = plain_methods(few)
+    if level is not None:
+        if not chosen:
+            methods.pop("weighted k-means")
+        methods |= fitted_methods(windows, level.settings, level.device, tokens, seeds, vary)
     for bits in sizes:
-        recipe = recipe_of(copy.deepcopy(original), windows, bits)
-        for name, palettize in methods(windows).items():
+        recipe = recipe_of(copy.deepcopy(judge), few.to(place), bits)
+        for name, palettize in methods.items():
             if chosen and name not in chosen:
                 continue
             twin = load_model(source)
             began = time.monotonic()
             parts = palettize(twin, recipe)
             seconds = time.monotonic() - began
-            state = {name: tensor.decode().float() for name, tensor in parts.palettized.items()}
-            twin = copy.deepcopy(original)
-            for parameter, values in as_linear(twin, state).items():
-                twin.get_parameter(parameter).data = values
-            cells = [cell(evaluate(twin, each, original)) for each in evaluation.values()]
+            found = [evaluate(changed(original, parts, place), each, judge) for each in evaluation.values()]
+            cells = [cell(each) for each in found]
             table.add_row(f"{bits:g}", name, f"{seconds:.0f}", *cells)
-            Console().print(f"{bits:g} {name} {seconds:.0f} s: {'; '.join(cells)}")
+            Console().print(f"{bits:g} {name} {seconds:.0f} s: {'; '.join(cells)}", highlight=False)
+            measured = {text: asdict(each) for text, each in zip(texts, found, strict=True)}
+            rows.append(
+                {
+                    "bits": bits,
+                    "method": name,
+                    "seconds": seconds,
+                    "tokens": windows.numel(),
+                    "texts": measured,
+                }
+            )
+            if rows_file is not None:
+                rows_file.write_text(json.dumps(rows, indent=1))
     Console(width=160).print(table)
+
+
+def changed(original: Any, parts: PalettizedModel, device: str) -> Any:
+    """The float32 model with palettized weights, and with norms as they became."""
+    state = {name: tensor.decode().float() for name, tensor in parts.palettized.items()}
+    state |= {name: tensor.float() for name, tensor in parts.dense.items()}
+    twin = copy.deepcopy(original)
+    own = dict(twin.named_parameters())
+    for name, values in as_linear(twin, state).items():
+        if name in own:
+            own[name].data = values
+    return twin.to(device)
 
 
 if __name__ == "__main__":

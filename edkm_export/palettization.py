@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from edkm_export.reference.streamed_model import release, streamed_weights, valu
 
 __all__ = [
     "PALETTIZABLE",
+    "Begun",
     "PalettizedModel",
     "compact",
     "palettizable_shapes",
@@ -43,6 +44,25 @@ PALETTIZABLE = (
 """Layers whose weight can be palettized; transformers' Conv1D is one too."""
 
 _BLOCK_WEIGHTS = 1 << 22  # weights clustered at a time; bounds the float32 copies
+
+
+class Begun(Protocol):
+    """What is palettized already, since a text went through the model.
+
+    Attributes:
+        palettized: {module name: what became of its weight}.
+        energy: {module name: float32 [in]} mean square of the inputs of others.
+        dense: {parameter name: values, in the model's form} of what stays dense and changed.
+    """
+
+    @property
+    def palettized(self) -> Mapping[str, PalettizedTensor]: ...  # noqa: D102
+
+    @property
+    def energy(self) -> Mapping[str, Tensor]: ...  # noqa: D102
+
+    @property
+    def dense(self) -> Mapping[str, Tensor]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -95,6 +115,7 @@ def palettize_model(
     *,
     energy: Mapping[str, Tensor] | None = None,
     windows: Tensor | None = None,
+    begun: Begun | None = None,
     source: str = "model",
     advance: Callable[[str, int], None] | None = None,
     consume: bool = True,
@@ -109,6 +130,7 @@ def palettize_model(
         windows: of a causal language model: tokens int64 [windows, context], all of which go through it in one call.
             Its linear layers are then palettized so that each makes up for the errors of its columns and of the layers
             before it, see `propagation`. They give the energy, too.
+        begun: what is palettized already, instead of `energy` and `windows`.
         source: name of the model, for messages.
         advance: called with a module's name and its number of weights when it is done.
         consume: free the model's own weights one by one, so that it is used up; False leaves it as it is.
@@ -124,14 +146,16 @@ def palettize_model(
     plan = recipe.plan(palettizable_shapes(model), source)
     aliases = _tied_names(model)
     palettized: dict[str, PalettizedTensor] = {}
-    compensated: dict[str, PalettizedTensor] = {}
     if windows is not None and plan:
         frees = (
             consume and streamed_weights(model) is None
         )  # what is read layer by layer is dropped in any case
         propagation = Propagation(model, plan, consume=frees, source=source, advance=advance)
         propagation.run(windows)
-        compensated, energy = propagation.palettized, propagation.energy
+        begun = propagation
+    compensated: Mapping[str, PalettizedTensor] = {}
+    if begun is not None:
+        compensated, energy = begun.palettized, begun.energy
     for module_name, rule in plan.items():
         name = f"{module_name}.weight"
         name = name.removeprefix(".")  # the model is the layer itself
@@ -157,6 +181,7 @@ def palettize_model(
         if advance is not None:
             advance(module_name, palettized[name].numel)
     left = {name: values_of(model, name) for name, _ in model.named_parameters() if name not in palettized}
+    left |= {} if begun is None else begun.dense
     left |= stored_buffers(model)
     dense = {}
     for name, tensor in as_linear(model, left).items():

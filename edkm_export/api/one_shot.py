@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from edkm_export.activity import activity
 from edkm_export.api.calibration_data import CONTEXT, CalibrationInput
+from edkm_export.api.effort import Effort
 from edkm_export.api.originals import read_evaluation_text
 from edkm_export.api.subjects import Subject
 from edkm_export.calibration import CalibrationText, check_vocabulary, input_energy
@@ -31,10 +32,13 @@ from edkm_export.reference.tokenizer_files import embedding_tokenizer_files, tok
 from edkm_export.text import in_windows, token_windows
 from edkm_export.versions import library_versions
 
-__all__ = ["OneShot", "palettize_language_model"]
+__all__ = ["CALIBRATION_TOKENS", "OneShot", "palettize_language_model"]
 
 _WHOLE_BYTES = 2.6
 """Memory that palettization of a whole model takes, in bytes a weight; see `forecast`."""
+
+CALIBRATION_TOKENS = 4096
+"""Of the calibration text, by default."""
 
 _SENTENCES = (
     64  # tokens of a window that an embedding model is calibrated with: its texts are no longer, mostly
@@ -63,10 +67,11 @@ def palettize_language_model(
     plan: Recipe,
     *,
     calibration: CalibrationInput | None,
-    calibration_tokens: int,
+    calibration_tokens: int | None,
     estimate: bool,
     command: Sequence[str],
     memory: MemoryBudget | None = None,
+    effort: Effort | None = None,
 ) -> OneShot:
     """Palettize a language model, or an embedding model. What can be refused is refused before its weights are read.
 
@@ -74,10 +79,11 @@ def palettize_language_model(
         subject: the model.
         plan: bits, groups and LUT dtype by module name.
         calibration: text or ids that weigh the clustering; None: all weights count the same.
-        calibration_tokens: of it to use.
+        calibration_tokens: of it to use; None: as many as the effort is good for.
         estimate: compare with the original, on text that calibration did not see.
         command: for the provenance.
         memory: a model that does not fit in it is read layer by layer; None: models are read whole.
+        effort: fits layers to what the float ones make; None: they make up for their errors alone.
 
     Raises:
         ConversionError: a family that could not be exported.
@@ -98,14 +104,20 @@ def palettize_language_model(
         tokenizer = subject.tokenizer()
         estimate = estimate and bool(rules) and tokenizer is not None and settings is None
         wanted = estimate_tokens(config.vocab_size) if estimate else 0
+        if effort is not None:
+            effort.check(outline, calibration, is_embedding=settings is not None, source=where)
+        if calibration_tokens is None:
+            calibration_tokens = CALIBRATION_TOKENS if effort is None else effort.tokens
         longest = config.max_position_embeddings if settings is None else min(settings.max_tokens, _SENTENCES)
         windows, held_out = _texts(calibration, tokenizer, calibration_tokens, wanted, longest)
         if settings is not None and windows is not None and tokenizer is not None:
             windows = SentenceTokenizer(tokenizer, settings).framed(windows)
+        if effort is not None and windows is not None and calibration is not None:
+            windows = effort.windows(outline, windows, calibration.name)
         for tokens in (windows, held_out):
             if tokens is not None:
                 check_vocabulary(outline, tokens)
-    model = subject.load(_room(outline, memory))
+    model = subject.load(_room(outline, memory, 0 if effort is None else effort.memory_bytes))
     if held_out is not None and (device := device_of(model)).type != "cpu":
         raise InputError(f"estimate: {where} is on {device}; it is made on the CPU only: model.cpu().")
     provenance: dict[str, Any] = {
@@ -117,7 +129,7 @@ def palettize_language_model(
     }
     energy = predictions = found = None
     if windows is not None and calibration is not None:
-        if settings is None:
+        if settings is None and effort is None:
             windows = windows_at_once(model, windows)
         provenance["calibration"] = calibration.provenance(windows)
     if settings is not None:
@@ -136,13 +148,25 @@ def palettize_language_model(
             with activity("predicting with the original"):
                 predictions = Predictions(model, held_out)
         with activity("palettizing", sum(shapes[name][0] * shapes[name][1] for name in rules)) as counted:
+
+            def advance(_name: str, count: int) -> None:
+                counted.advance(count)
+
+            begun = None
+            if effort is not None and windows is not None:
+                begun = effort.reconstruct(
+                    model, rules, windows, consume=subject.consume, source=where, advance=advance
+                )
+                provenance |= {"seed": effort.settings.seed, "reconstruction": effort.record(begun)}
+                windows = None
             parts = palettize_model(
                 model,
                 plan,
                 energy=energy,
                 windows=windows,
+                begun=begun,
                 source=where,
-                advance=lambda _name, count: counted.advance(count),
+                advance=advance,
                 consume=subject.consume,
             )
     if parts.compensated:
@@ -153,7 +177,7 @@ def palettize_language_model(
         }
     if predictions is not None:
         with activity("estimating the loss"), _keeping_weights(model, not subject.consume):
-            found = predictions.compare(model, parts.palettized)
+            found = predictions.compare(model, parts.palettized, None if begun is None else begun.dense)
         name = "built-in sample" if calibration is None else Path(calibration.name).name
         provenance["estimate"] = {"text": name, **found.record()}
     checkpoint = Checkpoint(
@@ -170,12 +194,15 @@ def palettize_language_model(
     return OneShot(checkpoint, (*account.remarks, *([regrouped] if regrouped else [])), found, tokenizer)
 
 
-def _room(outline: nn.Module, memory: MemoryBudget | None) -> int | None:
-    """What the weights of a model that is read layer by layer may take; None: it fits whole, or has no limit."""
+def _room(outline: nn.Module, memory: MemoryBudget | None, more_bytes: int) -> int | None:
+    """What the weights of a model that is read layer by layer may take; None: it fits whole, or has no limit.
+
+    `more_bytes` is what is needed beside weights.
+    """
     values = sum(parameter.numel() for parameter in outline.parameters())
-    if memory is None or memory.room_bytes() >= _WHOLE_BYTES * values:
+    if memory is None or memory.room_bytes(reserved_bytes=more_bytes) >= _WHOLE_BYTES * values:
         return None
-    return memory.room_bytes(reserved_bytes=values)  # the palettes, a byte a weight at most
+    return memory.room_bytes(reserved_bytes=values + more_bytes)  # the palettes, a byte a weight at most
 
 
 def _texts(

@@ -26,6 +26,7 @@ from edkm_export.training.palettized.modules import (
     PalettizedLinear,
     PalettizedModule,
 )
+from edkm_export.training.palettized.tables import look_up
 
 __all__ = [
     "Importance",
@@ -33,6 +34,7 @@ __all__ = [
     "clusters_of",
     "importance_of",
     "insert_clusters",
+    "insert_palettes",
     "palettize_layers",
     "replace_clusters",
     "seed_centroids",
@@ -235,6 +237,51 @@ def importance_of(
     users = _users(model)
     found = {name: _known(importance, users[id(model.get_submodule(name).weight)]) for name in plan}
     return {name: each for name, each in found.items() if each is not None}
+
+
+@torch.no_grad()
+def insert_palettes(
+    model: nn.Module,
+    palettes: Mapping[str, PalettizedTensor],
+    rules: Mapping[str, Rule],
+    *,
+    method: ClusterMethod,
+    margin: float = 0.1,
+) -> nn.Module:
+    """Replace layers by palettized ones that begin at palettes which are known.
+
+    Each master weight is the layer's own, moved into the cell of its index, so that the nearest entry is the palette's.
+
+    Args:
+        model: changed in place.
+        palettes: {module name: palette of its weight}; one LUT for each group of rows.
+        rules: {module name: its rule}, of which the palettes are.
+        method: how gradients pass the clustering.
+        margin: how far inside of the cell a weight from outside is put, as a share of the way to its entry.
+
+    Returns:
+        The model.
+    """
+    for name, palette in palettes.items():
+        layer: Any = model.get_submodule(name)
+        weight = held_weight(layer)
+        centroids = palette.lut_values().to(weight.device, torch.float32).flatten(1)  # [groups, k]
+        indices = palette.unpack_indices().to(weight.device).view(len(centroids), -1)
+        masters = _in_cells(weight.reshape(len(centroids), -1), centroids, indices, margin)
+        clusters = Clusters(masters.view_as(weight), centroids, rules[name], method)
+        _replace(model, name, _palettized(name, layer, clusters))
+    return model
+
+
+def _in_cells(weight: Tensor, centroids: Tensor, indices: Tensor, margin: float) -> Tensor:
+    """Weights [groups, m] where their nearest centroids [groups, k] are those of the indices."""
+    ordered, places = centroids.sort(1)
+    middles = (ordered[:, 1:] + ordered[:, :-1]) / 2
+    ends = torch.full_like(ordered[:, :1], torch.inf)
+    low = torch.cat([-ends, middles + margin * (ordered[:, 1:] - middles)], 1)
+    high = torch.cat([middles - margin * (middles - ordered[:, :-1]), ends], 1)
+    low, high = (torch.empty_like(each).scatter_(1, places, each) for each in (low, high))
+    return weight.clamp(look_up(low, indices), look_up(high, indices))
 
 
 def _palettized(where: str, module: Any, clusters: Clusters) -> PalettizedModule:
