@@ -171,6 +171,7 @@ def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact | EmbeddingA
                 opset=graph.graph.opsets[""],
                 context=graph.description.context,
                 standard_ops="DequantizeLinear" in graph.op_counts(),
+                kv_cache=graph.description.kv_cache,
             ).weights_size_bytes
     except EdkmExportError:
         return None

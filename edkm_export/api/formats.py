@@ -93,6 +93,7 @@ class OnnxFormat:
     context_length: int | None = None
     standard_ops: bool = False
     interface: str | None = None
+    kv_cache: str = "float"
 
     def plan(self, checkpoint: Checkpoint) -> OnnxPlan:
         """See `Format`."""
@@ -106,6 +107,7 @@ class OnnxFormat:
             opset=self.opset,
             context=self.context_length,
             standard_ops=self.standard_ops,
+            kv_cache=self.kv_cache,
         )
 
     def write(self, checkpoint: Checkpoint, plan: OnnxPlan, folder: Path, name: str) -> Path:

@@ -33,8 +33,14 @@ def faithful_export(rungs: Sequence[Rung]) -> Verdict:
 
 
 def quality(rungs: Sequence[Rung]) -> Verdict:
-    """How far did palettization move the model from the original? The verdict of that rung."""
-    return next((rung.verdict for rung in rungs if rung.id == "palettization"), Verdict.NOT_RUN)
+    """How far did palettization move the model from the original? The verdict of that rung.
+
+    BEYOND, too, when keys and values of int8 cost more than they may.
+    """
+    found = {rung.id: rung.verdict for rung in rungs if rung.id in ("palettization", "kv-cache")}
+    if Verdict.BEYOND in found.values():
+        return Verdict.BEYOND
+    return found.get("palettization", Verdict.NOT_RUN)
 
 
 def tally(report: Report) -> str:
