@@ -8,7 +8,7 @@ in a batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
@@ -58,8 +58,8 @@ class HeldLayer:
     value_scales: Tensor
 
 
-HeldCache: TypeAlias = Mapping[int, HeldLayer]
-"""By number of the layer."""
+HeldCache: TypeAlias = Sequence[HeldLayer]
+"""Of all layers that keep keys and values, in their order."""
 
 
 def check_kv_cache(kv_cache: str) -> KVCache:

@@ -148,6 +148,7 @@ def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact | EmbeddingA
                 interface=told.interface,
                 context=told.context,
                 pad_3bit=artifact.pads_3bit,
+                kv_cache=told.kv_cache,
             ).weights_size_bytes
         if isinstance(artifact, (CoreMLArtifact, CoreMLEmbeddingArtifact)):
             from converters.coreml.write.export_plan import plan_export

@@ -131,13 +131,18 @@ class CoreAIFormat:
     interface: str = "dynamic"
     context_length: int | None = None
     pad_3bit: bool = False
+    kv_cache: str = "float"
 
     def plan(self, checkpoint: Checkpoint) -> CoreAIPlan:
         """See `Format`."""
         from converters.coreai.write.export_plan import plan_coreai
 
         return plan_coreai(
-            checkpoint, interface=self.interface, context=self.context_length, pad_3bit=self.pad_3bit
+            checkpoint,
+            interface=self.interface,
+            context=self.context_length,
+            pad_3bit=self.pad_3bit,
+            kv_cache=self.kv_cache,
         )
 
     def write(self, checkpoint: Checkpoint, plan: CoreAIPlan, folder: Path, name: str) -> Path:

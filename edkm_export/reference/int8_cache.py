@@ -98,23 +98,27 @@ def held_cache(model: Any, held: HeldCache, misfit: Misfit) -> Any:
     """
     import transformers
 
+    places: dict[int, int] = {}  # of each layer among those that keep keys and values
+
     class ReadCache(transformers.DynamicCache):  # type: ignore[misc]  # as above
         """The adapter."""
 
         def update(
             self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
         ) -> Any:
-            begin, new = self.get_seq_length(layer_idx), key_states.shape[2]
-            if layer_idx not in held:
+            place = places.setdefault(layer_idx, len(places))
+            if place >= len(held):
                 raise PackageError(f"the artifact holds no keys and values of layer {layer_idx}.")
-            layer = held[layer_idx]
-            found = []
+            begin, layer, found = self.get_seq_length(layer_idx), held[place], []
             for own, codes, scales in (
                 (key_states, layer.keys, layer.key_scales),
                 (value_states, layer.values, layer.value_scales),
             ):
-                codes, scales = codes[:, begin : begin + new], scales[:, begin : begin + new].float()
-                if codes.shape != own.shape[1:] or scales.shape != (*own.shape[1:3], 1):
+                heads, new, width = own.shape[1:]
+                tokens = slice(begin, begin + new)
+                # a state that other layers share is as large as their largest heads
+                codes, scales = codes[:heads, tokens, :width], scales[:heads, tokens].float()
+                if codes.shape != own.shape[1:] or scales.shape != (heads, new, 1):
                     raise PackageError(
                         f"layer {layer_idx}: the artifact holds codes {list(codes.shape)} with scales "
                         f"{list(scales.shape)}, the model {list(own.shape[1:])} [heads, tokens, head_dim]."

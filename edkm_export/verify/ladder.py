@@ -19,7 +19,7 @@ from edkm_export.artifact.protocol import Artifact, Decoding, kv_cache_of
 from edkm_export.artifact.thresholds import EXECUTION, NEAR_TIE_NATS, ROUNDED_TIE_NATS, decode_limit
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
-from edkm_export.kv_cache import FLOAT, INT8
+from edkm_export.kv_cache import FLOAT, INT8, KVCache
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
 from edkm_export.reference.streamed_model import streamed_weights
 from edkm_export.verify.bytes import compare_bytes
@@ -194,7 +194,7 @@ def verify_artifact(
     for execution in artifact.executions:
         if execution.execute is not None and not budget.is_over:
             begin(f"running: {execution.words}")
-        rung, found = _execute(execution, hard, windows, budget, model)
+        rung, found = _execute(execution, hard, windows, budget, model, kv_cache)
         rungs.append(rung)
         if found is not None:
             perplexities[execution.words] = found
@@ -267,11 +267,11 @@ def _executed(artifact: Artifact) -> int:
 
 
 def _execute(
-    execution: Execution, hard: list[Tensor], windows: Tensor, budget: Budget, model: Any
+    execution: Execution, hard: list[Tensor], windows: Tensor, budget: Budget, model: Any, kv_cache: KVCache
 ) -> tuple[Rung, Perplexity | None]:
     """The rung, and the perplexity of what was run; `model` is hard PyTorch, and `hard` are its logits."""
     reader, execute = Reader(model), execution.execute
-    rung = partial(execution_rung, execution, reference=HARD if execution.held is None else READING)
+    rung = partial(execution_rung, execution, reference=HARD if kv_cache == FLOAT else READING)
     if execution.execute is None or budget.is_over:
         return rung(None, budget.spent), None
     if execution.positions is not None:

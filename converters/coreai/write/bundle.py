@@ -81,6 +81,7 @@ def bundle_metadata(checkpoint: Checkpoint, plan: CoreAIPlan, name: str) -> dict
         },
         "generator": f"{GENERATOR} {__version__}",
         "interface": plan.interface,
+        "kv_cache": plan.kv_cache,
         "predicted_weights_size_bytes": plan.weights_size_bytes,
         "recipe": checkpoint.recipe,
     }

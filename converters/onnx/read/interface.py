@@ -189,10 +189,9 @@ def held_cache(past: Mapping[str, NDArray[Any]], tokens: int) -> HeldCache:
         array = past[past_name(layer, what)]
         return torch.from_numpy(array[0, :, array.shape[2] - tokens :])
 
-    return {
-        layer: HeldLayer(*(part(layer, what) for what in (KEY, KEY_SCALE, VALUE, VALUE_SCALE)))
-        for layer in layers
-    }
+    return [
+        HeldLayer(*(part(layer, what) for what in (KEY, KEY_SCALE, VALUE, VALUE_SCALE))) for layer in layers
+    ]
 
 
 def _some(names: Any) -> str:
