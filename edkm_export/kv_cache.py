@@ -1,9 +1,8 @@
 """How an artifact holds keys and values: as floats, or as int8 with a scale for each head and token.
 
-The scale s of a head of `head_dim` numbers is their largest magnitude over 127, and a number x is held as round(x / s), ties
-to even: symmetric, without a zero point, and off by s / 2 at most. A scale is made with its token from nothing but that
-token's numbers, so that it needs no calibration, and a text is held alike whether it came at once, token by token, or
-in a batch.
+The scale s of a head of `head_dim` numbers is their largest magnitude over 127, and a number x is held as round(x / s),
+ties to even: symmetric, without a zero point, and off by s / 2 at most. A scale is made of its token and nothing else,
+so that it needs no calibration, and a text is held alike whether it came at once, token by token, or in a batch.
 """
 
 from __future__ import annotations

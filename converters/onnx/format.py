@@ -66,7 +66,7 @@ CACHE_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 """Of keys and values among inputs and outputs, as optimum names them."""
 
 StateName: TypeAlias = Literal["key", "value", "key_scale", "value_scale", "conv", "recurrent"]
-"""What a layer keeps: keys, values, their scales where they are int8, the last columns of a convolution, a recurrence."""
+"""What a layer keeps: keys, values and, where they are int8, scales; last columns of a convolution; a recurrence."""
 
 KEY: StateName = "key"
 VALUE: StateName = "value"

@@ -54,6 +54,7 @@ class CoreMLFormat:
     sequence_length: int | None = None
     prefill: int = 64
     chunks: int | Literal["auto"] = "auto"
+    kv_cache: str = "float"
 
     def plan(self, checkpoint: Checkpoint) -> ExportPlan:
         """See `Format`."""
@@ -67,6 +68,7 @@ class CoreMLFormat:
             sequence_length=self.sequence_length,
             prefill=self.prefill,
             chunks=self.chunks,
+            kv_cache=self.kv_cache,
         )
 
     def write(self, checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str) -> Path:

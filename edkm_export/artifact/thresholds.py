@@ -78,8 +78,8 @@ KV_CACHE_RATIO = 1.05
 room that 6 bits of a weight have."""
 
 KV_CACHE_WHY = (
-    "both have the same weights and read the same text, so that it is the loss of the cache alone; a model in which a few "
-    "channels of the keys outweigh all others loses much, and should keep a float cache"
+    "both have the same weights and read the same text, so that it is the loss of the cache alone; a model in which a "
+    "few channels of the keys outweigh all others loses much, and should keep a float cache"
 )
 
 SOFT_WHY = (

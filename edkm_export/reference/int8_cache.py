@@ -94,7 +94,8 @@ def held_cache(model: Any, held: HeldCache, misfit: Misfit) -> Any:
         misfit: receives how far the codes are from the model's own floats.
 
     Returns:
-        transformers.DynamicCache. Feeding it raises PackageError where the artifact holds other layers, heads or tokens.
+        transformers.DynamicCache. Feeding it raises PackageError where the artifact holds other layers, heads or
+        tokens.
     """
     import transformers
 

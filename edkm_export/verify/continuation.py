@@ -184,7 +184,9 @@ def compare_continuations(
     """Continue each prompt greedily, in hard PyTorch and in the artifact.
 
     What an artifact with int8 keys and values writes is compared, token by token, with what hard PyTorch chooses that
-    reads them; texts of two sound computations soon part. Without a cache the artifact is fed the prompt with hard PyTorch's continuation at once. Up to the first position
+    reads them; texts of two sound computations soon part.
+
+    Without a cache the artifact is fed the prompt with hard PyTorch's continuation at once. Up to the first position
     at which it would have chosen another token, that is the same as generating.
 
     Args:

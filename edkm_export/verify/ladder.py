@@ -270,7 +270,7 @@ def _execute(
     execution: Execution, hard: list[Tensor], windows: Tensor, budget: Budget, model: Any, kv_cache: KVCache
 ) -> tuple[Rung, Perplexity | None]:
     """The rung, and the perplexity of what was run; `model` is hard PyTorch, and `hard` are its logits."""
-    reader, execute = Reader(model), execution.execute
+    reader = Reader(model)
     rung = partial(execution_rung, execution, reference=HARD if kv_cache == FLOAT else READING)
     if execution.execute is None or budget.is_over:
         return rung(None, budget.spent), None
@@ -278,6 +278,7 @@ def _execute(
         windows = windows[:1, : execution.positions]
         hard = [hard[0][: execution.positions]]
     try:
+        execute = execution.execute
         if execution.held is not None:
             execute, hard = reader.beside(execution.held), reader.expected
             rung = partial(rung, misfit=reader.misfit)

@@ -152,7 +152,9 @@ def kv_cache_rung(
         id="kv-cache",
         reference=HARD,
         candidate=candidate,
-        threshold=f"perplexity at most {KV_CACHE_RATIO:g} times that with a float cache" if limited else "none",
+        threshold=f"perplexity at most {KV_CACHE_RATIO:g} times that with a float cache"
+        if limited
+        else "none",
         why=KV_CACHE_WHY,
         verdict=within if limited else Verdict.REPORTED,
         detail=f"perplexity {before.value:.4g} -> {after.value:.4g} (x{ratio:.4f}), top-1 agreement "
@@ -206,7 +208,9 @@ def execution_rung(
     threshold, tolerance = execution.threshold, held_tolerance(execution.threshold)
     demand = str(threshold)
     if execution.held is not None:
-        demand += f"; codes at most {0.5 + LARGEST_CODE * tolerance:.3g} steps off, scales at most {tolerance:g}"
+        demand += (
+            f"; codes at most {0.5 + LARGEST_CODE * tolerance:.3g} steps off, scales at most {tolerance:g}"
+        )
     names: dict[str, Any] = {
         "id": execution.id,
         "reference": reference,

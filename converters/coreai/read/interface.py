@@ -72,8 +72,8 @@ def _check_dynamic(program: Program, description: Description) -> None:
     growing = [KEY_CACHE, VALUE_CACHE, *([KEY_SCALES, VALUE_SCALES] if coded else [])]
     if list(function.states) != [*growing, *others]:
         raise PackageError(
-            f"function {MAIN} has states {_words(function.states)}; expected {' and '.join(growing)}, in this order, and "
-            f"behind them at most {COLUMN_STATES} and {RECURRENT_STATES}."
+            f"function {MAIN} has states {_words(function.states)}; expected {' and '.join(growing)}, in this order, "
+            f"and behind them at most {COLUMN_STATES} and {RECURRENT_STATES}."
         )
     for name in others:
         _check_fixed(function, name)
@@ -87,8 +87,8 @@ def _check_dynamic(program: Program, description: Description) -> None:
     element = "int8" if coded else "float16"
     if keys != values or keys.element != element or not free or not 0 < row <= _MOST_STATE_ROW:
         raise PackageError(
-            f"function {MAIN} has states {_words(function.states)}; expected both as {element} [layers, 1, kv_heads, ?, "
-            "head_dim]."
+            f"function {MAIN} has states {_words(function.states)}; expected both as {element} [layers, 1, kv_heads, "
+            "?, head_dim]."
         )
     scales = TensorType("float16", (*shape[:4], 1))
     if any(function.states[name] != scales for name in growing[2:]):

@@ -60,9 +60,7 @@ def write_asset(checkpoint: Checkpoint, plan: CoreAIPlan, path: Path) -> None:
     if plan.interface == "neural-engine":
         functions = static_functions(decoder, checkpoint.config, plan.context, torch.float16)
     else:
-        functions = [
-            dynamic_function(decoder, checkpoint.config, plan.context, torch.float16, plan.kv_cache)
-        ]
+        functions = [dynamic_function(decoder, checkpoint.config, plan.context, torch.float16, plan.kv_cache)]
     program = convert(functions, checkpoint.palettized, pad_3bit=plan.pad_3bit, source=source)
     metadata = load_authoring().Metadata()
     metadata.set_custom(DESCRIPTION_KEY, describe(checkpoint, plan))

@@ -34,10 +34,10 @@ def coreai_card(checkpoint: Checkpoint, plan: CoreAIPlan, name: str, findings: l
     )
     if plan.kv_cache == INT8:
         use = (
-            f"{asset} is for programs that call Core AI themselves: its keys and values are int8 "
-            f"(`{KEY_CACHE}`, `{VALUE_CACHE}`), with float16 states of their scales (`{KEY_SCALES}`, `{VALUE_SCALES}`), "
-            "which the engines of apple/coreai-models do not take. All begin as zeros and grow along their fourth axis. "
-            "It was not run on a device."
+            f"{asset} is for programs that call Core AI themselves: its keys and values are int8 (`{KEY_CACHE}`, "
+            f"`{VALUE_CACHE}`), with float16 states of their scales (`{KEY_SCALES}`, `{VALUE_SCALES}`), which the "
+            "engines of apple/coreai-models do not take. All begin as zeros and grow along their fourth axis. It was "
+            "not run on a device."
         )
     sections = {"Use": use}
     sections |= card_sections(findings)

@@ -173,9 +173,7 @@ def dynamic_function(
     )
 
 
-def _states(
-    config: DecoderConfig, length: int, dtype: torch.dtype, kv_cache: KVCache
-) -> dict[str, Tensor]:
+def _states(config: DecoderConfig, length: int, dtype: torch.dtype, kv_cache: KVCache) -> dict[str, Tensor]:
     """Zeros by name, for tracing."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(config.num_layers):

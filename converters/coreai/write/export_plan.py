@@ -25,7 +25,7 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import empty_decoder
 from edkm_export.decoder.config import DecoderConfig
 from edkm_export.decoder.positions import PositionTables
-from edkm_export.decoder.states import Columns, KeysValues, layers_with
+from edkm_export.decoder.states import Columns, KeysValues, cache_bytes_per_token, layers_with
 from edkm_export.errors import ConversionError
 from edkm_export.kv_cache import FLOAT, INT8, KVCache, check_kv_cache
 from edkm_export.packing import packed_size_bytes
@@ -55,6 +55,11 @@ class CoreAIPlan:
     kv_cache: KVCache
     config: DecoderConfig
     weights_size_bytes: int
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What keys and values of a token take in the states."""
+        return cache_bytes_per_token(self.config, self.kv_cache, 2, even=True)
 
     @property
     def function_names(self) -> tuple[str, ...]:
@@ -103,9 +108,9 @@ def plan_coreai(
     held = check_kv_cache(kv_cache)
     if held == INT8 and interface == "neural-engine":
         raise ConversionError(
-            f"{source}: --kv-cache int8 cannot be had with --interface neural-engine: Apple's StaticShapeEngine prescribes "
-            "float16 key_cache and value_cache, and has no states for scales. Use --interface dynamic, or a shorter "
-            "--context-length for less memory."
+            f"{source}: --kv-cache int8 cannot be had with --interface neural-engine: Apple's StaticShapeEngine "
+            "prescribes float16 key_cache and value_cache, and has no states for scales. Use --interface dynamic, or a "
+            "shorter --context-length for less memory."
         )
     load_converter()
     config = empty_decoder(checkpoint).config

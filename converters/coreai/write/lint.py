@@ -60,8 +60,8 @@ def _findings(checkpoint: Checkpoint, plan: CoreAIPlan) -> Iterator[Finding]:
             "int8-states",
             "error",
             "states keyCache, valueCache: int8",
-            "the engines of apple/coreai-models end the program at a state that is not a float; the model is for programs "
-            "that call Core AI themselves, with the four states of docs/coreai.md.",
+            "the engines of apple/coreai-models end the program at a state that is not a float; the model is for "
+            "programs that call Core AI themselves, with the four states of docs/coreai.md.",
             "apple/coreai-models 34ab73d, StateHandler+NDArray.swift",
             "export with --kv-cache float for Apple's engines",
         )

@@ -98,8 +98,8 @@ def _check_past(graph: Graph, past: Sequence[str], kv_cache: KVCache) -> None:
     if different := sorted(scales ^ wanted):
         state = "unknown" if different[0] in scales else "missing"
         raise PackageError(
-            f"{graph.path}: its metadata say that keys and values are {kv_cache}, and {different[0]} is {state}; export "
-            "it again."
+            f"{graph.path}: its metadata say that keys and values are {kv_cache}, and {different[0]} is {state}; "
+            "export it again."
         )
     for name in past:
         shape, dtype = graph.inputs[name].shape, graph.inputs[name].dtype

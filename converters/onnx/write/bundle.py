@@ -96,6 +96,7 @@ def _metadata(checkpoint: Checkpoint, plan: OnnxPlan) -> dict[str, Any]:
         "opset": plan.opset,
         "context_length": plan.context,
         "kv_cache": plan.kv_cache,
+        "cache_bytes_per_token": plan.cache_bytes_per_token,
         "predicted_weights_size_bytes": plan.weights_size_bytes,
         "bits_per_weight": checkpoint.bits_per_weight,
         "recipe": checkpoint.recipe,

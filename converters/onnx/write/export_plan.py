@@ -34,7 +34,7 @@ from edkm_export.decoder.build import empty_decoder
 from edkm_export.decoder.config import DecoderConfig
 from edkm_export.decoder.embedding.embedding_model import EmbeddingModel, empty_embedding_model
 from edkm_export.decoder.embedding.export_interface import chosen_interface
-from edkm_export.decoder.states import KeysValues, layers_with
+from edkm_export.decoder.states import KeysValues, cache_bytes_per_token, layers_with
 from edkm_export.errors import ConversionError
 from edkm_export.kv_cache import FLOAT, INT8, KVCache, check_kv_cache
 
@@ -78,6 +78,11 @@ class OnnxPlan:
     def size_bytes(self) -> int:
         """Size of both files."""
         return self.weights_size_bytes + int(self.model.ByteSize())
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What keys and values of a token take while the graph runs."""
+        return cache_bytes_per_token(self.config, self.kv_cache, _DTYPES[self.dtype].itemsize)
 
 
 def plan_onnx(
@@ -168,8 +173,14 @@ def _kv_cache(asked: str, interface: str, config: DecoderConfig, source: str) ->
     """The option, where the graph has keys and values."""
     held = check_kv_cache(asked)
     if held == INT8 and (interface != "decoder" or not layers_with(config, KeysValues)):
-        what = "an embedding model, which keeps nothing of a text" if interface != "decoder" else "no layer that attends"
-        raise ConversionError(f"{source}: --kv-cache int8 is for keys and values, and it has {what}; leave it out.")
+        what = (
+            "an embedding model, which keeps nothing of a text"
+            if interface != "decoder"
+            else "no layer that attends"
+        )
+        raise ConversionError(
+            f"{source}: --kv-cache int8 is for keys and values, and it has {what}; leave it out."
+        )
     return held
 
 
