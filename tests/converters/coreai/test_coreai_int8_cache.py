@@ -11,13 +11,13 @@ from converters.coreai.backend import missing_backend
 from edkm_export.errors import ConversionError, PackageError
 from edkm_export.reference.hard_model import load_hard_model
 from edkm_export.verify.held_keys import Reader
-from tests.helpers.odd_families import build, checkpoint_of
-from tests.helpers.odd_models import build as build_llama
+from tests.helpers.onnx_models import family_checkpoint, palettized_checkpoint
 
 if missing_backend():
     pytest.skip(f"not run: {missing_backend()}", allow_module_level=True)
 
 from converters.coreai.read.artifact import CoreAIArtifact, open_artifact
+from converters.coreai.read.interface import check_interface
 from converters.coreai.write import cache_ops
 from converters.coreai.write.asset_file import write_asset
 from converters.coreai.write.export_plan import plan_coreai
@@ -26,12 +26,12 @@ from edkm_export.artifact.metrics import divergence
 from edkm_export.verify.report import Rung, Verdict
 from edkm_export.verify.rungs import execution_rung
 
-TOKENS = torch.randint(3, 90, (70,), generator=torch.Generator().manual_seed(5))
+TOKENS = torch.randint(3, 90, (60,), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(scope="module")
 def made():
-    return checkpoint_of(build_llama("plain"))
+    return palettized_checkpoint(4)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,12 @@ def rung(artifact: CoreAIArtifact, model: torch.nn.Module) -> Rung:
     return execution_rung(execution, distance, misfit=reader.misfit)
 
 
-def test_apples_runtime_computes_what_hard_pytorch_reads(made, model, tmp_path):
-    artifact = opened(written(made, tmp_path))
+@pytest.fixture(scope="module")
+def artifact(made, tmp_path_factory) -> CoreAIArtifact:
+    return opened(written(made, tmp_path_factory.mktemp("int8")))
+
+
+def test_apples_runtime_computes_what_hard_pytorch_reads(artifact, model):
     function = artifact.asset.program.public["main"]
     assert list(function.states) == ["keyCache", "valueCache", "keyScales", "valueScales"]
     assert [kind.element for kind in function.states.values()] == ["int8", "int8", "float16", "float16"]
@@ -72,14 +76,15 @@ def test_apples_runtime_computes_what_hard_pytorch_reads(made, model, tmp_path):
     assert found.measures["scale_error"] < 0.01 and found.measures["code_error_steps"] < 2
     session, reader = artifact.session(), Reader(model)
     assert session is not None
-    parts = torch.cat([session.feed(piece) for piece in TOKENS.split([41, 1, 1, 27])])
+    parts = torch.cat([session.feed(piece) for piece in TOKENS.split([31, 1, 1, 27])])
     assert divergence([(reader.read(TOKENS, session.held()), parts)]).kl_max < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["gemma4", "lfm2"])
 def test_families(case, tmp_path):
     """Heads of two sizes in one state, shared keys, and states that stay floats."""
-    checkpoint = checkpoint_of(build(case))
+    checkpoint = family_checkpoint(case)
     assert rung(opened(written(checkpoint, tmp_path)), load_hard_model(checkpoint)).verdict is Verdict.PASS
 
 
@@ -96,7 +101,14 @@ def coarse(x):
 TO_INT8 = cache_ops.to_int8
 
 
-@pytest.mark.parametrize("fault", [doubled, coarse, "exchanged"], ids=str)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(doubled, id="read with twice the scale", marks=pytest.mark.slow),
+        pytest.param(coarse, id="scales twice too large", marks=pytest.mark.slow),
+        pytest.param("exchanged", id="scales of keys and values exchanged"),
+    ],
+)
 def test_faults_fail(fault, made, model, tmp_path, monkeypatch):
     if fault == "exchanged":
         keys, values = cache_ops._SCALES.items()
@@ -124,11 +136,8 @@ def test_bytes_of_a_token(made):
     assert (float16, int8) == (2 * 2 * 2 * 8 * 2, 2 * 2 * 2 * (8 + 2))
 
 
-def test_a_program_that_is_not_what_it_says(made, tmp_path, monkeypatch):
+def test_a_program_that_is_not_what_it_says(artifact):
     """States of int8 behind metadata that tell of floats."""
-    from converters.coreai.write import asset_file
-
-    monkeypatch.setattr(asset_file, "FLOAT", "int8")  # nothing is said of it then
-    found = open_artifact(written(made, tmp_path))
+    told = artifact.description.model_copy(update={"kv_cache": "float"})
     with pytest.raises(PackageError, match="expected keyCache and valueCache, in this order"):
-        found.palettized()
+        check_interface(artifact.asset.program, told)
