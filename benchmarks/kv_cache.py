@@ -3,7 +3,7 @@
     python -m benchmarks.kv_cache MODEL.PT [--tokens 1024]
 
 The text is the verifier's built-in sample. Scales of the second kind are constants from fixtures/calibration.txt: the
-largest magnitude of each head, or a quantile of the magnitudes. The last row says what codes cost that fall to the other
+largest magnitude of each head, or a quantile of them. The last row says what codes cost that fall to the other
 side: the first scheme twice, once with keys and values moved by a millionth, as another order of sums moves them.
 """
 

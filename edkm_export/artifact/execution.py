@@ -48,6 +48,7 @@ class Execution:
             raises PackageError when the artifact is at fault. None: it cannot be run here.
         missing: why not, when `execute` is None.
         positions: so many positions of the text alone are run; None: all of it.
+        apart: it runs in a process of its own, on one core, and may do so beside others.
         held: the same as `execute`, of an artifact that holds keys and values as int8; None of any other.
     """
 
@@ -57,4 +58,5 @@ class Execution:
     execute: Execute | None
     missing: str = ""
     positions: int | None = None
+    apart: bool = False
     held: ExecuteHeld | None = None

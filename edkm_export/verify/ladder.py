@@ -17,6 +17,7 @@ from edkm_export.artifact.execution import AT_FAULT, Execution
 from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
 from edkm_export.artifact.protocol import Artifact, Decoding, kv_cache_of
 from edkm_export.artifact.thresholds import EXECUTION, NEAR_TIE_NATS, ROUNDED_TIE_NATS, decode_limit
+from edkm_export.beside import Beside
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
 from edkm_export.kv_cache import FLOAT, INT8, KVCache
@@ -191,14 +192,19 @@ def verify_artifact(
     if (decoding := compare_decoding(checkpoint, artifact)) is not None:
         rungs.append(decoding)
 
+    run_one = partial(_execute, hard=hard, windows=windows, budget=budget, model=model, kv_cache=kv_cache)
+    # Of int8 keys and values hard PyTorch reads each execution's own, one after another.
+    apart = [one for one in artifact.executions if one.apart and kv_cache == FLOAT]
+    beside = {one.id: Beside(partial(run_one, one)) for one in apart}
     for execution in artifact.executions:
         if execution.execute is not None and not budget.is_over:
             begin(f"running: {execution.words}")
-        rung, found = _execute(execution, hard, windows, budget, model, kv_cache)
+        started = beside.get(execution.id)
+        rung, found = run_one(execution) if started is None else started.result()
         rungs.append(rung)
         if found is not None:
             perplexities[execution.words] = found
-    del hard
+    del hard, run_one, beside
 
     if not budget.is_over:
         begin("decoding token by token")

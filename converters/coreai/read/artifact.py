@@ -65,6 +65,7 @@ class CoreAIArtifact:
                 None if missing else self._execute(exact=True),
                 missing,
                 positions=_FEW,
+                apart=True,
                 held=self._holding(exact=True),
             ),
         )
@@ -161,7 +162,6 @@ class CoreAIArtifact:
     def _session(self, *, exact: bool) -> Session:
         """Made when it is first run, and kept."""
         if exact not in self._sessions:
-            self._model.exact, self._model.twin  # noqa: B018  # the one loads while the other is made
             self._sessions[exact] = new_session(self._model, exact=exact)
         return self._sessions[exact]
 
