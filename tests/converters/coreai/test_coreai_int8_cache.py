@@ -101,11 +101,12 @@ def coarse(x):
 TO_INT8 = cache_ops.to_int8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param(doubled, id="read with twice the scale", marks=pytest.mark.slow),
-        pytest.param(coarse, id="scales twice too large", marks=pytest.mark.slow),
+        pytest.param(doubled, id="read with twice the scale"),
+        pytest.param(coarse, id="scales twice too large"),
         pytest.param("exchanged", id="scales of keys and values exchanged"),
     ],
 )
