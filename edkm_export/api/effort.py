@@ -22,7 +22,7 @@ from edkm_export.training.reconstruction import (
 
 __all__ = ["Effort"]
 
-_SETTINGS = {"cuda": FitSettings(steps=800, batch=8), "cpu": FitSettings(steps=48, batch=4)}
+_SETTINGS = {"cuda": FitSettings(steps=100, batch=8), "cpu": FitSettings(steps=48, batch=4)}
 _TOKENS = {"cuda": 1 << 16, "cpu": 1 << 15}
 
 

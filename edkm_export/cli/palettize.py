@@ -76,7 +76,7 @@ _CONTEXT = 512
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
-    help="Steps of each layer with --effort high.  [default: 800 on CUDA, 48 on the CPU]",
+    help="Steps of each layer with --effort high.  [default: 100 on CUDA, 48 on the CPU]",
 )
 @click.option(
     "--estimate/--no-estimate",
