@@ -4,12 +4,14 @@ r"""One-shot palettization of a model: k-means weighted by activations, and laye
 
 Perplexity, KL to the original and top-1 agreement on each text, in windows of 512. Bits that are not whole are mixed
 up to that average over the decoder, LUTs included, by Fisher information, as the presets of `train` do. A text
-FILE:0.3 starts at 30% of the file's characters; it must not be the calibration text.
+FILE:0.3 starts at 30% of the file's characters; it must not be the calibration text. With `--target-bits` rows follow whose
+bits are chosen over all weights, embedding and output head among them, as `palettize --target-bits` does.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +23,22 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.accuracy import split
+from edkm_export.api.bit_choice import choose_bits
 from edkm_export.calibration import input_energy
 from edkm_export.palettization import PalettizedModel, palettizable_shapes, palettize_model
 from edkm_export.recipe import Recipe, uniform_recipe
 from edkm_export.reference.conv1d import as_linear, held_weight
 from edkm_export.reference.source import Source, load_model, load_tokenizer
 from edkm_export.text import read_text, token_windows
+from edkm_export.training.bit_budget import LEAST_BITS, BitTarget
 from edkm_export.training.evaluation import Evaluation, evaluate
-from edkm_export.training.sensitivity import Sensitivity, allocate_bits, fisher_factors, mixed_recipe
+from edkm_export.training.sensitivity import (
+    Sensitivity,
+    allocate_bits,
+    fisher_factors,
+    mixed_recipe,
+    wider_rules,
+)
 
 CONTEXT = 512
 
@@ -42,9 +52,11 @@ def recipe_of(model: Any, windows: Tensor, bits: float) -> Recipe:
     rules = base.plan(palettizable_shapes(model), "model")
     plan = {name: rule for name, rule in rules.items() if model.get_submodule(name) not in outer}
     weights = {name: held_weight(model.get_submodule(name)) for name in plan}
-    found = Sensitivity(weights, plan, fisher_factors(model, windows))
+    choices = {name: wider_rules(rule) for name, rule in plan.items()}
+    found = Sensitivity(weights, choices, fisher_factors(model, windows))
     budget = int(bits * sum(weight.numel() for weight in weights.values()))
-    return mixed_recipe(base, allocate_bits(found.sizes, found.loss, budget), plan)
+    chosen = allocate_bits(found.sizes, found.loss, budget)
+    return mixed_recipe(base, {name: choices[name][size] for name, size in chosen.items()}, plan)
 
 
 def methods(windows: Tensor) -> dict[str, Callable[[Any, Recipe], PalettizedModel]]:
@@ -54,6 +66,22 @@ def methods(windows: Tensor) -> dict[str, Callable[[Any, Recipe], PalettizedMode
         ),
         "errors made up for": lambda model, recipe: palettize_model(model, recipe, windows=windows),
     }
+
+
+def to_target(model: Any, windows: Tensor, bits: float) -> PalettizedModel:
+    """At so many bits over all weights."""
+    base, target = uniform_recipe(LEAST_BITS, fit_groups=True), BitTarget(bits, whole=True)
+    shapes = palettizable_shapes(model)
+    plan, vocabulary = choose_bits(model, shapes, base, target, windows, source="model")
+    Console().print(plan.words())
+    return palettize_model(model, plan.recipe, windows=windows, vocabulary=vocabulary)
+
+
+def all_bits(parts: PalettizedModel) -> float:
+    """Bits over all weights, what stays dense in float16."""
+    dense = sum(tensor.numel() for tensor in parts.dense.values())
+    size = sum(tensor.size_bytes for tensor in parts.palettized.values()) + 2 * dense
+    return size * 8 / (dense + sum(tensor.numel for tensor in parts.palettized.values()))
 
 
 def cell(found: Evaluation) -> str:
@@ -67,6 +95,7 @@ def cell(found: Evaluation) -> str:
 @click.option("--text", "texts", required=True, multiple=True)
 @click.option("--eval-tokens", default=4096, show_default=True)
 @click.option("--bits", "sizes", default=[4.0, 3.0], multiple=True, type=float, show_default=True)
+@click.option("--target-bits", "targets", multiple=True, type=float, help="Over all weights.")
 @click.option("--method", "chosen", multiple=True, help="Only these.")
 def main(
     model: str,
@@ -75,6 +104,7 @@ def main(
     texts: tuple[str, ...],
     eval_tokens: int,
     sizes: tuple[float, ...],
+    targets: tuple[float, ...],
     chosen: tuple[str, ...],
 ) -> None:
     source = Source.parse(model).locate()
@@ -89,25 +119,31 @@ def main(
         evaluation[text] = token_windows(
             whole[int(len(whole) * start) :], tokenizer, tokens=eval_tokens, context=CONTEXT, source=text
         )
-    table = Table("bits", "method", "seconds", *(Path(text).name for text in texts))
+    table = Table("bits", "of all weights", "method", "seconds", *(Path(text).name for text in texts))
     floats = [cell(evaluate(original, each)) for each in evaluation.values()]
-    table.add_row("float", "", "", *floats)
+    table.add_row("float", "16", "", "", *floats)
+
+    def row(bits: str, name: str, palettize: Callable[[Any], PalettizedModel]) -> None:
+        twin = load_model(source)
+        began = time.monotonic()
+        parts = palettize(twin)
+        seconds = time.monotonic() - began
+        state = {name: tensor.decode().float() for name, tensor in parts.palettized.items()}
+        twin = copy.deepcopy(original)
+        for parameter, values in as_linear(twin, state).items():
+            twin.get_parameter(parameter).data = values
+        cells = [cell(evaluate(twin, each, original)) for each in evaluation.values()]
+        average = f"{all_bits(parts):.2f}"
+        table.add_row(bits, average, name, f"{seconds:.0f}", *cells)
+        Console().print(f"{bits} ({average}) {name} {seconds:.0f} s: {'; '.join(cells)}")
+
     for bits in sizes:
         recipe = recipe_of(copy.deepcopy(original), windows, bits)
         for name, palettize in methods(windows).items():
-            if chosen and name not in chosen:
-                continue
-            twin = load_model(source)
-            began = time.monotonic()
-            parts = palettize(twin, recipe)
-            seconds = time.monotonic() - began
-            state = {name: tensor.decode().float() for name, tensor in parts.palettized.items()}
-            twin = copy.deepcopy(original)
-            for parameter, values in as_linear(twin, state).items():
-                twin.get_parameter(parameter).data = values
-            cells = [cell(evaluate(twin, each, original)) for each in evaluation.values()]
-            table.add_row(f"{bits:g}", name, f"{seconds:.0f}", *cells)
-            Console().print(f"{bits:g} {name} {seconds:.0f} s: {'; '.join(cells)}")
+            if not chosen or name in chosen:
+                row(f"{bits:g}", name, functools.partial(palettize, recipe=recipe))
+    for bits in targets:
+        row("", f"--target-bits {bits:g}", functools.partial(to_target, windows=windows, bits=bits))
     Console(width=160).print(table)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edkm_export.clustering import hard_assign, optimal_centroids
+from edkm_export.compensated_weight import makes_up, palettize_vocabulary
 from edkm_export.errors import InputError, PaletteError
 from edkm_export.lut_dtypes import LUT_DTYPES
 from edkm_export.lut_grid import round_to_grid
@@ -95,6 +98,7 @@ def palettize_model(
     *,
     energy: Mapping[str, Tensor] | None = None,
     windows: Tensor | None = None,
+    vocabulary: Mapping[str, Tensor] | None = None,
     source: str = "model",
     advance: Callable[[str, int], None] | None = None,
     consume: bool = True,
@@ -109,6 +113,9 @@ def palettize_model(
         windows: of a causal language model: tokens int64 [windows, context], all of which go through it in one call.
             Its linear layers are then palettized so that each makes up for the errors of its columns and of the layers
             before it, see `propagation`. They give the energy, too.
+        vocabulary: with `windows`: {module name: float32 [in, in]} of an embedding and an output head, what an error of
+            their rows costs, see `palettize_vocabulary`. Those of few bits make up for their errors, too, and do it
+            before the other layers, which then see what is left of these.
         source: name of the model, for messages.
         advance: called with a module's name and its number of weights when it is done.
         consume: free the model's own weights one by one, so that it is used up; False leaves it as it is.
@@ -129,14 +136,18 @@ def palettize_model(
         frees = (
             consume and streamed_weights(model) is None
         )  # what is read layer by layer is dropped in any case
+        ends = _vocabulary(model, plan, vocabulary or {}, windows.numel(), source, advance)
         propagation = Propagation(model, plan, consume=frees, source=source, advance=advance)
-        propagation.run(windows)
-        compensated, energy = propagation.palettized, propagation.energy
+        with _in_place(model, ends):
+            propagation.run(windows)
+        compensated, energy = {**ends, **propagation.palettized}, propagation.energy
     for module_name, rule in plan.items():
         name = f"{module_name}.weight"
         name = name.removeprefix(".")  # the model is the layer itself
         if module_name in compensated:
             palettized[name] = compensated[module_name]
+            if consume:
+                release(model, name)
             continue
         module = model.get_submodule(module_name)
         values = values_of(model, name)
@@ -163,6 +174,46 @@ def palettize_model(
         _check_values(name, tensor, source)
         dense[name] = compact(tensor)
     return PalettizedModel(palettized, dense, aliases, frozenset(each.name for each in compensated.values()))
+
+
+def _vocabulary(
+    model: Any,
+    plan: Mapping[str, Rule],
+    hessians: Mapping[str, Tensor],
+    samples: int,
+    source: str,
+    advance: Callable[[str, int], None] | None,
+) -> dict[str, PalettizedTensor]:
+    """Embedding and output head, where they make up for their errors: {module name: palette}."""
+    made: dict[str, PalettizedTensor] = {}
+    for module_name, hessian in hessians.items():
+        if module_name not in plan or not makes_up(plan[module_name], len(hessian)):
+            continue
+        name = f"{module_name}.weight"
+        values = values_of(model, name)
+        _check_values(name, values, source)
+        made[module_name] = palettize_vocabulary(
+            name,
+            values,
+            plan[module_name],
+            hessian,
+            samples=samples,
+            advance=None if advance is None else functools.partial(advance, module_name),
+        )
+    return made
+
+
+@contextlib.contextmanager
+def _in_place(model: nn.Module, made: Mapping[str, PalettizedTensor]) -> Iterator[None]:
+    """A model in memory looks up what palettes decode to."""
+    kept = {name: model.get_submodule(name).get_parameter("weight").data for name in made}
+    try:
+        for name, tensor in made.items():
+            model.get_submodule(name).get_parameter("weight").data = tensor.decode()
+        yield
+    finally:
+        for name, data in kept.items():
+            model.get_submodule(name).get_parameter("weight").data = data
 
 
 def _check_values(name: str, tensor: Tensor, source: str) -> None:

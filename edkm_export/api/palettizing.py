@@ -27,6 +27,7 @@ from edkm_export.prompt import read_tokenizer
 from edkm_export.recipe import Recipe
 from edkm_export.reference import source as sources
 from edkm_export.reference.memory_model import is_causal_lm, portable, require_plain
+from edkm_export.training.bit_budget import LEAST_BITS, BitTarget
 from edkm_export.versions import library_versions
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def palettize(
     group_size: int | None = None,
     lut_dtype: LutDtype | None = None,
     recipe: GivenRecipe | None = None,
+    target_bits: float | None = None,
+    target_decoder_bits: float | None = None,
     skip: Iterable[str] = (),
     calibration_tokens: int = 4096,
     estimate: bool = False,
@@ -77,6 +80,8 @@ def palettize(
     group_size: int | None = None,
     lut_dtype: LutDtype | None = None,
     recipe: GivenRecipe | None = None,
+    target_bits: float | None = None,
+    target_decoder_bits: float | None = None,
     skip: Iterable[str] = (),
     calibration_tokens: int = 4096,
     estimate: bool = False,
@@ -101,6 +106,10 @@ def palettize(
             rows.
         lut_dtype: "float16" (default), "int8", or "int4" for up to 3 bits.
         recipe: instead of these three: a `Recipe`, a preset ("4bit"), a YAML file, or its contents.
+        target_bits: of a language model, with a calibration: average bits over all weights, with everything that is
+            stored. Bits are chosen weight by weight where they lower the loss most, from `bits` (then 2 by default) or
+            those of the recipe on; embedding and output head take part, from 2 to 8 bits.
+        target_decoder_bits: likewise over the weights of the decoder alone, while embedding and output head keep 8.
         skip: shell patterns of module names that stay dense, such as "*.classifier"; for modules that are no language
             models.
         calibration_tokens: of the text to use.
@@ -123,15 +132,16 @@ def palettize(
         >>> checkpoint.save("model.pt")
     """
     options = (bits, group_size, lut_dtype)
+    target = _target(target_bits, target_decoder_bits)
+    default = {} if target is None else {"default_bits": LEAST_BITS}
     if isinstance(model, (str, Path)):
         _only_for_modules(skip)
         given = None if tokenizer is None else _as_tokenizer(tokenizer)
         subject: Subject = SourceSubject(sources.Source.parse(model, adapter).locate(), given)
         if estimate and subject.embedding() is not None:
             raise InputError("estimate: is for language models; `verify` measures an embedding model.")
-        return _of_subject(
-            subject, choose_recipe(recipe, *options), calibration, calibration_tokens, estimate
-        )
+        plan = choose_recipe(recipe, *options, **default)
+        return _of_subject(subject, plan, calibration, calibration_tokens, estimate, target)
     if adapter is not None:
         raise InputError(
             "adapter: is merged into a model that a path names; merge it in memory: merge_and_unload()."
@@ -141,20 +151,33 @@ def palettize(
             _only_for_modules(skip)
             given = None if tokenizer is None else _as_tokenizer(tokenizer)
             subject = MemorySubject(model, given)
-            return _of_subject(
-                subject, choose_recipe(recipe, *options), calibration, calibration_tokens, estimate
-            )
-        if estimate:
-            raise InputError("estimate: is for language models.")
+            plan = choose_recipe(recipe, *options, **default)
+            return _of_subject(subject, plan, calibration, calibration_tokens, estimate, target)
+        if estimate or target is not None:
+            raise InputError(f"{'estimate' if estimate else target.option}: is for language models.")
         chosen = choose_recipe(recipe, *options) if recipe is not None else None
         return _of_module(model, tokenizer, chosen, options, tuple(skip), calibration, calibration_tokens)
     if isinstance(model, Tensor) or hasattr(model, "__array__"):
-        if recipe is not None or tokenizer is not None or skip:
-            raise InputError("model: is one weight, which takes neither recipe, tokenizer nor skip.")
+        if recipe is not None or tokenizer is not None or skip or target is not None:
+            raise InputError("model: is one weight, which takes neither recipe, target, tokenizer nor skip.")
         return _of_weight(as_tensor(model, name), name, options, calibration)
     raise InputError(
         f"model: is {type(model).__name__}, expected a path or hub id, a torch.nn.Module or a tensor."
     )
+
+
+def _target(whole: float | None, decoder: float | None) -> BitTarget | None:
+    """The average that was asked for."""
+    if whole is not None and decoder is not None:
+        raise InputError(
+            "target_bits is over all weights and target_decoder_bits over the decoder; give one of them."
+        )
+    bits = decoder if whole is None else whole
+    if bits is None:
+        return None
+    if not isinstance(bits, (int, float)) or not 0 < bits <= 16:
+        raise InputError(f"target_bits: is {bits!r}, expected bits a weight, above 0.")
+    return BitTarget(float(bits), whole=whole is not None)
 
 
 def _family(model: Any) -> str:
@@ -168,7 +191,9 @@ def _only_for_modules(skip: Iterable[str]) -> None:
         )
 
 
-def _of_subject(subject: Subject, plan: Recipe, calibration: Any, tokens: int, estimate: bool) -> Checkpoint:
+def _of_subject(
+    subject: Subject, plan: Recipe, calibration: Any, tokens: int, estimate: bool, target: BitTarget | None
+) -> Checkpoint:
     """A language model."""
     read = None if calibration is None else read_calibration(calibration, tokens + _HELD_OUT)
     return palettize_language_model(
@@ -178,6 +203,7 @@ def _of_subject(subject: Subject, plan: Recipe, calibration: Any, tokens: int, e
         calibration_tokens=tokens,
         estimate=estimate,
         command=_COMMAND,
+        target=target,
         memory=MemoryBudget.of(None),
     ).checkpoint
 

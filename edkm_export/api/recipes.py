@@ -24,16 +24,21 @@ _FOLDED = ("*position_embeddings", "*token_type_embeddings", "*embed_positions")
 
 
 def choose_recipe(
-    recipe: GivenRecipe | None, bits: int | None, group_size: int | None, lut_dtype: LutDtype | None
+    recipe: GivenRecipe | None,
+    bits: int | None,
+    group_size: int | None,
+    lut_dtype: LutDtype | None,
+    *,
+    default_bits: int = _BITS,
 ) -> Recipe:
-    """The recipe of a caller, or the uniform one of bits, group size and LUT dtype.
+    """The recipe of a caller, or the uniform one of bits, group size and LUT dtype; without bits those of the default.
 
     Raises:
         RecipeError: it is malformed, or both were given.
     """
     if recipe is None:
         return uniform_recipe(
-            _BITS if bits is None else bits,
+            default_bits if bits is None else bits,
             _GROUP if group_size is None else group_size,
             lut_dtype or "float16",
             fit_groups=group_size is None,

@@ -17,15 +17,15 @@ _TALK = ("quiet", "verbose", "log_file", "help")
 SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "palettize": {
         "Model and calibration": ("adapter", "calibration", "calibration_tokens"),
-        "Bits": ("recipe", "bits", "group_size", "lut_dtype"),
+        "Bits": ("recipe", "bits", "target_bits", "target_decoder_bits", "group_size", "lut_dtype"),
     },
     "train": {
         "Model and data": (
             "data", "adapter", "self_generated", "answers_only", "chat",
         ),
         "Bits": (
-            "preset", "recipe", "bits", "target_bits", "group_size", "lut_dtype", "importance", "fold_scales",
-            "train_embedding",
+            "preset", "recipe", "bits", "target_bits", "target_decoder_bits", "group_size", "lut_dtype", "importance",
+            "fold_scales", "train_embedding",
         ),
         "How long": ("steps", "tokens", "minutes"),
         "Batches": ("context", "batch_size", "accumulate"),
@@ -87,6 +87,7 @@ UNITS: Mapping[str, str] = {
     "sequence_length": "TOKENS",
     "steps": "STEPS",
     "target_bits": "BITS",
+    "target_decoder_bits": "BITS",
     "text": "FILE",
     "tokens": "TOKENS",
     "warmup": "SHARE",

@@ -16,6 +16,14 @@ from edkm_export.lut_dtypes import LUT_DTYPES, LutDtype
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.recipe import Recipe, Rule, uniform_recipe
 from edkm_export.reference.conv1d import held_weight
+from edkm_export.training.bit_budget import (
+    LEAST_BITS,
+    TRAINED_BELOW,
+    BitBudget,
+    BitPlan,
+    BitTarget,
+    outer_modules,
+)
 from edkm_export.training.palettized.clusters import ClusterMethod
 from edkm_export.training.palettized.surgery import Importance, clusters_of, insert_clusters, trainable_shapes
 from edkm_export.training.scaling import fold_scales
@@ -24,11 +32,12 @@ from edkm_export.training.sensitivity import (
     allocate_bits,
     fisher_factors,
     mixed_recipe,
+    wider_rules,
 )
 from edkm_export.training.train_config import TrainConfig
 from edkm_export.weight_storage import average_bits, storage_bits
 
-__all__ = ["base_recipe", "check_target", "decoder_bits", "insert", "largest_bits", "prepare"]
+__all__ = ["base_recipe", "check_target", "decoder_bits", "fitting_bits", "insert", "prepare"]
 
 Announce = Callable[[str], None]
 
@@ -42,8 +51,8 @@ def base_recipe(config: TrainConfig) -> Recipe:
 
 def _inner_plan(model: Any, plan: dict[str, Rule]) -> dict[str, Rule]:
     """The part of a plan that is neither embedding nor output head."""
-    outer = (model.get_input_embeddings(), model.get_output_embeddings())
-    return {name: rule for name, rule in plan.items() if model.get_submodule(name) not in outer}
+    outer = outer_modules(model, plan)
+    return {name: rule for name, rule in plan.items() if name not in outer}
 
 
 def check_target(model: Any, recipe: Recipe, config: TrainConfig, *, source: str) -> None:
@@ -61,27 +70,35 @@ def check_target(model: Any, recipe: Recipe, config: TrainConfig, *, source: str
     """
     shapes = trainable_shapes(model)
     plan = _inner_plan(model, recipe.plan(shapes, source))
-    if config.target_bits is None or not config.strict_target:
+    target = config.target
+    if target is None or not config.strict_target:
+        return
+    if target.whole:
+        BitBudget.of(model, shapes, recipe, target, source=source)
         return
     plan = {name: rule for name, rule in plan.items() if len(shapes[name]) == 2}
-    if average_bits(shapes, plan) > config.target_bits:
+    if average_bits(shapes, plan) > target.bits:
         raise InputError(
-            f"--target-bits {config.target_bits:g}: recipe {recipe.name} takes {_at_least(shapes, plan)} bits a weight "
-            f"in the decoder of {source}, LUTs included; use --target-bits {_at_least(shapes, plan)} or more, fewer "
-            "--bits, or a larger --group-size."
+            f"{target.option}: recipe {recipe.name} takes {_at_least(shapes, plan)} bits a weight in the decoder of "
+            f"{source}, LUTs included; use --target-decoder-bits {_at_least(shapes, plan)} or more, fewer --bits, or a "
+            "larger --group-size."
         )
 
 
-def largest_bits(
-    model: Any, target: float, group_size: int, lut_dtype: LutDtype, *, fit_groups: bool, source: str
+def fitting_bits(
+    model: Any, target: BitTarget, group_size: int, lut_dtype: LutDtype, *, fit_groups: bool, source: str
 ) -> int:
-    """The most bits that all layers can have within an average over the decoder, LUTs included.
+    """The bits to begin with when a target alone was given.
+
+    Over the decoder these are the most that all layers can have within it, over all weights `LEAST_BITS`.
 
     Raises:
         InputError: not even one bit can; the message names the least average that a model can have.
         PaletteError: the groups do not fit.
     """
     shapes = trainable_shapes(model)
+    if target.whole:
+        return LEAST_BITS
     least = ""
     for bits in sorted(SUPPORTED_BITS, reverse=True):
         if bits > LUT_DTYPES[lut_dtype].max_bits:
@@ -89,12 +106,12 @@ def largest_bits(
         recipe = uniform_recipe(bits, group_size, lut_dtype, fit_groups=fit_groups)
         plan = _inner_plan(model, recipe.plan(shapes, source))
         plan = {name: rule for name, rule in plan.items() if len(shapes[name]) == 2}
-        if average_bits(shapes, plan) <= target:
+        if average_bits(shapes, plan) <= target.bits:
             return bits
         least = _at_least(shapes, plan)
     raise InputError(
-        f"--target-bits {target:g}: {source} takes at least {least} bits a weight in the decoder, 1 bit and its LUTs; "
-        f"use --target-bits {least} or more, or a larger --group-size."
+        f"{target.option}: {source} takes at least {least} bits a weight in the decoder, 1 bit and its LUTs; "
+        f"use --target-decoder-bits {least} or more, or a larger --group-size."
     )
 
 
@@ -105,14 +122,21 @@ def _at_least(shapes: Mapping[str, tuple[int, ...]], plan: Mapping[str, Rule]) -
 
 def _importance(model: Any, windows: Tensor, config: TrainConfig) -> dict[str, Importance]:
     if config.importance == "fisher":
-        return fisher_factors(model, windows, seed=config.seed)
+        return fisher_factors(model, windows, seed=config.seed, vocabulary=config.target_bits is not None)
     if config.importance == "energy":
         return {name: Importance(energy) for name, energy in input_energy(model, windows).items()}
     return {}
 
 
 def prepare(
-    model: Any, recipe: Recipe, config: TrainConfig, windows: Tensor, *, source: str, announce: Announce
+    model: Any,
+    recipe: Recipe,
+    config: TrainConfig,
+    windows: Tensor,
+    *,
+    source: str,
+    announce: Announce,
+    tell: Announce = lambda _line: None,
 ) -> Recipe:
     """Palettize a float model for training.
 
@@ -123,6 +147,7 @@ def prepare(
         windows: calibration tokens, int64 [windows, context].
         source: name of the model, for messages.
         announce: called with the name of each stage before it starts.
+        tell: called with what was chosen, for people.
 
     Returns:
         The recipe that was used, with the bits that were chosen layer by layer.
@@ -138,15 +163,21 @@ def prepare(
     if config.fold_scales and importance:
         announce("folding scales into the norms")
         importance = fold_scales(model, windows[0], plan, importance)
-    seeds = None
-    if config.target_bits is not None:
+    seeds, target = None, config.target
+    if target is not None and target.whole:
+        announce("choosing bits weight by weight")
+        made = BitBudget.of(model, shapes, recipe, target, source=source).spend(model, importance)
+        recipe = made.recipe
+        tell(_described(made, config))
+    elif target is not None:
         announce("choosing bits layer by layer")
         weights = {name: held_weight(model.get_submodule(name)) for name in plan if len(shapes[name]) == 2}
         known = importance or {
             name: Importance(torch.ones(weight.shape[1])) for name, weight in weights.items()
         }
-        found = Sensitivity(weights, plan, known)
-        budget = int(config.target_bits * sum(weights[name].numel() for name in found.sizes))
+        choices = {name: wider_rules(plan[name]) for name in weights}
+        found = Sensitivity(weights, choices, known)
+        budget = int(target.bits * sum(weights[name].numel() for name in found.sizes))
         if not config.strict_target:  # LUTs of small layers may take more than what a preset leaves for them
             budget = max(budget, sum(storage_bits(shapes[name], plan[name]) for name in found.sizes))
         with activity("trying sizes", unit="sizes") as tried:
@@ -155,11 +186,22 @@ def prepare(
                 tried.done = len(found.seeds)
                 return found.loss(name, bits)
 
-            recipe = mixed_recipe(recipe, allocate_bits(found.sizes, loss, budget), plan)
+            chosen = allocate_bits(found.sizes, loss, budget)
+            recipe = mixed_recipe(recipe, {name: choices[name][bits] for name, bits in chosen.items()}, plan)
         seeds = found.seeds
     announce("clustering")
     insert(model, recipe, config, importance=importance, seeds=seeds, source=source)
     return recipe
+
+
+def _described(made: BitPlan, config: TrainConfig) -> str:
+    """What was chosen, and what becomes of embedding and output head."""
+    if config.train_embedding is None:
+        why = f"less than {TRAINED_BELOW} bits" if made.trains_outer else f"{TRAINED_BELOW} bits or more"
+        trained = f"{'trained' if made.trains_outer else 'not trained'}, with {why}"
+    else:
+        trained = "trained, as asked" if config.train_embedding else "not trained, as asked"
+    return f"plan: {made.words()}; embedding and output head are {trained}"
 
 
 def decoder_bits(model: Any) -> float:

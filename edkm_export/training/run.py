@@ -57,6 +57,7 @@ class Outcome:
         path: the checkpoint.
         steps, tokens, seconds: how long it trained.
         average_bits: over the decoder's layers, LUTs included.
+        all_bits: over all weights, everything that is stored included.
         evaluations: {text: {"original", "one-shot", "trained": Evaluation}}.
     """
 
@@ -65,6 +66,7 @@ class Outcome:
     tokens: int
     seconds: float
     average_bits: float
+    all_bits: float
     evaluations: dict[str, dict[str, Evaluation]]
 
 
@@ -263,7 +265,13 @@ class Run:
         evaluations.measure(evaluations.original, "original", 0)
         windows = tokens.sample(config.calibration_tokens, config.context)
         recipe = prepare(
-            self.student, self.recipe, config, windows, source=self.source.reference, announce=self.announce
+            self.student,
+            self.recipe,
+            config,
+            windows,
+            source=self.source.reference,
+            announce=self.announce,
+            tell=self.tell,
         )
         self._tell_bits()
         evaluations.measure(self.student, "one-shot", 0)
@@ -271,7 +279,7 @@ class Run:
 
     def _tell_bits(self) -> None:
         """Say what the choice of bits came to, and which groups are not of the size that was aimed at."""
-        target, found = self.config.target_bits, decoder_bits(self.student)
+        target, found = self.config.target_decoder_bits, decoder_bits(self.student)
         digits = 2 if target is None or round(found, 2) > target or found <= target else 3
         line = f"{found:.{digits}f} bits a weight of the decoder, LUTs included"
         if target is not None and found > target:
@@ -394,5 +402,5 @@ class Run:
                 draw(self.folder.log, self.folder.curve)
         except ImportError:
             self.announce("no curve.png, since matplotlib is missing: pip install 'edkm-export[train]'")
-        bits = decoder_bits(self.student)
-        return Outcome(path, progress.step, tokens, progress.elapsed, bits, self.evaluations.found)
+        bits = decoder_bits(self.student), finished.bits_per_weight
+        return Outcome(path, progress.step, tokens, progress.elapsed, *bits, self.evaluations.found)
