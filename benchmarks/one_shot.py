@@ -4,8 +4,8 @@ r"""One-shot palettization of a model: k-means weighted by activations, and laye
 
 Perplexity, KL to the original and top-1 agreement on each text, in windows of 512. Bits that are not whole are mixed
 up to that average over the decoder, LUTs included, by Fisher information, as the presets of `train` do. A text
-FILE:0.3 starts at 30% of the file's characters; it must not be the calibration text. With `--target-bits` rows follow whose
-bits are chosen over all weights, embedding and output head among them, as `palettize --target-bits` does.
+FILE:0.3 starts at 30% of the file's characters; it must not be the calibration text. With `--target-bits` rows
+follow whose bits are chosen over all weights, embedding and output head among them, as `palettize --target-bits` does.
 """
 
 from __future__ import annotations
