@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from edkm_export.api.calibration_data import as_batches, read_calibration, takes_ids
 from edkm_export.api.one_shot import palettize_language_model
-from edkm_export.api.recipes import GivenRecipe, choose_recipe, fitted_recipe
+from edkm_export.api.recipes import DEFAULT_BITS, GivenRecipe, choose_recipe, fitted_recipe
 from edkm_export.api.subjects import MemorySubject, SourceSubject, Subject
 from edkm_export.array_input import as_tensor
 from edkm_export.calibration import Batch, module_energy
@@ -133,14 +133,14 @@ def palettize(
     """
     options = (bits, group_size, lut_dtype)
     target = _target(target_bits, target_decoder_bits)
-    default = {} if target is None else {"default_bits": LEAST_BITS}
+    least = DEFAULT_BITS if target is None else LEAST_BITS
     if isinstance(model, (str, Path)):
         _only_for_modules(skip)
         given = None if tokenizer is None else _as_tokenizer(tokenizer)
         subject: Subject = SourceSubject(sources.Source.parse(model, adapter).locate(), given)
         if estimate and subject.embedding() is not None:
             raise InputError("estimate: is for language models; `verify` measures an embedding model.")
-        plan = choose_recipe(recipe, *options, **default)
+        plan = choose_recipe(recipe, *options, default_bits=least)
         return _of_subject(subject, plan, calibration, calibration_tokens, estimate, target)
     if adapter is not None:
         raise InputError(
@@ -151,10 +151,11 @@ def palettize(
             _only_for_modules(skip)
             given = None if tokenizer is None else _as_tokenizer(tokenizer)
             subject = MemorySubject(model, given)
-            plan = choose_recipe(recipe, *options, **default)
+            plan = choose_recipe(recipe, *options, default_bits=least)
             return _of_subject(subject, plan, calibration, calibration_tokens, estimate, target)
         if estimate or target is not None:
-            raise InputError(f"{'estimate' if estimate else target.option}: is for language models.")
+            asked = "estimate" if target is None else target.option
+            raise InputError(f"{asked}: is for language models.")
         chosen = choose_recipe(recipe, *options) if recipe is not None else None
         return _of_module(model, tokenizer, chosen, options, tuple(skip), calibration, calibration_tokens)
     if isinstance(model, Tensor) or hasattr(model, "__array__"):

@@ -10,7 +10,7 @@ __all__ = ["SECTIONS", "UNITS", "arrange"]
 
 _VERIFICATION = (
     "no_verify", "text", "tokens", "minutes", "memory_bytes", "prompts", "original", "run",
-    "max_perplexity_ratio", "localize",
+    "max_perplexity_ratio", "tasks", "max_task_loss", "localize",
 )  # fmt: skip
 _TALK = ("quiet", "verbose", "log_file", "help")
 
@@ -72,6 +72,7 @@ UNITS: Mapping[str, str] = {
     "log_every": "STEPS",
     "lut_rate": "SHARE",
     "max_perplexity_ratio": "RATIO",
+    "max_task_loss": "SHARE",
     "memory_bytes": "SIZE",
     "minutes": "MINUTES",
     "norm_rate": "SHARE",
@@ -88,6 +89,7 @@ UNITS: Mapping[str, str] = {
     "steps": "STEPS",
     "target_bits": "BITS",
     "target_decoder_bits": "BITS",
+    "tasks": "FILE|builtin",
     "text": "FILE",
     "tokens": "TOKENS",
     "warmup": "SHARE",

@@ -33,8 +33,14 @@ def faithful_export(rungs: Sequence[Rung]) -> Verdict:
 
 
 def quality(rungs: Sequence[Rung]) -> Verdict:
-    """How far did palettization move the model from the original? The verdict of that rung."""
-    return next((rung.verdict for rung in rungs if rung.id == "palettization"), Verdict.NOT_RUN)
+    """How far did palettization move the model from the original?
+
+    The verdict of that rung; BEYOND also where it loses more of a task than it may.
+    """
+    found = {rung.id: rung.verdict for rung in rungs}
+    if found.get("tasks") is Verdict.BEYOND:
+        return Verdict.BEYOND
+    return found.get("palettization", Verdict.NOT_RUN)
 
 
 def tally(report: Report) -> str:
@@ -73,9 +79,24 @@ def quality_words(report: Report) -> str:
     found = f"Perplexity is {ratio:.3g} times the original's"
     by = f" ({source})" if source else ""
     if limit is None:
-        return f"{found}; no limit is set for it{by}."
-    place = {Verdict.WITHIN: "within", Verdict.BEYOND: "beyond"}.get(report.quality, "against")
-    return f"{found}, {place} the limit of {limit:g}{by}."
+        return f"{found}; no limit is set for it{by}.{_task_words(report)}"
+    verdict = next((rung.verdict for rung in report.rungs if rung.id == "palettization"), report.quality)
+    place = {Verdict.WITHIN: "within", Verdict.BEYOND: "beyond"}.get(verdict, "against")
+    return f"{found}, {place} the limit of {limit:g}{by}.{_task_words(report)}"
+
+
+def _task_words(report: Report) -> str:
+    """Right answers in all, and the tasks that lost more than they may; empty without tasks."""
+    known = [one for one in report.tasks if one.original is not None]
+    if not known:
+        return ""
+    items, before = sum(one.items for one in known), sum(one.original or 0 for one in known)
+    rung = next((rung for rung in report.rungs if rung.id == "tasks"), None)
+    beyond = " More than the limit is lost." if rung is not None and rung.verdict is Verdict.BEYOND else ""
+    now = sum(one.palettized for one in known)
+    return (
+        f" Of {items} items of tasks the original answers {before} right, the palettized model {now}.{beyond}"
+    )
 
 
 def _nearness_words(report: Report, found: Mapping[str, Any]) -> str:
