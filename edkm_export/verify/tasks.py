@@ -150,16 +150,22 @@ def read_tasks(references: Iterable[str | Path]) -> tuple[Task, ...]:
         references: JSONL files, or "builtin".
 
     Returns:
-        Items by task, in the order of their first ones.
+        Items by task, in the order of their first ones. Tasks of several files are apart: where two have the same name,
+        the second one's is followed by that of its file.
 
     Raises:
         InputError: a file cannot be read, or a line is no item; the message names both.
     """
-    found: dict[str, list[GenerationItem | Item]] = {}
-    for reference in references:
+    found: list[Task] = []
+    for reference in dict.fromkeys(references):
+        own: dict[str, list[GenerationItem | Item]] = {}
         for name, item in _read(reference):
-            found.setdefault(name, []).append(item)
-    return tuple(Task(name, tuple(items)) for name, items in found.items())
+            own.setdefault(name, []).append(item)
+        taken = {task.name for task in found}
+        for name, items in own.items():
+            known = name if name not in taken else f"{name} ({Path(reference).stem})"
+            found.append(Task(known, tuple(items)))
+    return tuple(found)
 
 
 def _read(reference: str | Path) -> list[tuple[str, GenerationItem | Item]]:
