@@ -102,7 +102,19 @@ def guarded(load: Callable[[], Any], where: str, size_bytes: int) -> GuardedToke
     held = load()  # raises what it raised in the child
     if fault is not None:
         raise TokenizerError(f"{where}: {_FAILURES['load']}: {fault}")
+    _check_template(getattr(held, "chat_template", None), where)
     return GuardedTokenizer(held, child)
+
+
+def _check_template(template: Any, where: str) -> None:
+    """A chat template is a text, or texts by name; transformers takes whatever a file says."""
+    texts = list(template.values()) if isinstance(template, dict) else [template]
+    wrong = next((each for each in texts if not isinstance(each, str)), None)
+    if template is not None and (wrong is not None or None in texts):
+        raise TokenizerError(
+            f"{where}: its chat template is {wrong!r:.40}, expected a text, or texts by name; mend or remove "
+            "chat_template in tokenizer_config.json."
+        )
 
 
 class GuardedTokenizer:

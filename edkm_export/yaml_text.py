@@ -35,8 +35,7 @@ def load_yaml(text: str) -> Any:
     try:
         loader = _Bounded(text)
         return loader.get_single_data()
-    # beside its own errors the loader raises what dates and numbers that are none give
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise YamlError(" ".join(str(error).split())[:300] or type(error).__name__) from error
     finally:
         if loader is not None:
@@ -61,6 +60,17 @@ class _Bounded(yaml.SafeLoader):
         if node is not None and _expanded(node, {}) > _MOST_NODES:
             raise YamlError(f"its aliases stand for more than {_MOST_NODES:,} values")
         return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (yaml.YAMLError, YamlError, RecursionError):
+            raise
+        except Exception as error:  # what PyYAML falls over where a text is none of its tag's
+            kind = node.tag.rpartition(":")[2]
+            line = node.start_mark.line + 1
+            why = f" ({error})" if isinstance(error, ValueError) else ""
+            raise YamlError(f"line {line}: {str(node.value)[:40]!r} is no {kind}{why}") from error
 
     def construct_number(self, node: Any) -> Any:
         if len(node.value) > _MOST_DIGITS:

@@ -54,6 +54,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.guarded_tokenizer",
         "edkm_export.config_bounds",
         "edkm_export.taking_turns",
+        "edkm_export.beside",
         "edkm_export.checkpoint_record",
         "edkm_export.embedding_settings",
         "edkm_export.unfinished",

@@ -25,8 +25,11 @@ def load_onnx() -> Any:
     return onnx
 
 
+_FATAL = 4  # severity of onnxruntime's logs
+
+
 def load_onnxruntime() -> Any:
-    """The onnxruntime module, with its warnings about models silenced.
+    """The onnxruntime module, silent: what it logs goes past the console, in colour, and what fails is raised as well.
 
     Raises:
         BackendMissingError: it is not installed.
@@ -37,5 +40,5 @@ def load_onnxruntime() -> Any:
         raise BackendMissingError(
             "running ONNX graphs needs onnxruntime: pip install 'edkm-export[onnx]'"
         ) from error
-    onnxruntime.set_default_logger_severity(3)  # errors alone
+    onnxruntime.set_default_logger_severity(_FATAL)
     return onnxruntime

@@ -44,6 +44,7 @@ class Execution:
             raises PackageError when the artifact is at fault. None: it cannot be run here.
         missing: why not, when `execute` is None.
         positions: so many positions of the text alone are run; None: all of it.
+        apart: it runs in a process of its own, on one core, and may do so beside others.
     """
 
     id: str
@@ -52,3 +53,4 @@ class Execution:
     execute: Execute | None
     missing: str = ""
     positions: int | None = None
+    apart: bool = False

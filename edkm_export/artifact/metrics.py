@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 import pydantic
@@ -30,6 +30,10 @@ __all__ = [
 
 KL_DECADES = (-12, 2)
 """Powers of ten between which `Divergence.kl_histogram` counts, in half decades."""
+
+
+_ENTRIES_AT_ONCE = 1 << 20
+"""Logits that are compared at once, in float64: what a cache holds, not gigabytes."""
 
 
 class Record(pydantic.BaseModel):
@@ -135,13 +139,22 @@ def compare_positions(reference: Tensor, candidate: Tensor) -> Positions:
         reference: logits, float [positions, vocab_size].
         candidate: likewise. Logits that are not finite count as infinitely far and as disagreeing.
     """
+    rows = max(1, _ENTRIES_AT_ONCE // reference.shape[-1])
+    parts = [
+        _compare_rows(*pair)
+        for pair in zip(torch.split(reference, rows), torch.split(candidate, rows), strict=True)
+    ]
+    return Positions(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(Positions)))
+
+
+def _compare_rows(reference: Tensor, candidate: Tensor) -> Positions:
     p = reference.double().log_softmax(-1)
     q = candidate.double().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1)
     finite = torch.isfinite(candidate).all(-1)
     best, chosen = p.argmax(-1, keepdim=True), candidate.argmax(-1, keepdim=True)
     agree = (best == chosen)[:, 0] & finite
     gap = (p.gather(-1, best) - p.gather(-1, chosen))[:, 0]
+    kl = q.neg_().add_(p).mul_(p.exp_()).sum(-1)
     return Positions(
         kl=torch.where(finite & ~kl.isnan(), kl.clamp_min(0), torch.inf),
         agree=agree,

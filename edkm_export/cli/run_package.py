@@ -91,13 +91,18 @@ def _read(text: str, function: Function) -> tuple[str, Tensor]:
 
     from converters.coreml.read.images import read_image
     from edkm_export.errors import InputError
+    from edkm_export.regular_file import require_regular
 
     name, equals, file = text.partition("=")
     if not equals or not name or not file:
         raise InputError(f"--input {text!r}: expected NAME=FILE.")
     path = Path(file)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file.")
+    try:
+        require_regular(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file.") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}.") from error
     if name not in function.inputs:
         known = ", ".join(f"{key} ({spec.type})" for key, spec in function.inputs.items()) or "none"
         raise InputError(f"function {function.name} has no input {name!r}; its inputs are {known}.")
@@ -108,7 +113,7 @@ def _read(text: str, function: Function) -> tuple[str, Tensor]:
     try:
         array = np.load(path, allow_pickle=False)
         return name, torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
-    except (ValueError, TypeError, EOFError) as error:
+    except (ValueError, TypeError, EOFError, MemoryError) as error:
         raise InputError(f"{path}: not an array that can be used ({error}).") from error
 
 

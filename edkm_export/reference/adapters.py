@@ -11,7 +11,7 @@ from typing import Any
 from edkm_export.errors import BackendMissingError, InputError
 from edkm_export.reference.account import Account
 from edkm_export.reference.stored_tensors import ADAPTER_CONFIG
-from edkm_export.regular_file import read_regular
+from edkm_export.regular_file import read_regular, require_regular
 
 __all__ = ["Adapter"]
 
@@ -214,6 +214,7 @@ class Adapter:
         from safetensors.torch import load_file
 
         try:
+            require_regular(self.path / _WEIGHTS)
             return dict(load_file(self.path / _WEIGHTS))
         except Exception as error:  # safetensors' errors have no common base
             raise InputError(

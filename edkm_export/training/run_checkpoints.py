@@ -18,6 +18,7 @@ from edkm_export.claims import clear
 from edkm_export.digest import file_sha256
 from edkm_export.errors import InputError
 from edkm_export.filesystem import flush_tree, remove
+from edkm_export.regular_file import open_regular
 
 __all__ = [
     "OPTIMIZER",
@@ -130,7 +131,7 @@ def read_mark(path: Path) -> Mark:
     """
     file = path / _MARK
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             content = opened.read(_MARK_BYTES)
         mark = Mark.model_validate_json(content)
     except (OSError, pydantic.ValidationError) as error:

@@ -10,8 +10,12 @@ from typing import Any
 import pydantic
 
 from edkm_export.atomic import atomic_file
+from edkm_export.errors import InputError
+from edkm_export.regular_file import read_regular
 
 __all__ = ["append", "cut", "records"]
+
+_MOST_BYTES = 1 << 30
 
 
 class _Line(pydantic.BaseModel):
@@ -54,7 +58,11 @@ def cut(path: Path, step: int) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+    try:
+        content = read_regular(path, _MOST_BYTES) if path.exists() else b""
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); move it away.") from error
+    for line in content.split(b"\n"):
         try:
             found = _Line.model_validate_json(line)
         except pydantic.ValidationError:

@@ -15,6 +15,7 @@ from edkm_export.errors import InputError
 from edkm_export.plain_data import printable
 from edkm_export.recipe import Recipe
 from edkm_export.reference.source import Source
+from edkm_export.regular_file import read_regular
 from edkm_export.training.evaluation import Evaluation
 from edkm_export.training.tokens import Tokens
 from edkm_export.training.train_config import TrainConfig
@@ -88,7 +89,7 @@ class RunRecord(pydantic.BaseModel):
             InputError: it is not what `write` wrote; the message names the field.
         """
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(read_regular(path))
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}); {_ANEW}.") from error
         except pydantic.ValidationError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from edkm_export.artifact.execution import AT_FAULT, Execution
 from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
 from edkm_export.artifact.protocol import Artifact, Decoding
 from edkm_export.artifact.thresholds import EXECUTION, decode_limit
+from edkm_export.beside import Beside
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
@@ -189,14 +191,17 @@ def verify_artifact(
     if (decoding := compare_decoding(checkpoint, artifact)) is not None:
         rungs.append(decoding)
 
+    run_one = partial(_execute, hard=hard, windows=windows, budget=budget)
+    beside = {one.id: Beside(partial(run_one, one)) for one in artifact.executions if one.apart}
     for execution in artifact.executions:
         if execution.execute is not None and not budget.is_over:
             begin(f"running: {execution.words}")
-        rung, found = _execute(execution, hard, windows, budget)
+        started = beside.get(execution.id)
+        rung, found = run_one(execution) if started is None else started.result()
         rungs.append(rung)
         if found is not None:
             perplexities[execution.words] = found
-    del hard
+    del hard, run_one, beside
 
     if not budget.is_over:
         begin("decoding token by token")

@@ -63,7 +63,7 @@ def odd_tensor(draw: random.Random, like: torch.Tensor | None = None) -> torch.T
         makers += [
             lambda: plain.to(draw.choice((torch.float64, torch.int32, torch.uint8, torch.bfloat16))),
             lambda: plain.reshape(-1),
-            lambda: plain[:-1],
+            lambda: plain.reshape(-1)[:-1] if plain.ndim == 0 else plain[:-1],
             lambda: plain[None],
             lambda: torch.zeros_like(plain),
             lambda: _with(draw, plain),

@@ -214,7 +214,7 @@ def _damage_coreml(draw: random.Random, folder: Path, seeds: Seeds) -> str:
 
 def _change_metadata(draw: random.Random, message: Any) -> str:
     metadata = message.description.metadata.userDefined
-    key = draw.choice(sorted(metadata))
+    key = draw.choice(sorted(metadata) or [""])  # an earlier change may have left none
     try:
         tree = json.loads(metadata[key])
     except ValueError:
@@ -333,6 +333,7 @@ def _damage_gguf(draw: random.Random, folder: Path, seeds: Seeds) -> str:
     pool += [text for text in TEXTS if text != "\ud800"]
     if isinstance(value, list):
         value = list(value)
+        pool = [each for each in pool if not isinstance(each, int) or each < 2**31]  # lists hold int32
         for _ in range(draw.choice((1, 10))):
             value[draw.randrange(len(value))] = draw.choice(
                 [each for each in pool if type(each) is type(value[0])]

@@ -13,11 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 
-from edkm_export.errors import CheckpointError
+from converters.onnx.backend import load_onnxruntime
+from edkm_export.errors import CheckpointError, InputError
 from edkm_export.importing import import_state
+from edkm_export.training import run_log
+from edkm_export.training.run_record import RunRecord
+from tests.helpers.paths import FIXTURES
 from tests.hostile.archives import rewrite
 from tests.hostile.harness import Outcome, command, run_case
 from tests.hostile.oddities import change_file
@@ -339,3 +345,49 @@ def test_templates_without_end(source) -> None:
         source, "train", source, "--data", source / "it.jsonl", "-o", source / "run", "--steps", 1
     )
     assert "was stopped" in message or "too much memory" in message
+
+
+@pytest.mark.parametrize("template", [7, ["x"], {"default": 7}, [{"name": "a", "template": None}], True])
+def test_a_template_that_is_no_text(template, source) -> None:
+    settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["chat_template"] = template
+    (source / "chat_template.jinja").unlink(missing_ok=True)
+    (source / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    message = refused(source, "palettize", source, "-o", source / "out.pt", "--no-estimate")
+    assert "template" in message
+
+
+def test_onnxruntime_prints_nothing(capfd) -> None:
+    """Its log of what fails holds names of the graph, and colours."""
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Gather", ["table", "index"], ["row"], name="\x1b[2J")],
+        "lookup",
+        [onnx.helper.make_tensor_value_info("index", onnx.TensorProto.INT64, [1])],
+        [onnx.helper.make_tensor_value_info("row", onnx.TensorProto.FLOAT, [1])],
+        [onnx.helper.make_tensor("table", onnx.TensorProto.FLOAT, [2], [0.0, 1.0])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    session = load_onnxruntime().InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    with pytest.raises(Exception, match="out of data bounds"):
+        session.run(None, {"index": np.array([9])})
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["main.mlirb", "main.hash", "metadata.json"])
+def test_a_file_of_a_core_ai_model_is_something_else(kind, name, tmp_path) -> None:
+    folder = Path(shutil.copytree(FIXTURES / "coreai" / "model.aimodel", tmp_path / "it" / "model.aimodel"))
+    put(kind, folder / name)
+    assert refused(folder.parent, "inspect", folder)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "sparse", "folder"])
+@pytest.mark.parametrize("name", ["metadata.json", "log.jsonl"])
+def test_a_file_of_a_run_is_something_else(kind, name, tmp_path) -> None:
+    path = tmp_path / name
+    path.touch()
+    put(kind, path)
+    with pytest.raises(InputError, match="cannot be read"):
+        RunRecord.read(path) if name == "metadata.json" else run_log.records(path)

@@ -60,6 +60,7 @@ class CoreAIArtifact:
                 None if missing else self._execute(exact=True),
                 missing,
                 positions=_FEW,
+                apart=True,
             ),
         )
 
@@ -138,7 +139,6 @@ class CoreAIArtifact:
 
         def execute(tokens: Tensor) -> Tensor:
             if not session:
-                self._model.exact, self._model.twin  # noqa: B018  # the one loads while the other is made
                 session.append(new_session(self._model, exact=exact))
             session[0].reset()
             return session[0].feed(tokens.long())

@@ -19,6 +19,7 @@ from converters.coreai.read.program import Program, read_program
 from converters.coreai.read.weights import StoredPalette, read_dense, read_palettes, stored_palettes
 from edkm_export.errors import PackageError
 from edkm_export.palette import PalettizedTensor
+from edkm_export.regular_file import open_regular, read_regular
 
 __all__ = ["Asset", "load_asset"]
 
@@ -135,25 +136,23 @@ def load_asset(path: str | Path) -> Asset:
 def _map(path: Path) -> memoryview:
     """A file as memory that is read when it is needed."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except FileNotFoundError:
         raise PackageError(f"{path}: no such file; export the model again.") from None
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
-        raise PackageError(f"{path}: cannot be read ({error}).") from error
+        raise PackageError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})."
+        ) from error
 
 
 def _read(path: Path, most: int) -> bytes:
     try:
-        with path.open("rb") as file:
-            found = file.read(most + 1)
+        return read_regular(path, most)
     except FileNotFoundError:
         raise PackageError(f"{path}: no such file; export the model again.") from None
     except OSError as error:
-        raise PackageError(f"{path}: cannot be read ({error}).") from error
-    if len(found) > most:
-        raise PackageError(f"{path}: has more than {most:,} bytes.")
-    return found
+        raise PackageError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -46,9 +46,16 @@ class Cursor:
 
     def varint(self) -> int:
         """An unsigned number in MLIR's encoding: zero bits at the low end of the first byte count further bytes."""
-        first = self.byte()
+        position = self.position
+        if position >= self.end:
+            self.fail("ends early")
+        first = self.data[position]
+        self.position = position + 1
         if first & 1:
             return first >> 1
+        if first & 2 and position + 2 <= self.end:  # these two are nearly all there are, by the million
+            self.position = position + 2
+            return (first | self.data[position + 1] << 8) >> 2
         if first == 0:
             return int.from_bytes(self.take(8), "little")
         more = (first & -first).bit_length() - 1

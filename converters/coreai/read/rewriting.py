@@ -33,6 +33,9 @@ _GRAPH, _PRIVATE = "coreai.graph", "priv"
 # On the way from a weight to the product that it is for.
 _TRANSPOSE = "coreai.transpose"
 _MOVES = (_TRANSPOSE, "coreai.reshape", "coreai.expand_dims")
+# The runtime reads a weight [in, out] once for each token: from memory, unless a cache holds it.
+_LARGE_BYTES = 2 << 20
+_BLOCK_COLUMNS = (256, 128, 64)
 
 
 def write_twin(path: Path, output: Path, *, observed: bool = False) -> dict[str, dict[str, str]]:
@@ -130,15 +133,27 @@ class _DenseWeights:
 
     def widened(self, operand: Any) -> Any:
         """An operand of a product in float32: the weight itself where it is one, moved as it was; otherwise a cast."""
-        moves: list[Any] = []
-        value = operand
-        while (made := value.owner) is not None and getattr(made, "name", "") in _MOVES:
-            moves.append(made)
-            value = made.operands[0]
-        if value not in self._narrow:
+        constant, moves = _origin(operand)
+        if constant not in self._narrow:
             return self._core.ops.cast(operand, dtype=np.float32)
-        palette, name = self._narrow[value]
-        wide = self._constant(palette, np.float32, tuple(_Move.of(move) for move in reversed(moves)))
+        return self._widen(constant, moves)
+
+    def in_blocks(self, operand: Any) -> Any | None:
+        """A large weight [in, out] in float32 as blocks [blocks, in, columns]; None: it is none, or not large."""
+        constant, moves = _origin(operand)
+        shape = tuple(operand.type.shape)
+        if constant not in self._narrow or len(shape) != 2 or 4 * shape[0] * shape[1] <= _LARGE_BYTES:
+            return None
+        columns = next((each for each in _BLOCK_COLUMNS if shape[1] % each == 0), None)
+        if columns is None:
+            return None
+        blocks = shape[1] // columns
+        split = _Move(None, (shape[0], blocks, columns)), _Move((1, 0, 2), (blocks, shape[0], columns))
+        return self._widen(constant, (*moves, *split))
+
+    def _widen(self, constant: Any, moves: tuple[_Move, ...]) -> Any:
+        palette, name = self._narrow[constant]
+        wide = self._constant(palette, np.float32, moves)
         self._wide.append((wide, name))
         return wide
 
@@ -191,6 +206,16 @@ class _Move:
         return weight.reshape(self.shape) if self.axes is None else weight.transpose(self.axes)
 
 
+def _origin(operand: Any) -> tuple[Any, tuple[_Move, ...]]:
+    """Where an operand is from, and the moves on its way."""
+    moves: list[Any] = []
+    value = operand
+    while (made := value.owner) is not None and getattr(made, "name", "") in _MOVES:
+        moves.append(made)
+        value = made.operands[0]
+    return value, tuple(_Move.of(move) for move in reversed(moves))
+
+
 def _is_used(value: Any) -> bool:
     """Whether something needs a value; moves that nothing needs are erased."""
     for move in [use.owner for use in value.uses]:
@@ -203,12 +228,31 @@ def _widen_product(core: Any, operation: Any, weights: _DenseWeights) -> None:
     result = operation.results[0]
     if str(result.type.element_type) != "f16":
         return
+    left, right = operation.operands
     with core.ir.InsertionPoint(operation):
-        left, right = (weights.widened(operand) for operand in operation.operands)
-        wide = core.ops.broadcasting_batch_matmul(left, right)
-        narrow = core.ops.cast(wide, dtype=np.float16)
+        blocks = weights.in_blocks(right) if _is_one_text(left) else None
+        if blocks is not None:
+            narrow = _product_in_blocks(core, left, blocks, tuple(result.type.shape))
+        else:
+            wide = core.ops.broadcasting_batch_matmul(weights.widened(left), weights.widened(right))
+            narrow = core.ops.cast(wide, dtype=np.float16)
     result.replace_all_uses_with(narrow)
     operation.erase()
+
+
+def _is_one_text(value: Any) -> bool:
+    """Whether a value is [tokens, in] or [1, tokens, in]."""
+    shape = tuple(value.type.shape)
+    return len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
+
+
+def _product_in_blocks(core: Any, left: Any, blocks: Any, shape: tuple[int, ...]) -> Any:
+    """Float16 `shape`, free where it is negative: `left` by a weight of `_DenseWeights.in_blocks`."""
+    ops = core.ops
+    product = ops.broadcasting_batch_matmul(ops.cast(left, dtype=np.float32), blocks)
+    narrow = ops.cast(product, dtype=np.float16)  # [blocks, tokens, columns]
+    rows = ops.transpose(narrow, ops.constant(np.array([1, 0, 2], np.uint32)))
+    return ops.reshape(rows, ops.constant(np.array([max(size, -1) for size in shape], np.int32)))
 
 
 def write_decoders(path: Path, output: Path) -> dict[str, str]:

@@ -81,7 +81,7 @@ class CoreAISession:
         }
         outputs = self._runtime.call(MAIN, inputs, states={name: name for name in self._states})
         self._used = total
-        return torch.from_numpy(outputs[LOGITS][0].astype(np.float32))
+        return torch.from_numpy(outputs[LOGITS][0]).float()
 
     def _make_room(self, total: int) -> None:
         if total <= self._length:

@@ -130,4 +130,4 @@ class StaticSession:
         logits = self._runtime.call(name, inputs, states={state: state for state in _STATES})[STATIC_LOGITS]
         if self.step != EXTEND:
             return torch.full((count, self._vocab_size), torch.nan)
-        return torch.from_numpy(logits[0, 0].astype(np.float32))
+        return torch.from_numpy(logits[0, 0]).float()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from converters.coreai.format import dense_digest, palette_digest
 from converters.coreai.read.description import DenseEntry, Description
+from converters.coreai.read.element_types import TensorType
 from converters.coreai.read.program import Constant, Function, Program
 from edkm_export.errors import PackageError, PaletteError
 from edkm_export.packing import pack, unpack
@@ -46,7 +48,7 @@ class StoredPalette:
     lut: NDArray[Any]
     scale: NDArray[Any] | None
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of everything."""
         return palette_digest(self.n_bits, self.index_shape, self.indices, self.lut, self.scale)
@@ -96,6 +98,7 @@ def stored_palettes(program: Program) -> Iterator[StoredPalette]:
     Raises:
         PackageError: one has a form that we do not write.
     """
+    read: dict[tuple[tuple[int, TensorType], ...], StoredPalette] = {}  # many functions share a weight
     for function in program.functions.values():
         for block, operation in function.operations(_LUT_TO_DENSE):
             indices = function.constant_operand(block, operation, 0)
@@ -105,13 +108,16 @@ def stored_palettes(program: Program) -> Iterator[StoredPalette]:
                     f"function {function.name}: a palette has its vectors on another axis than 0."
                 )
             made = function.operand(block, operation, 1)
-            scale = None
+            scaling: list[Constant] = []
             if made is not None and made.name == _SCALED:
-                lut = function.constant_operand(block, made, 0)
-                scale = _scale(function, lut, [function.constant_operand(block, made, i) for i in (1, 2, 3)])
+                lut, *scaling = (function.constant_operand(block, made, place) for place in range(4))
             else:
                 lut = function.constant_operand(block, operation, 1)
-            yield _palette(function.name, indices, lut, scale)
+            key = tuple((id(each.contents), each.type) for each in (indices, lut, *scaling))
+            if key not in read:
+                scale = _scale(function, lut, scaling) if scaling else None
+                read[key] = _palette(function.name, indices, lut, scale)
+            yield read[key]
 
 
 def _palette(function: str, indices: Constant, lut: Constant, scale: NDArray[Any] | None) -> StoredPalette:

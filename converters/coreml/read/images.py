@@ -11,6 +11,7 @@ from torch import Tensor
 
 from converters.coreml.read.program import FunctionInput
 from edkm_export.errors import BackendMissingError, InputError
+from edkm_export.regular_file import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +47,7 @@ def read_image(path: Path, declared: FunctionInput, layout: str) -> Tensor:
     """
     pillow = _pillow()
     try:
-        with pillow.open(path) as opened:
+        with open_regular(path) as file, pillow.open(file) as opened:
             image = opened.convert(_mode(layout, declared.name))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not an image that can be read ({error}).") from error

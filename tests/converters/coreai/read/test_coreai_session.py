@@ -22,9 +22,11 @@ from tests.helpers.paths import FIXTURES
 if missing_backend():
     pytest.skip(f"not run: {missing_backend()}", allow_module_level=True)
 
+from converters.coreai.read import rewriting
 from converters.coreai.read.artifact import open_artifact
 from converters.coreai.read.asset import load_asset
 from converters.coreai.read.running import RunningModel
+from converters.coreai.read.runtime import AppleRuntime
 from converters.coreai.read.session import CoreAISession, new_session
 
 FOLDER = FIXTURES / "coreai"
@@ -172,6 +174,24 @@ def test_the_static_engine(text, expected, coreai_checkpoint):
     assert found.kl_mean < 1e-4 and found.settled_agreement >= 0.98
     session.reset()
     assert torch.equal(whole, torch.cat([session.feed(piece) for piece in text.split([1, 1, 30, 2, 16])]))
+
+
+@pytest.mark.parametrize("name", ["model", "static"])
+def test_weights_in_blocks_give_the_same_bits(name, text, tmp_path, monkeypatch):
+    """Only large weights are held so, which these models have none of."""
+    model = RunningModel(load_asset(FOLDER / f"{name}.aimodel"))
+    whole = new_session(model).feed(text)
+    split: list[tuple[int, ...]] = []
+    product = rewriting._product_in_blocks
+    monkeypatch.setattr(rewriting, "_LARGE_BYTES", 0)
+    monkeypatch.setattr(
+        rewriting, "_product_in_blocks", lambda *given: split.append(given[3]) or product(*given)
+    )
+    twin = tmp_path / "twin.aimodel"
+    rewriting.write_twin(model.asset.path, twin)
+    assert any(shape[-1] == 320 for shape in split)
+    runtime = AppleRuntime(twin, model.asset.program.public, "twin")
+    assert torch.equal(whole, new_session(model, runtime=runtime).feed(text))
 
 
 def test_prompt_opt_fills_the_cache_as_extend_does(text):
