@@ -196,15 +196,15 @@ class BitBudget:
 
         Args:
             model: with its weights.
-            importance: {module name: Fisher factors}; weights without keep the fewest bits that they may have. Empty:
-                all weights alike.
+            importance: {module name: Fisher factors}; weights without keep the bits of the recipe. Empty: all weights
+                alike.
         """
         weights = {name: held_weight(model.get_submodule(name)) for name in self.choices}
         known = importance or {
             name: Importance(torch.ones(weight.shape[1])) for name, weight in weights.items()
         }
         found = Sensitivity(weights, self.choices, known, sampled=_SAMPLED)
-        unknown = {name: min(self.choices[name]) for name in self.choices if name not in found.sizes}
+        unknown = {name: self.plan[name].bits for name in self.choices if name not in found.sizes}
         taken = sum(self._bits(name, self.choices[name][bits]) for name, bits in unknown.items())
         budget = int(self.target.bits * self._numel) - self._fixed_bits - taken
         with activity("choosing bits weight by weight", unit="sizes") as tried:

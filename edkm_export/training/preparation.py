@@ -74,6 +74,8 @@ def check_target(model: Any, recipe: Recipe, config: TrainConfig, *, source: str
     if target is None or not config.strict_target:
         return
     if target.whole:
+        if config.importance == "energy":  # nothing is known of what is looked up then
+            raise InputError(f"{target.option}: needs --importance fisher, which measures embeddings too.")
         BitBudget.of(model, shapes, recipe, target, source=source)
         return
     plan = {name: rule for name, rule in plan.items() if len(shapes[name]) == 2}

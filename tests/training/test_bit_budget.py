@@ -17,7 +17,9 @@ from edkm_export.training.bit_budget import BitBudget, BitTarget
 from edkm_export.training.optimizer import freeze
 from edkm_export.training.palettized.clusters import ClusterMethod
 from edkm_export.training.palettized.surgery import clusters_of, insert_clusters
+from edkm_export.training.preparation import check_target
 from edkm_export.training.run_record import RunRecord
+from edkm_export.training.sensitivity import fisher_factors
 from edkm_export.training.train_config import TrainConfig
 from tests.helpers.odd_models import build
 from tests.helpers.paths import FIXTURES
@@ -72,7 +74,7 @@ def test_a_vocabulary_takes_what_the_budget_leaves_it() -> None:
     ]
     bits = [tensor.n_bits for tensor in sizes]
     assert bits == sorted(bits) and bits[0] < 6
-    assert (sizes[0].groups == (20, 1) and sizes[-1].n_bits != 8) or sizes[-1].groups == (1, 1)
+    assert [tensor.groups for tensor in sizes] == [(1 if each == 8 else 20, 1) for each in bits]
 
 
 def test_the_same_command_gives_the_same_bits() -> None:
@@ -102,7 +104,8 @@ def test_a_model_in_memory_is_left_as_it_is() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     edkm_export.palettize(model, calibration=windows(), target_bits=3.5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert model.lm_head.weight.requires_grad and not hasattr(model.lm_head.weight, "forward")
+    assert model.lm_head.weight.requires_grad
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -176,6 +179,27 @@ def test_a_run_of_an_older_release_goes_on() -> None:
     record.require(Path("run/metadata.json"), record.identity, now)
     with pytest.raises(InputError, match="was started with target_decoder_bits 3.25"):
         record.require(Path("run/metadata.json"), record.identity, TrainConfig(target_decoder_bits=3.5))
+
+
+def test_a_target_over_all_weights_needs_what_measures_embeddings() -> None:
+    config = TrainConfig(bits=2, target_bits=4.5, importance="energy")
+    with pytest.raises(InputError, match="--target-bits 4.5: needs --importance fisher"):
+        check_target(build("plain"), uniform_recipe(2), config, source="m")
+    check_target(build("plain"), uniform_recipe(2), config.updated({"importance": "none"}), source="m")
+
+
+def test_weights_of_which_nothing_is_known_keep_their_bits() -> None:
+    """The head was not called: it stays at 8 bits, and the others share what is left."""
+    model = build("untied").requires_grad_(False)
+    importance = fisher_factors(model, windows(), vocabulary=True)
+    del importance["lm_head"]
+    shapes = palettizable_shapes(model)
+    budget = BitBudget.of(model, shapes, uniform_recipe(2), BitTarget(5.2, whole=True), source="m")
+    plan = budget.spend(model, importance)
+    assert plan.rules["lm_head"].bits == 8 and plan.bits_per_weight <= 5.2
+    budget = BitBudget.of(model, shapes, uniform_recipe(2), BitTarget(3.6, whole=True), source="m")
+    with pytest.raises(InputError, match="bits are not enough"):
+        budget.spend(model, importance)
 
 
 def test_train_says_what_it_does_with_the_embedding(edkm: Any, work: Path, small_folder: Path) -> None:
