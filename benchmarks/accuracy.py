@@ -82,7 +82,7 @@ def ablations(preset: TrainConfig) -> dict[str, dict[str, Any]]:
         "with folded scales" if not preset.fold_scales else "without folded scales": {
             "fold_scales": not preset.fold_scales
         },
-        "without mixed bits": {"target_bits": None},
+        "without mixed bits": {"target_decoder_bits": None},
         "seeds weighted by energy": {"importance": "energy"},
         "seeds not weighted": {"importance": "none"},
         other[preset.objective]: {"objective": other[preset.objective]},
@@ -97,7 +97,7 @@ def ablations(preset: TrainConfig) -> dict[str, dict[str, Any]]:
 
 
 # The start of a run depends on these only.
-OF_THE_START = {"fold_scales", "target_bits", "importance"}
+OF_THE_START = {"fold_scales", "target_decoder_bits", "importance"}
 
 
 def runs_of(part: str, presets: Sequence[str], seeds: Sequence[int], budget: dict[str, Any]) -> list[Run]:

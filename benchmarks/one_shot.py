@@ -6,7 +6,8 @@ r"""One-shot palettization: weighted k-means, layers that make up for their erro
 
 Perplexity, KL to the original and top-1 agreement on each text, in windows of 512. Bits that are not whole are mixed
 up to that average over the decoder, LUTs included, by Fisher information, as the presets of `train` do. A text
-FILE:0.3 starts at 30% of the file's characters; it must not be the calibration text.
+FILE:0.3 starts at 30% of the file's characters; it must not be the calibration text. With `--target-bits` rows
+follow whose bits are chosen over all weights, embedding and output head among them, as `palettize --target-bits` does.
 
 With --effort high layers are fitted as `palettize --effort high` does; each --vary changes that in one point, such as
 `--vary weighs=none --vary norms=false --vary steps=200 --vary tokens=16384`, in a row of its own beside the unchanged
@@ -16,6 +17,7 @@ one. --self-generated adds text that the original writes itself to the calibrati
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.accuracy import split
+from edkm_export.api.bit_choice import choose_bits
 from edkm_export.api.effort import Effort
 from edkm_export.calibration import input_energy
 from edkm_export.palettization import PalettizedModel, palettizable_shapes, palettize_model
@@ -38,11 +41,18 @@ from edkm_export.recipe import Recipe, uniform_recipe
 from edkm_export.reference.conv1d import as_linear, held_weight
 from edkm_export.reference.source import Source, load_model, load_tokenizer
 from edkm_export.text import read_text, token_windows
+from edkm_export.training.bit_budget import LEAST_BITS, BitTarget
 from edkm_export.training.block_fit import FitSettings
 from edkm_export.training.evaluation import Evaluation, evaluate
 from edkm_export.training.reconstruction import Reconstruction, windows_in_streams
 from edkm_export.training.self_generated import first_token, generate
-from edkm_export.training.sensitivity import Sensitivity, allocate_bits, fisher_factors, mixed_recipe
+from edkm_export.training.sensitivity import (
+    Sensitivity,
+    allocate_bits,
+    fisher_factors,
+    mixed_recipe,
+    wider_rules,
+)
 from edkm_export.training.tokens import Tokens
 
 CONTEXT = 512
@@ -60,9 +70,11 @@ def recipe_of(model: Any, windows: Tensor, bits: float) -> Recipe:
     rules = base.plan(palettizable_shapes(model), "model")
     plan = {name: rule for name, rule in rules.items() if model.get_submodule(name) not in outer}
     weights = {name: held_weight(model.get_submodule(name)) for name in plan}
-    found = Sensitivity(weights, plan, fisher_factors(model, windows))
+    choices = {name: wider_rules(rule) for name, rule in plan.items()}
+    found = Sensitivity(weights, choices, fisher_factors(model, windows))
     budget = int(bits * sum(weight.numel() for weight in weights.values()))
-    return mixed_recipe(base, allocate_bits(found.sizes, found.loss, budget), plan)
+    chosen = allocate_bits(found.sizes, found.loss, budget)
+    return mixed_recipe(base, {name: choices[name][size] for name, size in chosen.items()}, plan)
 
 
 def plain_methods(windows: Tensor) -> dict[str, Palettize]:
@@ -124,6 +136,22 @@ def calibration_windows(
     return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(0))]
 
 
+def to_target(model: Any, windows: Tensor, bits: float) -> PalettizedModel:
+    """At so many bits over all weights."""
+    base, target = uniform_recipe(LEAST_BITS, fit_groups=True), BitTarget(bits, whole=True)
+    shapes = palettizable_shapes(model)
+    plan, vocabulary = choose_bits(model, shapes, base, target, windows, source="model")
+    Console().print(plan.words())
+    return palettize_model(model, plan.recipe, windows=windows, vocabulary=vocabulary)
+
+
+def all_bits(parts: PalettizedModel) -> float:
+    """Bits over all weights, what stays dense in float16."""
+    dense = sum(tensor.numel() for tensor in parts.dense.values())
+    size = sum(tensor.size_bytes for tensor in parts.palettized.values()) + 2 * dense
+    return size * 8 / (dense + sum(tensor.numel for tensor in parts.palettized.values()))
+
+
 def cell(found: Evaluation) -> str:
     return f"{found.perplexity:.2f} / {found.kl or 0:.3f} / {found.top1 or 1:.1%}"
 
@@ -141,6 +169,7 @@ def cell(found: Evaluation) -> str:
 @click.option("--text", "texts", required=True, multiple=True)
 @click.option("--eval-tokens", default=4096, show_default=True)
 @click.option("--bits", "sizes", default=[4.0, 3.0], multiple=True, type=float, show_default=True)
+@click.option("--target-bits", "targets", multiple=True, type=float, help="Over all weights.")
 @click.option("--method", "chosen", multiple=True, help="Only these.")
 @click.option("--effort", default="normal", type=click.Choice(["normal", "high"]))
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Of --effort high.")
@@ -159,6 +188,7 @@ def main(
     texts: tuple[str, ...],
     eval_tokens: int,
     sizes: tuple[float, ...],
+    targets: tuple[float, ...],
     chosen: tuple[str, ...],
     effort: str,
     device: str | None,
@@ -191,10 +221,34 @@ def main(
         )
     judge = copy.deepcopy(original).to(place)
     few = windows[: ONE_SHOT_TOKENS // CONTEXT]
-    table = Table("bits", "method", "seconds", *(Path(text).name for text in texts))
+    table = Table("bits", "of all weights", "method", "seconds", *(Path(text).name for text in texts))
     floats = [evaluate(judge, each) for each in evaluation.values()]
-    table.add_row("float", "", "", *(cell(each) for each in floats))
+    table.add_row("float", "16", "", "", *(cell(each) for each in floats))
     rows: list[dict[str, Any]] = []
+
+    def row(bits: float | None, name: str, palettize: Callable[[Any], PalettizedModel]) -> None:
+        twin = load_model(source)
+        began = time.monotonic()
+        parts = palettize(twin)
+        seconds, average = time.monotonic() - began, all_bits(parts)
+        found = [evaluate(changed(original, parts, place), each, judge) for each in evaluation.values()]
+        cells, first = [cell(each) for each in found], "" if bits is None else f"{bits:g}"
+        table.add_row(first, f"{average:.2f}", name, f"{seconds:.0f}", *cells)
+        line = f"{first} ({average:.2f}) {name} {seconds:.0f} s: {'; '.join(cells)}"
+        Console().print(line, highlight=False)
+        rows.append(
+            {
+                "bits": bits,
+                "bits_of_all_weights": average,
+                "method": name,
+                "seconds": seconds,
+                "tokens": windows.numel(),
+                "texts": {text: asdict(each) for text, each in zip(texts, found, strict=True)},
+            }
+        )
+        if rows_file is not None:
+            rows_file.write_text(json.dumps(rows, indent=1))
+
     methods = plain_methods(few)
     if level is not None:
         if not chosen:
@@ -203,28 +257,10 @@ def main(
     for bits in sizes:
         recipe = recipe_of(copy.deepcopy(judge), few.to(place), bits)
         for name, palettize in methods.items():
-            if chosen and name not in chosen:
-                continue
-            twin = load_model(source)
-            began = time.monotonic()
-            parts = palettize(twin, recipe)
-            seconds = time.monotonic() - began
-            found = [evaluate(changed(original, parts, place), each, judge) for each in evaluation.values()]
-            cells = [cell(each) for each in found]
-            table.add_row(f"{bits:g}", name, f"{seconds:.0f}", *cells)
-            Console().print(f"{bits:g} {name} {seconds:.0f} s: {'; '.join(cells)}", highlight=False)
-            measured = {text: asdict(each) for text, each in zip(texts, found, strict=True)}
-            rows.append(
-                {
-                    "bits": bits,
-                    "method": name,
-                    "seconds": seconds,
-                    "tokens": windows.numel(),
-                    "texts": measured,
-                }
-            )
-            if rows_file is not None:
-                rows_file.write_text(json.dumps(rows, indent=1))
+            if not chosen or name in chosen:
+                row(bits, name, functools.partial(palettize, recipe=recipe))
+    for bits in targets:
+        row(None, f"--target-bits {bits:g}", functools.partial(to_target, windows=few, bits=bits))
     Console(width=160).print(table)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from edkm_export.lut_grid import Rounded, round_to_grid
 from edkm_export.palette import PalettizedTensor, all_finite, check_grouping
 from edkm_export.recipe import Rule
 
-__all__ = ["ROUNDS", "damped", "damping", "makes_up", "palettize_compensated"]
+__all__ = ["ROUNDS", "damped", "damping", "makes_up", "palettize_compensated", "palettize_vocabulary"]
 
 _FLOOR = 1e-6  # of the mean over all, for inputs that are always zero
 
@@ -32,6 +32,7 @@ ROUNDS = 2
 
 _LARGEST_BITS = 6  # with more there is hardly an error to make up for
 _WIDEST = 6144  # columns; H and what is made of it are five such squares in float32, 0.7 GiB
+_RANGE = 1 << 22  # weights of a vocabulary that are palettized at a time
 
 
 def makes_up(rule: Rule, columns: int) -> bool:
@@ -124,6 +125,50 @@ def palettize_compensated(
         best.luts.lut.view(groups, 1, -1, 1),
         indices,
         lut_scale=None if best.luts.scale is None else best.luts.scale.view(groups, 1),
+        lut_dtype=rule.lut_dtype,
+    )
+
+
+def palettize_vocabulary(
+    name: str,
+    weight: Tensor,
+    rule: Rule,
+    hessian: Tensor,
+    *,
+    samples: int | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> PalettizedTensor:
+    """`palettize_compensated` of an embedding or an output head, a range of rows at a time, which bounds its memory.
+
+    Rows share nothing but the LUTs of their groups, so that ranges of whole groups can be palettized apart.
+
+    Args:
+        name: of the parameter.
+        weight: float [rows, in].
+        rule: bits, groups and LUT dtype.
+        hessian: float [in, in]; of an embedding the mean of g g' of the loss gradients g of what is looked up.
+        samples: tokens that it is the mean of.
+        advance: called with the number of weights of each range.
+
+    Raises:
+        PaletteError: as there.
+    """
+    rows, columns = weight.shape
+    check_grouping(name, rows, rule.group_size)
+    unit = rule.group_size or rows
+    count = max(1, _RANGE // (unit * columns)) * unit
+    parts = []
+    for start in range(0, rows, count):
+        part = weight[start : start + count]
+        parts.append(palettize_compensated(name, part, rule, hessian, samples=samples))
+        if advance is not None:
+            advance(part.numel())
+    scales = [part.lut_scale for part in parts if part.lut_scale is not None]
+    return PalettizedTensor.from_indices(
+        name,
+        torch.cat([part.lut for part in parts]),
+        torch.cat([part.unpack_indices() for part in parts]),
+        lut_scale=torch.cat(scales) if scales else None,
         lut_dtype=rule.lut_dtype,
     )
 

@@ -74,13 +74,16 @@ class ModelSize:
         """Size of the model that is not palettized."""
         return self.parameters * 2
 
-    def footprint(self, recipe: Recipe, source: str, *, target_bits: float | None = None) -> Footprint:
+    def footprint(
+        self, recipe: Recipe, source: str, *, target_decoder_bits: float | None = None
+    ) -> Footprint:
         """What the model takes under a recipe.
 
         Args:
             recipe: bits, groups and LUT dtype by module name.
             source: name of the model, for messages.
-            target_bits: average over the decoder that training mixes bits to; what cannot be had is not promised.
+            target_decoder_bits: average over the decoder that training mixes bits to; what cannot be had is not
+                promised.
 
         Raises:
             RecipeError, PaletteError: the recipe does not fit the model.
@@ -89,9 +92,9 @@ class ModelSize:
         inner = {name: rule for name, rule in plan.items() if name not in self.outer}
         bits = average_bits(self.shapes, inner) if inner else None
         size = sum(storage_bits(self.shapes[name], rule) for name, rule in plan.items()) / 8
-        if bits is not None and target_bits is not None and target_bits > bits:
-            size += (target_bits - bits) * sum(math.prod(self.shapes[name]) for name in inner) / 8
-            bits = target_bits
+        if bits is not None and target_decoder_bits is not None and target_decoder_bits > bits:
+            size += (target_decoder_bits - bits) * sum(math.prod(self.shapes[name]) for name in inner) / 8
+            bits = target_decoder_bits
         size += 2 * (self.parameters - sum(math.prod(self.shapes[name]) for name in plan))
         return Footprint(size, bits)
 

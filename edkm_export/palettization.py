@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edkm_export.clustering import hard_assign, optimal_centroids
+from edkm_export.compensated_weight import makes_up, palettize_vocabulary
 from edkm_export.errors import InputError, PaletteError
 from edkm_export.lut_dtypes import LUT_DTYPES
 from edkm_export.lut_grid import round_to_grid
@@ -26,7 +29,9 @@ __all__ = [
     "Begun",
     "PalettizedModel",
     "compact",
+    "in_place",
     "palettizable_shapes",
+    "palettize_ends",
     "palettize_model",
     "palettize_weight",
 ]
@@ -115,6 +120,7 @@ def palettize_model(
     *,
     energy: Mapping[str, Tensor] | None = None,
     windows: Tensor | None = None,
+    vocabulary: Mapping[str, Tensor] | None = None,
     begun: Begun | None = None,
     source: str = "model",
     advance: Callable[[str, int], None] | None = None,
@@ -130,7 +136,10 @@ def palettize_model(
         windows: of a causal language model: tokens int64 [windows, context], all of which go through it in one call.
             Its linear layers are then palettized so that each makes up for the errors of its columns and of the layers
             before it, see `propagation`. They give the energy, too.
-        begun: what is palettized already, instead of `energy` and `windows`.
+        vocabulary: with `windows`: {module name: float32 [in, in]} of an embedding and an output head, what an error of
+            their rows costs, see `palettize_vocabulary`. Those of few bits make up for their errors, too, and do it
+            before the other layers, which then see what is left of these.
+        begun: what is palettized already, instead of `energy`, `windows` and `vocabulary`.
         source: name of the model, for messages.
         advance: called with a module's name and its number of weights when it is done.
         consume: free the model's own weights one by one, so that it is used up; False leaves it as it is.
@@ -146,21 +155,25 @@ def palettize_model(
     plan = recipe.plan(palettizable_shapes(model), source)
     aliases = _tied_names(model)
     palettized: dict[str, PalettizedTensor] = {}
+    compensated: Mapping[str, PalettizedTensor] = {}
     if windows is not None and plan:
         frees = (
             consume and streamed_weights(model) is None
         )  # what is read layer by layer is dropped in any case
+        ends = palettize_ends(model, plan, vocabulary or {}, windows.numel(), source, advance)
         propagation = Propagation(model, plan, consume=frees, source=source, advance=advance)
-        propagation.run(windows)
-        begun = propagation
-    compensated: Mapping[str, PalettizedTensor] = {}
+        with in_place(model, ends):
+            propagation.run(windows)
+        begun, compensated = propagation, ends
     if begun is not None:
-        compensated, energy = begun.palettized, begun.energy
+        compensated, energy = {**compensated, **begun.palettized}, begun.energy
     for module_name, rule in plan.items():
         name = f"{module_name}.weight"
         name = name.removeprefix(".")  # the model is the layer itself
         if module_name in compensated:
             palettized[name] = compensated[module_name]
+            if consume:
+                release(model, name)
             continue
         module = model.get_submodule(module_name)
         values = values_of(model, name)
@@ -188,6 +201,61 @@ def palettize_model(
         _check_values(name, tensor, source)
         dense[name] = compact(tensor)
     return PalettizedModel(palettized, dense, aliases, frozenset(each.name for each in compensated.values()))
+
+
+def palettize_ends(
+    model: Any,
+    plan: Mapping[str, Rule],
+    hessians: Mapping[str, Tensor],
+    samples: int,
+    source: str,
+    advance: Callable[[str, int], None] | None,
+) -> dict[str, PalettizedTensor]:
+    """Palettize embedding and output head where they make up for their errors.
+
+    Args:
+        model: of transformers.
+        plan: {module name: rule}.
+        hessians: {module name: float32 [in, in]}, what an error of their rows costs.
+        samples: tokens that these were measured on.
+        source: name of the model, for messages.
+        advance: called with a module's name and a number of weights when these are done.
+
+    Returns:
+        {module name: palette}; others are not among them.
+
+    Raises:
+        InputError: a weight holds NaN or infinity, or is not floating point.
+    """
+    made: dict[str, PalettizedTensor] = {}
+    for module_name, hessian in hessians.items():
+        if module_name not in plan or not makes_up(plan[module_name], len(hessian)):
+            continue
+        name = f"{module_name}.weight"
+        values = values_of(model, name)
+        _check_values(name, values, source)
+        made[module_name] = palettize_vocabulary(
+            name,
+            values,
+            plan[module_name],
+            hessian,
+            samples=samples,
+            advance=None if advance is None else functools.partial(advance, module_name),
+        )
+    return made
+
+
+@contextlib.contextmanager
+def in_place(model: nn.Module, made: Mapping[str, PalettizedTensor]) -> Iterator[None]:
+    """A model in memory whose weights are what palettes {module name: palette} decode to."""
+    kept = {name: model.get_submodule(name).get_parameter("weight").data for name in made}
+    try:
+        for name, tensor in made.items():
+            model.get_submodule(name).get_parameter("weight").data = tensor.decode().to(kept[name].device)
+        yield
+    finally:
+        for name, data in kept.items():
+            model.get_submodule(name).get_parameter("weight").data = data
 
 
 def _check_values(name: str, tensor: Tensor, source: str) -> None:

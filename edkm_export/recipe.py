@@ -27,7 +27,7 @@ from edkm_export.palette import check_grouping
 from edkm_export.regular_file import read_regular
 from edkm_export.yaml_text import YamlError, load_yaml
 
-__all__ = ["PRESETS", "Recipe", "Rule", "load_recipe", "uniform_recipe"]
+__all__ = ["PRESETS", "Recipe", "Rule", "is_default_outer", "load_recipe", "uniform_recipe"]
 
 
 class _Strict(pydantic.BaseModel):
@@ -191,6 +191,14 @@ def uniform_recipe(
     suffix = f"g{group_size}" if group_size else ""
     dense = [Rule(match=pattern, lut_dtype=wide, skip=True, optional=True) for pattern in _DENSE]
     return Recipe(name=f"{bits}bit{suffix}", rules=(*outer, *dense, inner))
+
+
+def is_default_outer(recipe: Recipe, module: str) -> bool:
+    """Whether a module has the rule that `uniform_recipe` gives embeddings and output heads, not one of the user's."""
+    rule = recipe.rule_for(module)
+    return (
+        rule is not None and rule.optional and rule.match in _OUTER and (rule.bits, rule.group_size) == (8, 0)
+    )
 
 
 def _preset(name: str, bits: int, group_size: int = 16, lut_dtype: LutDtype = "float16") -> Recipe:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from edkm_export.compensated_weight import palettize_compensated
+from edkm_export import compensated_weight
+from edkm_export.compensated_weight import palettize_compensated, palettize_vocabulary
 from edkm_export.errors import PaletteError
 from edkm_export.lut_dtypes import LutDtype
 from edkm_export.palettization import palettize_weight
@@ -151,3 +152,19 @@ def test_one_token_says_nothing_of_how_channels_go_together():
     told = palettize_compensated("w", weight, rule, one, samples=1)
     bound = error(weight, plain.decode(), inputs[1:])
     assert error(weight, told.decode(), inputs[1:]) < 1.2 * bound
+
+
+def test_ranges_of_a_vocabulary_are_palettized_apart(monkeypatch):
+    """Each range of whole groups gives what it gives alone; without groups there is one range."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(48, 12, generator=generator), torch.randn(64, 12, generator=generator)
+    hessian = inputs.T @ inputs / 64
+    monkeypatch.setattr(compensated_weight, "_RANGE", 16 * 12)
+    for lut_dtype, group_size in (("float16", 8), ("int8", 16), ("float16", 0)):
+        rule, counted = Rule(bits=3, group_size=group_size, lut_dtype=lut_dtype), []
+        made = palettize_vocabulary("w", weight, rule, hessian, advance=counted.append)
+        height = 16 if group_size else 48
+        assert counted == [height * 12] * (48 // height)
+        for start in range(0, 48, height):
+            alone = palettize_compensated("w", weight[start : start + height], rule, hessian)
+            assert torch.equal(made.decode()[start : start + height], alone.decode())

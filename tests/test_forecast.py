@@ -36,13 +36,13 @@ def test_sizes_are_those_of_the_checkpoint(shape, preset, tmp_path):
 def test_a_target_fills_up_what_the_recipe_leaves(tiny_llama):
     size = ModelSize.of(outline(Source.parse(str(tiny_llama))))
     plain = size.footprint(PRESETS["3bit"], "model")
-    mixed = size.footprint(PRESETS["3bit"], "model", target_bits=3.25)
+    mixed = size.footprint(PRESETS["3bit"], "model", target_decoder_bits=3.25)
     decoder = 786_432  # weights of the four layers
     rows = 4 * (2 * 128 + 2 * 64 + 2 * 384 + 128)
     assert plain.decoder_bits == pytest.approx(3 + rows / 16 * 8 * 16 / decoder)
     assert mixed.decoder_bits == 3.25
     assert mixed.size_bytes - plain.size_bytes == pytest.approx((3.25 - plain.decoder_bits) * decoder / 8)
-    assert size.footprint(PRESETS["4bit"], "model", target_bits=4.1).decoder_bits == pytest.approx(
+    assert size.footprint(PRESETS["4bit"], "model", target_decoder_bits=4.1).decoder_bits == pytest.approx(
         4.104, abs=1e-3
     )
 

@@ -40,6 +40,8 @@ def verification_inputs(
     minutes: float | None,
     memory_bytes: int | None,
     command: Sequence[str],
+    tasks: Sequence[str | Path] = (),
+    max_task_loss: float | None = None,
 ) -> VerificationInputs:
     """What an artifact is verified with; what cannot be used is refused before the long work.
 
@@ -55,18 +57,27 @@ def verification_inputs(
         minutes: time for it; None: no limit.
         memory_bytes: memory for it; None: what is free.
         command: words of the command that asks for it; empty: none.
+        tasks: JSONL files, or "builtin".
+        max_task_loss: share of a task's items that palettization may lose; None: no limit.
 
     Raises:
-        InputError: the text, the original or the run that was asked for cannot be used.
+        InputError: a file of tasks, the text, the original or the run that was asked for cannot be used.
     """
+    from edkm_export.errors import InputError
     from edkm_export.memory_budget import MemoryBudget
     from edkm_export.reference import llamacpp
     from edkm_export.reference.hard_model import load_hard_tokenizer
     from edkm_export.verify.inputs import VerificationInputs
+    from edkm_export.verify.tasks import read_tasks
 
     embeds = checkpoint.embedding is not None
     if embeds:
-        _refuse_for_embeddings(checkpoint, max_perplexity_ratio, prompts, localize, run)
+        _refuse_for_embeddings(checkpoint, max_perplexity_ratio, prompts, localize, run, tasks)
+    if max_task_loss is not None and not (tasks and 0 <= max_task_loss <= 1):
+        raise InputError(
+            f"max_task_loss: is {max_task_loss!r}, expected a share from 0 to 1, beside the tasks (--tasks)."
+        )
+    asked = read_tasks(tasks)
     content, name = read_evaluation_text(None, sentences=embeds) if text is None else text
     if embeds:
         check_sentences(content, name)
@@ -84,6 +95,8 @@ def verification_inputs(
         runtime=llamacpp,
         max_perplexity_ratio=max_perplexity_ratio,
         prompts=tuple(prompts),
+        tasks=asked,
+        max_task_loss=max_task_loss,
         localize=localize,
         soft=soft,
         soft_missing=no_soft,
@@ -100,6 +113,7 @@ def _refuse_for_embeddings(
     prompts: Sequence[str],
     localize: bool,
     run: str | Path | None,
+    tasks: Sequence[str | Path],
 ) -> None:
     """Refuse what only a language model has.
 
@@ -113,6 +127,7 @@ def _refuse_for_embeddings(
         "a limit of the perplexity (--max-perplexity-ratio)": max_perplexity_ratio not in ("preset", None),
         "--localize": localize,
         "a training run (--run)": run is not None,
+        "a task (--tasks)": bool(tasks),
     }
     if asked := next((what for what, wanted in given.items() if wanted), None):
         raise InputError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edkm_export.api.calibration_data import CalibrationInput
 from edkm_export.errors import InputError
+from edkm_export.palettization import palettize_ends
 from edkm_export.recipe import Rule
 from edkm_export.training.block_fit import FitSettings
 from edkm_export.training.reconstruction import (
@@ -110,13 +111,22 @@ class Effort:
         rules: Mapping[str, Rule],
         windows: Tensor,
         *,
+        vocabulary: Mapping[str, Tensor] | None,
         consume: bool,
         source: str,
         advance: Callable[[str, int], None],
     ) -> Reconstruction:
-        """Palettize and fit the decoder layers; see `Reconstruction`."""
+        """Palettize and fit the decoder layers; see `Reconstruction`, and `palettize_model` about the vocabulary."""
+        ends = palettize_ends(model, rules, vocabulary or {}, windows.numel(), source, advance)
         made = Reconstruction(
-            model, rules, self.settings, device=self.device, consume=consume, source=source, advance=advance
+            model,
+            rules,
+            self.settings,
+            device=self.device,
+            consume=consume,
+            source=source,
+            advance=advance,
+            ends=ends,
         )
         made.run(windows)
         return made

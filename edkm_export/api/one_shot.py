@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from edkm_export.activity import activity
+from edkm_export.api.bit_choice import choose_bits
 from edkm_export.api.calibration_data import CONTEXT, CalibrationInput
 from edkm_export.api.effort import Effort
 from edkm_export.api.originals import read_evaluation_text
@@ -30,6 +31,7 @@ from edkm_export.reference.sentence_model import SentenceTokenizer
 from edkm_export.reference.streamed_model import device_of
 from edkm_export.reference.tokenizer_files import embedding_tokenizer_files, tokenizer_files
 from edkm_export.text import in_windows, token_windows
+from edkm_export.training.bit_budget import BitBudget, BitTarget
 from edkm_export.versions import library_versions
 
 __all__ = ["CALIBRATION_TOKENS", "OneShot", "palettize_language_model"]
@@ -70,8 +72,10 @@ def palettize_language_model(
     calibration_tokens: int | None,
     estimate: bool,
     command: Sequence[str],
+    target: BitTarget | None = None,
     memory: MemoryBudget | None = None,
     effort: Effort | None = None,
+    tell: Callable[[str], None] = lambda _line: None,
 ) -> OneShot:
     """Palettize a language model, or an embedding model. What can be refused is refused before its weights are read.
 
@@ -82,8 +86,10 @@ def palettize_language_model(
         calibration_tokens: of it to use; None: as many as the effort is good for.
         estimate: compare with the original, on text that calibration did not see.
         command: for the provenance.
+        target: average that bits are chosen for weight by weight, from those of the plan on; None: as planned.
         memory: a model that does not fit in it is read layer by layer; None: models are read whole.
         effort: fits layers to what the float ones make; None: they make up for their errors alone.
+        tell: called with what was chosen, for people, before it is done.
 
     Raises:
         ConversionError: a family that could not be exported.
@@ -101,6 +107,10 @@ def palettize_language_model(
         outline = subject.outline()
         shapes = palettizable_shapes(outline)
         rules = plan.plan(shapes, where)
+        room = _room(outline, memory, 0 if effort is None else effort.memory_bytes)
+        if target is not None:
+            _check_target(target, settings is not None, calibration is not None, room is not None, where)
+            BitBudget.of(outline, shapes, plan, target, source=where)
         tokenizer = subject.tokenizer()
         estimate = estimate and bool(rules) and tokenizer is not None and settings is None
         wanted = estimate_tokens(config.vocab_size) if estimate else 0
@@ -117,7 +127,7 @@ def palettize_language_model(
         for tokens in (windows, held_out):
             if tokens is not None:
                 check_vocabulary(outline, tokens)
-    model = subject.load(_room(outline, memory, 0 if effort is None else effort.memory_bytes))
+    model = subject.load(room)
     if held_out is not None and (device := device_of(model)).type != "cpu":
         raise InputError(f"estimate: {where} is on {device}; it is made on the CPU only: model.cpu().")
     provenance: dict[str, Any] = {
@@ -147,6 +157,17 @@ def palettize_language_model(
         if held_out is not None:
             with activity("predicting with the original"):
                 predictions = Predictions(model, held_out)
+        vocabulary = None
+        if target is not None and windows is not None:
+            some = windows if effort is None else windows[: max(1, CALIBRATION_TOKENS // windows.shape[1])]
+            chosen, vocabulary = choose_bits(model, shapes, plan, target, some, source=where)
+            tell(f"plan: {chosen.words()}")
+            plan, rules = chosen.recipe, dict(chosen.rules)
+            provenance["target_bits"] = {
+                "bits": target.bits,
+                "of": "all weights" if target.whole else "the decoder",
+                "predicted_bytes": chosen.size_bytes,
+            }
         with activity("palettizing", sum(shapes[name][0] * shapes[name][1] for name in rules)) as counted:
 
             def advance(_name: str, count: int) -> None:
@@ -155,7 +176,13 @@ def palettize_language_model(
             begun = None
             if effort is not None and windows is not None:
                 begun = effort.reconstruct(
-                    model, rules, windows, consume=subject.consume, source=where, advance=advance
+                    model,
+                    rules,
+                    windows,
+                    vocabulary=vocabulary,
+                    consume=subject.consume,
+                    source=where,
+                    advance=advance,
                 )
                 provenance |= {"seed": effort.settings.seed, "reconstruction": effort.record(begun)}
                 windows = None
@@ -164,6 +191,7 @@ def palettize_language_model(
                 plan,
                 energy=energy,
                 windows=windows,
+                vocabulary=vocabulary,
                 begun=begun,
                 source=where,
                 advance=advance,
@@ -192,6 +220,23 @@ def palettize_language_model(
     )
     regrouped = plan.regrouped(shapes)
     return OneShot(checkpoint, (*account.remarks, *([regrouped] if regrouped else [])), found, tokenizer)
+
+
+def _check_target(
+    target: BitTarget, is_embedding: bool, is_calibrated: bool, is_streamed: bool, where: str
+) -> None:
+    """Refuse a target for what no sensitivity can be measured of."""
+    if is_embedding:
+        raise InputError(f"{target.option}: is for language models; give {where} --bits or a --recipe.")
+    if not is_calibrated:
+        raise InputError(
+            f"{target.option}: needs a --calibration text, on which it is measured which weights matter."
+        )
+    if is_streamed:
+        raise InputError(
+            f"{target.option}: {where} does not fit in memory whole, which gradients need; give more --memory, or a "
+            "--recipe."
+        )
 
 
 def _room(outline: nn.Module, memory: MemoryBudget | None, more_bytes: int) -> int | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edkm_export.api.calibration_data import as_batches, read_calibration, takes_ids
 from edkm_export.api.effort import Effort
 from edkm_export.api.one_shot import CALIBRATION_TOKENS, palettize_language_model
-from edkm_export.api.recipes import GivenRecipe, choose_recipe, fitted_recipe
+from edkm_export.api.recipes import DEFAULT_BITS, GivenRecipe, choose_recipe, fitted_recipe
 from edkm_export.api.subjects import MemorySubject, SourceSubject, Subject
 from edkm_export.array_input import as_tensor
 from edkm_export.calibration import Batch, module_energy
@@ -28,6 +28,7 @@ from edkm_export.prompt import read_tokenizer
 from edkm_export.recipe import Recipe
 from edkm_export.reference import source as sources
 from edkm_export.reference.memory_model import is_causal_lm, portable, require_plain
+from edkm_export.training.bit_budget import LEAST_BITS, BitTarget
 from edkm_export.versions import library_versions
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def palettize(
     group_size: int | None = None,
     lut_dtype: LutDtype | None = None,
     recipe: GivenRecipe | None = None,
+    target_bits: float | None = None,
+    target_decoder_bits: float | None = None,
     skip: Iterable[str] = (),
     calibration_tokens: int | None = None,
     effort: Literal["normal", "high"] = "normal",
@@ -80,6 +83,8 @@ def palettize(
     group_size: int | None = None,
     lut_dtype: LutDtype | None = None,
     recipe: GivenRecipe | None = None,
+    target_bits: float | None = None,
+    target_decoder_bits: float | None = None,
     skip: Iterable[str] = (),
     calibration_tokens: int | None = None,
     effort: Literal["normal", "high"] = "normal",
@@ -106,6 +111,10 @@ def palettize(
             rows.
         lut_dtype: "float16" (default), "int8", or "int4" for up to 3 bits.
         recipe: instead of these three: a `Recipe`, a preset ("4bit"), a YAML file, or its contents.
+        target_bits: of a language model, with a calibration: average bits over all weights, with everything that is
+            stored. Bits are chosen weight by weight where they lower the loss most, from `bits` (then 2 by default) or
+            those of the recipe on; embedding and output head take part, from 2 to 8 bits.
+        target_decoder_bits: likewise over the weights of the decoder alone, while embedding and output head keep 8.
         skip: shell patterns of module names that stay dense, such as "*.classifier"; for modules that are no language
             models.
         calibration_tokens: of the text to use; default 4,096, with effort "high" 65,536 on CUDA and 32,768 on the CPU.
@@ -133,15 +142,16 @@ def palettize(
     options = (bits, group_size, lut_dtype)
     chosen_effort = Effort.of(effort, device=device)
     tokens = calibration_tokens or (CALIBRATION_TOKENS if chosen_effort is None else chosen_effort.tokens)
+    target = _target(target_bits, target_decoder_bits)
+    least = DEFAULT_BITS if target is None else LEAST_BITS
     if isinstance(model, (str, Path)):
         _only_for_modules(skip)
         given = None if tokenizer is None else _as_tokenizer(tokenizer)
         subject: Subject = SourceSubject(sources.Source.parse(model, adapter).locate(), given)
         if estimate and subject.embedding() is not None:
             raise InputError("estimate: is for language models; `verify` measures an embedding model.")
-        return _of_subject(
-            subject, choose_recipe(recipe, *options), calibration, tokens, estimate, chosen_effort
-        )
+        plan = choose_recipe(recipe, *options, default_bits=least)
+        return _of_subject(subject, plan, calibration, tokens, estimate, target, chosen_effort)
     if adapter is not None:
         raise InputError(
             "adapter: is merged into a model that a path names; merge it in memory: merge_and_unload()."
@@ -151,22 +161,40 @@ def palettize(
             _only_for_modules(skip)
             given = None if tokenizer is None else _as_tokenizer(tokenizer)
             subject = MemorySubject(model, given)
-            return _of_subject(
-                subject, choose_recipe(recipe, *options), calibration, tokens, estimate, chosen_effort
-            )
-        if estimate:
-            raise InputError("estimate: is for language models.")
+            plan = choose_recipe(recipe, *options, default_bits=least)
+            return _of_subject(subject, plan, calibration, tokens, estimate, target, chosen_effort)
+        if estimate or target is not None:
+            asked = "estimate" if target is None else target.option
+            raise InputError(f"{asked}: is for language models.")
         if chosen_effort is not None:
             raise InputError("effort high: is for language models of the families that can be exported.")
         chosen = choose_recipe(recipe, *options) if recipe is not None else None
         return _of_module(model, tokenizer, chosen, options, tuple(skip), calibration, tokens)
     if isinstance(model, Tensor) or hasattr(model, "__array__"):
-        if recipe is not None or tokenizer is not None or skip or chosen_effort is not None:
-            raise InputError("model: is one weight, which takes neither recipe, tokenizer, skip nor effort.")
+        if any(
+            (recipe is not None, target is not None, tokenizer is not None, skip, chosen_effort is not None)
+        ):
+            raise InputError(
+                "model: is one weight, which takes neither recipe, target, tokenizer, skip nor effort."
+            )
         return _of_weight(as_tensor(model, name), name, options, calibration)
     raise InputError(
         f"model: is {type(model).__name__}, expected a path or hub id, a torch.nn.Module or a tensor."
     )
+
+
+def _target(whole: float | None, decoder: float | None) -> BitTarget | None:
+    """The average that was asked for."""
+    if whole is not None and decoder is not None:
+        raise InputError(
+            "target_bits is over all weights and target_decoder_bits over the decoder; give one of them."
+        )
+    bits = decoder if whole is None else whole
+    if bits is None:
+        return None
+    if not isinstance(bits, (int, float)) or not 0 < bits <= 16:
+        raise InputError(f"target_bits: is {bits!r}, expected bits a weight, above 0.")
+    return BitTarget(float(bits), whole=whole is not None)
 
 
 def _family(model: Any) -> str:
@@ -181,7 +209,13 @@ def _only_for_modules(skip: Iterable[str]) -> None:
 
 
 def _of_subject(
-    subject: Subject, plan: Recipe, calibration: Any, tokens: int, estimate: bool, effort: Effort | None
+    subject: Subject,
+    plan: Recipe,
+    calibration: Any,
+    tokens: int,
+    estimate: bool,
+    target: BitTarget | None,
+    effort: Effort | None,
 ) -> Checkpoint:
     """A language model."""
     read = None if calibration is None else read_calibration(calibration, tokens + _HELD_OUT)
@@ -192,6 +226,7 @@ def _of_subject(
         calibration_tokens=tokens,
         estimate=estimate,
         command=_COMMAND,
+        target=target,
         memory=MemoryBudget.of(None),
         effort=effort,
     ).checkpoint

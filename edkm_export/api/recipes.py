@@ -13,27 +13,32 @@ from edkm_export.errors import RecipeError
 from edkm_export.lut_dtypes import LutDtype
 from edkm_export.recipe import Recipe, Rule, load_recipe, uniform_recipe
 
-__all__ = ["GivenRecipe", "choose_recipe", "fitted_recipe"]
+__all__ = ["DEFAULT_BITS", "GivenRecipe", "choose_recipe", "fitted_recipe"]
 
 GivenRecipe = Recipe | str | Path | Mapping[str, Any]
 """A recipe, the name of a preset, a YAML file, or the contents of one."""
 
-_BITS, _GROUP = 4, 16
+DEFAULT_BITS, _GROUP = 4, 16
 # What an encoder looks up at positions that are known when it is converted: the converter folds it into a constant.
 _FOLDED = ("*position_embeddings", "*token_type_embeddings", "*embed_positions")
 
 
 def choose_recipe(
-    recipe: GivenRecipe | None, bits: int | None, group_size: int | None, lut_dtype: LutDtype | None
+    recipe: GivenRecipe | None,
+    bits: int | None,
+    group_size: int | None,
+    lut_dtype: LutDtype | None,
+    *,
+    default_bits: int = DEFAULT_BITS,
 ) -> Recipe:
-    """The recipe of a caller, or the uniform one of bits, group size and LUT dtype.
+    """The recipe of a caller, or the uniform one of bits, group size and LUT dtype; without bits those of the default.
 
     Raises:
         RecipeError: it is malformed, or both were given.
     """
     if recipe is None:
         return uniform_recipe(
-            _BITS if bits is None else bits,
+            default_bits if bits is None else bits,
             _GROUP if group_size is None else group_size,
             lut_dtype or "float16",
             fit_groups=group_size is None,
@@ -73,7 +78,7 @@ def fitted_recipe(
         RecipeError: bits, group size or LUT dtype are not supported, or a pattern matches nothing.
     """
     base = uniform_recipe(
-        _BITS if bits is None else bits,
+        DEFAULT_BITS if bits is None else bits,
         _GROUP if group_size is None else group_size,
         lut_dtype or "float16",
         fit_groups=group_size is None,

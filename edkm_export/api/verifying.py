@@ -34,6 +34,8 @@ def verify(
     tokens: int = 1024,
     prompts: Sequence[str] = (),
     max_perplexity_ratio: float | Literal["preset"] | None = "preset",
+    tasks: str | Path | Sequence[str | Path] = (),
+    max_task_loss: float | None = None,
     run: str | Path | None = None,
     localize: bool = False,
     minutes: float | None = None,
@@ -53,6 +55,9 @@ def verify(
         prompts: also compare the greedy continuation of these texts.
         max_perplexity_ratio: worst allowed perplexity of the palettized model, as a multiple of the original's;
             "preset": what is usual for its bits; None: no limit.
+        tasks: JSONL files of items with right answers, or "builtin": how many the original, the palettized model and
+            the artifact get right.
+        max_task_loss: share of a task's items that palettization may lose, from 0 to 1; None: no limit.
         run: folder of the training run, when the model.pt is not in it.
         localize: when an execution fails, find the first operation that is off.
         minutes: time for it: fewer tokens are compared then; default: no limit.
@@ -65,7 +70,7 @@ def verify(
         The report. An artifact that is damaged fails; it does not raise.
 
     Raises:
-        InputError: the checkpoint is not known, or original, text or prompts cannot be used.
+        InputError: the checkpoint is not known, or original, text, prompts or tasks cannot be used.
         PackageError: nothing that was exported lies at `out`.
         CheckpointError: the checkpoint is damaged, or holds no tokenizer.
 
@@ -78,6 +83,8 @@ def verify(
         raise InputError(f"out: is {type(out).__name__}, expected what `export` gave, or the path of it.")
     if isinstance(prompts, str):
         prompts = (prompts,)
+    if isinstance(tasks, (str, Path)):
+        tasks = (tasks,)
     if isinstance(out, Exported):
         held = out.checkpoint if checkpoint is None else checkpoint
         path = out.path
@@ -104,6 +111,8 @@ def verify(
             minutes=minutes,
             memory_bytes=memory_bytes,
             command=(),
+            tasks=tasks,
+            max_task_loss=max_task_loss,
         )
         report = climb(loaded, artifact, inputs)
     if write_to is not None:

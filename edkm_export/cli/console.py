@@ -72,7 +72,7 @@ def _verdict(verdict: Verdict, words: str) -> Text:
 def summary_table(report: Report) -> Table:
     """The table that a person reads in ten seconds."""
     from edkm_export.verify.verdicts import budget_words, faithful_words, memory_words, quality_words, tally
-    from edkm_export.verify.words import readable
+    from edkm_export.verify.words import counts_words, readable
 
     table = Table(title=report.artifact, title_justify="left", show_header=False)
     table.add_row("faithful export", _verdict(report.faithful_export, faithful_words(report)))
@@ -89,6 +89,8 @@ def summary_table(report: Report) -> Table:
     table.add_row("bit-exact tensors", f"{report.bit_exact_tensors} of {len(report.tensors)}")
     for name, found in report.perplexities.items():
         table.add_row(f"perplexity, {readable(name)}", f"{found.value:.2f} ± {found.standard_error:.2f}")
+    for one in report.tasks:
+        table.add_row(f"task, {one.task}", counts_words(one))
     table.add_row("comparisons", tally(report))
     if report.time_budget is not None:
         table.add_row("time budget", budget_words(report.time_budget))

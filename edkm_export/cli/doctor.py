@@ -162,11 +162,11 @@ def _size_rows(size: ModelSize, reference: str) -> Iterator[tuple[str, str, str,
         (f"palettize --recipe {name}", recipe, None) for name, recipe in PRESETS.items()
     ]
     recipes += [
-        (f"train --preset {name}", base_recipe(config), config.target_bits)
+        (f"train --preset {name}", base_recipe(config), config.target_decoder_bits)
         for name, config in TRAINING.items()
     ]
     for name, recipe, target in recipes:
-        found = size.footprint(recipe, reference, target_bits=target)
+        found = size.footprint(recipe, reference, target_decoder_bits=target)
         bits = "-" if found.decoder_bits is None else f"{found.decoder_bits:.2f}"
         yield name, bits, megabytes(found.size_bytes), f"{found.size_bytes / size.float16_bytes:.0%}"
 

@@ -10,14 +10,14 @@ __all__ = ["SECTIONS", "UNITS", "arrange"]
 
 _VERIFICATION = (
     "no_verify", "text", "tokens", "minutes", "memory_bytes", "prompts", "original", "run",
-    "max_perplexity_ratio", "localize",
+    "max_perplexity_ratio", "tasks", "max_task_loss", "localize",
 )  # fmt: skip
 _TALK = ("quiet", "verbose", "log_file", "help")
 
 SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "palettize": {
         "Model and calibration": ("adapter", "calibration", "calibration_tokens"),
-        "Bits": ("recipe", "bits", "group_size", "lut_dtype"),
+        "Bits": ("recipe", "bits", "target_bits", "target_decoder_bits", "group_size", "lut_dtype"),
         "Effort": ("effort", "steps", "device"),
     },
     "train": {
@@ -25,8 +25,8 @@ SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "data", "adapter", "self_generated", "answers_only", "chat",
         ),
         "Bits": (
-            "preset", "recipe", "bits", "target_bits", "group_size", "lut_dtype", "importance", "fold_scales",
-            "train_embedding",
+            "preset", "recipe", "bits", "target_bits", "target_decoder_bits", "group_size", "lut_dtype", "importance",
+            "fold_scales", "train_embedding",
         ),
         "How long": ("steps", "tokens", "minutes"),
         "Batches": ("context", "batch_size", "accumulate"),
@@ -73,6 +73,7 @@ UNITS: Mapping[str, str] = {
     "log_every": "STEPS",
     "lut_rate": "SHARE",
     "max_perplexity_ratio": "RATIO",
+    "max_task_loss": "SHARE",
     "memory_bytes": "SIZE",
     "minutes": "MINUTES",
     "norm_rate": "SHARE",
@@ -88,6 +89,8 @@ UNITS: Mapping[str, str] = {
     "sequence_length": "TOKENS",
     "steps": "STEPS",
     "target_bits": "BITS",
+    "target_decoder_bits": "BITS",
+    "tasks": "FILE|builtin",
     "text": "FILE",
     "tokens": "TOKENS",
     "warmup": "SHARE",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # importing it takes torch, which `--help` must not wait for
     from edkm_export.loss_estimate import LossEstimate
     from edkm_export.lut_dtypes import LutDtype
     from edkm_export.recipe import Recipe
+    from edkm_export.training.bit_budget import BitTarget
 
 __all__ = ["command"]
 
@@ -34,6 +35,17 @@ _CONTEXT = 512
     help="The checkpoint to write.",
 )
 @click.option("--bits", type=int, help="Bits of an index: 1, 2, 3, 4, 6 or 8.  [default: 4]")
+@click.option(
+    "--target-bits",
+    type=click.FloatRange(min=0, min_open=True, max=16),
+    help="Average bits a weight over all weights, embedding and LUTs included: sensitive weights get more than others, "
+    "--bits at least (then 2 by default). Needs --calibration.",
+)
+@click.option(
+    "--target-decoder-bits",
+    type=click.FloatRange(min=0, min_open=True, max=16),
+    help="Likewise over the weights of the decoder alone; embedding and output head keep 8 bits.",
+)
 @click.option(
     "--group-size",
     type=int,
@@ -91,6 +103,8 @@ def command(
     model: str,
     output: Path,
     bits: int | None,
+    target_bits: float | None,
+    target_decoder_bits: float | None,
     group_size: int | None,
     lut_dtype: LutDtype | None,
     recipe: str | None,
@@ -109,7 +123,8 @@ def command(
     MODEL is a Hugging Face folder, a hub id or a GGUF file; `edkm-export inspect MODEL` says what is used of it. A
     folder of sentence-transformers (modules.json) is an embedding model; it gets no estimate, `verify` measures it.
     Without a recipe, linear layers get --bits, with one LUT for every --group-size rows, embedding and output head 8
-    bits with one LUT each.
+    bits with one LUT each. With --target-bits the text says which weights, embedding and output head among them, need
+    more bits than others.
     """
     from edkm_export.atomic import check_output
     from edkm_export.text import check_text, read_text, token_ids
@@ -117,7 +132,12 @@ def command(
     source = find_source(model, adapter)
     check_output(output, overwrite=overwrite)
     check_text(calibration)
-    plan = _recipe(recipe, bits, group_size, lut_dtype)
+    if target_bits is not None and target_decoder_bits is not None:
+        raise click.UsageError(
+            "--target-bits is over all weights and --target-decoder-bits over the decoder; give one of them."
+        )
+    target = _target(target_bits, target_decoder_bits)
+    plan = _recipe(recipe, bits, group_size, lut_dtype, default_bits=4 if target is None else 2)
 
     text = None if calibration is None else read_text(calibration)
 
@@ -137,6 +157,8 @@ def command(
         calibration_tokens=calibration_tokens,
         estimate=estimate,
         command=["edkm-export", *sys.argv[1:]],
+        target=target,
+        tell=lambda line: err.print(line, markup=False, soft_wrap=True),
         memory=MemoryBudget.of(memory_bytes),
         effort=Effort.of(effort, device=device, steps=steps),
     )
@@ -226,17 +248,30 @@ def _free(name: str) -> str:
     return found
 
 
+def _target(whole: float | None, decoder: float | None) -> BitTarget | None:
+    if whole is None and decoder is None:
+        return None
+    from edkm_export.training.bit_budget import BitTarget
+
+    if whole is not None:
+        return BitTarget(whole, whole=True)
+    assert decoder is not None
+    return BitTarget(decoder, whole=False)
+
+
 def _recipe(
     reference: str | None,
     bits: int | None,
     group_size: int | None,
     lut_dtype: LutDtype | None,
+    *,
+    default_bits: int,
 ) -> Recipe:
     from edkm_export.recipe import load_recipe, uniform_recipe
 
     if reference is None:
         return uniform_recipe(
-            4 if bits is None else bits,
+            default_bits if bits is None else bits,
             16 if group_size is None else group_size,
             lut_dtype or "float16",
             fit_groups=group_size is None,

@@ -43,7 +43,13 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 @click.option(
     "--target-bits",
     type=float,
-    help="Average bits a weight of the decoder, LUTs included; sensitive layers get more.",
+    help="Average bits a weight over all weights, embedding and LUTs included; sensitive weights get more. An "
+    "embedding that gets less than 6 bits is trained.",
+)
+@click.option(
+    "--target-decoder-bits",
+    type=float,
+    help="Average bits a weight of the decoder alone, LUTs included; embedding and output head keep 8.",
 )
 @click.option(
     "--group-size", type=int, help="Output rows that share a lookup table (LUT); 0: one for the weight."
@@ -75,7 +81,9 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
 )
 @click.option("--fold-scales/--no-fold-scales", default=None, help="Fold activation outliers into the norms.")
 @click.option(
-    "--train-embedding/--freeze-embedding", default=None, help="Train embedding and output head too."
+    "--train-embedding/--freeze-embedding",
+    default=None,
+    help="Train embedding and output head too.  [default: those of less than 6 bits]",
 )
 @click.option("--self-generated", type=int, help="Tokens that the original writes itself, added to the data.")
 @click.option(
@@ -208,10 +216,10 @@ def command(
         changes |= load_config_file(config_file)
     changes |= {name: value for name, value in settings.items() if value is not None}
     if recipe is not None or "bits" in changes:
-        changes.setdefault("target_bits", None)  # the preset's own belongs to its bits
+        changes.setdefault("target_decoder_bits", None)  # the preset's own belongs to its bits
     config = PRESETS[preset].updated(changes)
-    if config.target_bits is not None and config.strict_target and "bits" not in changes and recipe is None:
-        config = _widest(source, config)
+    if config.target is not None and config.strict_target and "bits" not in changes and recipe is None:
+        config = _fitting(source, config)
     rules = None if recipe is None else load_recipe(recipe)
     require_language_model(source, "train")
     accounted = account(source)
@@ -245,15 +253,15 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _widest(source: Source, config: TrainConfig) -> TrainConfig:
-    """The settings with the most bits that fit their target."""
+def _fitting(source: Source, config: TrainConfig) -> TrainConfig:
+    """The settings with the bits that their target begins with."""
     from edkm_export.reference.outline import outline
-    from edkm_export.training.preparation import largest_bits
+    from edkm_export.training.preparation import fitting_bits
 
-    assert config.target_bits is not None
-    bits = largest_bits(
+    assert config.target is not None
+    bits = fitting_bits(
         outline(source),
-        config.target_bits,
+        config.target,
         config.group_size,
         config.lut_dtype,
         fit_groups=not config.strict_groups,
@@ -327,7 +335,8 @@ def _print(outcome: Any) -> None:
     minutes = outcome.seconds / 60
     out.print(
         f"{outcome.path}: {outcome.steps:,} steps, {outcome.tokens:,} tokens, {minutes:.1f} minutes; "
-        f"{outcome.average_bits:.2f} bits a weight of the decoder, LUTs included",
+        f"{outcome.average_bits:.2f} bits a weight of the decoder, LUTs included, and {outcome.all_bits:.2f} over all "
+        "weights",
         soft_wrap=True,
     )
     out.print_command("next:", command_line("coreml", outcome.path))

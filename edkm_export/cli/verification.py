@@ -85,6 +85,18 @@ def _with_options(function: _F) -> _F:
             "exit status is 1. preset: what is usual for its bits; none: no limit.",
         ),
         click.option(
+            "--max-task-loss",
+            type=click.FloatRange(0, 1),
+            help="Largest share of a task's items that the palettized model may answer right fewer than the original; "
+            "beyond it the exit status is 1.  [default: no limit]",
+        ),
+        click.option(
+            "--tasks",
+            multiple=True,
+            help="JSONL file of items with right answers, or builtin: how many the original, the palettized model and "
+            "the artifact get right; may be given several times.",
+        ),
+        click.option(
             "--run",
             type=RUN,
             help="Folder of the training run, when MODEL.PT is not in it: the model as training held it, before each "
@@ -126,6 +138,8 @@ def prepare(
     localize: bool,
     minutes: float | None,
     memory_bytes: int | None,
+    tasks: tuple[str, ...],
+    max_task_loss: float | None,
 ) -> VerificationInputs:
     """Read what the options name, before the long work.
 
@@ -147,4 +161,6 @@ def prepare(
         minutes=minutes,
         memory_bytes=memory_bytes,
         command=("edkm-export", *sys.argv[1:]),
+        tasks=tasks,
+        max_task_loss=max_task_loss,
     )

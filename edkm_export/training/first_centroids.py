@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from edkm_export.training.palettized.surgery import Importance, seed_centroids
 
 __all__ = ["Seeding"]
 
+_T = TypeVar("_T")
 Found = dict[tuple[str, int], tuple[Tensor, Tensor]]
 """{(module name, bits): centroids float64 [groups, k] and squared error float64 [groups]}, on the CPU."""
 
@@ -42,6 +44,17 @@ class Seeding:
         """
         self._read, self._processes, self._source = read, processes, source
 
+    def read(self, name: str) -> Tensor:
+        """The weight of a module.
+
+        Raises:
+            InputError: it is not finite.
+        """
+        weight = self._read(name)
+        if not all_finite(weight):
+            raise InputError(f"{self._source}: {name}.weight holds NaN or infinity; the model is broken.")
+        return weight
+
     def find(self, jobs: Sequence[tuple[str, Rule]], importance: Mapping[str, Importance]) -> Found:
         """Cluster weights; a collective.
 
@@ -52,33 +65,40 @@ class Seeding:
         Raises:
             InputError: a weight is not finite.
         """
+
+        def seed(name: str, rule: Rule, threads: int) -> tuple[Tensor, Tensor]:
+            return seed_centroids(self.read(name), rule, importance.get(name), threads=threads)
+
+        return self.share_out(jobs, seed)
+
+    def share_out(
+        self, jobs: Sequence[tuple[str, Rule]], task: Callable[[str, Rule, int], _T]
+    ) -> dict[tuple[str, int], _T]:
+        """Call a function for each job, in one of the processes; all get what it returns. A collective.
+
+        Args:
+            jobs: module names and rules.
+            task: takes a module name, a rule and the number of threads that it may use; called in threads.
+        """
         count, rank = self._processes.count, self._processes.rank
         own = list(jobs[rank::count])  # like layers lie at equal distances, which spreads them evenly
         threads = self._threads()
         workers = max(1, min(threads, len(own)))
-        found: Found = {}
+        found: dict[tuple[str, int], _T] = {}
         with activity("clustering", len(own), "weights") as shown:
 
-            def one(job: tuple[str, Rule]) -> tuple[Tensor, Tensor]:
-                name, rule = job
-                weight = self._read(name)
-                if not all_finite(weight):
-                    raise InputError(
-                        f"{self._source}: {name}.weight holds NaN or infinity; the model is broken."
-                    )
-                return seed_centroids(weight, rule, importance.get(name), threads=max(1, threads // workers))
+            def one(job: tuple[str, Rule]) -> _T:
+                return task(*job, max(1, threads // workers))
 
             pool = ThreadPoolExecutor(workers)
             try:
-                results: Iterable[tuple[Tensor, Tensor]] = (
-                    map(one, own) if workers == 1 else pool.map(one, own)
-                )
+                results: Iterable[_T] = map(one, own) if workers == 1 else pool.map(one, own)
                 for (name, rule), result in zip(own, results, strict=True):
                     found[name, rule.bits] = result
                     shown.advance()
             finally:
                 pool.shutdown(cancel_futures=True)
-        everywhere: Found = {}
+        everywhere: dict[tuple[str, int], _T] = {}
         for part in self._processes.exchange(found):
             everywhere |= part
         return {(name, rule.bits): everywhere[name, rule.bits] for name, rule in jobs}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from edkm_export.training.bit_budget import TRAINED_BELOW
 from edkm_export.training.narrow_moments import NarrowMoments
 from edkm_export.training.palettized.surgery import clusters_of
 from edkm_export.training.train_config import TrainConfig
@@ -36,7 +37,10 @@ def freeze(model: Any, config: TrainConfig) -> None:
     outer = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     modules = dict(model.named_modules())
     for name, clusters in clusters_of(model).items():
-        if config.train_embedding or id(modules[name]) not in outer:
+        wanted = config.train_embedding
+        if wanted is None:
+            wanted = clusters.rule.bits < TRAINED_BELOW
+        if wanted or id(modules[name]) not in outer:
             clusters.weight.requires_grad_(True)
             clusters.lut.requires_grad_(clusters.method.backward != "dkm")
     for name, parameter in model.named_parameters():
@@ -47,7 +51,7 @@ def freeze(model: Any, config: TrainConfig) -> None:
                 if id(module) in outer
                 for own in module.parameters()
             )
-            parameter.requires_grad_(config.train_embedding or not is_outer)
+            parameter.requires_grad_(bool(config.train_embedding) or not is_outer)
 
 
 @torch.no_grad()

@@ -18,6 +18,14 @@ from edkm_export.lut_dtypes import LUT_DTYPES, LutDtype
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.recipe import Recipe, Rule, uniform_recipe
 from edkm_export.reference.conv1d import held_weight
+from edkm_export.training.bit_budget import (
+    LEAST_BITS,
+    TRAINED_BELOW,
+    BitBudget,
+    BitPlan,
+    BitTarget,
+    outer_modules,
+)
 from edkm_export.training.distributed.processes import ALONE, Processes
 from edkm_export.training.first_centroids import Seeding
 from edkm_export.training.palettized.clusters import ClusterMethod
@@ -34,6 +42,7 @@ from edkm_export.training.sensitivity import (
     allocate_bits,
     fisher_factors,
     mixed_recipe,
+    wider_rules,
 )
 from edkm_export.training.train_config import TrainConfig
 from edkm_export.weight_storage import average_bits, storage_bits
@@ -45,8 +54,8 @@ __all__ = [
     "bits_told",
     "check_target",
     "decoder_bits",
+    "fitting_bits",
     "insert",
-    "largest_bits",
     "measures",
     "method_of",
 ]
@@ -63,8 +72,8 @@ def base_recipe(config: TrainConfig) -> Recipe:
 
 def _inner_plan(model: Any, plan: dict[str, Rule]) -> dict[str, Rule]:
     """The part of a plan that is neither embedding nor output head."""
-    outer = (model.get_input_embeddings(), model.get_output_embeddings())
-    return {name: rule for name, rule in plan.items() if model.get_submodule(name) not in outer}
+    outer = outer_modules(model, plan)
+    return {name: rule for name, rule in plan.items() if name not in outer}
 
 
 def check_target(model: Any, recipe: Recipe, config: TrainConfig, *, source: str) -> None:
@@ -82,27 +91,37 @@ def check_target(model: Any, recipe: Recipe, config: TrainConfig, *, source: str
     """
     shapes = trainable_shapes(model)
     plan = _inner_plan(model, recipe.plan(shapes, source))
-    if config.target_bits is None or not config.strict_target:
+    target = config.target
+    if target is None or not config.strict_target:
+        return
+    if target.whole:
+        if config.importance == "energy":  # nothing is known of what is looked up then
+            raise InputError(f"{target.option}: needs --importance fisher, which measures embeddings too.")
+        BitBudget.of(model, shapes, recipe, target, source=source)
         return
     plan = {name: rule for name, rule in plan.items() if len(shapes[name]) == 2}
-    if average_bits(shapes, plan) > config.target_bits:
+    if average_bits(shapes, plan) > target.bits:
         raise InputError(
-            f"--target-bits {config.target_bits:g}: recipe {recipe.name} takes {_at_least(shapes, plan)} bits a weight "
-            f"in the decoder of {source}, LUTs included; use --target-bits {_at_least(shapes, plan)} or more, fewer "
-            "--bits, or a larger --group-size."
+            f"{target.option}: recipe {recipe.name} takes {_at_least(shapes, plan)} bits a weight in the decoder of "
+            f"{source}, LUTs included; use --target-decoder-bits {_at_least(shapes, plan)} or more, fewer --bits, or a "
+            "larger --group-size."
         )
 
 
-def largest_bits(
-    model: Any, target: float, group_size: int, lut_dtype: LutDtype, *, fit_groups: bool, source: str
+def fitting_bits(
+    model: Any, target: BitTarget, group_size: int, lut_dtype: LutDtype, *, fit_groups: bool, source: str
 ) -> int:
-    """The most bits that all layers can have within an average over the decoder, LUTs included.
+    """The bits to begin with when a target alone was given.
+
+    Over the decoder these are the most that all layers can have within it, over all weights `LEAST_BITS`.
 
     Raises:
         InputError: not even one bit can; the message names the least average that a model can have.
         PaletteError: the groups do not fit.
     """
     shapes = trainable_shapes(model)
+    if target.whole:
+        return LEAST_BITS
     least = ""
     for bits in sorted(SUPPORTED_BITS, reverse=True):
         if bits > LUT_DTYPES[lut_dtype].max_bits:
@@ -110,12 +129,12 @@ def largest_bits(
         recipe = uniform_recipe(bits, group_size, lut_dtype, fit_groups=fit_groups)
         plan = _inner_plan(model, recipe.plan(shapes, source))
         plan = {name: rule for name, rule in plan.items() if len(shapes[name]) == 2}
-        if average_bits(shapes, plan) <= target:
+        if average_bits(shapes, plan) <= target.bits:
             return bits
         least = _at_least(shapes, plan)
     raise InputError(
-        f"--target-bits {target:g}: {source} takes at least {least} bits a weight in the decoder, 1 bit and its LUTs; "
-        f"use --target-bits {least} or more, or a larger --group-size."
+        f"{target.option}: {source} takes at least {least} bits a weight in the decoder, 1 bit and its LUTs; "
+        f"use --target-decoder-bits {least} or more, or a larger --group-size."
     )
 
 
@@ -155,6 +174,7 @@ class Preparation:
         weights: reads a layer's weight [out, in, ...] as the source has it; None: the model holds it whole, with the
             scales that were folded into it.
         processes: that prepare it.
+        tell: called with what was chosen, for people, in the first process.
     """
 
     model: Any
@@ -164,6 +184,7 @@ class Preparation:
     device: str
     weights: Callable[[str], Tensor] | None = None
     processes: Processes = ALONE
+    tell: Announce = lambda _line: None
 
     def choose(self, recipe: Recipe, windows: Tensor) -> Chosen:
         """Choose scales, bits and centroids.
@@ -193,9 +214,17 @@ class Preparation:
             )
         seeding = Seeding(partial(self._weight, scales), self.processes, source=self.source)
         seeds: dict[tuple[str, int], Tensor] = {}
-        if self.config.target_bits is not None:
+        target = self.config.target
+        if target is not None and target.whole:
+            self.announce("choosing bits weight by weight")
+            budget = BitBudget.of(self.model, shapes, recipe, target, source=self.source)
+            made = budget.spend(importance, seeding)
+            recipe, seeds = made.recipe, dict(made.seeds)
+            if self.processes.is_first:
+                self.tell(_described(made, self.config))
+        elif target is not None:
             self.announce("choosing bits layer by layer")
-            recipe, seeds = self._mix_bits(recipe, plan, shapes, importance, seeding)
+            recipe, seeds = self._mix_bits(recipe, plan, shapes, importance, seeding, target)
         self.announce("clustering")
         known = importance_of(self.model, shapes, importance)
         left = [job for job in recipe.plan(shapes, self.source).items() if (job[0], job[1].bits) not in seeds]
@@ -211,9 +240,11 @@ class Preparation:
 
     def _importance(self, windows: Tensor) -> dict[str, Importance]:
         found: dict[str, Importance] = {}
-        if self.config.importance == "fisher":
-            found = fisher_factors(self.model, windows, seed=self.config.seed)
-        elif self.config.importance == "energy":
+        config = self.config
+        if config.importance == "fisher":
+            vocabulary = config.target_bits is not None
+            found = fisher_factors(self.model, windows, seed=config.seed, vocabulary=vocabulary)
+        elif config.importance == "energy":
             found = {name: Importance(energy) for name, energy in input_energy(self.model, windows).items()}
         if not self.processes.are_many:
             return found
@@ -226,14 +257,14 @@ class Preparation:
         shapes: Mapping[str, tuple[int, ...]],
         importance: Mapping[str, Importance],
         seeding: Seeding,
+        target: BitTarget,
     ) -> tuple[Recipe, dict[tuple[str, int], Tensor]]:
         """More bits for sensitive layers; the recipe, and what was clustered for it."""
-        target = self.config.target_bits
-        assert target is not None
         outlines = {name: torch.empty(shapes[name], device="meta") for name in plan if len(shapes[name]) == 2}
         known = importance or {name: Importance(torch.ones(each.shape[1])) for name, each in outlines.items()}
-        found = Sensitivity(outlines, plan, known, seeding)
-        budget = int(target * sum(outlines[name].numel() for name in found.sizes))
+        choices = {name: wider_rules(plan[name]) for name in outlines}
+        found = Sensitivity(outlines, choices, known, seeding)
+        budget = int(target.bits * sum(outlines[name].numel() for name in found.sizes))
         if (
             not self.config.strict_target
         ):  # LUTs of small layers may take more than what a preset leaves for them
@@ -245,12 +276,24 @@ class Preparation:
                 tried.done = len(found.seeds)
                 return found.loss(name, bits)
 
-            return mixed_recipe(recipe, allocate_bits(found.sizes, loss, budget), plan), found.seeds
+            chosen = allocate_bits(found.sizes, loss, budget)
+            mixed = {name: choices[name][bits] for name, bits in chosen.items()}
+            return mixed_recipe(recipe, mixed, plan), found.seeds
 
 
 def measures(config: TrainConfig) -> bool:
     """Whether preparation runs the float model, so that its outline is not enough."""
     return config.importance != "none"
+
+
+def _described(made: BitPlan, config: TrainConfig) -> str:
+    """What was chosen, and what becomes of embedding and output head."""
+    if config.train_embedding is None:
+        why = f"less than {TRAINED_BELOW} bits" if made.trains_outer else f"{TRAINED_BELOW} bits or more"
+        trained = f"{'trained' if made.trains_outer else 'not trained'}, with {why}"
+    else:
+        trained = "trained, as asked" if config.train_embedding else "not trained, as asked"
+    return f"plan: {made.words()}; embedding and output head are {trained}"
 
 
 def decoder_bits(model: Any) -> float:

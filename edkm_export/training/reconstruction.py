@@ -23,7 +23,7 @@ from edkm_export.calibration import check_vocabulary, float32_activations, run_b
 from edkm_export.errors import InputError
 from edkm_export.memory import return_freed_memory
 from edkm_export.palette import PalettizedTensor, all_finite
-from edkm_export.palettization import compact, palettize_weight
+from edkm_export.palettization import compact, in_place, palettize_weight
 from edkm_export.propagation import Compensation, windows_at_once
 from edkm_export.recipe import Rule
 from edkm_export.reference.conv1d import is_conv1d
@@ -85,6 +85,7 @@ class Reconstruction:
         consume: bool = False,
         source: str = "model",
         advance: Callable[[str, int], None] | None = None,
+        ends: Mapping[str, PalettizedTensor] | None = None,
     ) -> None:
         """Nothing runs yet.
 
@@ -96,6 +97,8 @@ class Reconstruction:
             consume: free each weight when it is done; otherwise the model is left as it is.
             source: name of the model, for messages.
             advance: called with a module's name and its number of weights when it is done.
+            ends: {module name: palette} of an embedding and an output head that are palettized already. The layers are
+                fitted to what the float embedding leads to, on what the palettized one gives them.
 
         Raises:
             InputError: its layers take more than hidden states of the layer before them.
@@ -107,9 +110,11 @@ class Reconstruction:
         self._source, self._advance = source, advance
         self._layers = layers_of(model)
         check_layers(self._layers, source)
-        self._last = list(self._layers)[-1]
+        names = list(self._layers)
+        self._first, self._last = names[0], names[-1]
+        self._ends = dict(ends or {})
         self._stream: Tensor | None = None  # what the float layers make
-        self.palettized: dict[str, PalettizedTensor] = {}
+        self.palettized: dict[str, PalettizedTensor] = dict(self._ends)
         self.energy: dict[str, Tensor] = {}
         self.dense: dict[str, Tensor] = {}
         self.fitted: list[Fitted] = []
@@ -138,7 +143,14 @@ class Reconstruction:
                     batch=settings.batch,
                 )
         try:
-            with float32_activations(self._model), self._taking_over(), _reproducible(self._device):
+            if self._ends:
+                self._stream = self._first_states(windows).to(self._device, torch.float32)
+            with (
+                in_place(self._model, self._ends),
+                float32_activations(self._model),
+                self._taking_over(),
+                _reproducible(self._device),
+            ):
                 hidden = run_body(self._model, windows.to(device_of(self._model)))
         finally:
             self._stream = None
@@ -148,6 +160,24 @@ class Reconstruction:
         if name is not None:
             self.energy[name] = hidden.float().flatten(0, -2).square().mean(0).cpu()
             _require_finite(name, self.energy[name])
+
+    def _first_states(self, windows: Tensor) -> Tensor:
+        """What the first layer is given by the float embedding, [windows, context, width]."""
+        found: list[Tensor] = []
+
+        def stop(hidden: Tensor, *_args: Any, **_named: Any) -> Tensor:
+            found.append(hidden)
+            raise _Reached
+
+        layer = self._layers[self._first]
+        own = layer.__dict__.get("forward")
+        layer.forward = stop
+        try:
+            with float32_activations(self._model), contextlib.suppress(_Reached):
+                run_body(self._model, windows.to(device_of(self._model)))
+        finally:
+            _restore(layer, own)
+        return found[0]
 
     @contextlib.contextmanager
     def _taking_over(self) -> Iterator[None]:
@@ -159,14 +189,11 @@ class Reconstruction:
             yield
         finally:
             for layer, own in replaced:
-                if own is None:
-                    del layer.forward
-                else:
-                    layer.forward = own
+                _restore(layer, own)
 
     def _forward(self, name: str, layer: nn.Module, hidden: Tensor, *args: Any, **named: Any) -> Tensor:
         """What the fitted layer makes of the palettized stream [windows, context, width]."""
-        if self._stream is None:
+        if name == self._first:
             self._place = hidden.device  # of the model, which takes up again what the last layer makes
         hidden = hidden.to(self._device, torch.float32)
         count, batch = len(hidden), self._settings.batch
@@ -238,6 +265,18 @@ class Reconstruction:
                 raise InputError(
                     f"{self._source}: {name}.{inner} holds NaN or infinity; the model is broken."
                 )
+
+
+class _Reached(Exception):
+    """The first layer was called."""
+
+
+def _restore(layer: nn.Module, own: Callable[..., Any] | None) -> None:
+    """Give a layer the forward that it had; None: that of its class."""
+    if own is None:
+        del layer.forward
+    else:
+        layer.forward = own
 
 
 def check_layers(layers: Mapping[str, nn.Module], source: str) -> None:

@@ -65,6 +65,7 @@ class Outcome:
         path: the checkpoint.
         steps, tokens, seconds: how long it trained.
         average_bits: over the decoder's layers, LUTs included.
+        all_bits: over all weights, everything that is stored included.
         evaluations: {text: {"original", "one-shot", "trained": Evaluation}}.
     """
 
@@ -73,6 +74,7 @@ class Outcome:
     tokens: int
     seconds: float
     average_bits: float
+    all_bits: float
     evaluations: dict[str, dict[str, Evaluation]]
 
 
@@ -232,12 +234,13 @@ class Run:
             self.processes.device,
             self.models.reads,
             self.processes,
+            self.tell,
         ).choose(self.recipe, tokens.sample(config.calibration_tokens, config.context))
         del model
         self.recipe = chosen.recipe
         self._build(chosen)
         if self.processes.is_first:
-            for line in bits_told(self.student, self.recipe, config.target_bits):
+            for line in bits_told(self.student, self.recipe, config.target_decoder_bits):
                 self.tell(line)
         self.evaluations.measure(self._evaluated, "one-shot", 0)
         record = RunRecord(
@@ -399,5 +402,5 @@ class Run:
                 draw(self.folder.log, self.folder.curve)
         except ImportError:
             self.announce("no curve.png, since matplotlib is missing: pip install 'edkm-export[train]'")
-        bits = decoder_bits(self.student)
-        return Outcome(path, progress.step, tokens, progress.elapsed, bits, self.evaluations.found)
+        bits = decoder_bits(self.student), finished.bits_per_weight
+        return Outcome(path, progress.step, tokens, progress.elapsed, *bits, self.evaluations.found)

@@ -115,7 +115,7 @@ class RunRecord(pydantic.BaseModel):
                     f"{path.parent}: was started with another {what}; give the same, or {_ANEW}."
                 )
         try:
-            started = TrainConfig.parse(self.config)
+            started = TrainConfig.parse(_renamed(self.config))
         except InputError as error:
             raise InputError(
                 f"{path}: was written by {self.generator} with settings that {GENERATOR} {__version__} does not take "
@@ -126,3 +126,11 @@ class RunRecord(pydantic.BaseModel):
             raise InputError(
                 f"{path.parent}: was started with {name} {found!r}, not {given!r}; give the same, or {_ANEW}."
             )
+
+
+def _renamed(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run from before `target_bits` was over all weights; the embedding was trained when it was said."""
+    if "target_decoder_bits" in config:
+        return config
+    renamed = {**config, "target_decoder_bits": config.get("target_bits"), "target_bits": None}
+    return {**renamed, "train_embedding": config.get("train_embedding") or None}

@@ -9,6 +9,7 @@ Martens & Grosse 2015, arXiv 1503.05671, of which only the diagonals are needed 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.reference.conv1d import is_conv1d
 from edkm_export.training.first_centroids import Seeding
-from edkm_export.training.palettized.surgery import Importance
+from edkm_export.training.palettized.surgery import Importance, embedding_scale, seed_centroids
+from edkm_export.training.wide_gradients import float32_gradients
 from edkm_export.weight_storage import storage_bits
 
 __all__ = [
@@ -28,38 +30,70 @@ __all__ = [
     "allocate_bits",
     "fisher_factors",
     "mixed_recipe",
+    "wider_rules",
 ]
 
 
 def fisher_factors(
-    model: Any, windows: Tensor, *, seed: int = 0, advance: Callable[[], None] | None = None
+    model: Any,
+    windows: Tensor,
+    *,
+    seed: int = 0,
+    vocabulary: bool = False,
+    advance: Callable[[], None] | None = None,
 ) -> dict[str, Importance]:
     """Mean squares of inputs and of output gradients of each linear layer.
 
     Args:
-        model: a float causal language model of transformers.
+        model: a float causal language model of transformers, whose parameters take no gradients.
         windows: int64 [windows, context], on the model's device.
         seed: of the labels that are drawn from the model's own distribution.
+        vocabulary: of embeddings, too; one that is the output head has the sum of both uses, under the embedding's
+            name. Rows of a vocabulary count half as they did on the windows and half all the same: most tokens do not
+            occur there, and would otherwise be free to be anything.
         advance: called after each window.
 
     Returns:
-        {module name: Importance}.
+        {module name: Importance}, with `products` of embeddings and output head when `vocabulary` is set.
 
     Raises:
         InputError: an activation or gradient is not finite.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
+    products: dict[str, Tensor] = {}
+    head = model.get_output_embeddings()
 
     def add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
-        square = values.detach().float().reshape(-1, values.shape[-1]).square().sum(0)
-        sums[name] = sums[name] + square if name in sums else square
+        sums[name] = sums[name] + values if name in sums else values
+
+    def rows_of(values: Tensor) -> Tensor:
+        return values.detach().float().reshape(-1, values.shape[-1])
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_module: nn.Module, args: Any, output: Tensor) -> None:
-            add(inputs, name, args[0])
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            rows = rows_of(args[0])
+            add(inputs, name, rows.square().sum(0))
+            if vocabulary and module is head:
+                add(products, name, rows.t() @ rows)
             if output.requires_grad:
-                output.register_hook(lambda grad: add(outputs, name, grad))  # type: ignore[no-untyped-call]
+                output.register_hook(  # type: ignore[no-untyped-call]
+                    lambda grad: add(outputs, name, rows_of(grad).square().sum(0))
+                )
+
+        return hook
+
+    def watch_lookups(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: Any, args: Any, output: Tensor) -> None:
+            counts = torch.bincount(args[0].flatten(), minlength=module.num_embeddings).float()
+
+            def count(grad: Tensor) -> None:
+                rows = rows_of(grad) * embedding_scale(module)
+                add(inputs, name, rows.square().sum(0))
+                add(products, name, rows.t() @ rows)
+                add(outputs, name, counts)
+
+            output.requires_grad_().register_hook(count)  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -69,21 +103,27 @@ def fisher_factors(
         if isinstance(module, nn.Linear) or is_conv1d(module)
     ]
     # Gradients of activations are enough: they start at the embeddings, and no parameter needs its own.
-    hooks.append(
-        model.get_input_embeddings().register_forward_hook(
-            lambda _module, _args, output: output.requires_grad_()
+    if not vocabulary:
+        hooks.append(
+            model.get_input_embeddings().register_forward_hook(
+                lambda _module, _args, output: output.requires_grad_()
+            )
         )
-    )
     generator = torch.Generator(device=windows.device).manual_seed(seed)
     try:
-        for window in tracked(windows, "calibration text", "windows"):
-            with torch.enable_grad():
+        with float32_gradients(model), torch.enable_grad():
+            hooks += [  # after those that widen what is looked up
+                module.register_forward_hook(watch_lookups(name))
+                for name, module in model.named_modules()
+                if vocabulary and isinstance(module, nn.Embedding)
+            ]
+            for window in tracked(windows, "calibration text", "windows"):
                 logits = model(input_ids=window[None], use_cache=False).logits[0].float()
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
                 torch.autograd.backward(loss)
-            if advance is not None:
-                advance()
+                if advance is not None:
+                    advance()
     finally:
         for hook in hooks:
             hook.remove()
@@ -96,6 +136,24 @@ def fisher_factors(
         ):
             raise InputError(f"{name}: activations or gradients are not finite on the calibration text.")
         found[name] = Importance(energy / tokens, None if gradient is None else gradient / tokens)
+        if name in products:
+            found[name] = _of_vocabulary(found[name], products[name] / tokens)
+    return _with_both_uses(model, found) if vocabulary else found
+
+
+def _of_vocabulary(found: Importance, products: Tensor) -> Importance:
+    assert found.outputs is not None
+    outputs = (found.outputs + found.outputs.mean()) / 2
+    return replace(found, outputs=outputs, products=products)
+
+
+def _with_both_uses(model: Any, found: dict[str, Importance]) -> dict[str, Importance]:
+    """Of a weight that is embedding and output head, the sum of both, under each name."""
+    ends = {id(end): end for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    names = [name for name, module in model.named_modules() if id(module) in ends and name in found]
+    if len(names) == 2 and len({id(model.get_submodule(name).weight) for name in names}) == 1:
+        both = replace(found[names[0]], further=found[names[1]])
+        return {**found, names[0]: both, names[1]: both}
     return found
 
 
@@ -105,47 +163,59 @@ class Sensitivity:
     A layer is clustered at a size only when that size's loss is asked for.
 
     Attributes:
-        sizes: {module name: {bits: storage of indices and LUTs in bits}}, from each layer's rule upwards.
-        seeds: what was clustered so far, {(module name, bits): centroids [groups, k]}.
+        sizes: {module name: {bits: storage of indices and LUTs in bits}}.
+        seeds: what was clustered whole so far, {(module name, bits): centroids [groups, k]}.
+        tried: how many losses were estimated.
     """
 
     def __init__(
         self,
         weights: Mapping[str, Tensor],
-        rules: Mapping[str, Rule],
+        choices: Mapping[str, Mapping[int, Rule]],
         importance: Mapping[str, Importance],
         seeding: Seeding | None = None,
+        *,
+        sampled: int | None = None,
     ) -> None:
         """Nothing is clustered yet.
 
         Args:
             weights: {module name: float [out, in]}.
-            rules: {module name: its rule}.
+            choices: {module name: {bits: the rule that it would have}}.
             importance: {module name: Fisher factors}; layers without are left out.
             seeding: what clusters them, and reads them for it, so that of `weights` the shapes are enough; None: in
                 this process.
+            sampled: cluster about so many weights of each layer, in rows that lie evenly in it, and take their share
+                of the error for that of all; None: cluster all.
         """
-        self._rules, self._importance = rules, importance
+        self._choices, self._importance = choices, importance
         self._seeding = Seeding(weights.__getitem__) if seeding is None else seeding
+        self._large = {
+            name for name, weight in weights.items() if sampled is not None and weight.numel() > sampled
+        }
+        self._sampled = sampled or 0
         self.sizes = {
-            name: {
-                bits: storage_bits(weight.shape, self._rule(name, bits)) for bits in _sizes(rules[name].bits)
-            }
+            name: {bits: storage_bits(weight.shape, rule) for bits, rule in choices[name].items()}
             for name, weight in weights.items()
             if name in importance
         }
         self.seeds: dict[tuple[str, int], Tensor] = {}
         self._losses: dict[tuple[str, int], float] = {}
+        self._samples: dict[tuple[str, int], _Sample] = {}
 
-    def _rule(self, name: str, bits: int) -> Rule:
-        return self._rules[name].with_bits(bits)
+    @property
+    def tried(self) -> int:  # noqa: D102
+        return len(self._losses)
 
     def cluster(self, wanted: Iterable[tuple[str, int]]) -> None:
         """Cluster layers (module name, bits) together, so that their losses are known."""
-        jobs = [(name, self._rule(name, bits)) for name, bits in wanted if (name, bits) not in self._losses]
-        for key, (centroids, error) in self._seeding.find(jobs, self._importance).items():
-            self.seeds[key] = centroids
-            self._losses[key] = float(error.sum()) / 2
+        jobs = [
+            (name, self._choices[name][bits]) for name, bits in wanted if (name, bits) not in self._losses
+        ]
+        for key, (centroids, loss) in self._seeding.share_out(jobs, self._estimate).items():
+            if centroids is not None:
+                self.seeds[key] = centroids
+            self._losses[key] = loss
 
     def cluster_smallest(self) -> None:
         """Cluster each layer at its smallest size: the losses that are always asked for."""
@@ -156,10 +226,76 @@ class Sensitivity:
         self.cluster([(name, bits)])
         return self._losses[name, bits]
 
+    def _estimate(self, name: str, rule: Rule, threads: int) -> tuple[Tensor | None, float]:
+        """Centroids of a layer, if it is clustered whole, and the loss."""
+        if name not in self._large:
+            centroids, error = seed_centroids(
+                self._seeding.read(name), rule, self._importance[name], threads=threads
+            )
+            return centroids, float(error.sum()) / 2
+        sample = self._sample(name, rule)
+        _, error = seed_centroids(sample.weight, rule, sample.importance, threads=threads)
+        return None, float(error.sum()) / 2 * sample.scale
 
-def _sizes(bits: int) -> list[int]:
-    """Two more sizes; above 3 bits one, as the gain falls fourfold with each bit and clustering takes longer."""
-    return [size for size in SUPPORTED_BITS if size >= bits][: 3 if bits <= 3 else 2]
+    def _sample(self, name: str, rule: Rule) -> _Sample:
+        """Rows that stand for a layer."""
+        key = name, rule.group_size
+        if key not in self._samples:
+            self._samples[key] = _Sample.of(
+                self._seeding.read(name), rule.group_size or 1, self._importance[name], self._sampled
+            )
+        return self._samples[key]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some rows of a weight.
+
+    Attributes:
+        weight: float [rows, in].
+        importance: of these rows.
+        scale: what the weights are worth, by importance times square, as a multiple of what these rows are.
+    """
+
+    weight: Tensor
+    importance: Importance
+    scale: float
+
+    @classmethod
+    def of(cls, weight: Tensor, unit: int, importance: Importance, numel: int) -> _Sample:
+        """At least four units of so many rows, that lie evenly."""
+        rows, columns = weight.shape
+        units = rows // unit
+        count = min(units, max(4, numel // (unit * columns)))
+        first = torch.linspace(0, units - 1, count).round().long() * unit
+        chosen = (first[:, None] + torch.arange(unit)).flatten()
+        part = _rows_of(importance, chosen)
+        sampled = weight[chosen.to(weight.device)]
+        share = _worth(sampled, part)
+        return cls(sampled, part, _worth(weight, importance) / share if share > 0 else 1.0)
+
+
+def _rows_of(importance: Importance, rows: Tensor) -> Importance:
+    outputs = None if importance.outputs is None else importance.outputs.cpu()[rows]
+    further = None if importance.further is None else _rows_of(importance.further, rows)
+    return replace(importance, outputs=outputs, further=further)
+
+
+def _worth(weight: Tensor, importance: Importance) -> float:
+    """Sum of importance times square of all weights."""
+    squares = weight.detach().cpu().float().square()
+    by_row = squares @ importance.inputs.float().cpu()
+    total = by_row.sum() if importance.outputs is None else by_row @ importance.outputs.float().cpu()
+    return float(total) + (0.0 if importance.further is None else _worth(weight, importance.further))
+
+
+def wider_rules(rule: Rule) -> dict[int, Rule]:
+    """{bits: rule} of a rule and two more sizes.
+
+    Above 3 bits it is one, as the gain falls fourfold with each bit and clustering takes longer.
+    """
+    sizes = [size for size in SUPPORTED_BITS if size >= rule.bits][: 3 if rule.bits <= 3 else 2]
+    return {bits: rule.with_bits(bits) for bits in sizes}
 
 
 def allocate_bits(
@@ -210,11 +346,11 @@ def allocate_bits(
         chosen[name] = bits
 
 
-def mixed_recipe(base: Recipe, chosen: Mapping[str, int], plan: Mapping[str, Rule]) -> Recipe:
+def mixed_recipe(base: Recipe, chosen: Mapping[str, Rule], plan: Mapping[str, Rule]) -> Recipe:
     """A recipe with a rule of its own for each layer that differs from the base."""
     rules = [
-        plan[name].with_bits(bits).model_copy(update={"match": name, "optional": False})
-        for name, bits in chosen.items()
-        if bits != plan[name].bits
+        rule.model_copy(update={"match": name, "optional": False})
+        for name, rule in chosen.items()
+        if rule.bits != plan[name].bits
     ]
     return Recipe(name=f"{base.name}-mixed", rules=(*rules, *base.rules))

@@ -12,6 +12,7 @@ import pydantic
 from edkm_export.errors import InputError
 from edkm_export.lut_grid import LutDtype, check_bits
 from edkm_export.regular_file import read_regular
+from edkm_export.training.bit_budget import BitTarget
 from edkm_export.training.palettized.clusters import Backward
 from edkm_export.yaml_text import YamlError, load_yaml
 
@@ -31,7 +32,12 @@ Kept = Annotated[_T, OnResume(may_change=False)]
 Free = Annotated[_T, OnResume(may_change=True)]
 
 
-_STRICT = {"target_bits": "strict_target", "group_size": "strict_groups"}
+_STRICT = {
+    "target_bits": "strict_target",
+    "target_decoder_bits": "strict_target",
+    "group_size": "strict_groups",
+}
+_TARGETS = ("target_bits", "target_decoder_bits")
 
 
 class TrainConfig(pydantic.BaseModel):
@@ -40,13 +46,16 @@ class TrainConfig(pydantic.BaseModel):
     `Kept` ones decide the result, and a run that goes on has to have them as it was started; `Free` ones may change.
 
     Attributes:
-        bits: bits of an index in the decoder's linear layers. Embedding and output head take 8.
+        bits: bits of an index in the decoder's linear layers; with a target the least. Embedding and output head take
+            8, with `target_bits` what it leaves them.
         group_size: output rows that share a LUT; 0: one LUT a weight.
         lut_dtype: grid of the LUT entries. "int4" takes at most 3 `bits`; layers that get more by `target_bits`, and
             embedding and output head, are on an int8 grid.
-        target_bits: average over the decoder's weights, LUTs included, that layers of more bits may fill up,
-            the most sensitive first; None: all layers take `bits`.
-        strict_target, strict_groups: refuse a `target_bits` that is below what `bits` take with their LUTs, or a
+        target_bits: average over all weights, everything that is stored included, that layers of more bits, embedding
+            and output head among them, may fill up, the most sensitive first.
+        target_decoder_bits: average over the decoder's weights alone, LUTs included, likewise. At most one of these
+            two; both None: all layers take `bits`.
+        strict_target, strict_groups: refuse a target that is below what `bits` take with their LUTs, or a
             `group_size` that does not divide a layer's rows; otherwise the run comes as near as the model allows, as
             presets do. What the user set is strict. Of no effect on a run that goes on.
         backward, alpha, iterations: see `ClusterMethod`.
@@ -54,7 +63,8 @@ class TrainConfig(pydantic.BaseModel):
         temperature: of the distillation.
         importance: what weighs the seeds: "fisher" (input energy times output gradient), "energy" or "none".
         fold_scales: move activation outliers from the norms' outputs into the weights before clustering.
-        train_embedding: train embedding and output head too; otherwise they stay at their one-shot clusters.
+        train_embedding: train embedding and output head too; otherwise they stay at their one-shot clusters. None:
+            those that have less than `bit_budget.TRAINED_BELOW` bits.
         train_norms: train norms and biases.
         refit_every: steps between moves of all centroids to the mean of their weights; 0: never.
         steps, tokens, minutes: how long to train; the first that is reached ends it. All None: one pass over
@@ -88,6 +98,7 @@ class TrainConfig(pydantic.BaseModel):
     group_size: Kept[int] = pydantic.Field(default=16, ge=0)
     lut_dtype: Kept[LutDtype] = "float16"
     target_bits: Kept[float | None] = pydantic.Field(default=None, gt=0, le=8.5)
+    target_decoder_bits: Kept[float | None] = pydantic.Field(default=None, gt=0, le=8.5)
     strict_target: Free[bool] = True
     strict_groups: Free[bool] = True
     backward: Kept[Backward] = "straight-through"
@@ -97,7 +108,7 @@ class TrainConfig(pydantic.BaseModel):
     temperature: Kept[float] = pydantic.Field(default=1.0, gt=0)
     importance: Kept[Literal["fisher", "energy", "none"]] = "fisher"
     fold_scales: Kept[bool] = False
-    train_embedding: Kept[bool] = False
+    train_embedding: Kept[bool | None] = None
     train_norms: Kept[bool] = True
     refit_every: Kept[int] = pydantic.Field(default=0, ge=0)
     steps: Kept[int | None] = pydantic.Field(default=None, ge=1)
@@ -141,6 +152,24 @@ class TrainConfig(pydantic.BaseModel):
             raise ValueError("bfloat16 masters take backward straight-through; soft k-means needs float32")
         return masters
 
+    @pydantic.field_validator("target_decoder_bits")
+    @classmethod
+    def _one_target(cls, bits: float | None, info: pydantic.ValidationInfo) -> float | None:
+        if bits is not None and info.data.get("target_bits") is not None:
+            raise ValueError(
+                "target_bits is over all weights and this one over the decoder; give one of them"
+            )
+        return bits
+
+    @property
+    def target(self) -> BitTarget | None:
+        """The average that bits are chosen for; None: all layers take `bits`."""
+        if self.target_bits is not None:
+            return BitTarget(self.target_bits, whole=True)
+        if self.target_decoder_bits is not None:
+            return BitTarget(self.target_decoder_bits, whole=False)
+        return None
+
     @property
     def step_windows(self) -> int:
         """Windows of an optimizer step."""
@@ -154,11 +183,14 @@ class TrainConfig(pydantic.BaseModel):
     def updated(self, changes: dict[str, Any]) -> TrainConfig:
         """These settings with some changed; a target or a group size among them is strict from then on.
 
+        A target takes the place of the one that was there.
+
         Raises:
             InputError: naming the setting that is unknown or wrong.
         """
         strict = {mark: True for name, mark in _STRICT.items() if name in changes}
-        return self.parse({**self.model_dump(), **strict, **changes})
+        replaced = dict.fromkeys(_TARGETS) if any(changes.get(name) is not None for name in _TARGETS) else {}
+        return self.parse({**self.model_dump(), **strict, **replaced, **changes})
 
     @classmethod
     def parse(cls, settings: Any) -> TrainConfig:
@@ -191,9 +223,9 @@ class TrainConfig(pydantic.BaseModel):
 
 
 _SETTINGS: dict[str, dict[str, Any]] = {
-    "4bit": {"bits": 4, "target_bits": 4.1, "weight_rate": 1e-3, "lut_rate": 1e-3},
-    "3bit": {"bits": 3, "target_bits": 3.25, "weight_rate": 2e-3, "lut_rate": 2e-3},
-    "2bit": {"bits": 2, "target_bits": 2.3, "weight_rate": 4e-3, "lut_rate": 3e-3},
+    "4bit": {"bits": 4, "target_decoder_bits": 4.1, "weight_rate": 1e-3, "lut_rate": 1e-3},
+    "3bit": {"bits": 3, "target_decoder_bits": 3.25, "weight_rate": 2e-3, "lut_rate": 2e-3},
+    "2bit": {"bits": 2, "target_decoder_bits": 2.3, "weight_rate": 4e-3, "lut_rate": 3e-3},
     "paper": {
         "bits": 3,
         "group_size": 0,

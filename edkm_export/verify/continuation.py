@@ -22,7 +22,7 @@ from edkm_export.artifact.generation import (
 )
 from edkm_export.artifact.metrics import Divergence, divergence
 from edkm_export.artifact.protocol import Artifact, Holding, Session
-from edkm_export.artifact.thresholds import NEAR_TIE_NATS
+from edkm_export.artifact.thresholds import EXECUTION, NEAR_TIE_NATS, ROUNDED_TIE_NATS
 from edkm_export.errors import InputError, PackageError
 from edkm_export.kv_cache import FLOAT, KVCache
 from edkm_export.reference.streamed_model import run_all, streamed_weights
@@ -39,6 +39,7 @@ __all__ = [
     "hard_against_decode",
     "prefill_against_decode",
     "side_by_side",
+    "tie_limit",
 ]
 
 
@@ -236,6 +237,12 @@ def compare_continuations(
         )
         found.append(one)
     return found
+
+
+def tie_limit(artifact: Artifact, *, rounded: bool = False) -> float:
+    """How near two tokens must be for either to be right, in nats; wider where an execution rounds."""
+    coarse = artifact.executions[0].threshold.median_kl > EXECUTION["float32"].median_kl
+    return ROUNDED_TIE_NATS if rounded or coarse else NEAR_TIE_NATS
 
 
 class HardTexts:

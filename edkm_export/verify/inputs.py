@@ -23,6 +23,7 @@ from edkm_export.reference.source import Source
 from edkm_export.text import token_windows
 from edkm_export.token_ids import Ids
 from edkm_export.verify.source_rung import SourceRuntime
+from edkm_export.verify.tasks import Task
 from edkm_export.verify.time_budget import WINDOW
 from edkm_export.versions import library_versions
 
@@ -62,6 +63,8 @@ class VerificationInputs:
             limit of the checkpoint's bits; None: no limit, the quality is only reported.
         prompts: prompts of the user's own, beside the fixed ones.
         continuation: tokens to continue each prompt by.
+        tasks: whose answers are counted; none: no such rungs.
+        max_task_loss: share of a task's items that palettization may lose; None: no limit.
         localize: find the first op that leaves the tolerance when an execution fails.
         soft: weights of the trained soft model; None: its rung is not run.
         soft_missing: why there are none.
@@ -81,6 +84,8 @@ class VerificationInputs:
     max_perplexity_ratio: float | Literal["preset"] | None = "preset"
     prompts: tuple[str, ...] = ()
     continuation: int = 24
+    tasks: tuple[Task, ...] = ()
+    max_task_loss: float | None = None
     localize: bool = False
     soft: SoftWeights | None = None
     soft_missing: str = "no training run was given"

@@ -16,7 +16,7 @@ from torch import Tensor
 from edkm_export.artifact.execution import AT_FAULT, Execution
 from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
 from edkm_export.artifact.protocol import Artifact, Decoding, kv_cache_of
-from edkm_export.artifact.thresholds import EXECUTION, NEAR_TIE_NATS, ROUNDED_TIE_NATS, decode_limit
+from edkm_export.artifact.thresholds import EXECUTION, decode_limit
 from edkm_export.beside import Beside
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
@@ -32,6 +32,7 @@ from edkm_export.verify.continuation import (
     hard_against_decode,
     prefill_against_decode,
     side_by_side,
+    tie_limit,
 )
 from edkm_export.verify.foreign_decoding import compare_decoding
 from edkm_export.verify.held_keys import Reader
@@ -45,7 +46,7 @@ from edkm_export.verify.inputs import (
     weights_room,
 )
 from edkm_export.verify.localize import find_faults
-from edkm_export.verify.report import LayerError, MemoryUse, Report, Rung, Verdict
+from edkm_export.verify.report import LayerError, MemoryUse, Report, Rung, TaskResult, Verdict
 from edkm_export.verify.rungs import (
     HARD,
     READING,
@@ -58,6 +59,8 @@ from edkm_export.verify.rungs import (
     soft_rungs,
 )
 from edkm_export.verify.source_rung import compare_with_runtime, source_rung, source_runtime_rung
+from edkm_export.verify.task_rungs import climb_tasks
+from edkm_export.verify.task_runs import Answer, answers_of, questions_of
 from edkm_export.verify.time_budget import Budget, cuts, run_windows
 from edkm_export.verify.torch_runs import (
     hidden_states,
@@ -79,7 +82,8 @@ def count_stages(artifact: Artifact, evaluation: VerificationInputs) -> int:
     """How often `verify_artifact` calls `advance`, unless its time is used up before."""
     decodes = isinstance(artifact, Decoding)
     cached = kv_cache_of(artifact) != FLOAT
-    return 6 + _executed(artifact) + decodes + cached + (evaluation.soft is not None) + evaluation.localize
+    more = (evaluation.soft is not None) + evaluation.localize + bool(evaluation.tasks)
+    return 6 + _executed(artifact) + decodes + cached + more
 
 
 def verify_artifact(
@@ -110,15 +114,23 @@ def verify_artifact(
     # those that take long: transformers' models, each execution, decoding, continuing once or twice
     kv_cache = kv_cache_of(artifact)
     models = 1 + (evaluation.original is not None) + (evaluation.soft is not None) + (kv_cache != FLOAT)
-    budget.expect(models + _executed(artifact) + 3)
+    tasks = (2 + (evaluation.original is not None)) * bool(evaluation.tasks)
+    budget.expect(models + _executed(artifact) + 3 + tasks)
     tokenizer = load_hard_tokenizer(checkpoint)
     windows = evaluation_windows(checkpoint, evaluation, tokenizer, artifact.context)
     prompts = prompt_tokens(checkpoint, evaluation, tokenizer, artifact.context)
+    questions, long = questions_of(
+        evaluation.tasks, checkpoint, tokenizer, min(artifact.context, model_positions(checkpoint))
+    )
     asked = int(windows.numel())
 
     room = weights_room(checkpoint, evaluation)
     begin("running the original")
-    original, missing = measure_original(checkpoint, evaluation, windows, prompts, budget, room)
+
+    def answer(model: Any) -> list[Answer]:
+        return answers_of(model, questions, tokenizer, budget.share()) if questions else []
+
+    original, missing = measure_original(checkpoint, evaluation, windows, prompts, budget, room, answer)
     before = None if original is None else original.logits
     windows = windows if before is None else windows[: len(before)]
     begin("decoding the weights")
@@ -177,6 +189,7 @@ def verify_artifact(
     if original is not None:
         errors["hard PyTorch against the original"] = layer_errors(original.hidden, hidden)
         continued = original.continued
+    answered = None if original is None else original.further
     original = before = soft = None
     run.clear()
 
@@ -213,6 +226,13 @@ def verify_artifact(
         begin("continuing prompts")
     texts, more = _continue(artifact, model, tokenizer, prompts, evaluation.continuation, budget)
     rungs += more
+    results: list[TaskResult] = []
+    if evaluation.tasks:
+        begin("answering tasks")
+        results, more = climb_tasks(
+            artifact, model, tokenizer, questions, long, answered, missing, evaluation.max_task_loss, budget
+        )
+        rungs += more
     faults = []
     if evaluation.localize:
         begin("looking for the first value that is off")
@@ -237,6 +257,7 @@ def verify_artifact(
         weight_plots=plots,
         faults=faults,
         continuations=side_by_side(texts, continued, tokenizer),
+        tasks=results,
         memory=None if room is None else MemoryUse(budget=str(evaluation.memory), models=how),
         time_budget=cuts(
             budget,
@@ -347,8 +368,7 @@ def _continue(
             missing = _no_session(artifact) if session is None else ""
             if missing or budget.is_over:
                 return (), judged(None, missing or budget.spent)
-            coarse = artifact.executions[0].threshold.median_kl > EXECUTION["float32"].median_kl
-            ties = ROUNDED_TIE_NATS if rounded or coarse else NEAR_TIE_NATS
+            ties = tie_limit(artifact, rounded=rounded)
             found = compare_continuations(
                 artifact, session, written, tokenizer, prompts, count, budget.share(), ties, reader
             )

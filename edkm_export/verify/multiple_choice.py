@@ -33,6 +33,7 @@ __all__ = [
     "batched",
     "encode_pair",
     "grade",
+    "item_of",
     "load_items",
     "log_likelihoods",
     "one_by_one",
@@ -240,6 +241,15 @@ def _item(where: str, line: str) -> Item:
         raise InputError(f"{where}: is not JSON ({error}).") from error
     if not isinstance(fields, dict):
         raise InputError(f"{where}: is {type(fields).__name__}, expected an object.")
+    return item_of(where, fields)
+
+
+def item_of(where: str, fields: dict[str, Any]) -> Item:
+    """A question from the fields of a line.
+
+    Raises:
+        InputError: it is none.
+    """
     gold = fields.get("gold")
     if _texts(fields.get("choices")) and isinstance(fields.get("query"), str):
         continuations = tuple(fields["choices"])

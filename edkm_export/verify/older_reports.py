@@ -8,13 +8,15 @@ from typing import Any
 __all__ = ["upgrade"]
 
 _OLDEST = 2
+_LAST_WITHOUT_TASKS = 5
 _QUALITY = {"PASS": "WITHIN", "FAIL": "BEYOND"}
 
 
 def upgrade(given: dict[str, Any], current: int) -> dict[str, Any]:
     """A report as the current version has it.
 
-    Before version 5 there was one `verdict` of all rungs, and `palettization` was PASS or FAIL.
+    Before version 6 there were no tasks. Before version 5 there was one `verdict` of all rungs, and `palettization`
+    was PASS or FAIL.
 
     Args:
         given: the fields of a report.
@@ -31,6 +33,8 @@ def upgrade(given: dict[str, Any], current: int) -> dict[str, Any]:
             f"schema_version is {version!r}; this release of edkm-export reads {_OLDEST} to {current}. "
             "Verify the artifact again, or read the report with the release that wrote it."
         )
+    if version == _LAST_WITHOUT_TASKS:
+        return {**given, "schema_version": current}
     rungs = [_of_two_verdicts(rung) for rung in given.get("rungs", [])]
     verdicts = {rung["id"]: rung["verdict"] for rung in rungs}
     whole = given.get("verdict")

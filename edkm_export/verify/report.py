@@ -22,13 +22,15 @@ __all__ = [
     "Report",
     "Rung",
     "Size",
+    "TaskAnswers",
+    "TaskResult",
     "TensorReport",
     "TimeBudget",
     "Verdict",
     "WeightPlot",
 ]
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 class Verdict(str, Enum):
@@ -199,6 +201,44 @@ class PromptTexts(Record):
     shared_tokens: int | None
 
 
+class TaskAnswers(Record):
+    """What each model answered to an item.
+
+    Attributes:
+        item: its place in the task, from 1 on.
+        asked: the end of what was asked.
+        original, palettized, artifact: answers; None: not run.
+        right: which of them are right.
+    """
+
+    item: int
+    asked: str
+    original: str | None
+    palettized: str
+    artifact: str | None
+    right: list[str]
+
+
+class TaskResult(Record):
+    """How many items of a task each model got right.
+
+    Attributes:
+        task: its name.
+        items: that all models answered.
+        left_out: items that are too long for the artifact, or that the time did not reach.
+        original, palettized, artifact: right answers; None: not run.
+        answers: to some of the items on which models differ.
+    """
+
+    task: str
+    items: int
+    left_out: int
+    original: int | None
+    palettized: int
+    artifact: int | None
+    answers: list[TaskAnswers] = []
+
+
 class TimeBudget(Record):
     """What a limit of the time left out.
 
@@ -226,7 +266,7 @@ class MemoryUse(Record):
 class Report(Record):
     """Everything that `report.json` holds.
 
-    No absolute path of this machine is in it: construction calls `without_folders`. Reports of schema versions 2 to 4
+    No absolute path of this machine is in it: construction calls `without_folders`. Reports of schema versions 2 to 5
     are read, too.
 
     Attributes:
@@ -235,6 +275,7 @@ class Report(Record):
         quality: WITHIN, BEYOND, REPORTED or NOT RUN: how far did palettization move the model from the original?
         not_run: what was not run, with the reason.
         continuations: of each prompt, side by side.
+        tasks: right answers by task; empty: none were asked for, as before version 6.
         time_budget: None: there was no limit of the time.
         memory: None: every model was in memory whole, or nothing is known of it.
     """
@@ -259,6 +300,7 @@ class Report(Record):
     weight_plots: list[WeightPlot] = []
     faults: list[Fault] = []
     continuations: list[PromptTexts] = []
+    tasks: list[TaskResult] = []
     time_budget: TimeBudget | None = None
     memory: MemoryUse | None = None
     provenance: dict[str, Any]
@@ -378,7 +420,7 @@ def _without_local_paths(given: dict[str, Any]) -> dict[str, Any]:
     rungs = given.get("rungs")
     listed = rungs if isinstance(rungs, list) else []
     texts = {place: rung for place, rung in enumerate(listed) if _tells_texts(rung)}
-    written = {"continuations": given["continuations"]} if "continuations" in given else {}
+    written = {name: given[name] for name in ("continuations", "tasks") if name in given}
     if isinstance(rungs, list):
         given = {**given, "rungs": [None if place in texts else rung for place, rung in enumerate(rungs)]}
     named = without_folders({key: value for key, value in given.items() if key not in written})
@@ -388,4 +430,6 @@ def _without_local_paths(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tells_texts(rung: Any) -> bool:
-    return isinstance(rung, dict) and bool((rung.get("measures") or {}).get("continuations"))
+    if not isinstance(rung, dict):
+        return False
+    return rung.get("id") == "tasks-artifact" or bool((rung.get("measures") or {}).get("continuations"))

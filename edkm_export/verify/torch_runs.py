@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -51,6 +51,7 @@ class Measured:
         output_snr_db: what palettization does to each layer's output, by parameter name.
         continued: tokens of the greedy continuation by prompt.
         how: whether the weights were in memory, in words.
+        further: what else was asked of it.
     """
 
     logits: list[Tensor]
@@ -59,6 +60,7 @@ class Measured:
     output_snr_db: dict[str, float] = field(default_factory=dict)
     continued: dict[str, list[int]] = field(default_factory=dict)
     how: str = "whole"
+    further: Any = None
 
 
 def transformers_model(model: Any, kv_cache: KVCache = FLOAT) -> Execute:
@@ -104,6 +106,7 @@ def measure_original(
     prompts: Mapping[str, Tensor],
     budget: Budget,
     room_bytes: int | None = None,
+    further: Callable[[Any], Any] = lambda _model: None,
 ) -> tuple[Measured | None, str]:
     """Run the float model.
 
@@ -114,6 +117,7 @@ def measure_original(
         prompts: int64 [length] by prompt.
         budget: of the time.
         room_bytes: see `load_model`.
+        further: called with the model at the end, for what else is asked of it.
 
     Returns:
         What it gave; None and the reason when there is no such model.
@@ -144,7 +148,7 @@ def measure_original(
     weights: Mapping[str, Tensor] = {name: state[name] for name in checkpoint.palettized}
     if streamed_weights(model) is not None:
         weights = _WeightsOnDisk(model, checkpoint.palettized)
-    return Measured(logits, hidden, weights, snr, continued, how_run(model)), ""
+    return Measured(logits, hidden, weights, snr, continued, how_run(model), further(model)), ""
 
 
 class _WeightsOnDisk(Mapping[str, Tensor]):

@@ -35,9 +35,9 @@ def faithful_export(rungs: Sequence[Rung]) -> Verdict:
 def quality(rungs: Sequence[Rung]) -> Verdict:
     """How far did palettization move the model from the original? The verdict of that rung.
 
-    BEYOND, too, when keys and values of int8 cost more than they may.
+    BEYOND, too, when keys and values of int8 cost more than they may, or when it loses more of a task than it may.
     """
-    found = {rung.id: rung.verdict for rung in rungs if rung.id in ("palettization", "kv-cache")}
+    found = {rung.id: rung.verdict for rung in rungs if rung.id in ("palettization", "kv-cache", "tasks")}
     if Verdict.BEYOND in found.values():
         return Verdict.BEYOND
     return found.get("palettization", Verdict.NOT_RUN)
@@ -81,12 +81,12 @@ def quality_words(report: Report) -> str:
         return missing + _cache_words(report)
     found = f"Perplexity is {ratio:.3g} times the original's"
     by = f" ({source})" if source else ""
-    held = _cache_words(report)
+    more = _cache_words(report) + _task_words(report)
     if limit is None:
-        return f"{found}; no limit is set for it{by}.{held}"
+        return f"{found}; no limit is set for it{by}.{more}"
     rung = next((rung.verdict for rung in report.rungs if rung.id == "palettization"), report.quality)
     place = {Verdict.WITHIN: "within", Verdict.BEYOND: "beyond"}.get(rung, "against")
-    return f"{found}, {place} the limit of {limit:g}{by}.{held}"
+    return f"{found}, {place} the limit of {limit:g}{by}.{more}"
 
 
 def _cache_words(report: Report) -> str:
@@ -100,6 +100,20 @@ def _cache_words(report: Report) -> str:
     }.get(rung.verdict, "")
     limit = rung.measures.get("perplexity_limit") or 0.0
     return f" Keys and values of int8 multiply it by {rung.measures['perplexity_ratio']:.4g}{place.format(limit)}."
+
+
+def _task_words(report: Report) -> str:
+    """Right answers in all, and the tasks that lost more than they may; empty without tasks."""
+    known = [one for one in report.tasks if one.original is not None]
+    if not known:
+        return ""
+    items, before = sum(one.items for one in known), sum(one.original or 0 for one in known)
+    rung = next((rung for rung in report.rungs if rung.id == "tasks"), None)
+    beyond = " More than the limit is lost." if rung is not None and rung.verdict is Verdict.BEYOND else ""
+    now = sum(one.palettized for one in known)
+    return (
+        f" Of {items} items of tasks the original answers {before} right, the palettized model {now}.{beyond}"
+    )
 
 
 def _nearness_words(report: Report, found: Mapping[str, Any]) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from edkm_export.verify.quoting import quoted
-from edkm_export.verify.report import Report
+from edkm_export.verify.report import Report, TaskResult
 
-__all__ = ["FIRST_WORDS", "GLOSSARY", "LADDER", "executed_words", "readable"]
+__all__ = ["FIRST_WORDS", "GLOSSARY", "LADDER", "counts_words", "executed_words", "readable"]
 
 LADDER = (
     "Each rung is one comparison: a candidate with what comes before it on the way from the source files to the "
@@ -33,6 +33,14 @@ GLOSSARY = {
 
 FIRST_WORDS = "; ".join(f"{word}: {GLOSSARY[word]}" for word in ("rung", "hard PyTorch", "rounded"))
 """What a reader of the ladder needs at once."""
+
+
+def counts_words(found: TaskResult) -> str:
+    """Right answers of each model to a task, as counts."""
+    models = {"original": found.original, "palettized": found.palettized, "artifact": found.artifact}
+    parts = [f"{name} {count}" for name, count in models.items() if count is not None]
+    left = f" ({found.left_out} left out)" if found.left_out else ""
+    return f"{', '.join(parts)} of {found.items} right{left}"
 
 
 def readable(model: str) -> str:

@@ -90,6 +90,8 @@ def markdown(report: Report) -> str:
         for rung in report.rungs
         if rung.verdict is not Verdict.NOT_RUN
     ]
+    if report.tasks:
+        lines += _task_section(report)
     if report.continuations:
         lines += _text_section(report)
     if report.tensors:
@@ -139,6 +141,36 @@ def _text_section(report: Report) -> list[str]:
         if one.shared_tokens is not None:
             lines.append(f"    - they begin with {one.shared_tokens} of {one.tokens} tokens alike")
         lines += [f"    - {_said(line)}" for line in executed_words(report, one.prompt)]
+    return lines
+
+
+def _task_section(report: Report) -> list[str]:
+    lines = [
+        "",
+        "## Tasks",
+        "",
+        "| task | items | original | palettized | artifact |",
+        "|---|---|---|---|---|",
+    ]
+    for one in report.tasks:
+        counts = (
+            "not run" if count is None else str(count)
+            for count in (one.original, one.palettized, one.artifact)
+        )
+        left = f" ({one.left_out} left out)" if one.left_out else ""
+        lines.append(f"| {cell(one.task)} | {one.items}{left} | {' | '.join(counts)} |")
+    for one in report.tasks:
+        for answers in one.answers:
+            lines += ["", f"{cell(one.task)}, item {answers.item}: {_inline(answers.asked)}", ""]
+            lines += [
+                f"- {name}, {'right' if name in answers.right else 'wrong'}: {_inline(text)}"
+                for name, text in (
+                    ("original", answers.original),
+                    ("palettized", answers.palettized),
+                    ("artifact", answers.artifact),
+                )
+                if text is not None
+            ]
     return lines
 
 

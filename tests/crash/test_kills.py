@@ -221,7 +221,9 @@ def train(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     """Arguments of a run of two steps with a checkpoint after each, small and quick."""
     folder = tmp_path_factory.mktemp("given")
     (folder / "text").write_text((FIXTURES / "calibration.txt").read_text()[:2000])
-    (folder / "quick.yaml").write_text("calibration_tokens: 16\nimportance: none\ntarget_bits: null\n")
+    (folder / "quick.yaml").write_text(
+        "calibration_tokens: 16\nimportance: none\ntarget_decoder_bits: null\n"
+    )
     return [
         "train", str(small_folder), "--data", str(folder / "text"), "--config", str(folder / "quick.yaml"),
         "--context", "16", "--batch-size", "1", "--steps", "2", "--save-every", "1", "--log-every", "1",

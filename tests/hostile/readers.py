@@ -512,7 +512,7 @@ context: 16
 batch_size: 1
 calibration_tokens: 64
 eval_tokens: 64
-target_bits: null
+target_decoder_bits: null
 log_every: 1
 """
 

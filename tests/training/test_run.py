@@ -73,7 +73,7 @@ def test_training_closes_the_gap_that_clustering_opens(preset: str, tmp_path: Pa
             "steps": 40,
             "batch_size": 4,
             "context": 128,
-            "target_bits": None,
+            "target_decoder_bits": None,
             "eval_tokens": 1024,
             "save_every": 0,
         }
@@ -352,7 +352,7 @@ def test_minutes_end_a_run_and_its_schedule(tmp_path: Path) -> None:
 
 
 SWITCHES: dict[str, dict[str, Any]] = {
-    "mixed-int4": {"bf16": True, "lut_dtype": "int4", "target_bits": 3.6, "group_size": 4},
+    "mixed-int4": {"bf16": True, "lut_dtype": "int4", "target_decoder_bits": 3.6, "group_size": 4},
     "soft": {"backward": "soft"},
     "dkm": {"backward": "dkm", "group_size": 0, "iterations": 2},
     "dkm-int4": {"backward": "dkm", "bits": 3, "lut_dtype": "int4", "refit_every": 1},
@@ -371,7 +371,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "self-generated-mixed": {
         "self_generated": 64,
         "importance": "none",
-        "target_bits": 2.5,
+        "target_decoder_bits": 2.5,
         "decay": "cosine",
         "train_norms": False,
     },
@@ -396,7 +396,7 @@ def test_each_switch_trains_and_ships(name: str, tmp_path: Path) -> None:
             within = int(each.lut.min()) >= -8 and int(each.lut.max()) <= 7
             assert within == (name in few)
         wide = {name for name in made.palettized if name not in few and "proj" in name}
-        assert few and bool(wide) == ("target_bits" in changes)
+        assert few and bool(wide) == ("target_decoder_bits" in changes)
     if changes.get("group_size") == 0:
         assert stored.groups == (1, 1)
 
@@ -414,7 +414,7 @@ def test_the_command_trains_and_prints_a_table(tmp_path: Path) -> None:
     )
     status, text = invoke(
         MODEL, "--data", DATA, "--data", tmp_path / "more.jsonl", "-o", tmp_path / "run", "--preset", "3bit",
-        "--target-bits", 3.5, "--config", tmp_path / "config.yaml", "--steps", 3, "--eval-text", HELDOUT,
+        "--target-decoder-bits", 3.5, "--config", tmp_path / "config.yaml", "--steps", 3, "--eval-text", HELDOUT,
         "--eval-tokens", 128, "--device", "cpu",
     )  # fmt: skip
     assert status == 0, text
@@ -432,7 +432,7 @@ def test_the_command_trains_and_prints_a_table(tmp_path: Path) -> None:
         (["--lut-dtype", "int4"], "lut_dtype: int4 has 16 levels, so that with indices of 4 bits"),
         (["--bits", "5"], "bits: Input should be 1, 2, 3, 4, 6 or 8"),
         (
-            ["--target-bits", "0.5"],
+            ["--target-decoder-bits", "0.5"],
             "takes at least 1.02 bits a weight in the decoder, 1 bit and its LUTs",
         ),
         (["--context", "1"], "context: Input should be greater than or equal to 2"),

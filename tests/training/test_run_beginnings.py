@@ -75,7 +75,7 @@ def test_presets_take_odd_shapes(train, tmp_path, shape, preset, told):
 
 def test_a_target_that_was_set_is_met_with_fewer_bits(train, tiny_llama):
     """4 bits take 4.104 with their LUTs, so that 4.1 is 3 bits and layers of more."""
-    assert train(tiny_llama, "--target-bits", 4.1).status == 0
+    assert train(tiny_llama, "--target-decoder-bits", 4.1).status == 0
     made = load(Path("run/model.pt"))
     sizes = {tensor.n_bits for name, tensor in made.palettized.items() if "embed_tokens" not in name}
     assert min(sizes) == 3 and max(sizes) > 3
@@ -84,11 +84,17 @@ def test_a_target_that_was_set_is_met_with_fewer_bits(train, tiny_llama):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target-bits", 4.1, "--bits", 4], "--target-bits 4.1: recipe 4bitg16 takes 4.11 bits a weight"),
-        (["--target-bits", 1.01], "takes at least 1.02 bits a weight in the decoder, 1 bit and its LUTs"),
         (
-            ["--target-bits", 3, "--recipe", "3bit"],
-            "--target-bits 3: recipe 3bitg16 takes 3.06 bits a weight",
+            ["--target-decoder-bits", 4.1, "--bits", 4],
+            "--target-decoder-bits 4.1: recipe 4bitg16 takes 4.11 bits a weight",
+        ),
+        (
+            ["--target-decoder-bits", 1.01],
+            "takes at least 1.02 bits a weight in the decoder, 1 bit and its LUTs",
+        ),
+        (
+            ["--target-decoder-bits", 3, "--recipe", "3bit"],
+            "--target-decoder-bits 3: recipe 3bitg16 takes 3.06 bits a weight",
         ),
         (
             ["--group-size", 24],
@@ -104,7 +110,7 @@ def test_what_was_set_and_cannot_be_met(train, tiny_llama, work, monkeypatch, op
 
 
 @pytest.mark.parametrize(
-    ("settings", "fewest"), sampled([("target_bits: 3.5", 3), ("bits: 2", 2)], 2, several=True)
+    ("settings", "fewest"), sampled([("target_decoder_bits: 3.5", 3), ("bits: 2", 2)], 2, several=True)
 )
 def test_bits_of_a_file_are_those_of_the_command_line(train, tiny_llama, tmp_path, settings, fewest):
     """A target has the most bits that fit, and bits without a target are those of all layers."""
@@ -117,8 +123,8 @@ def test_bits_of_a_file_are_those_of_the_command_line(train, tiny_llama, tmp_pat
 
 @pytest.mark.slow
 def test_the_least_that_is_named_can_be_met(train, tiny_llama):
-    assert train(tiny_llama, "--target-bits", 4.11, "--bits", 4).status == 0
-    assert train(tiny_llama, "--target-bits", 1.02, "--overwrite").status == 0
+    assert train(tiny_llama, "--target-decoder-bits", 4.11, "--bits", 4).status == 0
+    assert train(tiny_llama, "--target-decoder-bits", 1.02, "--overwrite").status == 0
 
 
 @pytest.mark.parametrize(

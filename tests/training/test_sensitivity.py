@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edkm_export.errors import InputError
-from edkm_export.recipe import Recipe, uniform_recipe
+from edkm_export.recipe import Recipe, Rule, uniform_recipe
 from edkm_export.training.palettized.clusters import ClusterMethod
 from edkm_export.training.palettized.surgery import (
     Importance,
@@ -23,6 +23,7 @@ from edkm_export.training.sensitivity import (
     allocate_bits,
     fisher_factors,
     mixed_recipe,
+    wider_rules,
 )
 from edkm_export.weight_storage import average_bits
 from tests.helpers.odd_models import build
@@ -51,6 +52,71 @@ def test_factors_are_mean_squares_of_inputs_and_output_gradients() -> None:
     torch.testing.assert_close(found[name].inputs, inputs[0][0].square().mean(0), rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(found[name].outputs, gradient[0].square().mean(0), rtol=1e-4, atol=1e-8)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_factors_of_a_vocabulary_are_of_both_uses(tied: bool) -> None:
+    """Lookups against autograd with what is looked up as a leaf; the head's inputs from the last norm."""
+    model = build("plain" if tied else "untied").requires_grad_(False)
+    windows = torch.randint(256, (1, 12), generator=torch.Generator().manual_seed(0))
+    found = fisher_factors(model, windows, seed=5, vocabulary=True)
+    looked_up = model.get_input_embeddings()(windows).requires_grad_()
+    hidden = model.model(inputs_embeds=looked_up, use_cache=False).last_hidden_state[0]
+    logits = model.lm_head(hidden)
+    labels = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(5))[:, 0]
+    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    gradient = looked_up.grad[0]
+    embedding = found["model.embed_tokens"]
+    near = {"rtol": 1e-4, "atol": 1e-9}
+    torch.testing.assert_close(embedding.inputs, gradient.square().mean(0), **near)
+    torch.testing.assert_close(embedding.products, gradient.T @ gradient / 12, **near)
+    counts = torch.bincount(windows[0], minlength=320) / 12
+    torch.testing.assert_close(embedding.outputs, (counts + counts.mean()) / 2, **near)
+    head = embedding.further if tied else found["lm_head"]
+    torch.testing.assert_close(head.products, (hidden.T @ hidden / 12).detach(), **near)
+    share = (logits.softmax(-1) - torch.nn.functional.one_hot(labels, 320)).square().mean(0).detach()
+    torch.testing.assert_close(head.outputs, (share + share.mean()) / 2, **near)
+    assert (found["lm_head"] is embedding) == tied and (embedding.further is None) == (not tied)
+    # what an error of one weight costs, from both products
+    wanted = torch.outer(embedding.outputs, embedding.inputs)
+    wanted = wanted + torch.outer(head.outputs, head.inputs) if tied else wanted
+    torch.testing.assert_close(embedding.of_weights(320, 32), wanted)
+    cost = embedding.products * embedding.outputs.mean()
+    cost = cost + head.products * head.outputs.mean() if tied else cost
+    torch.testing.assert_close(embedding.row_cost(), cost)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_of_16_bit_models_are_those_of_the_same_numbers_in_float32(dtype: torch.dtype) -> None:
+    narrow = build("untied_and_biased").to(dtype).requires_grad_(False)
+    wide = build("untied_and_biased").to(dtype).float().requires_grad_(False)
+    windows = torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(0))
+    before = {name: tensor.clone() for name, tensor in narrow.state_dict().items()}
+    found, expected = (fisher_factors(model, windows, vocabulary=True) for model in (narrow, wide))
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name].inputs, expected[name].inputs, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(found[name].outputs, expected[name].outputs, rtol=1e-4, atol=1e-9)
+    after = narrow.state_dict()  # nothing is left wide, no layer keeps a forward of ours
+    assert all(tensor.dtype == dtype and torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert not any("forward" in vars(module) for module in narrow.modules())
+
+
+def test_rows_that_lie_evenly_stand_for_a_layer() -> None:
+    """Rows of like kind: the estimate from a quarter of them is near that of all, also where some rows count more."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(512, 64, generator=generator)
+    outputs = torch.rand(512, generator=generator) ** 8
+    importance = {"layer": Importance(torch.rand(64, generator=generator) + 0.1, outputs)}
+    for group_size in (16, 0):
+        choices = {"layer": {bits: Rule(bits=bits, group_size=group_size) for bits in (2, 4)}}
+        whole, part = (
+            Sensitivity({"layer": weight}, choices, importance, sampled=sampled) for sampled in (None, 8192)
+        )
+        for bits in (2, 4):
+            assert part.loss("layer", bits) == pytest.approx(whole.loss("layer", bits), rel=0.1)
+            assert part.loss("layer", bits) != whole.loss("layer", bits)
+        assert part.tried == 2 and not part.seeds and len(whole.seeds) == 2
 
 
 def random_choices(
@@ -126,14 +192,16 @@ def test_mixed_bits_average_what_was_asked_and_what_is_stored(lut_dtype: Any) ->
     base = uniform_recipe(2, 4, lut_dtype)
     shapes = trainable_shapes(model)
     plan = {name: rule for name, rule in base.plan(shapes, "m").items() if "embed" not in name}
+    choices = {name: wider_rules(rule) for name, rule in plan.items()}
     found = Sensitivity(
-        {name: model.get_submodule(name).weight for name in plan}, plan, fisher_factors(model, windows)
+        {name: model.get_submodule(name).weight for name in plan}, choices, fisher_factors(model, windows)
     )
-    for name, choices in found.sizes.items():
-        losses = [found.loss(name, bits) for bits in sorted(choices)]
+    for name, sizes in found.sizes.items():
+        losses = [found.loss(name, bits) for bits in sorted(sizes)]
         assert losses == sorted(losses, reverse=True) and losses[0] > 0
     numel = sum(model.get_submodule(name).weight.numel() for name in plan)
-    recipe = mixed_recipe(base, allocate_bits(found.sizes, found.loss, int(3.9 * numel)), plan)
+    chosen = allocate_bits(found.sizes, found.loss, int(3.9 * numel))
+    recipe = mixed_recipe(base, {name: choices[name][bits] for name, bits in chosen.items()}, plan)
     mixed = {name: recipe.rule_for(name) for name in plan}
     assert {rule.bits for rule in mixed.values()} >= {2, 3}
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe  # as a run that goes on reads it
@@ -180,7 +248,8 @@ def test_folding_never_raises_the_estimate() -> None:
     plan = {name: rule for name, rule in uniform_recipe(3, 4).plan(shapes, "m").items() if "proj" in name}
 
     def estimate(importance: dict[str, Importance]) -> float:
-        found = Sensitivity({name: model.get_submodule(name).weight for name in plan}, plan, importance)
+        choices = {name: wider_rules(rule) for name, rule in plan.items()}
+        found = Sensitivity({name: model.get_submodule(name).weight for name in plan}, choices, importance)
         return sum(found.loss(name, 3) for name in found.sizes)
 
     importance = fisher_factors(model, windows)

@@ -109,7 +109,7 @@ def test_soft_weight_is_that_of_the_equations(backward, plain, tmp_path):
     assert torch.allclose(found[WEIGHT].double(), expected, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("changes", [{}, {"target_bits": 4.0}], ids=["uniform", "mixed"])
+@pytest.mark.parametrize("changes", [{}, {"target_decoder_bits": 4.0}], ids=["uniform", "mixed"])
 def test_soft_weights_of_an_int4_grid(changes, tmp_path):
     """The state is rounded again as the recipe says, which is compared with what was shipped."""
     run(tmp_path / "run", {"backward": "soft", "lut_dtype": "int4", "steps": 2, **changes})

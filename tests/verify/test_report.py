@@ -279,7 +279,7 @@ def test_no_absolute_path_is_in_a_report(tmp_path):
 def test_json_reads_back():
     made = report()
     assert Report.model_validate_json(made.model_dump_json()) == made
-    assert json.loads(made.model_dump_json())["schema_version"] == SCHEMA_VERSION == 5
+    assert json.loads(made.model_dump_json())["schema_version"] == SCHEMA_VERSION == 6
     assert json.loads(made.model_dump_json())["rungs"][0]["verdict"] == "PASS"
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "Importance",
     "attach",
     "clusters_of",
+    "embedding_scale",
     "importance_of",
     "insert_clusters",
     "insert_palettes",
@@ -50,24 +51,47 @@ class Importance:
     """What a squared error of each weight costs, as a product.
 
     Attributes:
-        inputs: float32 [in], mean square of each input channel.
-        outputs: float32 [out], mean square of the loss gradient of each output channel; None: all alike.
+        inputs: float32 [in], mean square of each input channel. Of an embedding: of the loss gradient of each column.
+        outputs: float32 [out], mean square of the loss gradient of each output channel; None: all alike. Of an
+            embedding: how often each row is looked up.
+        products: float32 [in, in], the mean of which `inputs` is the diagonal; None: not measured.
+        further: of another use of the same weight, as an output head that is the embedding; what they cost adds up.
     """
 
     inputs: Tensor
     outputs: Tensor | None = None
+    products: Tensor | None = None
+    further: Importance | None = None
+
+    def of_weights(self, rows: int, columns: int) -> Tensor:
+        """Of each weight, float32 [rows, columns], on the CPU; a kernel's weights share that of their channel."""
+        inputs = self.inputs.float().cpu().repeat_interleave(columns // self.inputs.numel())
+        outputs = torch.ones(rows) if self.outputs is None else self.outputs.float().cpu()
+        found = torch.outer(outputs, inputs)
+        return found if self.further is None else found + self.further.of_weights(rows, columns)
+
+    def row_cost(self) -> Tensor | None:
+        """C, float32 [in, in], on the CPU: a change e of a row costs e' C e, on average; None: not measured."""
+        if self.products is None:
+            return None
+        share = 1.0 if self.outputs is None else float(self.outputs.mean())
+        found = self.products.float().cpu() * share
+        further = None if self.further is None else self.further.row_cost()
+        return found if further is None else found + further
 
     def cpu(self) -> Importance:
         """The same on the CPU."""
-        return Importance(self.inputs.cpu(), None if self.outputs is None else self.outputs.cpu())
+        outputs, products = (None if each is None else each.cpu() for each in (self.outputs, self.products))
+        further = None if self.further is None else self.further.cpu()
+        return Importance(self.inputs.cpu(), outputs, products, further)
 
 
 def _is_embedding(module: nn.Module) -> bool:
     """True for Gemma's scaled embeddings too."""
-    return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and _scale_of(module) != 1)
+    return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and embedding_scale(module) != 1)
 
 
-def _scale_of(module: nn.Module) -> float:
+def embedding_scale(module: nn.Module) -> float:
     """The factor that Gemma's embeddings multiply their output by; one for others."""
     return float(getattr(module, "scalar_embed_scale", 1.0))
 
@@ -113,12 +137,12 @@ def seed_centroids(
     grouped = grouped.cpu()
     weights = None
     if importance is not None:
-        columns = weight[0].numel() // importance.inputs.numel()  # the kernel of a convolution
-        inputs = importance.inputs.float().cpu().repeat_interleave(columns)
-        if importance.outputs is None:
-            weights = inputs.repeat(out // groups)
-        else:
-            weights = torch.outer(importance.outputs.float().cpu(), inputs).view(groups, -1)
+        same = (
+            importance.outputs is None and importance.further is None
+        )  # in all rows, so that those of a group do
+        rows = out // groups if same else out
+        weights = importance.of_weights(rows, weight[0].numel())
+        weights = weights.flatten() if same else weights.view(groups, -1)
     return optimal_centroids(grouped, 1 << rule.bits, importance=weights, threads=threads)
 
 
@@ -291,7 +315,7 @@ def _palettized(where: str, module: Any, clusters: Clusters) -> PalettizedModule
             raise InputError(
                 f"{where}: embeddings with max_norm, sparse or scale_grad_by_freq cannot be trained."
             )
-        return PalettizedEmbedding(clusters, module.padding_idx, _scale_of(module))
+        return PalettizedEmbedding(clusters, module.padding_idx, embedding_scale(module))
     if isinstance(module, nn.Conv2d):
         if module.padding_mode != "zeros":
             raise InputError(f"{where}: padding mode {module.padding_mode!r} cannot be trained, use zeros.")

@@ -14,15 +14,18 @@ from tests.training.test_run import one_thread
 # Nothing moves in the one step: the result is what was prepared.
 STILL: dict[str, Any] = {"steps": 1, "weight_rate": 0.0, "lut_rate": 0.0, "norm_rate": 0.0}
 FISHER = {
-    **STILL, "importance": "fisher", "fold_scales": True, "target_bits": 2.7, "calibration_tokens": 64,
+    **STILL, "importance": "fisher", "fold_scales": True, "target_decoder_bits": 2.7, "calibration_tokens": 64,
     "self_generated": 64, "eval_every": 1, "group_size": 32,
+}  # fmt: skip
+WHOLE = {
+    **STILL, "importance": "fisher", "fold_scales": True, "bits": 2, "target_bits": 5.0, "calibration_tokens": 64,
 }  # fmt: skip
 ENERGY = {**STILL, "importance": "energy", "group_size": 0, "bits": 3, "lut_dtype": "int8", "bf16": True}
 
 
-@pytest.mark.slow  # four runs, two of them in two processes
+@pytest.mark.slow  # six runs, three of them in two processes
 def test_two_processes_prepare_what_one_does(tmp_path: Path) -> None:
-    kinds = {"fisher": FISHER, "energy": ENERGY}
+    kinds = {"fisher": FISHER, "whole": WHOLE, "energy": ENERGY}
     with one_thread():
         for name, changes in kinds.items():
             run(tmp_path / f"{name}-one", changes)
