@@ -135,7 +135,7 @@ def test_missing_files(copied, file):
     ("file", "content", "message"),
     [
         ("main.mlirb", b"", "cannot be read"),
-        ("main.hash", bytes(33), "has more than 32 bytes"),
+        ("main.hash", bytes(33), "more than 32 are not read"),
         ("main.hash", bytes(32), "does not have the SHA-256"),
         ("metadata.json", b"{", "is no JSON"),
         ("metadata.json", b"[" * 100_000, "is no JSON"),
