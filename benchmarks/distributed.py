@@ -9,6 +9,7 @@ that autograd keeps for a token from counting them in one decoder layer an eight
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -135,14 +136,32 @@ def clusters_for(weight: torch.Tensor) -> Clusters:
     )
 
 
-def memory(shape: Shape, gpus: int, tokens: int, token_bytes: int, *, dkm: bool) -> dict[str, float]:
+MOMENTS = {
+    "float32": 8.0,
+    "bfloat16": 4.0,
+    "8bit": 2 + 2 * 4 / 256,
+}  # two a weight; of 8 bits a scale for 256
+MASTERS = {"float32": 4, "bfloat16": 2}
+
+
+def memory(
+    shape: Shape,
+    gpus: int,
+    tokens: int,
+    token_bytes: int,
+    *,
+    dkm: bool,
+    moments: str = "float32",
+    masters: str = "float32",
+) -> dict[str, float]:
     """Bytes of each GPU by what they are for; straight-through unless `dkm`."""
+    wide = MASTERS[masters]
     prefetched = 2 if gpus > 1 else 0  # the layer in use and the one on its way
     moved = 2 if dkm else 1  # dkm gathers soft weights in bfloat16
     return {
-        "master weights, float32": 4 * shape.all / gpus,
-        "Adam's m and v, float32": 8 * shape.inner / gpus,
-        "gradients, float32": 4 * shape.inner / gpus,
+        f"master weights, {masters}": wide * shape.all / gpus,
+        f"Adam's m and v, {moments}": MOMENTS[moments] * shape.inner / gpus,
+        f"gradients, {masters}": wide * shape.inner / gpus,
         "indices, uint8": shape.all / gpus,
         "soft weights, bfloat16 (dkm)": 2 * shape.inner / gpus if dkm else 0,
         # parameter, gradient, m, v and table in float32; table in bfloat16 and float16
@@ -180,7 +199,7 @@ def plain_traffic(shape: Shape, gpus: int) -> float:
 
 def table(title: str, columns: list[str], rows: list[tuple[str, list[float]]]) -> None:
     print(f"\n| {title} | " + " | ".join(columns) + " |")
-    print("|---|" + "---:|" * len(columns))
+    print("|---" * (1 + title.count("|")) + "|" + "---:|" * len(columns))
     for name, values in rows:
         print(f"| {name} | " + " | ".join(f"{value / GB:.2f}" if value else "-" for value in values) + " |")
 
@@ -209,6 +228,17 @@ def main(bits: int, group_size: int, context: int, windows: int) -> None:
         rows.append(("**sum**", [a + b for a, b in zip(fixed, full, strict=True)]))
         rows.append(("**sum, checkpointed**", [a + b for a, b in zip(fixed, lean, strict=True)]))
         table(f"GB on each of, {'dkm' if dkm else 'straight-through'}", columns, rows)
+    rows = []
+    for moments, masters in itertools.product(MOMENTS, MASTERS):
+        found = [
+            memory(shape, gpus, tokens, token_bytes, dkm=False, moments=moments, masters=masters)
+            for gpus in GPUS
+        ]
+        sums = [sum(value for name, value in each.items() if name != "activations") for each in found]
+        if masters != "float32":
+            sums[1:] = [0.0] * (len(GPUS) - 1)  # in a single process only
+        rows.append((f"{moments} | {masters}", sums))
+    table("moments | masters", columns, rows)
     several = [gpus for gpus in GPUS if gpus > 1]
     moves = [traffic(shape, gpus, dkm=False) for gpus in several]
     rows = [(name, [each[name] for each in moves]) for name in moves[0]]

@@ -11,6 +11,9 @@ Weights are random (or those of --model), since time and memory do not depend on
     straight-through   palettized: indices and LUTs, distillation
     soft, dkm          likewise, with the exact gradient of soft k-means; soft k-means in both passes
 
+--command FOLDER runs the whole command before, and prints what its stages take. --moments, --masters and --gpu-memory
+show whether a model trains on a smaller GPU.
+
 All sides checkpoint activations. Palettized sides take --bits, --group-size and --iterations (the `paper` preset's by
 default), and run the code of `edkm-export train`: its learner, its sharding, its optimizer. A step is taken apart by
 events on the device: "teacher" (forward pass of the original), "forward" (of the student, loss included), "backward",
@@ -21,7 +24,7 @@ MFU counts 6 operations a weight and token for the student, 2 for the original, 
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import gc
 import json
 import statistics
@@ -36,14 +39,17 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.llama_stack import LLAMA_7B, SMALL
+from benchmarks.llama_7b_command import time_command
+from benchmarks.llama_7b_model import random_weights
+from edkm_export.reference.float_weights import FloatWeights
 from edkm_export.training.distributed.processes import Processes
 from edkm_export.training.distributed.sharding import Sharding
-from edkm_export.training.learner import Learner, hold_in_bfloat16
+from edkm_export.training.learner import Learner
+from edkm_export.training.models import Models
 from edkm_export.training.optimizer import build_optimizer, freeze
 from edkm_export.training.palettized.batch import ClusterBatch
-from edkm_export.training.palettized.surgery import attach, clusters_of, seed_centroids
-from edkm_export.training.preparation import base_recipe, insert
+from edkm_export.training.palettized.surgery import attach, clusters_of, seed_centroids, trainable_shapes
+from edkm_export.training.preparation import base_recipe
 from edkm_export.training.train_config import PRESETS, TrainConfig
 
 PLAIN = ("cross-entropy", "distillation")
@@ -124,44 +130,15 @@ class Side:
         return loss.detach()
 
 
-def make_model(layers: int, small: bool, device: str) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    shape: dict[str, Any] = SMALL if small else LLAMA_7B
-    config = LlamaConfig(
-        **shape,
-        num_hidden_layers=layers,
-        vocab_size=512 if small else 32000,
-        attn_implementation="sdpa",
-        tie_word_embeddings=False,
-        dtype=torch.float32,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data.fill_(1.0)
-        else:
-            parameter.data.normal_(0.0, 0.02, generator=generator)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)  # its tables are no parameters
-    return model
-
-
-def shared_seeds(model: Any, config: TrainConfig) -> dict[tuple[str, int], Tensor]:
+def shared_seeds(weights: FloatWeights, config: TrainConfig) -> dict[tuple[str, int], Tensor]:
     """Centroids of one weight of each shape, for all of that shape: these are random, and steps take as long."""
-    recipe, found, known = base_recipe(config), {}, {}
-    shapes = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
-    for name, rule in recipe.plan(
-        {name: tuple(module.weight.shape) for name, module in shapes.items() if module.weight.dim() == 2},
-        "model",
-    ).items():
-        weight = shapes[name].weight
-        kind = (tuple(weight.shape), rule)
+    found: dict[tuple[str, int], Tensor] = {}
+    known: dict[Any, Tensor] = {}
+    shapes = trainable_shapes(weights.model)
+    for name, rule in base_recipe(config).plan(shapes, "model").items():
+        kind = (shapes[name], rule)
         if kind not in known:
-            known[kind] = seed_centroids(weight, rule)[0]
+            known[kind] = seed_centroids(weights.held(name), rule)[0]
         found[name, rule.bits] = known[kind]
     return found
 
@@ -194,44 +171,39 @@ def build(side: str, config: TrainConfig, layers: int, small: bool, processes: P
             torch.cuda.synchronize()
         built[name], start = time.monotonic() - start, time.monotonic()
 
-    model = make_model(layers, small, processes.device)
-    teacher = None if side == "cross-entropy" else copy.deepcopy(model).requires_grad_(False).eval()
-    lap("make")
+    weights = random_weights(layers, small, processes.device)
     config = config.updated({"backward": side} if side not in PLAIN else {"train_embedding": True})
     if side in PLAIN:
+        model = weights.load(processes.device).requires_grad_(True)
+        teacher = None
+        if side != "cross-entropy":
+            teacher = dataclasses.replace(weights, dtype=torch.bfloat16).load(processes.device)
+        lap("load")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if teacher is not None:
-            teacher.to(torch.bfloat16)
         learner = Learner(model, teacher, objective="cross-entropy" if teacher is None else "distillation")
         if processes.are_many:
             shard_plain(learner, processes)
-        optimizer = torch.optim.AdamW(
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             learner.parameters(), lr=1e-6, weight_decay=0.0, fused=processes.device.startswith("cuda")
         )
         lap("shard")
         return Side(learner, optimizer, ClusterBatch([]), None, built)
-    insert(
-        model,
-        base_recipe(config),
-        config,
-        seeds=shared_seeds(model, config),
-        source="LLaMA-7B",
-    )
+    seeds = shared_seeds(weights, config)
+    lap("cluster one of each shape")
+    models = Models(weights, config, processes)
+    teacher = models.original(in_bfloat16=True, changed=False)
+    lap("load the original")
+    model = models.student(base_recipe(config), seeds)
     freeze(model, config)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lap("palettize")
-    hold_in_bfloat16(teacher)
+    lap("load and palettize the student")
     learner = Learner(model, teacher, objective="distillation")
     learner.train()
-    optimizer = build_optimizer(model, config)
-    sharding = None
-    if processes.are_many:
-        sharding = Sharding(learner, teacher, optimizer, processes)
-    else:
-        attach(model, optimizer)
+    sharding = None if models.shares is None else Sharding(learner, models.shares)
+    optimizer = build_optimizer(model, config, models.sizes)
+    attach(model, optimizer)
     batch = ClusterBatch(list(clusters_of(learner).values()))
     batch.defer()
-    lap("shard")
+    lap("the rest")
     return Side(learner, optimizer, batch, sharding, built)
 
 
@@ -298,6 +270,9 @@ def run_side(
                 "mfu": work / step_ms * 1e3 / options["peak"] if on_cuda else None,
                 "peak_gib": torch.cuda.max_memory_allocated() / GIB if on_cuda else None,
                 "built_s": made.built_s,
+                "moments": config.moments,
+                "masters": config.masters,
+                "limit": options["gpu_memory"],
                 "losses": losses,
             }
         )
@@ -332,6 +307,22 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
+def parse_size(text: str) -> float:
+    """Bytes of "80GB" or "79GiB"."""
+    units = {"GB": 1e9, "GiB": float(GIB), "MB": 1e6}
+    for unit, size in units.items():
+        if text.endswith(unit):
+            return float(text.removesuffix(unit)) * size
+    raise click.BadParameter(f"{text}: give a size such as 80GB")
+
+
+def release(processes: Processes) -> None:
+    gc.collect()
+    if processes.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 @click.command(help=__doc__)
 @click.option("--sides", default=",".join(SIDES), show_default=True, help="Comma-separated.")
 @click.option("--windows", multiple=True, default=(1,), show_default=True, help="Of a GPU and step.")
@@ -341,6 +332,15 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 @click.option("--group-size", default=PRESETS["paper"].group_size, show_default=True)
 @click.option("--iterations", default=PRESETS["paper"].iterations, show_default=True)
 @click.option("--steps", default=4, show_default=True, help="That are timed, after two.")
+@click.option("--moments", type=click.Choice(["float32", "bfloat16", "8bit"]), default="float32")
+@click.option("--masters", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.option("--gpu-memory", help="Most that this process may take of a GPU, such as 80GB.")
+@click.option(
+    "--command",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Run the whole command, too: a model of the shape is written to this folder, unless it holds one.",
+)
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Default: cuda if there is one.")
 @click.option(
     "--peak", default=989e12, show_default=True, help="Dense bfloat16 operations a second of a GPU."
@@ -348,7 +348,14 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 @click.option("--profile", is_flag=True, help="Print the kernels of one more step.")
 @click.option("--small", is_flag=True, help="A tiny shape, to try the script.")
 @click.option("--rows", type=click.Path(path_type=Path), help="Append each row here as a line of JSON.")
-def main(sides: str, windows: tuple[int, ...], device: str | None, rows: Path | None, **options: Any) -> None:
+def main(
+    sides: str,
+    windows: tuple[int, ...],
+    device: str | None,
+    folder: Path | None,
+    rows: Path | None,
+    **options: Any,
+) -> None:
     config = PRESETS["paper"].updated(
         {
             "bits": options["bits"],
@@ -357,10 +364,23 @@ def main(sides: str, windows: tuple[int, ...], device: str | None, rows: Path | 
             "bf16": True,
             "train_embedding": False,
             "context": options["context"],
+            "gradient_checkpointing": True,
+            "backward": "straight-through",  # each side says which
+            "moments": options["moments"],
+            "masters": options["masters"],
         }
     )
+    limit = parse_size(options["gpu_memory"]) if options["gpu_memory"] else None
     with Processes.join(device) as processes:
-        for side in sides.split(","):
+        if limit is not None and processes.device.startswith("cuda"):
+            torch.cuda.set_per_process_memory_fraction(
+                limit / torch.cuda.get_device_properties(processes.device).total_memory
+            )
+        if folder is not None:
+            weights = random_weights(options["layers"], options["small"], processes.device)
+            time_command(weights, folder, config, processes, rows)
+            release(processes)
+        for side in filter(None, sides.split(",")):
             try:
                 found = run_side(side.strip(), list(windows), config, processes, options)
             except torch.OutOfMemoryError as error:
@@ -374,9 +394,7 @@ def main(sides: str, windows: tuple[int, ...], device: str | None, rows: Path | 
                     if rows is not None:
                         with rows.open("a") as file:
                             file.write(json.dumps(row) + "\n")
-            gc.collect()
-            if processes.device.startswith("cuda"):
-                torch.cuda.empty_cache()
+            release(processes)
 
 
 if __name__ == "__main__":

@@ -253,13 +253,18 @@ class CalibrationText:
 
 
 @contextlib.contextmanager
-def float32_activations(model: nn.Module) -> Iterator[None]:
-    """Run a 16-bit model with float32 activations; each module widens its parameters while it runs."""
+def float32_activations(model: nn.Module, *, restore_after_each: bool = True) -> Iterator[None]:
+    """Run a 16-bit model with float32 activations; each module widens its parameters while it runs.
+
+    Args:
+        model: any.
+        restore_after_each: False leaves modules that ran wide until the end, as a backward pass needs it.
+    """
     kept: dict[nn.Parameter, Tensor] = {}
 
     def widen(module: nn.Module, _args: Any) -> None:
         for parameter in module.parameters(recurse=False):
-            kept[parameter] = parameter.data
+            kept.setdefault(parameter, parameter.data)
             parameter.data = parameter.data.float()
 
     def restore(module: nn.Module, _args: Any, _output: Any) -> None:
@@ -272,7 +277,8 @@ def float32_activations(model: nn.Module) -> Iterator[None]:
             hooks.append(module.register_forward_hook(lambda _module, _args, output: output.float()))
         elif any(True for _ in module.parameters(recurse=False)):
             hooks.append(module.register_forward_pre_hook(widen))
-            hooks.append(module.register_forward_hook(restore))
+            if restore_after_each:
+                hooks.append(module.register_forward_hook(restore))
     try:
         yield
     finally:

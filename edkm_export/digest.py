@@ -1,16 +1,19 @@
-"""The sha256 of a file."""
+"""The sha256 of files."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edkm_export.activity import activity
 from edkm_export.regular_file import open_regular
 
-__all__ = ["file_sha256"]
+__all__ = ["file_sha256", "file_sha256s"]
 
 _CHUNK = 1 << 24
+_THREADS = 4  # files that are hashed at once
 
 
 def file_sha256(path: Path) -> str:
@@ -28,3 +31,22 @@ def file_sha256(path: Path) -> str:
             sha.update(chunk)
             hashing.advance(len(chunk))
     return sha.hexdigest()
+
+
+def file_sha256s(paths: Sequence[Path]) -> dict[Path, str]:
+    """Of several files, some at once.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    if len(paths) < 2:
+        return {path: file_sha256(path) for path in paths}
+    with (
+        activity("hashing", sum(path.stat().st_size for path in paths), "bytes") as hashing,
+        ThreadPoolExecutor(min(_THREADS, len(paths))) as pool,
+    ):
+        found = {}
+        for path, digest in zip(paths, pool.map(file_sha256, paths), strict=True):
+            found[path] = digest
+            hashing.advance(path.stat().st_size)
+    return found

@@ -112,26 +112,33 @@ class Predictions:
                 if self._advance is not None:
                     self._advance()
 
-    def compare(self, model: Any, palettized: Mapping[str, PalettizedTensor]) -> LossEstimate:
+    def compare(
+        self,
+        model: Any,
+        palettized: Mapping[str, PalettizedTensor],
+        dense: Mapping[str, Tensor] | None = None,
+    ) -> LossEstimate:
         """Put palettized weights into the model that predicted, and let it predict again.
 
         Args:
             model: the same one; parameters that were palettized are replaced, also where they were freed.
             palettized: by name of the parameter.
+            dense: parameters that changed without being palettized, in the model's form.
         """
+        dense = dense or {}
         if (weights := streamed_weights(model)) is not None:
             turned = conv1d_weights(model)
 
             def decode(name: str) -> Tensor | None:
                 if name not in palettized:
-                    return None
+                    return dense.get(name)
                 values = palettized[name].decode()
                 return values.t().contiguous() if name in turned else values
 
             weights.replace(decode)
         else:
             decoded = as_linear(model, {name: tensor.decode() for name, tensor in palettized.items()})
-            for name, values in decoded.items():
+            for name, values in {**decoded, **dense}.items():
                 model.get_parameter(name).data = values
         losses: list[Tensor] = []
 

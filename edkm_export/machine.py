@@ -52,6 +52,7 @@ BACK_ENDS = (
     BackEnd("gguf", "GGUF files as MODEL", "gguf"),
     BackEnd("peft", "LoRA adapters", "peft"),
     BackEnd("matplotlib", "the curve of a training run", "train"),
+    BackEnd("torchao", "narrow moments of a training run", "moments"),
     BackEnd("lm-eval", "benchmarks of exported models", "eval"),
 )
 """In the order in which a user meets them."""

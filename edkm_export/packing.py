@@ -47,11 +47,11 @@ def pack(values: Tensor, n_bits: int) -> Tensor:
     """Pack values into a bit stream, least significant bit first.
 
     Args:
-        values: uint8, any shape, row-major; each below 2**n_bits.
+        values: uint8, any shape, row-major; each below 2**n_bits. They are packed on the device where they are.
         n_bits: one of 1, 2, 3, 4, 6, 8.
 
     Returns:
-        uint8 [packed_size_bytes(values.numel(), n_bits)].
+        uint8 [packed_size_bytes(values.numel(), n_bits)], on the CPU.
 
     Raises:
         PaletteError: unsupported n_bits, or a value that does not fit.
@@ -59,9 +59,9 @@ def pack(values: Tensor, n_bits: int) -> Tensor:
     _check_bits(n_bits)
     if values.dtype != torch.uint8:
         raise PaletteError(f"indices are {values.dtype}, expected torch.uint8.")
-    flat = values.detach().reshape(-1).cpu()
+    flat = values.detach().reshape(-1)
     if n_bits == 8:
-        return flat.clone()
+        return flat.to("cpu", copy=True)
     if flat.numel() and int(flat.max()) >= 1 << n_bits:
         raise PaletteError(
             f"index {int(flat.max())} is beyond the {1 << n_bits} entries of a {n_bits}-bit LUT."
@@ -72,7 +72,7 @@ def pack(values: Tensor, n_bits: int) -> Tensor:
         block = flat[start : start + _BLOCK * per_unit]
         packed = _pack_block(block, n_bits)
         first = start // per_unit * unit_bytes
-        out[first : first + packed.numel()] = packed
+        out[first : first + packed.numel()] = packed.cpu()
     return out
 
 
@@ -125,7 +125,7 @@ def _pack_block(values: Tensor, n_bits: int) -> Tensor:
     short = -values.numel() % per_unit
     padded = torch.nn.functional.pad(values, (0, short)) if short else values
     lanes = padded.view(-1, per_unit)  # [units, per_unit]
-    out = torch.zeros(lanes.shape[0], unit_bytes, dtype=torch.uint8)
+    out = torch.zeros(lanes.shape[0], unit_bytes, dtype=torch.uint8, device=values.device)
     for lane in range(per_unit):
         byte, shift = divmod(lane * n_bits, 8)
         out[:, byte] |= lanes[:, lane] << shift

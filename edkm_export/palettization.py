@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,12 @@ from edkm_export.reference.streamed_model import release, streamed_weights, valu
 
 __all__ = [
     "PALETTIZABLE",
+    "Begun",
     "PalettizedModel",
     "compact",
+    "in_place",
     "palettizable_shapes",
+    "palettize_ends",
     "palettize_model",
     "palettize_weight",
 ]
@@ -46,6 +49,25 @@ PALETTIZABLE = (
 """Layers whose weight can be palettized; transformers' Conv1D is one too."""
 
 _BLOCK_WEIGHTS = 1 << 22  # weights clustered at a time; bounds the float32 copies
+
+
+class Begun(Protocol):
+    """What is palettized already, since a text went through the model.
+
+    Attributes:
+        palettized: {module name: what became of its weight}.
+        energy: {module name: float32 [in]} mean square of the inputs of others.
+        dense: {parameter name: values, in the model's form} of what stays dense and changed.
+    """
+
+    @property
+    def palettized(self) -> Mapping[str, PalettizedTensor]: ...  # noqa: D102
+
+    @property
+    def energy(self) -> Mapping[str, Tensor]: ...  # noqa: D102
+
+    @property
+    def dense(self) -> Mapping[str, Tensor]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,7 @@ def palettize_model(
     energy: Mapping[str, Tensor] | None = None,
     windows: Tensor | None = None,
     vocabulary: Mapping[str, Tensor] | None = None,
+    begun: Begun | None = None,
     source: str = "model",
     advance: Callable[[str, int], None] | None = None,
     consume: bool = True,
@@ -116,6 +139,7 @@ def palettize_model(
         vocabulary: with `windows`: {module name: float32 [in, in]} of an embedding and an output head, what an error of
             their rows costs, see `palettize_vocabulary`. Those of few bits make up for their errors, too, and do it
             before the other layers, which then see what is left of these.
+        begun: what is palettized already, instead of `energy`, `windows` and `vocabulary`.
         source: name of the model, for messages.
         advance: called with a module's name and its number of weights when it is done.
         consume: free the model's own weights one by one, so that it is used up; False leaves it as it is.
@@ -131,16 +155,18 @@ def palettize_model(
     plan = recipe.plan(palettizable_shapes(model), source)
     aliases = _tied_names(model)
     palettized: dict[str, PalettizedTensor] = {}
-    compensated: dict[str, PalettizedTensor] = {}
+    compensated: Mapping[str, PalettizedTensor] = {}
     if windows is not None and plan:
         frees = (
             consume and streamed_weights(model) is None
         )  # what is read layer by layer is dropped in any case
-        ends = _vocabulary(model, plan, vocabulary or {}, windows.numel(), source, advance)
+        ends = palettize_ends(model, plan, vocabulary or {}, windows.numel(), source, advance)
         propagation = Propagation(model, plan, consume=frees, source=source, advance=advance)
-        with _in_place(model, ends):
+        with in_place(model, ends):
             propagation.run(windows)
-        compensated, energy = {**ends, **propagation.palettized}, propagation.energy
+        begun, compensated = propagation, ends
+    if begun is not None:
+        compensated, energy = {**compensated, **begun.palettized}, begun.energy
     for module_name, rule in plan.items():
         name = f"{module_name}.weight"
         name = name.removeprefix(".")  # the model is the layer itself
@@ -168,6 +194,7 @@ def palettize_model(
         if advance is not None:
             advance(module_name, palettized[name].numel)
     left = {name: values_of(model, name) for name, _ in model.named_parameters() if name not in palettized}
+    left |= {} if begun is None else begun.dense
     left |= stored_buffers(model)
     dense = {}
     for name, tensor in as_linear(model, left).items():
@@ -176,7 +203,7 @@ def palettize_model(
     return PalettizedModel(palettized, dense, aliases, frozenset(each.name for each in compensated.values()))
 
 
-def _vocabulary(
+def palettize_ends(
     model: Any,
     plan: Mapping[str, Rule],
     hessians: Mapping[str, Tensor],
@@ -184,7 +211,22 @@ def _vocabulary(
     source: str,
     advance: Callable[[str, int], None] | None,
 ) -> dict[str, PalettizedTensor]:
-    """Embedding and output head, where they make up for their errors: {module name: palette}."""
+    """Palettize embedding and output head where they make up for their errors.
+
+    Args:
+        model: of transformers.
+        plan: {module name: rule}.
+        hessians: {module name: float32 [in, in]}, what an error of their rows costs.
+        samples: tokens that these were measured on.
+        source: name of the model, for messages.
+        advance: called with a module's name and a number of weights when these are done.
+
+    Returns:
+        {module name: palette}; others are not among them.
+
+    Raises:
+        InputError: a weight holds NaN or infinity, or is not floating point.
+    """
     made: dict[str, PalettizedTensor] = {}
     for module_name, hessian in hessians.items():
         if module_name not in plan or not makes_up(plan[module_name], len(hessian)):
@@ -204,12 +246,12 @@ def _vocabulary(
 
 
 @contextlib.contextmanager
-def _in_place(model: nn.Module, made: Mapping[str, PalettizedTensor]) -> Iterator[None]:
-    """A model in memory looks up what palettes decode to."""
+def in_place(model: nn.Module, made: Mapping[str, PalettizedTensor]) -> Iterator[None]:
+    """A model in memory whose weights are what palettes {module name: palette} decode to."""
     kept = {name: model.get_submodule(name).get_parameter("weight").data for name in made}
     try:
         for name, tensor in made.items():
-            model.get_submodule(name).get_parameter("weight").data = tensor.decode()
+            model.get_submodule(name).get_parameter("weight").data = tensor.decode().to(kept[name].device)
         yield
     finally:
         for name, data in kept.items():

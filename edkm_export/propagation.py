@@ -25,12 +25,11 @@ from edkm_export.recipe import Rule
 from edkm_export.reference.conv1d import held_weight, is_conv1d
 from edkm_export.reference.streamed_model import device_of
 
-__all__ = ["Propagation", "windows_at_once"]
+__all__ = ["Compensation", "Propagation", "windows_at_once"]
 
 _VALUES = (
     1 << 25
 )  # of the widest input, all windows together: 128 MiB in float32, of which a few live at a time
-_WIDEST = 6144  # columns: H and what is made of it are five such squares in float32, 0.7 GiB
 
 
 def windows_at_once(model: nn.Module, windows: Tensor) -> Tensor:
@@ -44,18 +43,21 @@ def windows_at_once(model: nn.Module, windows: Tensor) -> Tensor:
     return windows[: max(1, _VALUES // (widest * windows.shape[1]))]
 
 
-class Propagation:
-    """Linear layers of a language model that are palettized while it runs.
+class Compensation:
+    """Linear layers that are palettized when they are first called, and compute with their palettes from then on.
 
     Attributes:
         palettized: {module name: what became of its weight}.
         energy: {module name: float32 [in]} mean square of the inputs of layers that are left to the caller: of those
-            with a rule, what `compensated_weight.makes_up` says no to, and the output head.
+            that `compensated_weight.makes_up` says no to.
+        dense: {parameter name: values} of others that changed: none do.
     """
+
+    dense: Mapping[str, Tensor] = {}
 
     def __init__(
         self,
-        model: Any,
+        layers: Mapping[str, nn.Module],
         rules: Mapping[str, Rule],
         *,
         consume: bool = False,
@@ -65,52 +67,23 @@ class Propagation:
         """Nothing runs yet.
 
         Args:
-            model: a causal language model of transformers or a `SentenceModel`, in eval mode, in any float dtype.
-            rules: by module name; layers without one stay as they are.
-            consume: free each weight when it is done; otherwise the model is left as it is.
+            layers: by module name; each has a rule.
+            rules: by module name.
+            consume: free each weight when it is done; otherwise the layers are left as they are.
             source: name of the model, for messages.
             advance: called with a module's name and its number of weights when it is done.
         """
-        self._model, self._rules, self._consume = model, rules, consume
+        self._rules, self._consume = rules, consume
         self._source, self._advance = source, advance
-        self._head = model.get_output_embeddings()
-        outer = {id(_parameter(layer)) for layer in (model.get_input_embeddings(), self._head) if layer}
-        inner = {
-            name: layer
-            for name, layer in _linear_layers(model).items()
-            if name in rules and id(_parameter(layer)) not in outer
-        }
-        self._layers = {name: layer for name, layer in inner.items() if makes_up(rules[name], _width(layer))}
-        self._others = {name: layer for name, layer in inner.items() if name not in self._layers}
+        self._layers = {name: layer for name, layer in layers.items() if makes_up(rules[name], _width(layer))}
+        self._others = {name: layer for name, layer in layers.items() if name not in self._layers}
         self._inputs: Tensor | None = None  # that the Hessian is of: layers side by side share it
         self._hessian: Tensor | None = None
         self.palettized: dict[str, PalettizedTensor] = {}
         self.energy: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def run(self, windows: Tensor) -> None:
-        """Call the model.
-
-        Args:
-            windows: int64 [windows, context].
-
-        Raises:
-            InputError: a token is beyond the vocabulary, or a weight or an activation is not finite.
-        """
-        check_vocabulary(self._model, windows)
-        try:
-            with float32_activations(self._model), self._watching():
-                ids = windows.to(device_of(self._model))
-                hidden = run_body(self._model, ids)
-        finally:
-            self._inputs = self._hessian = None
-            return_freed_memory()
-        name = next((name for name, module in self._model.named_modules() if module is self._head), None)
-        if name is not None:
-            self._record(name, hidden)
-
     @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
+    def watching(self) -> Iterator[None]:
         """Layers that are palettized have a forward of ours; from others, what they are given is recorded."""
         replaced: list[tuple[nn.Module, Any]] = []
         hooks = []
@@ -135,6 +108,7 @@ class Propagation:
                     del layer.forward
                 else:
                     layer.forward = own
+            self._inputs = self._hessian = None
 
     def _forward(self, name: str, layer: nn.Module, inputs: Tensor) -> Tensor:
         """What the palettized layer makes of inputs [..., in]; the first call palettizes it."""
@@ -167,6 +141,58 @@ class Propagation:
         energy = inputs.detach().float().reshape(-1, inputs.shape[-1]).square().mean(0).cpu()
         _require_finite(name, energy)
         self.energy[name] = energy
+
+
+class Propagation(Compensation):
+    """Linear layers of a language model that are palettized while it runs; the energy of its head's inputs, too."""
+
+    def __init__(
+        self,
+        model: Any,
+        rules: Mapping[str, Rule],
+        *,
+        consume: bool = False,
+        source: str = "model",
+        advance: Callable[[str, int], None] | None = None,
+    ) -> None:
+        """Nothing runs yet.
+
+        Args:
+            model: a causal language model of transformers or a `SentenceModel`, in eval mode, in any float dtype.
+            rules: by module name; layers without one stay as they are.
+            consume: as of `Compensation`, like the following.
+            source: name of the model.
+            advance: called when a module is done.
+        """
+        self._model, self._head = model, model.get_output_embeddings()
+        outer = {id(_parameter(layer)) for layer in (model.get_input_embeddings(), self._head) if layer}
+        inner = {
+            name: layer
+            for name, layer in _linear_layers(model).items()
+            if name in rules and id(_parameter(layer)) not in outer
+        }
+        super().__init__(inner, rules, consume=consume, source=source, advance=advance)
+
+    @torch.no_grad()
+    def run(self, windows: Tensor) -> None:
+        """Call the model.
+
+        Args:
+            windows: int64 [windows, context].
+
+        Raises:
+            InputError: a token is beyond the vocabulary, or a weight or an activation is not finite.
+        """
+        check_vocabulary(self._model, windows)
+        try:
+            with float32_activations(self._model), self.watching():
+                ids = windows.to(device_of(self._model))
+                hidden = run_body(self._model, ids)
+        finally:
+            return_freed_memory()
+        name = next((name for name, module in self._model.named_modules() if module is self._head), None)
+        if name is not None:
+            self._record(name, hidden)
 
 
 def _require_finite(name: str, values: Tensor) -> None:

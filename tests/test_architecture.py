@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "edkm_export.text",
         "edkm_export.token_ids",
         "edkm_export.context_window",
+        "edkm_export.kv_cache",
         "edkm_export.detokenize",
         "edkm_export.stop_texts",
         "edkm_export.special_floats",
@@ -127,6 +128,7 @@ OPTIONAL = (
     "matplotlib",
     "lm_eval",
     "peft",
+    "torchao",
     "triton",
 )
 

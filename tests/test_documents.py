@@ -230,7 +230,7 @@ def test_extras_exist():
     rows = table_after(ROOT / "docs" / "commands.md", "## Extras")
     assert (
         {row[0].strip("`") for row in rows}
-        == {"coreml", "onnx", "coreai", "gguf", "peft", "train", "eval"}
+        == {"coreml", "onnx", "coreai", "gguf", "peft", "train", "moments", "eval"}
         < extras
     )
     hints = {

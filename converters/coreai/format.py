@@ -25,6 +25,7 @@ __all__ = [
     "INTERFACES",
     "IN_STEP",
     "KEY_CACHE",
+    "KEY_SCALES",
     "LOAD_EMBEDDINGS",
     "LOGITS",
     "MAIN",
@@ -41,6 +42,7 @@ __all__ = [
     "TOKEN_IDS",
     "TRANSFORMER_INPUT",
     "VALUE_CACHE",
+    "VALUE_SCALES",
     "Interface",
     "context_ladder",
     "dense_digest",
@@ -73,6 +75,9 @@ MAIN = "main"
 INPUT_IDS, POSITION_IDS, LOGITS = "input_ids", "position_ids", "logits"
 KEY_CACHE, VALUE_CACHE = "keyCache", "valueCache"
 """Function, inputs, output and states of the dynamic engine."""
+
+KEY_SCALES, VALUE_SCALES = "keyScales", "valueScales"
+"""Further states where keys and values are int8; Apple's engine does not know them."""
 
 COLUMN_STATES, RECURRENT_STATES = "convStates", "recurrentStates"
 """States of layers without attention, which do not grow: the last inputs of convolutions, and recurrences."""

@@ -17,6 +17,7 @@ __all__ = [
     "INPUT_IDS",
     "INTERFACES",
     "KEY",
+    "KEY_SCALE",
     "LOGITS",
     "LUT",
     "LUT_SCALE",
@@ -30,6 +31,7 @@ __all__ = [
     "TOKEN_TYPES",
     "TWO_PLANES",
     "VALUE",
+    "VALUE_SCALE",
     "VECTORS",
     "StateName",
     "part_name",
@@ -63,11 +65,13 @@ TOKEN_TYPES, VECTORS, EMBEDDING = "token_type_ids", "last_hidden_state", "senten
 CACHE_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 """Of keys and values among inputs and outputs, as optimum names them."""
 
-StateName: TypeAlias = Literal["key", "value", "conv", "recurrent"]
-"""What a layer keeps: keys, values, the last columns of a convolution, a recurrence."""
+StateName: TypeAlias = Literal["key", "value", "key_scale", "value_scale", "conv", "recurrent"]
+"""What a layer keeps: keys, values and, where they are int8, scales; last columns of a convolution; a recurrence."""
 
 KEY: StateName = "key"
 VALUE: StateName = "value"
+KEY_SCALE: StateName = "key_scale"
+VALUE_SCALE: StateName = "value_scale"
 COLUMNS: StateName = "conv"
 RECURRENCE: StateName = "recurrent"
 

@@ -148,6 +148,7 @@ def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact | EmbeddingA
                 interface=told.interface,
                 context=told.context,
                 pad_3bit=artifact.pads_3bit,
+                kv_cache=told.kv_cache,
             ).weights_size_bytes
         if isinstance(artifact, (CoreMLArtifact, CoreMLEmbeddingArtifact)):
             from converters.coreml.write.export_plan import plan_export
@@ -171,6 +172,7 @@ def predicted_size_bytes(checkpoint: Checkpoint, artifact: Artifact | EmbeddingA
                 opset=graph.graph.opsets[""],
                 context=graph.description.context,
                 standard_ops="DequantizeLinear" in graph.op_counts(),
+                kv_cache=graph.description.kv_cache,
             ).weights_size_bytes
     except EdkmExportError:
         return None

@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from edkm_export.recipe import Recipe
+from edkm_export.reference.conv1d import held_weight
 from edkm_export.reference.streamed_model import device_of
 from edkm_export.text import in_windows
 from edkm_export.training.bit_budget import BitBudget, BitPlan, BitTarget
+from edkm_export.training.first_centroids import Seeding
 from edkm_export.training.sensitivity import fisher_factors
 
 __all__ = ["choose_bits"]
@@ -51,7 +53,8 @@ def choose_bits(
     with _frozen(model):
         parts = in_windows(ids.flatten(), min(_CONTEXT, ids.shape[1]))
         importance = fisher_factors(model, parts, vocabulary=True)
-        plan = BitBudget.of(model, shapes, recipe, target, source=source).spend(model, importance)
+        seeding = Seeding(lambda name: held_weight(model.get_submodule(name)), source=source)
+        plan = BitBudget.of(model, shapes, recipe, target, source=source).spend(importance, seeding)
     costs = {name: importance[name].row_cost() for name in plan.outer if name in importance}
     return plan, {name: cost for name, cost in costs.items() if cost is not None}
 

@@ -96,6 +96,7 @@ def export(
     context_length: int | None = None,
     standard_ops: bool | None = None,
     pad_3bit: bool | None = None,
+    kv_cache: Literal["float", "int8"] | None = None,
 ) -> Exported:
     """Write a checkpoint for Core ML, ONNX or Core AI, bit for bit. It is not verified: see `verify`.
 
@@ -121,6 +122,7 @@ def export(
         context_length: ONNX, Core AI: positions of the longest text.
         standard_ops: ONNX: with "fast", no operators of onnxruntime's own.
         pad_3bit: Core AI: hold 3-bit indices in 4 bits.
+        kv_cache: how keys and values are held: "float" (default), or "int8" in ONNX and in Core AI's "dynamic".
 
     Returns:
         Where it lies; `verify` takes it.
@@ -148,6 +150,7 @@ def export(
         "context_length": context_length,
         "standard_ops": standard_ops,
         "pad_3bit": pad_3bit,
+        "kv_cache": kv_cache,
     }
     chosen = {option: value for option, value in given.items() if value is not None}
     taken = {field.name for field in fields(_FORMATS[format])}

@@ -54,6 +54,7 @@ class CoreMLFormat:
     sequence_length: int | None = None
     prefill: int = 64
     chunks: int | Literal["auto"] = "auto"
+    kv_cache: str = "float"
 
     def plan(self, checkpoint: Checkpoint) -> ExportPlan:
         """See `Format`."""
@@ -67,6 +68,7 @@ class CoreMLFormat:
             sequence_length=self.sequence_length,
             prefill=self.prefill,
             chunks=self.chunks,
+            kv_cache=self.kv_cache,
         )
 
     def write(self, checkpoint: Checkpoint, plan: ExportPlan, folder: Path, name: str) -> Path:
@@ -93,6 +95,7 @@ class OnnxFormat:
     context_length: int | None = None
     standard_ops: bool = False
     interface: str | None = None
+    kv_cache: str = "float"
 
     def plan(self, checkpoint: Checkpoint) -> OnnxPlan:
         """See `Format`."""
@@ -106,6 +109,7 @@ class OnnxFormat:
             opset=self.opset,
             context=self.context_length,
             standard_ops=self.standard_ops,
+            kv_cache=self.kv_cache,
         )
 
     def write(self, checkpoint: Checkpoint, plan: OnnxPlan, folder: Path, name: str) -> Path:
@@ -129,13 +133,18 @@ class CoreAIFormat:
     interface: str = "dynamic"
     context_length: int | None = None
     pad_3bit: bool = False
+    kv_cache: str = "float"
 
     def plan(self, checkpoint: Checkpoint) -> CoreAIPlan:
         """See `Format`."""
         from converters.coreai.write.export_plan import plan_coreai
 
         return plan_coreai(
-            checkpoint, interface=self.interface, context=self.context_length, pad_3bit=self.pad_3bit
+            checkpoint,
+            interface=self.interface,
+            context=self.context_length,
+            pad_3bit=self.pad_3bit,
+            kv_cache=self.kv_cache,
         )
 
     def write(self, checkpoint: Checkpoint, plan: CoreAIPlan, folder: Path, name: str) -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from edkm_export.activity import activity
 from edkm_export.api.bit_choice import choose_bits
 from edkm_export.api.calibration_data import CONTEXT, CalibrationInput
+from edkm_export.api.effort import Effort
 from edkm_export.api.originals import read_evaluation_text
 from edkm_export.api.subjects import Subject
 from edkm_export.calibration import CalibrationText, check_vocabulary, input_energy
@@ -33,10 +34,13 @@ from edkm_export.text import in_windows, token_windows
 from edkm_export.training.bit_budget import BitBudget, BitTarget
 from edkm_export.versions import library_versions
 
-__all__ = ["OneShot", "palettize_language_model"]
+__all__ = ["CALIBRATION_TOKENS", "OneShot", "palettize_language_model"]
 
 _WHOLE_BYTES = 2.6
 """Memory that palettization of a whole model takes, in bytes a weight; see `forecast`."""
+
+CALIBRATION_TOKENS = 4096
+"""Of the calibration text, by default."""
 
 _SENTENCES = (
     64  # tokens of a window that an embedding model is calibrated with: its texts are no longer, mostly
@@ -65,11 +69,12 @@ def palettize_language_model(
     plan: Recipe,
     *,
     calibration: CalibrationInput | None,
-    calibration_tokens: int,
+    calibration_tokens: int | None,
     estimate: bool,
     command: Sequence[str],
     target: BitTarget | None = None,
     memory: MemoryBudget | None = None,
+    effort: Effort | None = None,
     tell: Callable[[str], None] = lambda _line: None,
 ) -> OneShot:
     """Palettize a language model, or an embedding model. What can be refused is refused before its weights are read.
@@ -78,11 +83,12 @@ def palettize_language_model(
         subject: the model.
         plan: bits, groups and LUT dtype by module name.
         calibration: text or ids that weigh the clustering; None: all weights count the same.
-        calibration_tokens: of it to use.
+        calibration_tokens: of it to use; None: as many as the effort is good for.
         estimate: compare with the original, on text that calibration did not see.
         command: for the provenance.
         target: average that bits are chosen for weight by weight, from those of the plan on; None: as planned.
         memory: a model that does not fit in it is read layer by layer; None: models are read whole.
+        effort: fits layers to what the float ones make; None: they make up for their errors alone.
         tell: called with what was chosen, for people, before it is done.
 
     Raises:
@@ -101,17 +107,23 @@ def palettize_language_model(
         outline = subject.outline()
         shapes = palettizable_shapes(outline)
         rules = plan.plan(shapes, where)
-        room = _room(outline, memory)
+        room = _room(outline, memory, 0 if effort is None else effort.memory_bytes)
         if target is not None:
             _check_target(target, settings is not None, calibration is not None, room is not None, where)
             BitBudget.of(outline, shapes, plan, target, source=where)
         tokenizer = subject.tokenizer()
         estimate = estimate and bool(rules) and tokenizer is not None and settings is None
         wanted = estimate_tokens(config.vocab_size) if estimate else 0
+        if effort is not None:
+            effort.check(outline, calibration, is_embedding=settings is not None, source=where)
+        if calibration_tokens is None:
+            calibration_tokens = CALIBRATION_TOKENS if effort is None else effort.tokens
         longest = config.max_position_embeddings if settings is None else min(settings.max_tokens, _SENTENCES)
         windows, held_out = _texts(calibration, tokenizer, calibration_tokens, wanted, longest)
         if settings is not None and windows is not None and tokenizer is not None:
             windows = SentenceTokenizer(tokenizer, settings).framed(windows)
+        if effort is not None and windows is not None and calibration is not None:
+            windows = effort.windows(outline, windows, calibration.name)
         for tokens in (windows, held_out):
             if tokens is not None:
                 check_vocabulary(outline, tokens)
@@ -127,7 +139,7 @@ def palettize_language_model(
     }
     energy = predictions = found = None
     if windows is not None and calibration is not None:
-        if settings is None:
+        if settings is None and effort is None:
             windows = windows_at_once(model, windows)
         provenance["calibration"] = calibration.provenance(windows)
     if settings is not None:
@@ -147,7 +159,8 @@ def palettize_language_model(
                 predictions = Predictions(model, held_out)
         vocabulary = None
         if target is not None and windows is not None:
-            chosen, vocabulary = choose_bits(model, shapes, plan, target, windows, source=where)
+            some = windows if effort is None else windows[: max(1, CALIBRATION_TOKENS // windows.shape[1])]
+            chosen, vocabulary = choose_bits(model, shapes, plan, target, some, source=where)
             tell(f"plan: {chosen.words()}")
             plan, rules = chosen.recipe, dict(chosen.rules)
             provenance["target_bits"] = {
@@ -156,14 +169,32 @@ def palettize_language_model(
                 "predicted_bytes": chosen.size_bytes,
             }
         with activity("palettizing", sum(shapes[name][0] * shapes[name][1] for name in rules)) as counted:
+
+            def advance(_name: str, count: int) -> None:
+                counted.advance(count)
+
+            begun = None
+            if effort is not None and windows is not None:
+                begun = effort.reconstruct(
+                    model,
+                    rules,
+                    windows,
+                    vocabulary=vocabulary,
+                    consume=subject.consume,
+                    source=where,
+                    advance=advance,
+                )
+                provenance |= {"seed": effort.settings.seed, "reconstruction": effort.record(begun)}
+                windows = None
             parts = palettize_model(
                 model,
                 plan,
                 energy=energy,
                 windows=windows,
                 vocabulary=vocabulary,
+                begun=begun,
                 source=where,
-                advance=lambda _name, count: counted.advance(count),
+                advance=advance,
                 consume=subject.consume,
             )
     if parts.compensated:
@@ -174,7 +205,7 @@ def palettize_language_model(
         }
     if predictions is not None:
         with activity("estimating the loss"), _keeping_weights(model, not subject.consume):
-            found = predictions.compare(model, parts.palettized)
+            found = predictions.compare(model, parts.palettized, None if begun is None else begun.dense)
         name = "built-in sample" if calibration is None else Path(calibration.name).name
         provenance["estimate"] = {"text": name, **found.record()}
     checkpoint = Checkpoint(
@@ -208,12 +239,15 @@ def _check_target(
         )
 
 
-def _room(outline: nn.Module, memory: MemoryBudget | None) -> int | None:
-    """What the weights of a model that is read layer by layer may take; None: it fits whole, or has no limit."""
+def _room(outline: nn.Module, memory: MemoryBudget | None, more_bytes: int) -> int | None:
+    """What the weights of a model that is read layer by layer may take; None: it fits whole, or has no limit.
+
+    `more_bytes` is what is needed beside weights.
+    """
     values = sum(parameter.numel() for parameter in outline.parameters())
-    if memory is None or memory.room_bytes() >= _WHOLE_BYTES * values:
+    if memory is None or memory.room_bytes(reserved_bytes=more_bytes) >= _WHOLE_BYTES * values:
         return None
-    return memory.room_bytes(reserved_bytes=values)  # the palettes, a byte a weight at most
+    return memory.room_bytes(reserved_bytes=values + more_bytes)  # the palettes, a byte a weight at most
 
 
 def _texts(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from edkm_export.api.calibration_data import as_batches, read_calibration, takes_ids
-from edkm_export.api.one_shot import palettize_language_model
+from edkm_export.api.effort import Effort
+from edkm_export.api.one_shot import CALIBRATION_TOKENS, palettize_language_model
 from edkm_export.api.recipes import DEFAULT_BITS, GivenRecipe, choose_recipe, fitted_recipe
 from edkm_export.api.subjects import MemorySubject, SourceSubject, Subject
 from edkm_export.array_input import as_tensor
@@ -65,7 +66,9 @@ def palettize(
     target_bits: float | None = None,
     target_decoder_bits: float | None = None,
     skip: Iterable[str] = (),
-    calibration_tokens: int = 4096,
+    calibration_tokens: int | None = None,
+    effort: Literal["normal", "high"] = "normal",
+    device: str | None = None,
     estimate: bool = False,
     adapter: str | Path | None = None,
 ) -> Checkpoint: ...
@@ -83,7 +86,9 @@ def palettize(
     target_bits: float | None = None,
     target_decoder_bits: float | None = None,
     skip: Iterable[str] = (),
-    calibration_tokens: int = 4096,
+    calibration_tokens: int | None = None,
+    effort: Literal["normal", "high"] = "normal",
+    device: str | None = None,
     estimate: bool = False,
     adapter: str | Path | None = None,
     name: str = "weight",
@@ -112,7 +117,10 @@ def palettize(
         target_decoder_bits: likewise over the weights of the decoder alone, while embedding and output head keep 8.
         skip: shell patterns of module names that stay dense, such as "*.classifier"; for modules that are no language
             models.
-        calibration_tokens: of the text to use.
+        calibration_tokens: of the text to use; default 4,096, with effort "high" 65,536 on CUDA and 32,768 on the CPU.
+        effort: "high" fits each decoder layer of a language model to what the float layer makes of the calibration
+            text, in minutes on a GPU.
+        device: where that is done, "cpu" or "cuda"; default CUDA if there is one.
         estimate: compare a language model with the original on text that calibration did not see, in seconds; the
             result is in `provenance["estimate"]`.
         adapter: folder of a LoRA adapter that is merged into a model that a path names.
@@ -132,6 +140,8 @@ def palettize(
         >>> checkpoint.save("model.pt")
     """
     options = (bits, group_size, lut_dtype)
+    chosen_effort = Effort.of(effort, device=device)
+    tokens = calibration_tokens or (CALIBRATION_TOKENS if chosen_effort is None else chosen_effort.tokens)
     target = _target(target_bits, target_decoder_bits)
     least = DEFAULT_BITS if target is None else LEAST_BITS
     if isinstance(model, (str, Path)):
@@ -141,7 +151,7 @@ def palettize(
         if estimate and subject.embedding() is not None:
             raise InputError("estimate: is for language models; `verify` measures an embedding model.")
         plan = choose_recipe(recipe, *options, default_bits=least)
-        return _of_subject(subject, plan, calibration, calibration_tokens, estimate, target)
+        return _of_subject(subject, plan, calibration, tokens, estimate, target, chosen_effort)
     if adapter is not None:
         raise InputError(
             "adapter: is merged into a model that a path names; merge it in memory: merge_and_unload()."
@@ -152,15 +162,21 @@ def palettize(
             given = None if tokenizer is None else _as_tokenizer(tokenizer)
             subject = MemorySubject(model, given)
             plan = choose_recipe(recipe, *options, default_bits=least)
-            return _of_subject(subject, plan, calibration, calibration_tokens, estimate, target)
+            return _of_subject(subject, plan, calibration, tokens, estimate, target, chosen_effort)
         if estimate or target is not None:
             asked = "estimate" if target is None else target.option
             raise InputError(f"{asked}: is for language models.")
+        if chosen_effort is not None:
+            raise InputError("effort high: is for language models of the families that can be exported.")
         chosen = choose_recipe(recipe, *options) if recipe is not None else None
-        return _of_module(model, tokenizer, chosen, options, tuple(skip), calibration, calibration_tokens)
+        return _of_module(model, tokenizer, chosen, options, tuple(skip), calibration, tokens)
     if isinstance(model, Tensor) or hasattr(model, "__array__"):
-        if recipe is not None or tokenizer is not None or skip or target is not None:
-            raise InputError("model: is one weight, which takes neither recipe, target, tokenizer nor skip.")
+        if any(
+            (recipe is not None, target is not None, tokenizer is not None, skip, chosen_effort is not None)
+        ):
+            raise InputError(
+                "model: is one weight, which takes neither recipe, target, tokenizer, skip nor effort."
+            )
         return _of_weight(as_tensor(model, name), name, options, calibration)
     raise InputError(
         f"model: is {type(model).__name__}, expected a path or hub id, a torch.nn.Module or a tensor."
@@ -193,7 +209,13 @@ def _only_for_modules(skip: Iterable[str]) -> None:
 
 
 def _of_subject(
-    subject: Subject, plan: Recipe, calibration: Any, tokens: int, estimate: bool, target: BitTarget | None
+    subject: Subject,
+    plan: Recipe,
+    calibration: Any,
+    tokens: int,
+    estimate: bool,
+    target: BitTarget | None,
+    effort: Effort | None,
 ) -> Checkpoint:
     """A language model."""
     read = None if calibration is None else read_calibration(calibration, tokens + _HELD_OUT)
@@ -206,6 +228,7 @@ def _of_subject(
         command=_COMMAND,
         target=target,
         memory=MemoryBudget.of(None),
+        effort=effort,
     ).checkpoint
 
 

@@ -10,11 +10,15 @@ from torch import Tensor
 
 from edkm_export.artifact.thresholds import ExecutionThreshold
 from edkm_export.errors import InputError, PackageError
+from edkm_export.kv_cache import HeldCache
 
-__all__ = ["AT_FAULT", "DAMAGED", "Execute", "Execution", "Together"]
+__all__ = ["AT_FAULT", "DAMAGED", "Execute", "ExecuteHeld", "Execution", "Together"]
 
 Execute = Callable[[Tensor], Tensor]
 """int64 [positions] -> logits float32 [positions, vocab_size]."""
+
+ExecuteHeld = Callable[[Tensor], tuple[Tensor, HeldCache]]
+"""The same, with the int8 keys and values that the logits were computed from."""
 
 
 @runtime_checkable
@@ -45,6 +49,7 @@ class Execution:
         missing: why not, when `execute` is None.
         positions: so many positions of the text alone are run; None: all of it.
         apart: it runs in a process of its own, on one core, and may do so beside others.
+        held: the same as `execute`, of an artifact that holds keys and values as int8; None of any other.
     """
 
     id: str
@@ -54,3 +59,4 @@ class Execution:
     missing: str = ""
     positions: int | None = None
     apart: bool = False
+    held: ExecuteHeld | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from edkm_export.artifact.execution import DAMAGED, Execution
 from edkm_export.artifact.thresholds import EXECUTION
 from edkm_export.errors import PackageError
+from edkm_export.kv_cache import FLOAT, HeldCache, KVCache
 from edkm_export.palette import PalettizedTensor
 from edkm_export.token_ids import Ids
 
@@ -21,10 +22,13 @@ __all__ = [
     "Artifact",
     "DamagedArtifact",
     "Decoding",
+    "Holding",
     "Reaching",
     "Session",
+    "Storing",
     "StoredModel",
     "Traceable",
+    "kv_cache_of",
 ]
 
 
@@ -51,6 +55,17 @@ class Session(Protocol):
 
         Raises:
             InputError: there is no room for them, or one of them is not in the vocabulary.
+        """
+
+
+class Holding(Session, Protocol):
+    """A session that holds keys and values as int8."""
+
+    def held(self) -> HeldCache:
+        """Those of the text so far.
+
+        Raises:
+            PackageError: they cannot be had.
         """
 
 
@@ -174,6 +189,21 @@ class Decoding(Protocol):
             PackageError: the artifact is at fault.
         """
         ...
+
+
+@runtime_checkable
+class Storing(Protocol):
+    """An artifact that says how it holds keys and values."""
+
+    @property
+    def kv_cache(self) -> KVCache:
+        """As floats, or as int8; each session is then `Holding`, and each execution has `held`."""
+        ...
+
+
+def kv_cache_of(artifact: object) -> KVCache:
+    """How an artifact holds keys and values; as floats where it does not say it."""
+    return artifact.kv_cache if isinstance(artifact, Storing) else FLOAT
 
 
 class DamagedArtifact:

@@ -14,6 +14,8 @@ __all__ = [
     "EXECUTION",
     "FLOAT16_TWIN",
     "INT8_ACTIVATIONS",
+    "KV_CACHE_RATIO",
+    "KV_CACHE_WHY",
     "LOCAL_TOLERANCE",
     "DENSE_PERPLEXITY_RATIO",
     "NEAR_TIE_NATS",
@@ -27,6 +29,7 @@ __all__ = [
     "QualityLimit",
     "decode_limit",
     "float16_chains",
+    "held_tolerance",
     "quality_limit",
 ]
 
@@ -69,6 +72,15 @@ def quality_limit(bits: int | None, recipe: str = "") -> QualityLimit:
     many = f"{bits} bit{'s' if bits > 1 else ''}"
     return QualityLimit(PERPLEXITY_RATIO.get(bits), f"the default for {many}{named}")
 
+
+KV_CACHE_RATIO = 1.05
+"""Worst allowed perplexity of hard PyTorch with keys and values of int8, as a multiple of that with a float cache: the
+room that 6 bits of a weight have."""
+
+KV_CACHE_WHY = (
+    "both have the same weights and read the same text, so that it is the loss of the cache alone; a model in which a "
+    "few channels of the keys outweigh all others loses much, and should keep a float cache"
+)
 
 SOFT_WHY = (
     "nothing of it ships; it splits the distance between the original and hard PyTorch, which has a threshold, into "
@@ -205,6 +217,17 @@ SOURCE_RUNTIME = {
 DECODE_MEDIANS = 10
 """In coarse arithmetic the largest KL of decoding is compared with the median that its execution may have. KL
 has a long tail: over the 32 positions that are decoded, the largest is a few times the median of a sound artifact."""
+
+
+def held_tolerance(execution: ExecutionThreshold) -> float:
+    """How far a key or value may be from the float of hard PyTorch before it becomes int8, as a share of the largest of
+    its head and token: a scale may be off by as much, and a code by half a step and 127 times as much.
+
+    That of intermediate values; in arithmetic that rounds activations to int8 a scale that is wrong by two still shows.
+    """
+    if execution.median_kl <= EXECUTION["float32"].median_kl:
+        return LOCAL_TOLERANCE["float32"]
+    return LOCAL_TOLERANCE["rounded"] if execution.median_kl <= EXECUTION["rounded"].median_kl else 0.4
 
 
 def decode_limit(execution: ExecutionThreshold) -> float:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edkm_export.api.formats import CoreAIFormat
-from edkm_export.cli.export import export_arguments, export_options, run_export
+from edkm_export.cli.export import (
+    cache_row,
+    export_arguments,
+    export_options,
+    kv_cache_option,
+    run_export,
+)
 from edkm_export.cli.lint_table import show_findings, warn_of
 from edkm_export.command_line import command_line
 
@@ -34,6 +40,7 @@ __all__ = ["command"]
 @click.option(
     "--pad-3bit", is_flag=True, help="Hold 3-bit indices in 4 bits, as Apple's own converter would."
 )
+@kv_cache_option("About half of float16, with --interface dynamic; Apple's ready-made engines do not run it.")
 @export_options
 def command(
     checkpoint: Path,
@@ -41,6 +48,7 @@ def command(
     interface: str,
     context_length: int | None,
     pad_3bit: bool,
+    kv_cache: str,
     **common: Any,
 ) -> None:
     """Convert MODEL.PT to a Core AI model for iOS 27 and macOS 27, bit for bit, and verify the files on disk.
@@ -49,7 +57,8 @@ def command(
     model is run by Apple's own runtime, here on the CPU; no Mac is needed. Exit status 1: it was made, but failed
     verification.
     """
-    run_export(_CoreAIExporter(interface, context_length, pad_3bit), checkpoint, output, **common)
+    exporter = _CoreAIExporter(interface, context_length, pad_3bit, kv_cache)
+    run_export(exporter, checkpoint, output, **common)
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,8 @@ class _CoreAIExporter(CoreAIFormat):
         table.add_row("interface", plan.interface)
         table.add_row("positions", f"{plan.context:,}")
         table.add_row("functions", ", ".join(plan.function_names))
+        row = cache_row(plan.kv_cache, plan.cache_bytes_per_token, plan.context)
+        table.add_row("keys and values", row)
         table.add_row("weights", f"{megabytes(plan.weights_size_bytes)} ({plan.weights_size_bytes:,} bytes)")
         out.print(table)
         show_findings(lint(checkpoint, plan))
@@ -78,8 +89,12 @@ class _CoreAIExporter(CoreAIFormat):
         warn_of(lint(checkpoint, plan))
 
     def next_commands(self, plan: CoreAIPlan, folder: Path, checkpoint: Path) -> list[str]:
-        return [
+        lines = [
             f"{folder}: report.md says what was proved and what was not.",
             f"next: {command_line('generate', folder, '--prompt', 'Once upon a time')}",
-            "on a Mac with macOS 27, where this was not run: open the folder with the runner of apple/coreai-models",
         ]
+        if plan.kv_cache == "float":
+            lines.append(
+                "on a Mac with macOS 27, where this was not run: open the folder with the runner of apple/coreai-models"
+            )
+        return lines

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from edkm_export.api.formats import CoreMLFormat
-from edkm_export.cli.export import export_arguments, export_options, run_export
+from edkm_export.cli.export import export_arguments, export_options, kv_cache_option, run_export
 from edkm_export.cli.lint_table import show_findings, warn_of
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
@@ -79,6 +79,7 @@ class _Target(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     show_default=True,
     help="Packages to cut the layers into (neural-engine); auto: as few as stay below 1 GB each.",
 )
+@kv_cache_option("Refused here: Core ML's states are float16.")
 @export_options
 def command(
     checkpoint: Path,
@@ -88,6 +89,7 @@ def command(
     sequence_length: int | None,
     prefill: int,
     chunks: int | Literal["auto"],
+    kv_cache: str,
     **common: Any,
 ) -> None:
     """Convert MODEL.PT to a Core ML package, bit for bit, and verify the files on disk.
@@ -97,7 +99,10 @@ def command(
     is not proved faithful, or the quality is beyond its limit.
     """
     run_export(
-        _CoreMLExporter(interface, target, sequence_length, prefill, chunks), checkpoint, output, **common
+        _CoreMLExporter(interface, target, sequence_length, prefill, chunks, kv_cache),
+        checkpoint,
+        output,
+        **common,
     )
 
 

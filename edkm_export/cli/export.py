@@ -16,7 +16,7 @@ from edkm_export.cli.verification import prepare, verification_options
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
     from edkm_export.checkpoint import Checkpoint
 
-__all__ = ["Exporter", "export_arguments", "export_options", "run_export"]
+__all__ = ["Exporter", "cache_row", "export_arguments", "export_options", "kv_cache_option", "run_export"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _Plan = TypeVar("_Plan", bound=Plan)
@@ -57,6 +57,29 @@ def export_options(function: _F) -> _F:
     ):
         function = option(function)
     return function
+
+
+def kv_cache_option(words: str) -> Callable[[_F], _F]:
+    """Add --kv-cache to a command.
+
+    Args:
+        words: what becomes of int8 in its format.
+    """
+    return click.option(
+        "--kv-cache",
+        type=click.Choice(["float", "int8"]),
+        default="float",
+        show_default=True,
+        help=f"How keys and values are held. int8: a scale for each head and token. {words}",
+    )
+
+
+def cache_row(kv_cache: str, bytes_per_token: int, context: int) -> str:
+    """What keys and values take, for a plan."""
+    from edkm_export.cli.console import megabytes
+
+    whole = megabytes(bytes_per_token * context)
+    return f"{kv_cache}, {bytes_per_token:,} bytes a token, {whole} at {context:,} positions"
 
 
 def run_export(

@@ -18,6 +18,7 @@ SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "palettize": {
         "Model and calibration": ("adapter", "calibration", "calibration_tokens"),
         "Bits": ("recipe", "bits", "target_bits", "target_decoder_bits", "group_size", "lut_dtype"),
+        "Effort": ("effort", "steps", "device"),
     },
     "train": {
         "Model and data": (

@@ -213,6 +213,7 @@ def _describe_onnx(path: Path) -> dict[str, Any]:
         "profile": found.profile,
         **_describe_embedding(found.description.embedding),
         "context_length": found.description.context,
+        "kv_cache": found.description.kv_cache,
         "size_bytes": found.size_bytes,
         "weights_size_bytes": found.weights_size_bytes,
         "tied": dict(found.description.tied),
@@ -256,6 +257,7 @@ def _describe_coreai(path: Path) -> dict[str, Any]:
         **described,
         "interface": told.interface,
         "context_length": told.context,
+        "kv_cache": told.kv_cache,
         "tied": dict(told.tied),
         "palettized": [_describe_tensor(tensor) for tensor in found.palettized().values()],
         "dense": {name: list(tensor.shape) for name, tensor in found.dense().items()},
@@ -329,6 +331,8 @@ def _print(description: Mapping[str, Any]) -> None:
             f"weights {megabytes(description['weights_size_bytes'])}",
             soft_wrap=True,
         )
+    if description.get("kv_cache") == "int8":
+        out.print("keys and values are int8, with a scale for each head and token", soft_wrap=True)
     for function in description["functions"]:
         out.print(f"\nfunction {function['name']} ({function['opset']})")
         for kind in ("inputs", "outputs", "states"):

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edkm_export.api.formats import OnnxFormat
-from edkm_export.cli.export import export_arguments, export_options, run_export
+from edkm_export.cli.export import (
+    cache_row,
+    export_arguments,
+    export_options,
+    kv_cache_option,
+    run_export,
+)
 from edkm_export.command_line import command_line
 
 if TYPE_CHECKING:  # importing these takes torch, which `--help` must not wait for
@@ -45,6 +51,7 @@ __all__ = ["command"]
 @click.option("--opset", type=int, help="Version of the standard operators.  [default: 23, exact: 18]")
 @click.option("--context-length", type=int, help="Positions of the longest text.  [default: the model's]")
 @click.option("--standard-ops", is_flag=True, help="With --runtime fast: no operators of onnxruntime's own.")
+@kv_cache_option("A quarter of float32; onnxruntime runs it, ready-made loaders do not.")
 @export_options
 def command(
     checkpoint: Path,
@@ -55,6 +62,7 @@ def command(
     opset: int | None,
     context_length: int | None,
     standard_ops: bool,
+    kv_cache: str,
     **common: Any,
 ) -> None:
     """Convert MODEL.PT to an ONNX decoder with cache, bit for bit, and verify the files on disk.
@@ -64,7 +72,7 @@ def command(
     transformers.js load it as it is. Exit status 1: it was made, but the export is not proved faithful, or the quality
     is beyond its limit.
     """
-    exporter = _OnnxExporter(runtime, dtype, opset, context_length, standard_ops, interface)
+    exporter = _OnnxExporter(runtime, dtype, opset, context_length, standard_ops, interface, kv_cache)
     run_export(exporter, checkpoint, output, **common)
 
 
@@ -85,6 +93,9 @@ class _OnnxExporter(OnnxFormat):
         table.add_row("activations and cache", plan.dtype)
         table.add_row("opset", str(plan.opset))
         table.add_row("positions", f"{plan.context:,}")
+        if plan.cache_bytes_per_token and plan.interface == "decoder":
+            row = cache_row(plan.kv_cache, plan.cache_bytes_per_token, plan.context)
+            table.add_row("keys and values", row)
         table.add_row("weights", f"{megabytes(plan.weights_size_bytes)} ({plan.weights_size_bytes:,} bytes)")
         out.print(table)
 

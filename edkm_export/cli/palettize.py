@@ -70,9 +70,25 @@ _CONTEXT = 512
 @click.option(
     "--calibration-tokens",
     type=click.IntRange(min=2),
-    default=4096,
+    help="Tokens of the calibration text to use.  [default: 4096; --effort high: 65536 on CUDA, 32768 on CPU]",
+)
+@click.option(
+    "--effort",
+    type=click.Choice(["normal", "high"]),
+    default="normal",
     show_default=True,
-    help="Tokens of the calibration text to use.",
+    help="high: fit indices, LUTs and norms of each layer to what the float layer makes of the calibration text. "
+    "Minutes on a GPU, many on a CPU.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where --effort high fits layers, one at a time.  [default: cuda, if there is one]",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    help="Steps of each layer with --effort high.  [default: 100 on CUDA, 48 on the CPU]",
 )
 @click.option(
     "--estimate/--no-estimate",
@@ -93,7 +109,10 @@ def command(
     lut_dtype: LutDtype | None,
     recipe: str | None,
     calibration: Path | None,
-    calibration_tokens: int,
+    calibration_tokens: int | None,
+    effort: str,
+    device: str | None,
+    steps: int | None,
     estimate: bool,
     adapter: str | None,
     memory_bytes: int | None,
@@ -124,6 +143,7 @@ def command(
 
     from edkm_export import checkpoint
     from edkm_export.api.calibration_data import CalibrationInput
+    from edkm_export.api.effort import Effort
     from edkm_export.api.one_shot import palettize_language_model
     from edkm_export.api.subjects import SourceSubject
     from edkm_export.cli.console import err, megabytes, out
@@ -140,6 +160,7 @@ def command(
         target=target,
         tell=lambda line: err.print(line, markup=False, soft_wrap=True),
         memory=MemoryBudget.of(memory_bytes),
+        effort=Effort.of(effort, device=device, steps=steps),
     )
     finished, found = done.checkpoint, done.estimate
     with err.status(f"writing {output}"):

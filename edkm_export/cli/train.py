@@ -118,6 +118,17 @@ _PRESETS = ("4bit", "3bit", "2bit", "paper")
     help="Matrix products in bfloat16 or float32.  [default: bfloat16 on CUDA]",
 )
 @click.option(
+    "--moments",
+    type=click.Choice(["float32", "bfloat16", "8bit"]),
+    help="What Adam's two moments of each weight take; the narrow ones need torchao.  [default: float32]",
+)
+@click.option(
+    "--masters",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Master weights and their gradients; bfloat16 ones are rounded stochastically, on one GPU, and need torchao."
+    "  [default: float32]",
+)
+@click.option(
     "--gradient-checkpointing/--keep-activations",
     default=None,
     help="Compute activations again in the backward pass: less memory, about a third slower.",

@@ -26,16 +26,17 @@ def kernel(function: _F) -> _F:
     return cast(_F, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
 
 
-def spread(task: Callable[[int, int], None], count: int, block: int) -> None:
-    """Call `task(start, stop)` over `range(count)` in blocks, on as many threads as torch uses.
+def spread(task: Callable[[int, int], None], count: int, block: int, threads: int | None = None) -> None:
+    """Call `task(start, stop)` over `range(count)` in blocks, on several threads.
 
     Args:
         task: works on the half-open range it is given; an exception in one call is raised here.
         count: size of the range.
         block: size of a block, positive.
+        threads: how many; None: as many as torch uses.
     """
     starts = range(0, count, block)
-    threads = min(torch.get_num_threads(), len(starts))
+    threads = min(threads or torch.get_num_threads(), len(starts))
     if threads <= 1:
         for start in starts:
             task(start, min(start + block, count))

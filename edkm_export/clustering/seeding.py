@@ -17,7 +17,12 @@ _NONE: Array = np.zeros((1, 0), np.float32)  # stands for "no importance" in the
 
 
 def optimal_centroids(
-    weight: Tensor, k: int, *, importance: Tensor | None = None, zero_preserving: bool = False
+    weight: Tensor,
+    k: int,
+    *,
+    importance: Tensor | None = None,
+    zero_preserving: bool = False,
+    threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact weighted 1-D k-means of each group, by dynamic programming on its histogram.
 
@@ -33,6 +38,7 @@ def optimal_centroids(
             of whole rows. None means equal. Values whose importance is zero do not count, unless it is zero
             in the whole group: then all weights count the same.
         zero_preserving: pin one centroid to exactly 0.0. The others are optimal given that one.
+        threads: that groups are spread over; None: as many as torch uses.
 
     Returns:
         Centroids float64 [groups, k], ascending; a group of at most k values has these, the last repeated.
@@ -69,7 +75,8 @@ def optimal_centroids(
                 out = error[group : group + 1]
                 status[group] = _solve_sorted(row, share, zero_preserving, centroids[group], out)
 
-    spread(solve, groups, max(1, min(64, groups // (4 * torch.get_num_threads()))))
+    block = max(1, min(64, groups // (4 * (threads or torch.get_num_threads()))))
+    spread(solve, groups, block, threads)
     if not status.all():
         group = int(np.flatnonzero(~status)[0])
         raise PaletteError(f"weight: group {group} of {groups} holds NaN or infinity.")

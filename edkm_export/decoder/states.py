@@ -13,6 +13,7 @@ from typing import Protocol, TypeAlias
 from torch import Tensor
 
 from edkm_export.decoder.config import ATTENDS, CONVOLUTION, LINEAR, DecoderConfig
+from edkm_export.kv_cache import INT8, KVCache
 
 __all__ = [
     "Cache",
@@ -20,6 +21,7 @@ __all__ = [
     "KeysValues",
     "LayerState",
     "Recurrence",
+    "cache_bytes_per_token",
     "layer_states",
     "layers_with",
 ]
@@ -94,6 +96,26 @@ def layers_with(config: DecoderConfig, kind: type, layers: slice = slice(None)) 
     return [
         layer for layer in chosen if any(isinstance(state, kind) for state in layer_states(config, layer))
     ]
+
+
+def cache_bytes_per_token(
+    config: DecoderConfig, kv_cache: KVCache, float_bytes: int, *, even: bool = False
+) -> int:
+    """What keys and values of one token take in all layers, with the scales of int8.
+
+    Args:
+        config: of the decoder.
+        kv_cache: how they are held.
+        float_bytes: of a float of theirs: 4 or 2.
+        even: each layer takes as much as the largest, where all share a state.
+    """
+    states = [state for layer in range(config.num_layers) for state in layer_states(config, layer)]
+    kept = [state for state in states if isinstance(state, KeysValues)]
+    if even and kept:
+        kept = [KeysValues(max(one.heads for one in kept), max(one.head_dim for one in kept))] * len(kept)
+    if kv_cache == INT8:
+        return sum(2 * one.heads * (one.head_dim + float_bytes) for one in kept)
+    return sum(2 * one.heads * one.head_dim * float_bytes for one in kept)
 
 
 class Cache(Protocol):

@@ -7,20 +7,26 @@ from typing import Any
 
 from torch import Tensor
 
+from edkm_export.kv_cache import FLOAT, INT8, KVCache
+from edkm_export.reference.int8_cache import int8_cache
+
 __all__ = ["new_cache", "run_cached"]
 
 
-def new_cache(model: Any) -> Any:
+def new_cache(model: Any, kv_cache: KVCache = FLOAT) -> Any:
     """Make an empty cache: layers with a sliding window will forget what has left it.
 
     Args:
         model: transformers.PreTrainedModel.
+        kv_cache: how keys and values are held.
 
     Returns:
         transformers.DynamicCache.
     """
     import transformers
 
+    if kv_cache == INT8:
+        return int8_cache(model)
     return transformers.DynamicCache(config=model.config)
 
 

@@ -19,11 +19,12 @@ from edkm_export.guarded_tokenizer import TokenizerError, open_tokenizer
 from edkm_export.library_logs import silence
 from edkm_export.reference.config_fields import shaping_fields
 from edkm_export.reference.conv1d import as_linear, conv1d_weights
+from edkm_export.reference.float_weights import FloatWeights
 from edkm_export.reference.sentence_model import SentenceModel
 from edkm_export.reference.stored_buffers import stored_buffers
 from edkm_export.reference.streamed_model import stream
 
-__all__ = ["load_hard_embedding_model", "load_hard_model", "load_hard_tokenizer"]
+__all__ = ["hard_weights", "load_hard_embedding_model", "load_hard_model", "load_hard_tokenizer"]
 
 
 @torch.no_grad()
@@ -44,6 +45,21 @@ def load_hard_model(
     Raises:
         CheckpointError: the configuration is not understood; a parameter is missing, unknown or misshapen.
     """
+    weights = hard_weights(checkpoint, dtype)
+    model = weights.model
+    if room_bytes is not None:
+        return stream(model, weights.read, keys=checkpoint.tied, dtype=dtype, room_bytes=room_bytes)
+    model.load_state_dict(as_linear(model, checkpoint.state_dict(dtype)), assign=True)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def hard_weights(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> FloatWeights:
+    """The model without weights, and how to decode each of them.
+
+    Raises:
+        CheckpointError: see `load_hard_model`.
+    """
     if checkpoint.embedding is not None:
         raise CheckpointError(
             f"{checkpoint.path or 'checkpoint'}: is an embedding model, which continues no text; coreml, onnx, verify "
@@ -59,17 +75,14 @@ def load_hard_model(
     )
     expected = {name: tuple(tensor.shape) for name, tensor in as_linear(model, model.state_dict()).items()}
     checkpoint.check_parameters(expected)
-    if room_bytes is not None:
-        turned = conv1d_weights(model)
+    turned = conv1d_weights(model)
 
-        def read(name: str) -> Tensor:
-            value = checkpoint.parameter(name, dtype)
-            return value.t().contiguous() if name in turned else value
+    def read(name: str) -> Tensor:
+        value = checkpoint.parameter(name, dtype)
+        return value.t().contiguous() if name in turned else value
 
-        return stream(model, read, keys=checkpoint.tied, dtype=dtype, room_bytes=room_bytes)
-    model.load_state_dict(as_linear(model, checkpoint.state_dict(dtype)), assign=True)
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
+    reference = str(checkpoint.path or "checkpoint")
+    return FloatWeights(reference, model.eval().requires_grad_(False), read, dtype, checkpoint.tied)
 
 
 @torch.no_grad()

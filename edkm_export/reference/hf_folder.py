@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from edkm_export.reference.float_weights import FloatWeights
+
 __all__ = ["HfFolder", "stored_dtype"]
 
 _TIED = "tie_word_embeddings"
@@ -180,31 +182,53 @@ class HfFolder:
         Raises:
             SourceError, InputError: see `load_model`; a weight holds NaN, infinity, or what float16 cannot hold.
         """
+        stored = self._stored()
+        dtype = dtype or stored_dtype(stored)
+        opened = self.open_weights(dtype)
+        if opened is None:
+            return None
+        from edkm_export.reference.streamed_model import stream  # it takes torch
+
+        for name, place in self._held(opened.model, stored, opened.keys).items():
+            check_weight(name, stored.read(place), self.reference)
+        return stream(opened.model, opened.read, keys=opened.keys, dtype=dtype, room_bytes=room_bytes)
+
+    def open_weights(self, dtype: torch.dtype) -> FloatWeights | None:
+        """The model without weights, and how to read each of them from the files, in this dtype.
+
+        Returns:
+            None for quantized weights, of which several tensors make one parameter.
+
+        Raises:
+            SourceError, InputError: see `load_model`.
+        """
         if "quantization_config" in self._text_part().config:
             return None
         self.account().require_understood()
         import transformers
 
-        from edkm_export.reference.streamed_model import shared_names, stream  # it takes torch
+        from edkm_export.reference.float_weights import FloatWeights
+        from edkm_export.reference.streamed_model import shared_names  # it takes torch
 
         stored, config = self._stored(), self.config()
-        dtype = dtype or stored_dtype(stored)
         model = self._skeleton(config, dtype)
         with self._staged(stored) as folder:
             model.generation_config = transformers.GenerationConfig.from_pretrained(
                 folder, trust_remote_code=False
             )
-        places = Placement.of(model, stored, set()).places
         model.tie_weights()
         keys = shared_names(model)
-        held = {keys.get(name, name): place for name, place in places.items()}
-        for name, place in held.items():
-            check_weight(name, stored.read(place), self.reference)
+        held = self._held(model, stored, keys)
 
-        def read(name: str) -> Tensor:
-            return stored.read(held[name]).to(dtype, copy=True)
+        def read(key: str) -> Tensor:
+            return stored.read(held[key])
 
-        return stream(model, read, keys=keys, dtype=dtype, room_bytes=room_bytes)
+        return FloatWeights(self.reference, model.eval().requires_grad_(False), read, dtype, keys)
+
+    def _held(self, model: Any, stored: StoredTensors, keys: Mapping[str, str]) -> dict[str, str]:
+        """{key of a parameter: the stored tensor that it is}."""
+        places = Placement.of(model, stored, set()).places
+        return {keys.get(name, name): place for name, place in places.items()}
 
     def load_tokenizer(self) -> Any:
         """The tokenizer of the folder. Remote code is never run.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edkm_export.activity import Activity, activity
 from edkm_export.command_line import command_line
-from edkm_export.digest import file_sha256
+from edkm_export.digest import file_sha256s
 from edkm_export.errors import InputError
 from edkm_export.hub_id import is_hub_id
 from edkm_export.reference.account import Account
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from edkm_export.embedding_settings import EmbeddingSettings
+    from edkm_export.reference.float_weights import FloatWeights
     from edkm_export.reference.gguf.gguf_model import GgufModel
     from edkm_export.reference.sentence_folder import SentenceFolder
 
@@ -45,6 +46,7 @@ __all__ = [
     "load_embedding_model",
     "load_model",
     "load_tokenizer",
+    "open_weights",
     "read_generation_settings",
     "read_origin",
     "require_language_model",
@@ -65,6 +67,9 @@ class SourceReader(Protocol):
 
     def stream_model(self, dtype: torch.dtype | None, room_bytes: int) -> Any | None:
         """The same, its weights read layer by layer while it runs; None: they cannot be read one by one."""
+
+    def open_weights(self, dtype: torch.dtype) -> FloatWeights | None:
+        """The model without weights, and how to read them one by one; None: see `stream_model`."""
 
     def load_tokenizer(self) -> Any:
         """The tokenizer of transformers."""
@@ -169,13 +174,16 @@ class Source:
         found: dict[str, Any] = {
             "reference": self.place,
             "sha256": {
-                path.relative_to(self.location).as_posix(): file_sha256(path) for path in self.weight_files()
+                path.relative_to(self.location).as_posix(): digest
+                for path, digest in file_sha256s(self.weight_files()).items()
             },
         }
         if self.adapter is not None:
             found["adapter"] = {
                 "reference": str(self.adapter.path),
-                "sha256": {path.name: file_sha256(path) for path in self.adapter.weight_files()},
+                "sha256": {
+                    path.name: digest for path, digest in file_sha256s(self.adapter.weight_files()).items()
+                },
             }
         return found
 
@@ -369,6 +377,29 @@ def load_model(
                 model = model.to(dtype)
     check_weight_range(model, source.reference)
     return model
+
+
+def open_weights(source: Source, dtype: torch.dtype) -> FloatWeights:
+    """The outline of a causal language model, whose weights are read one by one from its files.
+
+    A model with an adapter, and a folder with quantized weights, are read whole, into the memory of the CPU.
+
+    Args:
+        source: where it is.
+        dtype: of the weights.
+
+    Raises:
+        SourceError, InputError, BackendMissingError: see `load_model`; values are checked when they are filled in.
+    """
+    require_language_model(source, "this command")
+    if source.adapter is None:
+        with _explaining(source), without_bars():
+            opened = _reader(source).open_weights(dtype)
+        if opened is not None:
+            return opened
+    from edkm_export.reference.float_weights import FloatWeights
+
+    return FloatWeights.of(load_model(source, dtype), source.reference)
 
 
 def load_embedding_model(source: Source, dtype: torch.dtype | None = None) -> Any:

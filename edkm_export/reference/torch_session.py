@@ -10,6 +10,7 @@ from torch import Tensor
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.context_window import require_room
 from edkm_export.errors import CheckpointError
+from edkm_export.kv_cache import FLOAT, KVCache
 from edkm_export.memory_budget import room_if_needed
 from edkm_export.reference.caching import new_cache, run_cached
 from edkm_export.reference.hard_model import load_hard_model
@@ -25,6 +26,7 @@ class TorchSession:
     Args:
         model: transformers.PreTrainedModel in eval mode.
         where: what to call it in messages.
+        kv_cache: how it holds keys and values.
 
     Attributes:
         context: most positions that it can hold.
@@ -33,8 +35,8 @@ class TorchSession:
 
     has_cache = True
 
-    def __init__(self, model: Any, where: str = "the model") -> None:
-        self._model = model
+    def __init__(self, model: Any, where: str = "the model", kv_cache: KVCache = FLOAT) -> None:
+        self._model, self._kv_cache = model, kv_cache
         self._where = where
         self._vocab_size = int(model.config.vocab_size)
         self.context = int(model.config.max_position_embeddings)
@@ -72,7 +74,7 @@ class TorchSession:
     @taking_turns
     def reset(self) -> None:
         """Forget the text."""
-        self._cache = new_cache(self._model)
+        self._cache = new_cache(self._model, self._kv_cache)
         self._used = 0
 
     @taking_turns

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edkm_export.activity import activity
 from edkm_export.errors import InputError
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.quantities import short_size
 from edkm_export.recipe import Recipe, Rule, is_default_outer
-from edkm_export.reference.conv1d import held_weight
 from edkm_export.reference.stored_buffers import stored_buffers
+from edkm_export.training.first_centroids import Seeding
 from edkm_export.training.palettized.surgery import Importance
 from edkm_export.training.sensitivity import Sensitivity, allocate_bits, mixed_recipe
 from edkm_export.weight_storage import storage_bits
@@ -65,6 +65,7 @@ class BitPlan:
         outer: names of embedding and output head among them.
         size_bytes: of all parameters, to the byte what `Checkpoint.size_bytes` will be.
         bits_per_weight: likewise.
+        seeds: {(module name, bits): centroids [groups, k]} of those that were clustered whole on the way.
     """
 
     recipe: Recipe
@@ -72,6 +73,7 @@ class BitPlan:
     outer: frozenset[str]
     size_bytes: int
     bits_per_weight: float
+    seeds: Mapping[tuple[str, int], Tensor]
 
     @property
     def trains_outer(self) -> bool:
@@ -191,23 +193,22 @@ class BitBudget:
                 "a larger --group-size."
             )
 
-    def spend(self, model: nn.Module, importance: Mapping[str, Importance]) -> BitPlan:
+    def spend(self, importance: Mapping[str, Importance], seeding: Seeding) -> BitPlan:
         """Choose bits for each weight, the most where they lower the loss most.
 
         Args:
-            model: with its weights.
             importance: {module name: Fisher factors}; weights without keep the bits of the recipe. Empty: all weights
                 alike.
+            seeding: reads and clusters the weights; of several processes, all of them choose together.
         """
-        weights = {name: held_weight(model.get_submodule(name)) for name in self.choices}
-        known = importance or {
-            name: Importance(torch.ones(weight.shape[1])) for name, weight in weights.items()
-        }
-        found = Sensitivity(weights, self.choices, known, sampled=_SAMPLED)
+        outlines = {name: torch.empty(self.shapes[name], device="meta") for name in self.choices}
+        known = importance or {name: Importance(torch.ones(each.shape[1])) for name, each in outlines.items()}
+        found = Sensitivity(outlines, self.choices, known, seeding, sampled=_SAMPLED)
         unknown = {name: self.plan[name].bits for name in self.choices if name not in found.sizes}
         taken = sum(self._bits(name, self.choices[name][bits]) for name, bits in unknown.items())
         budget = int(self.target.bits * self._numel) - self._fixed_bits - taken
         with activity("choosing bits weight by weight", unit="sizes") as tried:
+            found.cluster_smallest()
 
             def loss(name: str, bits: int) -> float:
                 tried.done = found.tried
@@ -215,14 +216,15 @@ class BitBudget:
 
             chosen = allocate_bits(found.sizes, loss, budget)
         rules = {name: self.choices[name][bits] for name, bits in (unknown | chosen).items()}
-        return self._made(rules)
+        seeds = {key: each for key, each in found.seeds.items() if rules[key[0]].bits == key[1]}
+        return self._made(rules, seeds)
 
-    def _made(self, chosen: Mapping[str, Rule]) -> BitPlan:
+    def _made(self, chosen: Mapping[str, Rule], seeds: Mapping[tuple[str, int], Tensor]) -> BitPlan:
         rules = {**self.plan, **chosen}
         numel = self.dense_numel + sum(math.prod(self.shapes[name]) for name in rules)
         bits = self.dense_numel * _DENSE_BITS + sum(self._stored(name, rule) for name, rule in rules.items())
         recipe = mixed_recipe(self.recipe, chosen, self.plan)
-        return BitPlan(recipe, rules, self.outer, bits // 8, bits / numel)
+        return BitPlan(recipe, rules, self.outer, bits // 8, bits / numel, seeds)
 
     def _stored(self, name: str, rule: Rule) -> int:
         """Bits of a weight, in whole bytes."""

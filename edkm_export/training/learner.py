@@ -98,17 +98,22 @@ class Learner(nn.Module):
         return loss
 
 
-def hold_in_bfloat16(original: Any) -> None:
+def hold_in_bfloat16(original: Any, within: nn.Module | None = None) -> None:
     """Round the matrices of a frozen model's linear layers to what autocast makes of them in every pass, in place.
 
     For bfloat16 training: products are the same to the last bit, and weights are half as large, on each GPU and when
     they are gathered. Embedding, head and norms stay as they are.
+
+    Args:
+        original: the model.
+        within: the part of it that is meant; None: all of it.
     """
     outer = {id(original.get_input_embeddings()), id(original.get_output_embeddings())}
-    for module in original.modules():
+    for module in (original if within is None else within).modules():
         if id(module) not in outer and (type(module) is nn.Linear or is_conv1d(module)):
             weight: Any = module.weight
-            weight.data = weight.data.to(torch.bfloat16)
+            if weight.dtype != torch.bfloat16:
+                weight.data = weight.data.to(torch.bfloat16)
 
 
 class Student:

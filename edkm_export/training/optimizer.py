@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from edkm_export.training.bit_budget import TRAINED_BELOW
+from edkm_export.training.narrow_moments import NarrowMoments
 from edkm_export.training.palettized.surgery import clusters_of
 from edkm_export.training.train_config import TrainConfig
 
-__all__ = ["build_optimizer", "freeze", "rate_at"]
+__all__ = ["build_optimizer", "freeze", "rate_at", "sizes_of"]
 
 _BETAS = (0.9, 0.95)
 
@@ -51,20 +54,44 @@ def freeze(model: Any, config: TrainConfig) -> None:
             parameter.requires_grad_(bool(config.train_embedding) or not is_outer)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+@torch.no_grad()
+def sizes_of(model: nn.Module, known: Mapping[str, float]) -> dict[str, float]:
+    """Root mean square of each trained parameter that is whole and not known yet, {name: size}."""
+    found: dict[str, float] = {}
+    luts = {id(clusters.lut) for clusters in clusters_of(model).values()}
+    for name, parameter in model.named_parameters():
+        is_whole = not isinstance(parameter, DTensor) and not parameter.is_meta
+        if parameter.requires_grad and is_whole and name not in known and id(parameter) not in luts:
+            found[name] = float(parameter.detach().float().square().mean().sqrt())
+    return found
+
+
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, sizes: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
     """AdamW without decay. Rates of weights are shares of their root mean square, rounded to powers of two.
 
     LUTs are held in units of their own size already. Weights of like size share a group, for fused kernels.
+
+    Args:
+        model: palettized.
+        config: settings.
+        sizes: root mean squares by parameter name, of a model in shares; None: they are taken here.
     """
+    known = sizes_of(model, {}) if sizes is None else sizes
+    size_of = {id(parameter): known.get(name) for name, parameter in model.named_parameters()}
+
+    def scale_of(parameter: nn.Parameter) -> float:
+        size = size_of[id(parameter)]
+        return 2.0 ** round(math.log2(size)) if size else 1.0
+
     groups: dict[float, list[nn.Parameter]] = {}
     luts: list[nn.Parameter] = []
     masters: set[int] = set()
     for clusters in clusters_of(model).values():
         masters |= {id(clusters.weight), id(clusters.lut)}
         if clusters.weight.requires_grad:
-            size = float(clusters.weight.detach().float().square().mean().sqrt())
-            scale = 2.0 ** round(math.log2(size)) if size > 0 else 1.0
-            groups.setdefault(scale, []).append(clusters.weight)
+            groups.setdefault(scale_of(clusters.weight), []).append(clusters.weight)
         if clusters.lut.requires_grad:
             luts.append(clusters.lut)
     others = [
@@ -73,17 +100,21 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         if parameter.requires_grad and id(parameter) not in masters
     ]
     settings: list[dict[str, Any]] = [
-        {"params": parameters, "lr": config.weight_rate * scale}
+        {"params": parameters, "lr": config.weight_rate * scale, "narrow": True}
         for scale, parameters in sorted(groups.items())
     ]
     if luts:
-        settings.append({"params": luts, "lr": config.lut_rate})
+        settings.append({"params": luts, "lr": config.lut_rate, "narrow": False})
     by_size: dict[float, list[nn.Parameter]] = {}
     for parameter in others:
-        size = float(parameter.detach().float().square().mean().sqrt())
-        by_size.setdefault(2.0 ** round(math.log2(size)) if size > 0 else 1.0, []).append(parameter)
+        by_size.setdefault(scale_of(parameter), []).append(parameter)
     settings += [
-        {"params": found, "lr": config.norm_rate * scale} for scale, found in sorted(by_size.items())
+        {"params": found, "lr": config.norm_rate * scale, "narrow": False}
+        for scale, found in sorted(by_size.items())
     ]
-    device = next(model.parameters()).device
-    return torch.optim.AdamW(settings, betas=_BETAS, weight_decay=0.0, fused=device.type == "cuda")
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    if config.moments != "float32" or config.masters != "float32":
+        return NarrowMoments(settings, config.moments, _BETAS, on_cuda=on_cuda)
+    for group in settings:
+        del group["narrow"]
+    return torch.optim.AdamW(settings, betas=_BETAS, weight_decay=0.0, fused=on_cuda)

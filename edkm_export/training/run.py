@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,14 @@ import torch
 
 from edkm_export import checkpoint
 from edkm_export.activity import activity
-from edkm_export.errors import InputError
 from edkm_export.plain_data import printable
 from edkm_export.recipe import Recipe
-from edkm_export.reference.hard_model import load_hard_model
+from edkm_export.reference.hard_model import hard_weights
 from edkm_export.reference.outline import outline
 from edkm_export.reference.source import (
     Source,
-    load_model,
     load_tokenizer,
+    open_weights,
     require_language_model,
 )
 from edkm_export.reference.tokenizer_files import tokenizer_files
@@ -30,15 +29,24 @@ from edkm_export.training.callbacks import Clock, Evaluate, FirstStep, Log, Refi
 from edkm_export.training.curve import draw
 from edkm_export.training.data import read_tokens
 from edkm_export.training.distributed.processes import ALONE, Processes
+from edkm_export.training.distributed.sharding import Sharding
 from edkm_export.training.evaluation import Evaluation, Evaluations
-from edkm_export.training.learner import Learner, Student, hold_in_bfloat16
+from edkm_export.training.learner import Learner, Student
+from edkm_export.training.models import Models, check_vocabulary
 from edkm_export.training.optimizer import freeze
-from edkm_export.training.palettized.surgery import clusters_of, to_checkpoint
-from edkm_export.training.preparation import base_recipe, check_target, decoder_bits, insert, prepare
+from edkm_export.training.palettized.surgery import to_checkpoint
+from edkm_export.training.preparation import (
+    Chosen,
+    Preparation,
+    base_recipe,
+    bits_told,
+    check_target,
+    decoder_bits,
+    measures,
+)
 from edkm_export.training.progress import Progress
 from edkm_export.training.run_folder import RunFolder
 from edkm_export.training.run_record import Identity, RunRecord
-from edkm_export.training.run_weights import load_weights
 from edkm_export.training.self_generated import first_token, generate
 from edkm_export.training.tokens import Tokens
 from edkm_export.training.train_config import TrainConfig
@@ -89,7 +97,10 @@ class Run:
     processes: Processes = ALONE
     tokenizer: Any
     evaluations: Evaluations
-    student: Any  # the float model, and then what becomes of it
+    models: Models
+    student: Any
+    learner: Learner
+    sharding: Sharding | None
 
     def __init__(
         self,
@@ -134,9 +145,8 @@ class Run:
         """
         with Processes.join(device) as self.processes, self.folder:
             self.processes.share(self.config.batch_size)
-            count = self.processes.count
             last = self.processes.first(
-                lambda: self.folder.open(resume=resume, overwrite=overwrite, processes=count, tell=self.tell)
+                lambda: self.folder.open(resume=resume, overwrite=overwrite, tell=self.tell)
             )
             if resume:
                 self._tell_start(last)
@@ -176,16 +186,10 @@ class Run:
         )
         self.evaluations = Evaluations(self._eval_windows(), self._log, self.announce)
         self.announce("loading the model")
-        self.student = load_model(self.source, torch.float32).to(self.processes.device)
-        self._check_vocabulary(tokens)
-        if self.config.objective == "distillation" or self.eval_texts:
-            self.evaluations.original = copy.deepcopy(self.student)
-        written, self.recipe, found = self.processes.first(lambda: self._begin(tokens, last))
-        self.evaluations.found = found
-        if last is not None or not self.processes.is_first:
-            insert(self.student, self.recipe, self.config, seeded=False, source=self.source.reference)
-        if self.processes.are_many:
-            self._share(last)
+        weights = open_weights(self.source, torch.float32)
+        check_vocabulary(weights, tokens)
+        self.models = Models(weights, self.config, self.processes)
+        written = self._begin(tokens, last)
         return tokens if written is None else Tokens.join([tokens, written])
 
     def _log(self, record: dict[str, Any]) -> None:
@@ -207,114 +211,104 @@ class Run:
             for path in self.eval_texts
         }
 
-    def _check_vocabulary(self, tokens: Tokens) -> None:
-        """Refuse tokens that the model has no embedding for."""
-        largest, rows = int(tokens.ids.max()), self.student.get_input_embeddings().weight.shape[0]
-        if largest >= rows:
-            raise InputError(
-                f"{self.source.reference}: its tokenizer gives token {largest}, beyond the model's vocabulary "
-                f"of {rows}."
-            )
-
-    def _begin(
-        self, data: Tokens, last: Path | None
-    ) -> tuple[Tokens | None, Recipe, dict[str, dict[str, Evaluation]]]:
-        """What the first process does alone.
-
-        Returns:
-            Tokens that are added to the data, the recipe that the student is palettized by, evaluations so far.
-        """
-        identity = Identity.of(self.source, self.data, data)
-        started = None if last is None else self.folder.go_on(last, identity, self.config)
-        written = self._write_text(data) if self.config.self_generated else None
-        if started is not None:
-            return written, started.recipe, started.evaluations
-        recipe = self._palettize(data if written is None else Tokens.join([data, written]))
-        self.folder.record(
-            RunRecord(
-                command=[printable(word) for word in self.provenance.get("command", ())],
-                identity=identity,
-                config=self.config.model_dump(mode="json"),
-                recipe=recipe,
-                evaluations=self.evaluations.found,
-                generated_sha256=None if written is None else written.sha256(),
-            )
+    def _begin(self, data: Tokens, last: Path | None) -> Tokens | None:
+        """Build original and student, with what has to be known before; text that is added to the data, if any."""
+        config, first = self.config, self.processes.first
+        identity = first(lambda: Identity.of(self._origin, self.data, data))
+        if last is not None:
+            started = first(lambda: self.folder.go_on(last, identity, config))
+            written = first(lambda: Tokens.load(self.folder.generated)) if config.self_generated else None
+            self.recipe, self.evaluations.found = started.recipe, started.evaluations
+            self._build(None)
+            return written
+        needed = measures(config) or bool(config.self_generated or self.eval_texts)
+        model = self.models.measured(needed=needed)
+        written = self._write_text(data) if config.self_generated else None
+        self.evaluations.measure(model, "original", 0)
+        tokens = data if written is None else Tokens.join([data, written])
+        chosen = Preparation(
+            model,
+            config,
+            self.source.reference,
+            self.announce,
+            self.processes.device,
+            self.models.reads,
+            self.processes,
+            self.tell,
+        ).choose(self.recipe, tokens.sample(config.calibration_tokens, config.context))
+        del model
+        self.recipe = chosen.recipe
+        self._build(chosen)
+        if self.processes.is_first:
+            for line in bits_told(self.student, self.recipe, config.target_decoder_bits):
+                self.tell(line)
+        self.evaluations.measure(self._evaluated, "one-shot", 0)
+        record = RunRecord(
+            command=[printable(word) for word in self.provenance.get("command", ())],
+            identity=identity,
+            config=config.model_dump(mode="json"),
+            recipe=self.recipe,
+            evaluations=self.evaluations.found,
+            generated_sha256=None if written is None else written.sha256(),
         )
-        return written, recipe, self.evaluations.found
+        first(lambda: self.folder.record(record))
+        return written
+
+    @functools.cached_property
+    def _origin(self) -> dict[str, Any]:
+        """Provenance of the source, whose files are hashed once."""
+        return self.source.provenance()
 
     def _write_text(self, data: Tokens) -> Tokens:
-        """Text of the original; written once, and read again when a run goes on."""
-        path = self.folder.generated
-        if path.is_file():
-            return Tokens.load(path)
+        """Text of the original."""
         self.announce("letting the original write")
         made = generate(
-            self.student,
+            self.models.writer(),
             data,
             tokens=self.config.self_generated,
             context=self.config.context,
             start=first_token(self.tokenizer),
             seed=self.config.seed,
         )
-        made.save(path)
-        return made
 
-    def _palettize(self, tokens: Tokens) -> Recipe:
-        """Palettize the student, with an evaluation before and after; the recipe that came of it."""
-        config, evaluations = self.config, self.evaluations
-        evaluations.measure(evaluations.original, "original", 0)
-        windows = tokens.sample(config.calibration_tokens, config.context)
-        recipe = prepare(
-            self.student,
-            self.recipe,
-            config,
-            windows,
-            source=self.source.reference,
-            announce=self.announce,
-            tell=self.tell,
-        )
-        self._tell_bits()
-        evaluations.measure(self.student, "one-shot", 0)
-        return recipe
+        def kept() -> Tokens:
+            made.save(self.folder.generated)
+            return made
 
-    def _tell_bits(self) -> None:
-        """Say what the choice of bits came to, and which groups are not of the size that was aimed at."""
-        target, found = self.config.target_decoder_bits, decoder_bits(self.student)
-        digits = 2 if target is None or round(found, 2) > target or found <= target else 3
-        line = f"{found:.{digits}f} bits a weight of the decoder, LUTs included"
-        if target is not None and found > target:
-            line += f" ({target:g} was aimed at: the LUTs of this model's small layers take more)"
-        self.tell(line)
-        shapes = {name: tuple(each.weight.shape) for name, each in clusters_of(self.student).items()}
-        if regrouped := self.recipe.regrouped(shapes):
-            self.tell(regrouped)
+        return self.processes.first(kept)
 
-    def _share(self, last: Path | None) -> None:
-        """Give all processes the student that the first one prepared, or that of a checkpoint."""
-        if last is not None:
-            freeze(self.student, self.config)  # checkpoints leave out what is not trained
-            load_weights(self.student, last)
-            return
-        held = {id(each): each for each in self.student.state_dict().values()}
-        self.processes.copy_from_first(list(held.values()))
-        for clusters in clusters_of(self.student).values():
-            clusters.restored()
-
-    def train(self, tokens: Tokens, last: Path | None) -> PaletteTrainer:
-        """Train the student, from the start or from a checkpoint of the run; the trainer, when it is done."""
-        config, student, original = self.config, self.student, self.evaluations.original
-        freeze(student, config)
-        if config.gradient_checkpointing:
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    def _build(self, chosen: Chosen | None) -> None:
+        """Build the frozen original and the learner; without `chosen`, a checkpoint is to be loaded into it."""
+        config = self.config
         distilling = config.objective == "distillation"
-        if distilling and config.bf16 and not self.eval_texts:  # evaluations are in float32
-            hold_in_bfloat16(original)
-        learner = Learner(
-            student,
+        original = None
+        if distilling or self.eval_texts:
+            self.announce("loading the original")
+            narrow = distilling and config.bf16 and not self.eval_texts  # evaluations are in float32
+            folded = chosen is not None and bool(chosen.scales)
+            original = self.models.original(in_bfloat16=narrow, changed=folded)
+        self.evaluations.original = original
+        self.announce("palettizing")
+        self.student = self.models.student(
+            self.recipe, None if chosen is None else chosen.seeds, None if chosen is None else chosen.scales
+        )
+        freeze(self.student, config)
+        self.learner = Learner(
+            self.student,
             original if distilling else None,
             objective=config.objective,
             temperature=config.temperature,
         )
+        self.sharding = None if self.models.shares is None else Sharding(self.learner, self.models.shares)
+
+    @property
+    def _evaluated(self) -> Any:
+        """The student as evaluations call it."""
+        return self.student if self.sharding is None else Student(self.learner)
+
+    def train(self, tokens: Tokens, last: Path | None) -> PaletteTrainer:
+        """Train the student, from the start or from a checkpoint of the run; the trainer, when it is done."""
+        config = self.config
         progress = Progress.limited(config, len(tokens))
         samples = PackedWindows(
             tokens,
@@ -332,10 +326,16 @@ class Run:
             processes=self.processes,
         )
         trainer = PaletteTrainer(
-            learner, samples, config, arguments, progress, processes=self.processes, original=original
+            self.learner,
+            samples,
+            config,
+            arguments,
+            progress,
+            processes=self.processes,
+            sharding=self.sharding,
+            sizes=self.models.sizes,
         )
-        clusters = trainer.clusters.clusters
-        evaluated = Student(learner) if self.processes.are_many else student
+        clusters, evaluated = trainer.clusters.clusters, self._evaluated
         for callback in (
             Clock(progress, self.advance, self.processes),
             FirstStep(lambda: self._keep(trainer)),
@@ -344,7 +344,7 @@ class Run:
                 self._log,
                 clusters,
                 progress,
-                distilling=distilling,
+                distilling=config.objective == "distillation",
                 step_tokens=config.step_tokens,
                 processes=self.processes,
             ),
@@ -374,7 +374,7 @@ class Run:
         tokens = progress.step * config.step_tokens
         how = {
             "seed": config.seed,
-            "base_model": self.source.provenance(),
+            "base_model": self._origin,
             "training": {
                 **config.model_dump(mode="json"),
                 "trained_steps": progress.step,
@@ -395,7 +395,7 @@ class Run:
             raise trainer.failure(f"{path} could not be written ({error})") from error
         if self.eval_texts:
             # What is on disk is evaluated, by the code that every export is checked against.
-            hard = load_hard_model(checkpoint.load(path)).to(self.processes.device)
+            hard = self.models.evaluated(hard_weights(checkpoint.load(path)))
             self.evaluations.measure(hard, "trained", progress.step)
         try:
             if self.processes.is_first and self.folder.log.is_file():

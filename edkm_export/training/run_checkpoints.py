@@ -15,7 +15,7 @@ import pydantic
 
 from edkm_export.atomic import atomic_file
 from edkm_export.claims import clear
-from edkm_export.digest import file_sha256
+from edkm_export.digest import file_sha256, file_sha256s
 from edkm_export.errors import InputError
 from edkm_export.filesystem import flush_tree, remove
 from edkm_export.regular_file import open_regular
@@ -23,23 +23,31 @@ from edkm_export.regular_file import open_regular
 __all__ = [
     "OPTIMIZER",
     "SCHEDULER",
+    "SHARDS",
     "TRAINER",
     "WEIGHTS",
     "Mark",
     "complete",
     "drop_others",
+    "in_shares",
     "last_complete",
     "last_whole",
-    "random_states",
     "read_mark",
     "retire",
     "step",
 ]
 
 WEIGHTS = "weights.pt"
+SHARDS = "shards"
+"""Folder of weights and moments that several processes wrote, in place of `WEIGHTS` and of the state in `OPTIMIZER`."""
+
 # as transformers' Trainer calls them
 OPTIMIZER, SCHEDULER, TRAINER = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 _MARK = "complete.json"
+_RANDOM_STATES = (
+    "rng_state*.pth"  # one, or one of each process; those of other numbers of processes are not used
+)
+_SHARDS_INDEX = f"{SHARDS}/.metadata"
 _NAME = re.compile(r"checkpoint-(\d{1,18})", re.ASCII)
 _MARK_BYTES = 1 << 20  # far more than a list of a few dozen files takes
 
@@ -73,9 +81,9 @@ def step(path: Path) -> int:
     return int(found.group(1)) if found else -1
 
 
-def random_states(processes: int) -> list[str]:
-    """Names of the files with the state of each process's random numbers, as the Trainer calls them."""
-    return ["rng_state.pth"] if processes == 1 else [f"rng_state_{number}.pth" for number in range(processes)]
+def in_shares(path: Path) -> bool:
+    """Whether several processes wrote a checkpoint, each its own part."""
+    return (path / SHARDS).is_dir()
 
 
 def _all(folder: Path) -> list[Path]:
@@ -88,12 +96,10 @@ def _all(folder: Path) -> list[Path]:
 def complete(path: Path, *, elapsed: float) -> None:
     """Flush a checkpoint to the disk, list its files, and mark it as whole."""
     flush_tree(path)
+    written = [file for file in sorted(path.rglob("*")) if file.is_file()]
     files = {
-        str(PurePosixPath(file.relative_to(path))): _File(
-            size_bytes=file.stat().st_size, sha256=file_sha256(file)
-        )
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
+        str(PurePosixPath(file.relative_to(path))): _File(size_bytes=file.stat().st_size, sha256=digest)
+        for file, digest in file_sha256s(written).items()
     }
     mark = Mark(step=step(path), elapsed=elapsed, files=files)
     with atomic_file(path / _MARK, overwrite=True) as temporary:
@@ -147,6 +153,10 @@ def _fault(path: Path, needed: Sequence[str]) -> str:
         files = read_mark(path).files
     except InputError as error:
         return str(error)
+    if in_shares(path):
+        needed = [_SHARDS_INDEX if name == WEIGHTS else name for name in needed]
+    if not any(path.glob(_RANDOM_STATES)):
+        return "rng_state.pth is missing"
     listed = needed if files is None else files
     missing = [name for name in needed if name not in listed or not (path / name).is_file()]
     if missing:

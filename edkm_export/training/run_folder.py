@@ -74,15 +74,12 @@ class RunFolder(contextlib.ExitStack):
         refuse_claimed(self.path)
         check_output(self.path, overwrite=overwrite or resume, folder=True, in_place=resume)
 
-    def open(
-        self, *, resume: bool, overwrite: bool, processes: int, tell: Callable[[str], None]
-    ) -> Path | None:
+    def open(self, *, resume: bool, overwrite: bool, tell: Callable[[str], None]) -> Path | None:
         """Take the folder; the checkpoint to go on from, None to start anew, also when a run left none behind.
 
         Args:
             resume: go on with the run in the folder.
             overwrite: replace it.
-            processes: how many train together.
             tell: called with a line for each checkpoint that is passed over.
 
         Raises:
@@ -96,7 +93,6 @@ class RunFolder(contextlib.ExitStack):
             run_checkpoints.OPTIMIZER,
             run_checkpoints.SCHEDULER,
             run_checkpoints.TRAINER,
-            *run_checkpoints.random_states(processes),
         )
         last = run_checkpoints.last_whole(self.checkpoints, needed, tell) if resume else None
         if last is None:

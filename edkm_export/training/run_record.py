@@ -14,7 +14,6 @@ from edkm_export.atomic import GENERATOR, atomic_file
 from edkm_export.errors import InputError
 from edkm_export.plain_data import printable
 from edkm_export.recipe import Recipe
-from edkm_export.reference.source import Source
 from edkm_export.regular_file import read_regular
 from edkm_export.training.evaluation import Evaluation
 from edkm_export.training.tokens import Tokens
@@ -41,10 +40,10 @@ class Identity(pydantic.BaseModel):
     tokens_sha256: str
 
     @classmethod
-    def of(cls, source: Source, data: Sequence[Path], tokens: Tokens) -> Identity:
-        """Of what was given."""
+    def of(cls, model: dict[str, Any], data: Sequence[Path], tokens: Tokens) -> Identity:
+        """Of what was given; `model` is the provenance of the source."""
         return cls(
-            model=source.provenance(),
+            model=model,
             data=[printable(path.name) for path in data],
             tokens_sha256=tokens.sha256(),
         )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from edkm_export.errors import TrainingError
 from edkm_export.limits import is_out_of_memory
@@ -15,19 +14,13 @@ from edkm_export.torch_archive import UnsafeArchiveError, load_archive
 from edkm_export.training import run_checkpoints
 from edkm_export.training.palettized.surgery import clusters_of
 
-__all__ = ["load_weights", "read_state_dict", "read_weights", "save_weights"]
+__all__ = ["frozen_masters", "load_weights", "read_state_dict", "read_weights", "save_weights"]
 
 
-def save_weights(model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write the state of a palettized model into an existing folder.
-
-    Args:
-        model: palettized.
-        folder: of the checkpoint.
-        state: the model's whole state dict where its own one holds shares; None: its own.
-    """
-    frozen = _frozen_masters(model)
-    whole = model.state_dict() if state is None else state
+def save_weights(model: Any, folder: Path) -> None:
+    """Write the state of a palettized model, whole, into an existing folder."""
+    frozen = frozen_masters(model)
+    whole = model.state_dict()
     torch.save(
         {name: value for name, value in whole.items() if name not in frozen}, folder / run_checkpoints.WEIGHTS
     )
@@ -68,7 +61,7 @@ def load_weights(model: Any, folder: Path) -> None:
         raise TrainingError(
             f"{folder}: does not fit the model ({' '.join(str(error).split())[:200]})."
         ) from error
-    excused = _frozen_masters(model)
+    excused = frozen_masters(model)
     lost = [name for name in missing if name not in excused]
     if lost or unknown:
         raise TrainingError(f"{folder}: does not fit the model: {', '.join((lost + list(unknown))[:4])}.")
@@ -76,7 +69,7 @@ def load_weights(model: Any, folder: Path) -> None:
         clusters.restored()
 
 
-def _frozen_masters(model: Any) -> set[str]:
+def frozen_masters(model: Any) -> set[str]:
     """State dict names of master weights that are not trained, under each name of tied ones."""
     return {
         name

@@ -8,11 +8,14 @@ proportion (AWQ, Lin et al. 2023, arXiv 2306.00978, section 3.2, with a search f
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from edkm_export.activity import tracked
 from edkm_export.recipe import Rule
@@ -63,33 +66,45 @@ def fold_scales(
     importance: Mapping[str, Importance],
     *,
     advance: Callable[[str], None] | None = None,
+    weights: Callable[[str], Tensor] | None = None,
+    decide: Callable[[Callable[[], Any]], Any] = lambda task: task(),
+    scales: dict[str, Tensor] | None = None,
 ) -> dict[str, Importance]:
     """Fold scales in place wherever that lowers the clustering error.
 
     Args:
-        model: float model before its layers are replaced.
+        model: float model before its layers are replaced; its layers' matrices may be in shares of their rows.
         window: int64 [context], to find which layers read which norm, and to check that the function is kept.
         plan: {module name: rule} of the layers that will be palettized.
         importance: {module name: importance} of all of them.
         advance: called with each norm's name.
+        weights: gives a layer's weight [out, in] as it is without scales; None: the model's.
+        decide: calls a function that returns what all processes go by, `Processes.first` for several of them.
+        scales: is given what each parameter was multiplied by, {parameter name: float [channels]}.
 
     Returns:
         The importance of the layers as they are now.
     """
+    held = weights or (lambda layer: model.get_submodule(layer).weight.data)
     before = model(input_ids=window[None], use_cache=False).logits.float()
     updated = dict(importance)
     for norm, layers in tracked(norm_readers(model, window).items(), "folding", "norms"):
         if all(layer in plan and layer in importance for layer in layers):
-            scale = _best_scale(model, layers, plan, importance)
+            scale = decide(partial(_best_scale, held, layers, plan, importance))
             if scale is not None:
                 _apply(model, norm, layers, scale)
                 after = model(input_ids=window[None], use_cache=False).logits.float()
-                if float((after - before).abs().max()) > _TOLERANCE * float(before.std()):
+                largest, spread = float((after - before).abs().max()), float(before.std())
+                if decide(partial(operator.gt, largest, _TOLERANCE * spread)):
                     _apply(model, norm, layers, 1 / scale)  # a norm of another form, such as (1 + weight) x
                 else:
                     for layer in layers:
                         found = importance[layer]
                         updated[layer] = Importance(found.inputs / scale.square(), found.outputs)
+                    if scales is not None:
+                        own = model.get_submodule(norm).named_parameters(norm, recurse=False)
+                        scales |= {name: 1 / scale for name, _ in own}
+                        scales |= {f"{layer}.weight": scale for layer in layers}
         if advance is not None:
             advance(norm)
     return updated
@@ -97,25 +112,31 @@ def fold_scales(
 
 def _apply(model: Any, norm: str, layers: Sequence[str], scale: Tensor) -> None:
     for parameter in model.get_submodule(norm).parameters(recurse=False):
-        parameter.data.div_(scale)
+        parameter.data.div_(scale.to(parameter.device))
     for layer in layers:
-        model.get_submodule(layer).weight.data.mul_(scale)
+        weight = model.get_submodule(layer).weight.data
+        own = weight.to_local() if isinstance(weight, DTensor) else weight  # rows, each with all its columns
+        own.mul_(scale.to(own.device))
 
 
 def _best_scale(
-    model: Any, layers: Sequence[str], plan: Mapping[str, Rule], importance: Mapping[str, Importance]
+    held: Callable[[str], Tensor],
+    layers: Sequence[str],
+    plan: Mapping[str, Rule],
+    importance: Mapping[str, Importance],
 ) -> Tensor | None:
     """Scale [channels], rounded to powers of two so that folding is exact in any float type; None for no gain."""
     energy = torch.stack([importance[layer].inputs for layer in layers]).mean(0)
     energy = energy.clamp_min(float(energy.mean()) * 1e-6)
     relative = energy / energy.log().mean().exp()
     best: tuple[float, Tensor | None] = (float("inf"), None)
+    weights = {layer: held(layer) for layer in layers}
     for exponent in _EXPONENTS:
         scale = torch.exp2((relative.log2() * (exponent / 2)).round())
         error = 0.0
         for layer in layers:
             rule, found = plan[layer], importance[layer]
-            weight = model.get_submodule(layer).weight.data
+            weight = weights[layer]
             rows = rule.group_size or weight.shape[0]
             stride = max(1, weight.shape[0] // rows // _GROUPS)
             picked = torch.arange(weight.shape[0], device=weight.device).view(-1, rows)[::stride].reshape(-1)

@@ -74,7 +74,8 @@ def generate(
     remaining = -(-tokens // context)
     length = min(_PROMPT, context)
     # Autocast would convert the weights again for every token.
-    narrow = _in_dtype(model, torch.bfloat16) if on_gpu else contextlib.nullcontext()
+    is_wide = on_gpu and model.dtype != torch.bfloat16
+    narrow = _in_dtype(model, torch.bfloat16) if is_wide else contextlib.nullcontext()
     with narrow, activity("writing", remaining * context, "tokens") as writing:
 
         def add(count: int) -> None:

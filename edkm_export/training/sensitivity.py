@@ -8,7 +8,7 @@ Martens & Grosse 2015, arXiv 1503.05671, of which only the diagonals are needed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from edkm_export.errors import InputError
 from edkm_export.packing import SUPPORTED_BITS
 from edkm_export.recipe import Recipe, Rule
 from edkm_export.reference.conv1d import is_conv1d
+from edkm_export.training.first_centroids import Seeding
 from edkm_export.training.palettized.surgery import Importance, embedding_scale, seed_centroids
 from edkm_export.training.wide_gradients import float32_gradients
 from edkm_export.weight_storage import storage_bits
@@ -172,6 +173,7 @@ class Sensitivity:
         weights: Mapping[str, Tensor],
         choices: Mapping[str, Mapping[int, Rule]],
         importance: Mapping[str, Importance],
+        seeding: Seeding | None = None,
         *,
         sampled: int | None = None,
     ) -> None:
@@ -181,11 +183,17 @@ class Sensitivity:
             weights: {module name: float [out, in]}.
             choices: {module name: {bits: the rule that it would have}}.
             importance: {module name: Fisher factors}; layers without are left out.
+            seeding: what clusters them, and reads them for it, so that of `weights` the shapes are enough; None: in
+                this process.
             sampled: cluster about so many weights of each layer, in rows that lie evenly in it, and take their share
                 of the error for that of all; None: cluster all.
         """
-        self._weights, self._choices, self._importance = weights, choices, importance
-        self._sampled = sampled
+        self._choices, self._importance = choices, importance
+        self._seeding = Seeding(weights.__getitem__) if seeding is None else seeding
+        self._large = {
+            name for name, weight in weights.items() if sampled is not None and weight.numel() > sampled
+        }
+        self._sampled = sampled or 0
         self.sizes = {
             name: {bits: storage_bits(weight.shape, rule) for bits, rule in choices[name].items()}
             for name, weight in weights.items()
@@ -199,30 +207,43 @@ class Sensitivity:
     def tried(self) -> int:  # noqa: D102
         return len(self._losses)
 
+    def cluster(self, wanted: Iterable[tuple[str, int]]) -> None:
+        """Cluster layers (module name, bits) together, so that their losses are known."""
+        jobs = [
+            (name, self._choices[name][bits]) for name, bits in wanted if (name, bits) not in self._losses
+        ]
+        for key, (centroids, loss) in self._seeding.share_out(jobs, self._estimate).items():
+            if centroids is not None:
+                self.seeds[key] = centroids
+            self._losses[key] = loss
+
+    def cluster_smallest(self) -> None:
+        """Cluster each layer at its smallest size: the losses that are always asked for."""
+        self.cluster((name, min(choices)) for name, choices in self.sizes.items())
+
     def loss(self, name: str, bits: int) -> float:
         """Estimated growth of the loss in nats a token."""
-        key = name, bits
-        if key not in self._losses:
-            rule, sample = self._choices[name][bits], None
-            if self._sampled is not None:
-                sample = self._sample(name, rule)
-            if sample is None:
-                self.seeds[key], error = seed_centroids(self._weights[name], rule, self._importance[name])
-                self._losses[key] = float(error.sum()) / 2
-            else:
-                _, error = seed_centroids(sample.weight, rule, sample.importance)
-                self._losses[key] = float(error.sum()) / 2 * sample.scale
-        return self._losses[key]
+        self.cluster([(name, bits)])
+        return self._losses[name, bits]
 
-    def _sample(self, name: str, rule: Rule) -> _Sample | None:
-        """Rows that stand for a layer; None: it is small, and is clustered whole."""
-        assert self._sampled is not None
-        weight, found = self._weights[name], self._importance[name]
-        if weight.numel() <= self._sampled:
-            return None
+    def _estimate(self, name: str, rule: Rule, threads: int) -> tuple[Tensor | None, float]:
+        """Centroids of a layer, if it is clustered whole, and the loss."""
+        if name not in self._large:
+            centroids, error = seed_centroids(
+                self._seeding.read(name), rule, self._importance[name], threads=threads
+            )
+            return centroids, float(error.sum()) / 2
+        sample = self._sample(name, rule)
+        _, error = seed_centroids(sample.weight, rule, sample.importance, threads=threads)
+        return None, float(error.sum()) / 2 * sample.scale
+
+    def _sample(self, name: str, rule: Rule) -> _Sample:
+        """Rows that stand for a layer."""
         key = name, rule.group_size
         if key not in self._samples:
-            self._samples[key] = _Sample.of(weight, rule.group_size or 1, found, self._sampled)
+            self._samples[key] = _Sample.of(
+                self._seeding.read(name), rule.group_size or 1, self._importance[name], self._sampled
+            )
         return self._samples[key]
 
 

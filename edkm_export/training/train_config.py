@@ -77,7 +77,10 @@ class TrainConfig(pydantic.BaseModel):
         decay: shape of their fall.
         final_rate: share of the rates that is left at the end.
         clip: largest norm of the gradient; 0: do not clip.
-        bf16: products in bfloat16; master weights stay in float32.
+        bf16: products in bfloat16.
+        moments: what the optimizer's moments of weights take: "float32", "bfloat16", or "8bit" with a scale for 256.
+        masters: "float32", or "bfloat16", with gradients in it, too, and rounded stochastically when they are stepped;
+            of straight-through gradients in a single process only.
         gradient_checkpointing: recompute activations in the backward pass.
         record_steps: on CUDA, launch steps as a recorded CUDA graph where the model allows it (`graphs.can_record`).
         self_generated: tokens that the original writes itself, added to the data.
@@ -122,6 +125,8 @@ class TrainConfig(pydantic.BaseModel):
     final_rate: Kept[float] = pydantic.Field(default=0.02, ge=0, le=1)
     clip: Kept[float] = pydantic.Field(default=1.0, ge=0)
     bf16: Kept[bool] = False
+    moments: Kept[Literal["float32", "bfloat16", "8bit"]] = "float32"
+    masters: Kept[Literal["float32", "bfloat16"]] = "float32"
     gradient_checkpointing: Free[bool] = False
     record_steps: Kept[bool] = True
     self_generated: Kept[int] = pydantic.Field(default=0, ge=0)
@@ -139,6 +144,13 @@ class TrainConfig(pydantic.BaseModel):
     def _chooses(cls, lut_dtype: LutDtype, info: pydantic.ValidationInfo) -> LutDtype:
         check_bits(lut_dtype, info.data.get("bits", 0))  # bits that are wrong have their own message
         return lut_dtype
+
+    @pydantic.field_validator("masters")
+    @classmethod
+    def _steps_straight(cls, masters: str, info: pydantic.ValidationInfo) -> str:
+        if masters == "bfloat16" and info.data.get("backward") != "straight-through":
+            raise ValueError("bfloat16 masters take backward straight-through; soft k-means needs float32")
+        return masters
 
     @pydantic.field_validator("target_decoder_bits")
     @classmethod

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from edkm_export.limits import is_out_of_memory, words_of
 from edkm_export.training import run_checkpoints
 from edkm_export.training.callbacks import Finite, Refresh
 from edkm_export.training.distributed.processes import ALONE, Processes
+from edkm_export.training.distributed.shard_files import Background, load_moments, stage
+from edkm_export.training.distributed.shard_files import load_weights as load_shared_weights
 from edkm_export.training.distributed.sharding import Sharding
 from edkm_export.training.graphs import GraphedStep, can_record
 from edkm_export.training.learner import Learner
@@ -26,7 +29,7 @@ from edkm_export.training.optimizer import build_optimizer, rate_at
 from edkm_export.training.palettized.batch import ClusterBatch
 from edkm_export.training.palettized.surgery import attach, clusters_of
 from edkm_export.training.progress import Progress
-from edkm_export.training.run_weights import load_weights, read_state_dict, save_weights
+from edkm_export.training.run_weights import load_weights, read_state_dict, read_weights, save_weights
 from edkm_export.training.train_config import TrainConfig
 from edkm_export.training.windows import PackedWindows
 
@@ -56,15 +59,15 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         progress: Progress,
         *,
         processes: Processes = ALONE,
-        original: Any | None = None,
+        sharding: Sharding | None = None,
+        sizes: Mapping[str, float] | None = None,
     ) -> None:
-        self.processes, self.sharding = processes, None
-        optimizer = None
-        if processes.are_many:
-            if not hasattr(Trainer, "_clip_grad_norm"):  # it would clip each share by itself
-                raise InputError("several processes need a newer transformers: pip install -U transformers")
-            optimizer = build_optimizer(learner.model, config)  # its groups are of whole weights' sizes
-            self.sharding = Sharding(learner, original, optimizer, processes)
+        self.processes, self.sharding, self._sizes = processes, sharding, sizes
+        if sharding is not None and not hasattr(
+            Trainer, "_clip_grad_norm"
+        ):  # it would clip each share by itself
+            raise InputError("several processes need a newer transformers: pip install -U transformers")
+        self.background = None if sharding is None else Background(processes)
         self.config, self.progress, self.learner = config, progress, learner
         self.folder = Path(arguments.output_dir)
         super().__init__(
@@ -72,7 +75,6 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             args=arguments,
             train_dataset=data,
             data_collator=collate,
-            optimizers=(optimizer, None),
         )
         self.remove_callback(PrinterCallback)
         self.clusters = ClusterBatch(list(clusters_of(learner).values()))
@@ -91,8 +93,10 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> Any:
         """Adam with our groups, attached to the clusters."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.learner.model, self.config)
+            self.optimizer = build_optimizer(self.learner.model, self.config, self._sizes)
             attach(self.learner, self.optimizer)
+            if self.sharding is not None:
+                self.sharding.optimizer = self.optimizer
         return self.optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -198,13 +202,10 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Weights, LUTs and indices, whole; frozen master weights come from the original again."""
         self.clusters.refresh()
-        if self.sharding is not None:
-            state_dict = self.sharding.whole_state()
-        if not self.processes.is_first:
-            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_weights(self.learner.model, folder, state_dict)
+        if self.background is None:  # else it writes them
+            save_weights(self.learner.model, folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, flush, mark as whole, and only then remove older ones. It takes no time of the run."""
@@ -214,13 +215,24 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
     def _save_whole(self, model: Any, trial: Any) -> None:
         self.check()
         path = self.folder / f"checkpoint-{self.state.global_step}"
-        try:
+        with self._explaining_writes():
+            if self.background is not None:
+                self.background.wait()  # the one before is written
             super()._save_checkpoint(model, trial)
             self.processes.wait()  # each writes the state of its random numbers
-            if self.processes.is_first:
-                run_checkpoints.complete(path, elapsed=self.progress.elapsed)
-                run_checkpoints.retire(self.folder, _KEPT)
-            self.processes.wait()
+            complete = partial(_complete, path, self.progress.elapsed)
+            if self.background is None:
+                complete()
+            else:
+                state = stage(self.learner.model, self._adam, self.background.mesh)
+                self.background.write(state, path / run_checkpoints.SHARDS, complete)
+
+    @contextlib.contextmanager
+    def _explaining_writes(self) -> Iterator[None]:
+        """Say that a checkpoint could not be written, and which one is the last good one."""
+        path = self.folder / f"checkpoint-{self.state.global_step}"
+        try:
+            yield
         except (OSError, RuntimeError) as error:
             if stopped_by_disk(error, path):
                 raise self.failure(f"the checkpoint could not be written: {disk_full(path)}") from error
@@ -231,31 +243,58 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
                 f"the checkpoint could not be written to {path}, is the disk full? ({reason})"
             ) from error
 
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """The optimizer itself, without what accelerate puts around it."""
+        found: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return found
+
+    @property
+    def _cpus(self) -> Any:
+        """The mesh of the processes' CPUs; None for one process."""
+        return None if self.background is None else self.background.mesh
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.sharding is None:
             super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = self.sharding.optimizer_state()
-        if self.processes.is_first:
-            torch.save(state, Path(output_dir) / run_checkpoints.OPTIMIZER)
+        elif self.processes.is_first:
+            groups = [
+                {key: value for key, value in group.items() if key != "params"}
+                for group in self._adam.param_groups
+            ]
+            torch.save({"param_groups": groups}, Path(output_dir) / run_checkpoints.OPTIMIZER)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / run_checkpoints.SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _fitting(checkpoint, "optimizer or scheduler"):
-            if self.sharding is None or checkpoint is None:
+            if checkpoint is None:
+                return
+            folder = Path(checkpoint)
+            if run_checkpoints.in_shares(folder):
+                groups = read_state_dict(folder / run_checkpoints.OPTIMIZER)["param_groups"]
+                for group, found in zip(self._adam.param_groups, groups, strict=True):
+                    group.update(found)
+                load_moments(self.learner.model, self._adam, folder / run_checkpoints.SHARDS, self._cpus)
+            elif self.sharding is None:
                 super()._load_optimizer_and_scheduler(checkpoint)
                 return
-            self.sharding.load_optimizer(read_state_dict(Path(checkpoint) / run_checkpoints.OPTIMIZER))
-            self.lr_scheduler.load_state_dict(read_state_dict(Path(checkpoint) / run_checkpoints.SCHEDULER))
+            else:
+                self.sharding.load_optimizer(read_state_dict(folder / run_checkpoints.OPTIMIZER))
+            self.lr_scheduler.load_state_dict(read_state_dict(folder / run_checkpoints.SCHEDULER))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _fitting(checkpoint, "state of the random numbers"):
             super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights, LUTs and indices, unless that was done before the model was sharded."""
-        if self.sharding is None:
-            load_weights(self.learner.model, Path(resume_from_checkpoint))
+        """Load weights, LUTs and indices."""
+        folder = Path(resume_from_checkpoint)
+        if run_checkpoints.in_shares(folder):
+            load_shared_weights(self.learner.model, folder / run_checkpoints.SHARDS, self._cpus)
+        elif self.sharding is None:
+            load_weights(self.learner.model, folder)
+        else:
+            self.sharding.load_weights(read_weights(folder), folder)
 
     def run(self, resume: Path | None) -> None:
         """Train to the end.
@@ -273,6 +312,9 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
         try:
             self.train(resume_from_checkpoint=None if resume is None else str(resume))
             self.check()
+            if self.background is not None:
+                with self._explaining_writes():
+                    self.background.wait()
         except PaletteError as error:
             raise self.failure(f"a weight is no longer finite ({error})") from error
         except OSError as error:
@@ -289,6 +331,11 @@ class PaletteTrainer(Trainer):  # type: ignore[misc]
             if is_out_of_memory(error):
                 raise self.failure(_OUT_OF_MEMORY) from error
             raise
+
+
+def _complete(path: Path, elapsed: float) -> None:
+    run_checkpoints.complete(path, elapsed=elapsed)
+    run_checkpoints.retire(path.parent, _KEPT)
 
 
 @contextlib.contextmanager

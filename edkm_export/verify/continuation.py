@@ -21,11 +21,13 @@ from edkm_export.artifact.generation import (
     generate,
 )
 from edkm_export.artifact.metrics import Divergence, divergence
-from edkm_export.artifact.protocol import Artifact, Session
+from edkm_export.artifact.protocol import Artifact, Holding, Session
 from edkm_export.artifact.thresholds import EXECUTION, NEAR_TIE_NATS, ROUNDED_TIE_NATS
 from edkm_export.errors import InputError, PackageError
+from edkm_export.kv_cache import FLOAT, KVCache
 from edkm_export.reference.streamed_model import run_all, streamed_weights
 from edkm_export.reference.torch_session import TorchSession
+from edkm_export.verify.held_keys import Reader
 from edkm_export.verify.quoting import quoted
 from edkm_export.verify.report import PromptTexts
 from edkm_export.verify.time_budget import DECODED, UNLIMITED, Share
@@ -34,6 +36,7 @@ __all__ = [
     "Continuation",
     "HardTexts",
     "compare_continuations",
+    "hard_against_decode",
     "prefill_against_decode",
     "side_by_side",
     "tie_limit",
@@ -149,6 +152,25 @@ def prefill_against_decode(session: Session, tokens: Tensor, share: Share = UNLI
     return divergence([(prefill[: len(decode)], decode)])
 
 
+def hard_against_decode(
+    session: Holding, reader: Reader, tokens: Tensor, share: Share = UNLIMITED
+) -> Divergence:
+    """Feed a text token by token, and let hard PyTorch read the keys and values that are held of it at once.
+
+    Args:
+        session: of the artifact.
+        reader: hard PyTorch.
+        tokens: int64 [positions]; as many are used as by `prefill_against_decode`.
+        share: of the time.
+    """
+    text = tokens[: min(DECODED, session.context)]
+    session.reset()
+    decode = torch.cat(
+        [session.feed(token[None]).clone() for token in share.within(tracked(text, "decoding", "tokens"))]
+    )
+    return divergence([(reader.read(text[: len(decode)], session.held()), decode)])
+
+
 def compare_continuations(
     artifact: Artifact,
     session: Session | None,
@@ -158,8 +180,12 @@ def compare_continuations(
     count: int,
     share: Share = UNLIMITED,
     tie_nats: float = NEAR_TIE_NATS,
+    reader: Reader | None = None,
 ) -> list[Continuation]:
     """Continue each prompt greedily, in hard PyTorch and in the artifact.
+
+    What an artifact with int8 keys and values writes is compared, token by token, with what hard PyTorch chooses that
+    reads them; texts of two sound computations soon part.
 
     Without a cache the artifact is fed the prompt with hard PyTorch's continuation at once. Up to the first position
     at which it would have chosen another token, that is the same as generating.
@@ -173,6 +199,7 @@ def compare_continuations(
         count: tokens to add to each, as far as the context allows.
         share: of the time; prompts that it does not reach are missing in the result.
         tie_nats: how near two tokens must be for either to be right.
+        reader: hard PyTorch, of an artifact whose session is `Holding`.
 
     Raises:
         PackageError: the artifact is at fault.
@@ -191,7 +218,12 @@ def compare_continuations(
         else:
             assert execute is not None
             chosen = _choices(execute, ids, tokens)
-        difference = first_difference(expected.choices, chosen)
+        right = expected.choices
+        if reader is not None:
+            held: Any = session
+            told = torch.tensor([choice.token for choice in chosen])
+            right = _rows(reader.read(torch.cat([ids, told[:-1]]), held.held())[len(ids) - 1 :])
+        difference = first_difference(right, chosen)
         one = Continuation(
             prompt=prompt,
             tokens=tuple(expected.tokens),
@@ -219,10 +251,11 @@ class HardTexts:
     Args:
         model: hard PyTorch.
         prompts: int64 [length] by prompt.
+        kv_cache: how it holds keys and values.
     """
 
-    def __init__(self, model: Any, prompts: Mapping[str, Tensor]) -> None:
-        self._model, self._prompts = model, prompts
+    def __init__(self, model: Any, prompts: Mapping[str, Tensor], kv_cache: KVCache = FLOAT) -> None:
+        self._model, self._prompts, self._kv_cache = model, prompts, kv_cache
         self._made: dict[tuple[str, int], Generation] = {}
 
     def of(self, prompt: str, lengths: Mapping[str, int]) -> Generation:
@@ -239,7 +272,8 @@ class HardTexts:
         return self._made[prompt, lengths[prompt]]
 
     def _generate(self, prompt: str, count: int) -> Generation:
-        return generate(TorchSession(self._model), self._prompts[prompt], max_new_tokens=count)
+        session = TorchSession(self._model, kv_cache=self._kv_cache)
+        return generate(session, self._prompts[prompt], max_new_tokens=count)
 
 
 def _generate(session: Session, prompt: Tensor, count: int) -> tuple[Choice, ...]:
@@ -251,7 +285,11 @@ def _generate(session: Session, prompt: Tensor, count: int) -> tuple[Choice, ...
 
 def _choices(execute: Execute, prompt: Tensor, expected: Tensor) -> tuple[Choice, ...]:
     """What the artifact chooses after the prompt and each part of the expected continuation."""
-    logits = execute(torch.cat([prompt, expected[:-1]]))[len(prompt) - 1 :]
+    return _rows(execute(torch.cat([prompt, expected[:-1]]))[len(prompt) - 1 :])
+
+
+def _rows(logits: Tensor) -> tuple[Choice, ...]:
+    """The greedy choice at each position of logits [positions, vocab_size]."""
     if not bool(torch.isfinite(logits).all()):
         raise PackageError("gives a logit that is not finite.")
     chosen = []

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from edkm_export.artifact.execution import AT_FAULT, Execution
 from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
-from edkm_export.artifact.protocol import Artifact, Decoding
+from edkm_export.artifact.protocol import Artifact, Decoding, kv_cache_of
 from edkm_export.artifact.thresholds import EXECUTION, decode_limit
 from edkm_export.beside import Beside
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import PackageError
+from edkm_export.kv_cache import FLOAT, INT8, KVCache
 from edkm_export.reference.hard_model import load_hard_model, load_hard_tokenizer
 from edkm_export.reference.streamed_model import streamed_weights
 from edkm_export.verify.bytes import compare_bytes
@@ -28,11 +29,13 @@ from edkm_export.verify.continuation import (
     Continuation,
     HardTexts,
     compare_continuations,
+    hard_against_decode,
     prefill_against_decode,
     side_by_side,
     tie_limit,
 )
 from edkm_export.verify.foreign_decoding import compare_decoding
+from edkm_export.verify.held_keys import Reader
 from edkm_export.verify.inputs import (
     VerificationInputs,
     evaluation_windows,
@@ -45,9 +48,12 @@ from edkm_export.verify.inputs import (
 from edkm_export.verify.localize import find_faults
 from edkm_export.verify.report import LayerError, MemoryUse, Report, Rung, TaskResult, Verdict
 from edkm_export.verify.rungs import (
+    HARD,
+    READING,
     continuation_rung,
     decode_rung,
     execution_rung,
+    kv_cache_rung,
     palettization_rung,
     size_rung,
     soft_rungs,
@@ -75,8 +81,9 @@ Advance = Callable[[str], None]
 def count_stages(artifact: Artifact, evaluation: VerificationInputs) -> int:
     """How often `verify_artifact` calls `advance`, unless its time is used up before."""
     decodes = isinstance(artifact, Decoding)
+    cached = kv_cache_of(artifact) != FLOAT
     more = (evaluation.soft is not None) + evaluation.localize + bool(evaluation.tasks)
-    return 6 + _executed(artifact) + decodes + more
+    return 6 + _executed(artifact) + decodes + cached + more
 
 
 def verify_artifact(
@@ -105,14 +112,10 @@ def verify_artifact(
     begin = advance or (lambda _name: None)
     budget = Budget(evaluation.minutes)
     # those that take long: transformers' models, each execution, decoding, continuing once or twice
-    budget.expect(
-        1
-        + (evaluation.original is not None)
-        + (evaluation.soft is not None)
-        + _executed(artifact)
-        + 3
-        + (2 + (evaluation.original is not None)) * bool(evaluation.tasks)
-    )
+    kv_cache = kv_cache_of(artifact)
+    models = 1 + (evaluation.original is not None) + (evaluation.soft is not None) + (kv_cache != FLOAT)
+    tasks = (2 + (evaluation.original is not None)) * bool(evaluation.tasks)
+    budget.expect(models + _executed(artifact) + 3 + tasks)
     tokenizer = load_hard_tokenizer(checkpoint)
     windows = evaluation_windows(checkpoint, evaluation, tokenizer, artifact.context)
     prompts = prompt_tokens(checkpoint, evaluation, tokenizer, artifact.context)
@@ -146,12 +149,18 @@ def verify_artifact(
     with hidden_states(model) as hidden:
         hard = [execute(windows[0])]
     hard += run_windows(execute, windows[1:], budget.share())
-    how["hard PyTorch"] = how_run(model)
+    how[HARD] = how_run(model)
+    cached, compared = None, HARD
+    if kv_cache != FLOAT:
+        compared = f"{HARD}, {kv_cache} keys and values"
+        begin(f"running {compared}")
+        cached = run_windows(transformers_model(model, kv_cache), windows[: len(hard)], budget.share())
+        hard, how[compared] = hard[: len(cached)], how[HARD]
     windows = windows[: len(hard)]
     before, soft = (None if logits is None else logits[: len(hard)] for logits in (before, soft))
     if (held := streamed_weights(model)) is not None:
         held.release()  # the artifact needs the memory
-    run = {"original": before, "trained soft model": soft, "hard PyTorch": hard}
+    run = {"original": before, "trained soft model": soft, HARD: hard, compared: cached or hard}
     perplexities = {name: _perplexity(logits, windows) for name, logits in run.items() if logits is not None}
     rungs = [source_rung(checkpoint, evaluation.original, missing)]
     source = evaluation.original
@@ -170,6 +179,11 @@ def verify_artifact(
     rungs.append(
         palettization_rung(limit_of(checkpoint, evaluation), missing, _distance(before, hard), perplexities)
     )
+    if cached is not None:
+        limited = limit_of(checkpoint, evaluation).ratio is not None
+        loss = divergence(zip(hard, cached, strict=True))
+        rungs.append(kv_cache_rung(loss, perplexities, compared, limited=limited))
+        cached = None
     errors: dict[str, list[LayerError]] = {}
     continued: dict[str, list[int]] = {}
     if original is not None:
@@ -191,8 +205,10 @@ def verify_artifact(
     if (decoding := compare_decoding(checkpoint, artifact)) is not None:
         rungs.append(decoding)
 
-    run_one = partial(_execute, hard=hard, windows=windows, budget=budget)
-    beside = {one.id: Beside(partial(run_one, one)) for one in artifact.executions if one.apart}
+    run_one = partial(_execute, hard=hard, windows=windows, budget=budget, model=model, kv_cache=kv_cache)
+    # Of int8 keys and values hard PyTorch reads each execution's own, one after another.
+    apart = [one for one in artifact.executions if one.apart and kv_cache == FLOAT]
+    beside = {one.id: Beside(partial(run_one, one)) for one in apart}
     for execution in artifact.executions:
         if execution.execute is not None and not budget.is_over:
             begin(f"running: {execution.words}")
@@ -205,7 +221,7 @@ def verify_artifact(
 
     if not budget.is_over:
         begin("decoding token by token")
-    rungs.append(_decode(artifact, windows, budget))
+    rungs.append(_decode(artifact, windows, budget, model))
     if not budget.is_over:
         begin("continuing prompts")
     texts, more = _continue(artifact, model, tokenizer, prompts, evaluation.continuation, budget)
@@ -278,29 +294,35 @@ def _executed(artifact: Artifact) -> int:
 
 
 def _execute(
-    execution: Execution, hard: list[Tensor], windows: Tensor, budget: Budget
+    execution: Execution, hard: list[Tensor], windows: Tensor, budget: Budget, model: Any, kv_cache: KVCache
 ) -> tuple[Rung, Perplexity | None]:
-    """The rung, and the perplexity of what was run."""
+    """The rung, and the perplexity of what was run; `model` is hard PyTorch, and `hard` are its logits."""
+    reader = Reader(model)
+    rung = partial(execution_rung, execution, reference=HARD if kv_cache == FLOAT else READING)
     if execution.execute is None or budget.is_over:
-        return execution_rung(execution, None, budget.spent), None
+        return rung(None, budget.spent), None
     if execution.positions is not None:
         windows = windows[:1, : execution.positions]
         hard = [hard[0][: execution.positions]]
     try:
-        logits = run_windows(execution.execute, windows, budget.share())
+        execute = execution.execute
+        if execution.held is not None:
+            execute, hard = reader.beside(execution.held), reader.expected
+            rung = partial(rung, misfit=reader.misfit)
+        logits = run_windows(execute, windows, budget.share())
     except AT_FAULT as error:
-        return execution_rung(execution, str(error)), None
+        return rung(str(error)), None
     hard, windows = hard[: len(logits)], windows[: len(logits)]
     if any(one.shape != reference.shape for one, reference in zip(logits, hard, strict=True)):
         found = f"logits have shape {list(logits[0].shape)}, those of hard PyTorch {list(hard[0].shape)}"
-        return execution_rung(execution, f"{found}: it is another model."), None
+        return rung(f"{found}: it is another model."), None
     distance = divergence(zip(hard, logits, strict=True))
     few = execution.positions is not None  # of which a perplexity says nothing
-    return execution_rung(execution, distance), None if few else _perplexity(logits, windows)
+    return rung(distance), None if few else _perplexity(logits, windows)
 
 
-def _decode(artifact: Artifact, windows: Tensor, budget: Budget) -> Rung:
-    first = artifact.executions[0]
+def _decode(artifact: Artifact, windows: Tensor, budget: Budget, model: Any) -> Rung:
+    first, limit = artifact.executions[0], decode_limit(artifact.executions[0].threshold)
     try:
         session = artifact.session()
         if session is None:
@@ -308,38 +330,51 @@ def _decode(artifact: Artifact, windows: Tensor, budget: Budget) -> Rung:
             return decode_rung(None, why, executor=first.words)
         if budget.is_over:
             return decode_rung(None, budget.spent, executor=first.words)
+        if kv_cache_of(artifact) == INT8:
+            held: Any = session
+            found = hard_against_decode(held, Reader(model), windows[0], budget.share())
+            return decode_rung(found, "", limit, first.words, READING)
         found = prefill_against_decode(session, windows[0], budget.share())
-        return decode_rung(found, "", decode_limit(first.threshold), first.words)
+        return decode_rung(found, "", limit, first.words)
     except AT_FAULT as error:
         return decode_rung(str(error), "", executor=first.words)
 
 
 def _continue(
-    artifact: Artifact, model: Any, tokenizer: Any, prompts: dict[str, Tensor], count: int, budget: Budget
+    artifact: Artifact,
+    model: Any,
+    tokenizer: Any,
+    prompts: dict[str, Tensor],
+    count: int,
+    budget: Budget,
 ) -> tuple[Sequence[Continuation], list[Rung]]:
     """In the arithmetic of the first execution, and rounded where the artifact can be run so.
 
     Returns:
         What hard PyTorch wrote, and the rungs.
     """
-    written = HardTexts(model, prompts)
+    written = HardTexts(model, prompts, kv_cache_of(artifact))
+    reader, reference = (Reader(model), READING) if kv_cache_of(artifact) == INT8 else (None, HARD)
 
     def run(*, rounded: bool) -> tuple[Sequence[Continuation], Rung]:
-        executor = _executor(artifact, rounded=rounded)
+        judged = partial(
+            continuation_rung,
+            rounded=rounded,
+            executor=_executor(artifact, rounded=rounded),
+            reference=reference,
+        )
         try:
             session = artifact.rounded_session() if rounded else artifact.session()
             missing = _no_session(artifact) if session is None else ""
             if missing or budget.is_over:
-                return (), continuation_rung(
-                    None, missing or budget.spent, rounded=rounded, executor=executor
-                )
+                return (), judged(None, missing or budget.spent)
             ties = tie_limit(artifact, rounded=rounded)
             found = compare_continuations(
-                artifact, session, written, tokenizer, prompts, count, budget.share(), ties
+                artifact, session, written, tokenizer, prompts, count, budget.share(), ties, reader
             )
-            return found, continuation_rung(found, "", rounded=rounded, executor=executor)
+            return found, judged(found, "")
         except AT_FAULT as error:
-            return (), continuation_rung(str(error), "", rounded=rounded, executor=executor)
+            return (), judged(str(error), "")
 
     texts, rung = run(rounded=False)
     rungs = [rung]
@@ -348,7 +383,7 @@ def _continue(
             rungs.append(run(rounded=True)[1])
     except AT_FAULT as error:
         words = _executor(artifact, rounded=True)
-        rungs.append(continuation_rung(str(error), "", rounded=True, executor=words))
+        rungs.append(continuation_rung(str(error), "", rounded=True, executor=words, reference=reference))
     return texts, rungs
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from edkm_export.artifact.execution import AT_FAULT, Execution
-from edkm_export.artifact.protocol import Artifact, Traceable
+from edkm_export.artifact.protocol import Artifact, Traceable, kv_cache_of
 from edkm_export.artifact.thresholds import EXECUTION, LOCAL_TOLERANCE
 from edkm_export.verify.report import Fault, Rung, Verdict
 from edkm_export.verify.sites import Site, record_sites
@@ -74,7 +74,7 @@ def localize(
         PackageError: the artifact cannot be run.
     """
     text = tokens[:_POSITIONS]
-    search = _Search(record_sites(model, text, cached))
+    search = _Search(record_sites(model, text, cached, kv_cache_of(artifact)))
     artifact.trace(execution, text, search.observe, cached)
     if not search.comparable and cached < len(text) - 1:
         # An interface that takes one token at a time never holds a value of all positions.

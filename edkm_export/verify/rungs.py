@@ -12,24 +12,35 @@ from edkm_export.artifact.thresholds import (
     CONTINUATION_WHY,
     DECODE_KL,
     DECODE_WHY,
+    KV_CACHE_RATIO,
+    KV_CACHE_WHY,
     RATIO_WHY,
     SIZE_TOLERANCE,
     SOFT_WHY,
     QualityLimit,
+    held_tolerance,
 )
+from edkm_export.kv_cache import LARGEST_CODE
+from edkm_export.reference.int8_cache import Misfit
 from edkm_export.verify.report import Rung, Verdict
 
 if TYPE_CHECKING:
     from edkm_export.verify.continuation import Continuation
 
 __all__ = [
+    "HARD",
+    "READING",
     "continuation_rung",
     "decode_rung",
     "execution_rung",
+    "kv_cache_rung",
     "palettization_rung",
     "size_rung",
     "soft_rungs",
 ]
+
+HARD, READING = "hard PyTorch", "hard PyTorch that reads the artifact's int8 keys and values"
+"""What an execution is compared with, by how the artifact holds keys and values."""
 
 
 def soft_rungs(
@@ -123,6 +134,40 @@ def palettization_rung(
     )
 
 
+def kv_cache_rung(
+    found: Divergence, perplexities: dict[str, Perplexity], candidate: str, *, limited: bool
+) -> Rung:
+    """What keys and values of int8 cost hard PyTorch.
+
+    Args:
+        found: distance from hard PyTorch with float ones.
+        perplexities: of both.
+        candidate: hard PyTorch with such a cache, in words.
+        limited: the quality has a limit.
+    """
+    before, after = perplexities[HARD], perplexities[candidate]
+    ratio = after.value / before.value
+    within = Verdict.WITHIN if ratio <= KV_CACHE_RATIO else Verdict.BEYOND
+    return Rung(
+        id="kv-cache",
+        reference=HARD,
+        candidate=candidate,
+        threshold=f"perplexity at most {KV_CACHE_RATIO:g} times that with a float cache"
+        if limited
+        else "none",
+        why=KV_CACHE_WHY,
+        verdict=within if limited else Verdict.REPORTED,
+        detail=f"perplexity {before.value:.4g} -> {after.value:.4g} (x{ratio:.4f}), top-1 agreement "
+        f"{found.top1_agreement:.1%}, KL mean {found.kl_mean:.2g}, median {found.kl_median:.2g}, 99.9% "
+        f"{found.kl_p999:.2g} over {found.tokens:,} tokens",
+        measures={
+            "perplexity_ratio": ratio,
+            "perplexity_limit": KV_CACHE_RATIO if limited else None,
+            **found.model_dump(),
+        },
+    )
+
+
 def size_rung(actual: int | None, predicted: int | None) -> Rung:
     """Bytes of the weights on disk against the prediction; None: not known."""
     names: dict[str, Any] = {
@@ -144,20 +189,33 @@ def size_rung(actual: int | None, predicted: int | None) -> Rung:
     )
 
 
-def execution_rung(execution: Execution, found: Divergence | str | None, missing: str = "") -> Rung:
+def execution_rung(
+    execution: Execution,
+    found: Divergence | str | None,
+    missing: str = "",
+    reference: str = HARD,
+    misfit: Misfit | None = None,
+) -> Rung:
     """The executed artifact against hard PyTorch.
 
     Args:
         execution: how it was executed.
         found: the fault in words when it could not be; None: it was not tried, for the reason `missing`.
         missing: why not.
+        reference: hard PyTorch, and whose keys and values it reads.
+        misfit: how far those of the artifact are from hard PyTorch's; None: they are floats.
     """
-    threshold = execution.threshold
+    threshold, tolerance = execution.threshold, held_tolerance(execution.threshold)
+    demand = str(threshold)
+    if execution.held is not None:
+        demand += (
+            f"; codes at most {0.5 + LARGEST_CODE * tolerance:.3g} steps off, scales at most {tolerance:g}"
+        )
     names: dict[str, Any] = {
         "id": execution.id,
-        "reference": "hard PyTorch",
+        "reference": reference,
         "candidate": execution.words,
-        "threshold": str(threshold),
+        "threshold": demand,
         "why": threshold.why,
     }
     if found is None or execution.execute is None:
@@ -165,13 +223,18 @@ def execution_rung(execution: Execution, found: Divergence | str | None, missing
     if isinstance(found, str):
         return Rung(**names, verdict=Verdict.FAIL, detail=found)
     ok = found.settled_agreement >= threshold.top1 and found.kl_median <= threshold.median_kl
+    codes, measures = "", {}
+    if misfit is not None:
+        ok &= misfit.scale <= tolerance and misfit.steps <= 0.5 + LARGEST_CODE * tolerance
+        codes = f"; {misfit.codes:,} codes, at most {misfit.steps:.3g} steps off, scales at most {misfit.scale:.2g}"
+        measures = {"code_error_steps": misfit.steps, "scale_error": misfit.scale, "codes": misfit.codes}
     ties = f" ({found.near_ties} near tie{'s' if found.near_ties > 1 else ''})" if found.near_ties else ""
     return Rung(
         **names,
         verdict=Verdict.PASS if ok else Verdict.FAIL,
         detail=f"top-1 agreement {found.top1_agreement:.2%}{ties}, KL median {found.kl_median:.2g}, "
-        f"mean {found.kl_mean:.2g}, 99.9% {found.kl_p999:.2g} over {found.tokens:,} tokens",
-        measures={**found.model_dump(), "allowed_median_kl": threshold.median_kl},
+        f"mean {found.kl_mean:.2g}, 99.9% {found.kl_p999:.2g} over {found.tokens:,} tokens{codes}",
+        measures={**found.model_dump(), "allowed_median_kl": threshold.median_kl, **measures},
     )
 
 
@@ -180,11 +243,15 @@ def decode_rung(
     missing: str,
     largest: float = DECODE_KL,
     executor: str = "executed artifact",
+    reference: str = "",
 ) -> Rung:
-    """Decoding against prefill; `found` is the fault in words, or None for the reason `missing`."""
+    """Decoding against prefill; `found` is the fault in words, or None for the reason `missing`.
+
+    `reference`: of an artifact that holds int8, what reads its keys and values of the whole text.
+    """
     names: dict[str, Any] = {
         "id": "prefill-decode",
-        "reference": f"{executor}, the whole text at once",
+        "reference": f"{reference or executor}, the whole text at once",
         "candidate": f"{executor}, token by token",
         "threshold": f"largest KL at most {largest:g}",
         "why": DECODE_WHY,
@@ -207,14 +274,16 @@ def continuation_rung(
     *,
     rounded: bool = False,
     executor: str = "executed artifact",
+    reference: str = HARD,
 ) -> Rung:
-    """Greedy continuations against those of hard PyTorch; `found` as in `decode_rung`.
+    """Greedy continuations against those of hard PyTorch; `found` as in `decode_rung`, `reference` as in
+    `execution_rung`.
 
     `rounded`: the artifact ran rounded to float16 after each op.
     """
     names: dict[str, Any] = {
         "id": "continuation-rounded" if rounded else "continuation",
-        "reference": "hard PyTorch",
+        "reference": reference,
         "candidate": f"greedy continuation: {executor}",
         "threshold": CONTINUATION,
         "why": CONTINUATION_WHY,

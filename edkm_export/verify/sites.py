@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edkm_export.kv_cache import FLOAT, KVCache
 from edkm_export.reference.caching import new_cache, run_cached
 
 __all__ = ["Site", "record_sites"]
@@ -38,15 +39,16 @@ class Site:
 
 
 @torch.no_grad()
-def record_sites(model: Any, tokens: Tensor, cached: int = 0) -> list[Site]:
+def record_sites(model: Any, tokens: Tensor, cached: int = 0, kv_cache: KVCache = FLOAT) -> list[Site]:
     """Run a model of transformers and record its values, in the order in which they are computed.
 
     Args:
         model: with eager attention.
         tokens: int64 [positions].
         cached: so many of them are fed first and not recorded.
+        kv_cache: how it holds keys and values.
     """
-    cache = new_cache(model)
+    cache = new_cache(model, kv_cache)
     if cached:
         run_cached(model, tokens[None, :cached], cache)
     recorder = _Recorder(model)

@@ -16,7 +16,9 @@ from edkm_export.artifact.generation import generate
 from edkm_export.artifact.metrics import snr_db
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import EdkmExportError, InputError
+from edkm_export.kv_cache import FLOAT, INT8, KVCache
 from edkm_export.palette import PalettizedTensor
+from edkm_export.reference.caching import new_cache, run_cached
 from edkm_export.reference.conv1d import as_linear, conv1d_weights, is_conv1d
 from edkm_export.reference.soft_model import load_soft_model
 from edkm_export.reference.source import load_model
@@ -61,17 +63,25 @@ class Measured:
     further: Any = None
 
 
-def transformers_model(model: Any) -> Execute:
-    """Run a model of transformers; one whose weights are read while it runs takes several texts together."""
-    return _Whole(model) if streamed_weights(model) is None else _Streamed(model)
+def transformers_model(model: Any, kv_cache: KVCache = FLOAT) -> Execute:
+    """Run a model of transformers; one whose weights are read while it runs takes several texts together.
+
+    Args:
+        model: transformers.PreTrainedModel.
+        kv_cache: how attention reads keys and values, the newest too.
+    """
+    return (_Whole if streamed_weights(model) is None else _Streamed)(model, kv_cache)
 
 
 @dataclass(frozen=True)
 class _Whole:
     model: Any
+    kv_cache: KVCache = FLOAT
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
+        if self.kv_cache == INT8:
+            return run_cached(self.model, tokens[None], new_cache(self.model, self.kv_cache))[0].float()
         logits: Tensor = self.model(input_ids=tokens[None], use_cache=False).logits[0]
         return logits.float()
 

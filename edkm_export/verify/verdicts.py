@@ -33,12 +33,12 @@ def faithful_export(rungs: Sequence[Rung]) -> Verdict:
 
 
 def quality(rungs: Sequence[Rung]) -> Verdict:
-    """How far did palettization move the model from the original?
+    """How far did palettization move the model from the original? The verdict of that rung.
 
-    The verdict of that rung; BEYOND also where it loses more of a task than it may.
+    BEYOND, too, when keys and values of int8 cost more than they may, or when it loses more of a task than it may.
     """
-    found = {rung.id: rung.verdict for rung in rungs}
-    if found.get("tasks") is Verdict.BEYOND:
+    found = {rung.id: rung.verdict for rung in rungs if rung.id in ("palettization", "kv-cache", "tasks")}
+    if Verdict.BEYOND in found.values():
         return Verdict.BEYOND
     return found.get("palettization", Verdict.NOT_RUN)
 
@@ -75,14 +75,31 @@ def quality_words(report: Report) -> str:
         return _nearness_words(report, nearness)
     ratio, limit, source = report.perplexity_ratio, report.perplexity_limit, report.perplexity_limit_source
     if ratio is None:
-        return "The original was not compared with, so it is not known how far palettization moved the model."
+        missing = (
+            "The original was not compared with, so it is not known how far palettization moved the model."
+        )
+        return missing + _cache_words(report)
     found = f"Perplexity is {ratio:.3g} times the original's"
     by = f" ({source})" if source else ""
+    more = _cache_words(report) + _task_words(report)
     if limit is None:
-        return f"{found}; no limit is set for it{by}.{_task_words(report)}"
-    verdict = next((rung.verdict for rung in report.rungs if rung.id == "palettization"), report.quality)
-    place = {Verdict.WITHIN: "within", Verdict.BEYOND: "beyond"}.get(verdict, "against")
-    return f"{found}, {place} the limit of {limit:g}{by}.{_task_words(report)}"
+        return f"{found}; no limit is set for it{by}.{more}"
+    rung = next((rung.verdict for rung in report.rungs if rung.id == "palettization"), report.quality)
+    place = {Verdict.WITHIN: "within", Verdict.BEYOND: "beyond"}.get(rung, "against")
+    return f"{found}, {place} the limit of {limit:g}{by}.{more}"
+
+
+def _cache_words(report: Report) -> str:
+    """What keys and values of int8 cost beside it; nothing where they are floats."""
+    rung = next((rung for rung in report.rungs if rung.id == "kv-cache"), None)
+    if rung is None:
+        return ""
+    place = {
+        Verdict.WITHIN: ", within its limit of {:g}",
+        Verdict.BEYOND: ", beyond its limit of {:g}: use --kv-cache float",
+    }.get(rung.verdict, "")
+    limit = rung.measures.get("perplexity_limit") or 0.0
+    return f" Keys and values of int8 multiply it by {rung.measures['perplexity_ratio']:.4g}{place.format(limit)}."
 
 
 def _task_words(report: Report) -> str:

@@ -14,6 +14,7 @@ from edkm_export.errors import InputError
 from edkm_export.palettization import palettizable_shapes
 from edkm_export.recipe import PRESETS, Recipe, Rule, uniform_recipe
 from edkm_export.training.bit_budget import BitBudget, BitTarget
+from edkm_export.training.first_centroids import Seeding
 from edkm_export.training.optimizer import freeze
 from edkm_export.training.palettized.clusters import ClusterMethod
 from edkm_export.training.palettized.surgery import clusters_of, insert_clusters
@@ -195,11 +196,28 @@ def test_weights_of_which_nothing_is_known_keep_their_bits() -> None:
     del importance["lm_head"]
     shapes = palettizable_shapes(model)
     budget = BitBudget.of(model, shapes, uniform_recipe(2), BitTarget(5.2, whole=True), source="m")
-    plan = budget.spend(model, importance)
+    seeding = Seeding(lambda name: model.get_submodule(name).weight)
+    plan = budget.spend(importance, seeding)
     assert plan.rules["lm_head"].bits == 8 and plan.bits_per_weight <= 5.2
     budget = BitBudget.of(model, shapes, uniform_recipe(2), BitTarget(3.6, whole=True), source="m")
     with pytest.raises(InputError, match="bits are not enough"):
-        budget.spend(model, importance)
+        budget.spend(importance, seeding)
+
+
+def test_what_was_measured_moves_whole() -> None:
+    """Between processes, by way of the CPU: products, and the further use of a tied embedding, are still there."""
+    model = build("plain").requires_grad_(False)
+    for name, found in fisher_factors(model, windows(), vocabulary=True).items():
+        moved = found.cpu()
+        assert (
+            (moved.products is None)
+            == (found.products is None)
+            == (name != "model.embed_tokens" and name != "lm_head")
+        )
+        shape = model.get_submodule(name).weight.shape
+        assert torch.equal(moved.of_weights(*shape), found.of_weights(*shape))
+        if found.products is not None:
+            assert torch.equal(moved.row_cost(), found.row_cost())
 
 
 def test_train_says_what_it_does_with_the_embedding(edkm: Any, work: Path, small_folder: Path) -> None:

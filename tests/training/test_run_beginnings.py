@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from edkm_export.checkpoint import load
 from edkm_export.cli.train import command
 from edkm_export.training import run, run_checkpoints
+from edkm_export.training.preparation import Preparation
 from edkm_export.training.train_config import PRESETS
 from edkm_export.training.trainer import PaletteTrainer
 from tests.helpers.odd_models import build, build_tokenizer, save
@@ -102,7 +103,7 @@ def test_a_target_that_was_set_is_met_with_fewer_bits(train, tiny_llama):
     ],
 )
 def test_what_was_set_and_cannot_be_met(train, tiny_llama, work, monkeypatch, options, message):
-    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("the model must not be loaded"))
+    monkeypatch.setattr(run, "open_weights", lambda *_: pytest.fail("the model must not be loaded"))
     result = train(tiny_llama, *options)
     assert result.status == 2 and message in result.message
     assert snapshot(work) == {}
@@ -142,7 +143,7 @@ def test_texts_that_will_not_do(train, tiny_llama, tmp_path, monkeypatch, conten
     (tmp_path / "text").write_bytes(content)
     Path("short").write_text("word")
     Path("few").write_text("It was the first of the month, and all was well.")
-    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("the model must not be loaded"))
+    monkeypatch.setattr(run, "open_weights", lambda *_: pytest.fail("the model must not be loaded"))
     result = train(tiny_llama, *options, data=tmp_path / "text")
     assert result.status == 2 and message in result.message
     assert not Path("run").exists()
@@ -157,8 +158,8 @@ def failing(point: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -
             signal.raise_signal(signal.SIGINT)
         raise error
 
-    where = {"loading": run, "preparing": run, "stepping": PaletteTrainer}[point]
-    name = {"loading": "load_model", "preparing": "prepare", "stepping": "compute_loss"}[point]
+    where = {"loading": run, "preparing": Preparation, "stepping": PaletteTrainer}[point]
+    name = {"loading": "open_weights", "preparing": "choose", "stepping": "compute_loss"}[point]
     monkeypatch.setattr(where, name, fail)
 
 
@@ -191,8 +192,8 @@ def killed_while(train: Callable[..., Any], model: Path, point: str, *options: o
     if not child:
         gc.freeze()  # a session of onnxruntime that another test left would wait for its threads, which are not here
         with pytest.MonkeyPatch.context() as patch:
-            where = {"preparing": run, "stepping": PaletteTrainer}[point]
-            name = {"preparing": "prepare", "stepping": "compute_loss"}[point]
+            where = {"preparing": Preparation, "stepping": PaletteTrainer}[point]
+            name = {"preparing": "choose", "stepping": "compute_loss"}[point]
             patch.setattr(where, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
             train(model, *options)
         os._exit(0)
@@ -216,12 +217,12 @@ def test_a_run_that_is_killed_before_its_first_step(train, tiny_llama, work, poi
 def test_one_of_two_runs_in_a_folder_proceeds(train, tiny_llama, monkeypatch):
     """The other one says why it does not, whenever it starts and whatever it is to do."""
     assert train(tiny_llama).status == 0
-    refused, real = [], {"prepare": run.prepare, "compute_loss": PaletteTrainer.compute_loss}
+    refused, real = [], {"choose": Preparation.choose, "compute_loss": PaletteTrainer.compute_loss}
 
     def meanwhile(name: str) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **options: Any) -> Any:
             with monkeypatch.context() as patch:
-                patch.setattr(run, "prepare", lambda *_, **__: pytest.fail("two runs"))
+                patch.setattr(Preparation, "choose", lambda *_, **__: pytest.fail("two runs"))
                 refused.extend(attempt(tiny_llama, *how) for how in ([], ["--resume"], ["--overwrite"]))
             return real[name](*arguments, **options)
 
@@ -233,7 +234,7 @@ def test_one_of_two_runs_in_a_folder_proceeds(train, tiny_llama, monkeypatch):
         )
         return str(outcome.exception)
 
-    monkeypatch.setattr(run, "prepare", meanwhile("prepare"))
+    monkeypatch.setattr(Preparation, "choose", meanwhile("choose"))
     monkeypatch.setattr(PaletteTrainer, "compute_loss", meanwhile("compute_loss"))
     assert train(tiny_llama, "--overwrite").status == 0
     assert len(refused) == 3 * 3

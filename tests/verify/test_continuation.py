@@ -102,7 +102,7 @@ def test_difference_at_a_near_tie_passes_and_is_shown(model, tokenizer, prompts,
     from edkm_export.verify import continuation
 
     (ids,) = prompts.values()
-    monkeypatch.setattr(continuation, "TorchSession", lambda hard: Altered(hard, len(ids) + 1, level))
+    monkeypatch.setattr(continuation, "TorchSession", lambda hard, **more: Altered(hard, len(ids) + 1, level))
     altered = Altered(model, len(ids) + 1, raise_second(1e-3))
     (found,) = compare_continuations(artifact(), altered, model, tokenizer, prompts, 10)
     assert found.equal == 2 and found.difference.near_tie

@@ -22,6 +22,7 @@ from edkm_export.verify.rungs import (
     continuation_rung,
     decode_rung,
     execution_rung,
+    kv_cache_rung,
     palettization_rung,
     size_rung,
     soft_rungs,
@@ -63,7 +64,9 @@ def measured() -> tuple[Divergence, dict[str, Perplexity]]:
         tokens=1, kl_mean=0, kl_median=0, kl_p999=0, kl_max=0, top1_agreement=1, near_ties=0
     )
     one = Perplexity(value=1, standard_error=0, tokens=1)
-    return distance, dict.fromkeys(("original", "trained soft model", "hard PyTorch"), one)
+    return distance, dict.fromkeys(
+        ("original", "trained soft model", "hard PyTorch", "hard PyTorch, int8 keys and values"), one
+    )
 
 
 def foreign_decoding() -> Rung:
@@ -83,6 +86,7 @@ def rungs() -> dict[str, Rung]:
         source_runtime_rung(None, rounded=False),
         *soft_rungs("", "", distance, distance, perplexities),
         palettization_rung(t.quality_limit(4), "", distance, perplexities),
+        kv_cache_rung(distance, perplexities, "hard PyTorch, int8 keys and values", limited=True),
         compare_bytes(Checkpoint(config={}, palettized={}, dense={}), DAMAGED)[0],
         size_rung(1, 1),
         context_rung(1, 1),
@@ -117,6 +121,7 @@ EXPECTED: dict[str, list[float]] = {
     "soft": [],
     "hardening": [],
     "palettization": [],
+    "kv-cache": [t.KV_CACHE_RATIO],
     "bytes": [],
     "size": [t.SIZE_TOLERANCE],
     "context": [],
@@ -208,3 +213,13 @@ def test_near_ties_of_the_text():
 def test_an_execution_that_is_not_run_shows_its_threshold():
     rung = execution_rung(DAMAGED.executions[0], "")
     assert numbers(rung.threshold) == pytest.approx(EXPECTED["execution-float32"])
+
+
+def test_tolerances_of_what_is_held():
+    """Of int8 keys and values, by arithmetic."""
+    found = re.search(
+        r"within (\S+) in float32 \((\S+) in float16, (\S+) where activations", " ".join(PAGE.split())
+    )
+    assert found is not None
+    kinds = (t.EXECUTION["float32"], t.EXECUTION["rounded"], t.INT8_ACTIVATIONS)
+    assert numbers(" ".join(found.groups())) == pytest.approx([t.held_tolerance(kind) for kind in kinds])

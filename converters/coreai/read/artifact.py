@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,10 +13,11 @@ from converters.coreai.read.asset import Asset, load_asset
 from converters.coreai.read.running import RunningModel
 from converters.coreai.read.runtime import RUNTIME_NAME
 from converters.coreai.read.session import new_session
-from edkm_export.artifact.execution import Execute, Execution
+from edkm_export.artifact.execution import Execute, ExecuteHeld, Execution
 from edkm_export.artifact.protocol import Artifact, DamagedArtifact, Session
 from edkm_export.artifact.thresholds import FLOAT16_TWIN, float16_chains
 from edkm_export.errors import PackageError
+from edkm_export.kv_cache import INT8, HeldCache, KVCache
 from edkm_export.palette import PalettizedTensor
 
 __all__ = ["KIND", "CoreAIArtifact", "open_artifact"]
@@ -44,6 +46,8 @@ class CoreAIArtifact:
         self.description = asset.description
         self.context = min(_WINDOW, self.description.context)
         self.claimed_context = self.description.context
+        self.kv_cache: KVCache = self.description.kv_cache
+        self._sessions: dict[bool, Session] = {}
         missing = missing_backend()
         self.executions = (
             Execution(
@@ -52,6 +56,7 @@ class CoreAIArtifact:
                 FLOAT16_TWIN,
                 None if missing else self._execute(exact=False),
                 missing,
+                held=self._holding(exact=False),
             ),
             Execution(
                 "execution-coreai",
@@ -61,6 +66,7 @@ class CoreAIArtifact:
                 missing,
                 positions=_FEW,
                 apart=True,
+                held=self._holding(exact=True),
             ),
         )
 
@@ -135,15 +141,29 @@ class CoreAIArtifact:
         return (shape[1] for shape in shapes)
 
     def _execute(self, *, exact: bool) -> Execute:
-        session: list[Session] = []  # made when it is first run, and kept
-
         def execute(tokens: Tensor) -> Tensor:
-            if not session:
-                session.append(new_session(self._model, exact=exact))
-            session[0].reset()
-            return session[0].feed(tokens.long())
+            session = self._session(exact=exact)
+            session.reset()
+            return session.feed(tokens.long())
 
         return execute
+
+    def _holding(self, *, exact: bool) -> ExecuteHeld | None:
+        if self.kv_cache != INT8:
+            return None
+        run = self._execute(exact=exact)
+
+        def execute(tokens: Tensor) -> tuple[Tensor, HeldCache]:
+            session: Any = self._session(exact=exact)
+            return run(tokens), session.held()
+
+        return execute
+
+    def _session(self, *, exact: bool) -> Session:
+        """Made when it is first run, and kept."""
+        if exact not in self._sessions:
+            self._sessions[exact] = new_session(self._model, exact=exact)
+        return self._sessions[exact]
 
 
 def open_artifact(path: str | Path) -> Artifact:

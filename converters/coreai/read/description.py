@@ -14,6 +14,7 @@ import pydantic
 
 from converters.coreai.format import DESCRIPTION_KEY, FORMAT, Interface
 from edkm_export.errors import PackageError
+from edkm_export.kv_cache import FLOAT, KVCache
 
 __all__ = ["DenseEntry", "Description", "PaletteEntry", "read_description"]
 
@@ -62,6 +63,7 @@ class Description(_Part):
         palettized: weights with a palette, by name.
         dense: all others, by name.
         tied: {alias: parameter that is stored}.
+        kv_cache: how keys and values are held; files that do not say it hold floats.
     """
 
     format: int
@@ -72,6 +74,7 @@ class Description(_Part):
     palettized: dict[str, PaletteEntry]
     dense: dict[str, DenseEntry]
     tied: dict[str, str]
+    kv_cache: KVCache = FLOAT
 
 
 def read_description(metadata: Mapping[str, Any]) -> Description:

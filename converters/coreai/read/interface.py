@@ -17,6 +17,7 @@ from converters.coreai.format import (
     IN_STEP,
     INPUT_IDS,
     KEY_CACHE,
+    KEY_SCALES,
     LOAD_EMBEDDINGS,
     LOGITS,
     MAIN,
@@ -30,6 +31,7 @@ from converters.coreai.format import (
     TOKEN_IDS,
     TRANSFORMER_INPUT,
     VALUE_CACHE,
+    VALUE_SCALES,
     context_ladder,
     gather_name,
     step_name,
@@ -38,6 +40,7 @@ from converters.coreai.read.description import Description
 from converters.coreai.read.element_types import TensorType
 from converters.coreai.read.program import Function, Program
 from edkm_export.errors import PackageError
+from edkm_export.kv_cache import INT8
 
 __all__ = ["check_interface"]
 
@@ -65,10 +68,12 @@ def _check_dynamic(program: Program, description: Description) -> None:
     logits = TensorType("float16", (1, None, description.vocab_size))
     _same(function, "outputs", function.outputs, {LOGITS: logits})
     others = [name for name in (COLUMN_STATES, RECURRENT_STATES) if name in function.states]
-    if list(function.states) != [KEY_CACHE, VALUE_CACHE, *others]:
+    coded = description.kv_cache == INT8
+    growing = [KEY_CACHE, VALUE_CACHE, *([KEY_SCALES, VALUE_SCALES] if coded else [])]
+    if list(function.states) != [*growing, *others]:
         raise PackageError(
-            f"function {MAIN} has states {_words(function.states)}; expected {KEY_CACHE} and {VALUE_CACHE}, in this "
-            f"order, and behind them at most {COLUMN_STATES} and {RECURRENT_STATES}."
+            f"function {MAIN} has states {_words(function.states)}; expected {' and '.join(growing)}, in this order, "
+            f"and behind them at most {COLUMN_STATES} and {RECURRENT_STATES}."
         )
     for name in others:
         _check_fixed(function, name)
@@ -79,10 +84,16 @@ def _check_dynamic(program: Program, description: Description) -> None:
     row = 1
     for size in fixed:
         row *= size
-    if keys != values or keys.element != "float16" or not free or not 0 < row <= _MOST_STATE_ROW:
+    element = "int8" if coded else "float16"
+    if keys != values or keys.element != element or not free or not 0 < row <= _MOST_STATE_ROW:
         raise PackageError(
-            f"function {MAIN} has states {_words(function.states)}; expected both as float16 [layers, 1, kv_heads, ?, "
-            "head_dim]."
+            f"function {MAIN} has states {_words(function.states)}; expected both as {element} [layers, 1, kv_heads, "
+            "?, head_dim]."
+        )
+    scales = TensorType("float16", (*shape[:4], 1))
+    if any(function.states[name] != scales for name in growing[2:]):
+        raise PackageError(
+            f"function {MAIN} has states {_words(function.states)}; expected scales as {scales}."
         )
 
 

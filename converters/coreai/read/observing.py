@@ -84,6 +84,10 @@ class ObservedRuntime:
         """See `AppleRuntime.set_state`."""
         self._runtime.set_state(name, array)
 
+    def state(self, name: str) -> NDArray[Any]:
+        """See `AppleRuntime.state`."""
+        return self._runtime.state(name)
+
     def grow_state(self, name: str, axis: int, length: int) -> None:
         """See `AppleRuntime.grow_state`."""
         self._runtime.grow_state(name, axis, length)

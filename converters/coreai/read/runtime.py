@@ -75,6 +75,10 @@ class AppleRuntime:
         """
         self._ask({"do": "state", "name": name}, {"contents": array})
 
+    def state(self, name: str) -> NDArray[Any]:
+        """The contents of a state."""
+        return self._ask({"do": "contents", "name": name})[1]["contents"]
+
     def grow_state(self, name: str, axis: int, length: int) -> None:
         """Make a state longer; what it holds stays, what is new is zero."""
         self._ask({"do": "grow", "name": name, "axis": axis, "length": length})

@@ -52,6 +52,8 @@ class Worker:
         elif what == "state":
             self._states[message["name"]] = self._core.NDArray(arrays["contents"].copy())
             self.send({})
+        elif what == "contents":
+            self.send({}, {"contents": np.array(self._states[message["name"]].numpy())})
         elif what == "grow":
             self._grow(message["name"], message["axis"], message["length"])
             self.send({})

@@ -8,13 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from converters.coreai.format import INPUT_IDS, KEY_CACHE, LOGITS, MAIN, POSITION_IDS, VALUE_CACHE
+from converters.coreai.format import (
+    COLUMN_STATES,
+    INPUT_IDS,
+    KEY_CACHE,
+    KEY_SCALES,
+    LOGITS,
+    MAIN,
+    POSITION_IDS,
+    RECURRENT_STATES,
+    VALUE_CACHE,
+    VALUE_SCALES,
+)
 from converters.coreai.read.asset import load_asset
 from converters.coreai.read.observing import ObservedRuntime
 from converters.coreai.read.running import RunningModel
 from converters.coreai.read.runtime import zeros
 from converters.coreai.read.static_session import StaticSession
 from edkm_export.context_window import require_room
+from edkm_export.kv_cache import HeldCache, HeldLayer
 from edkm_export.taking_turns import taking_turns
 from edkm_export.token_ids import Ids
 
@@ -89,8 +101,15 @@ class CoreAISession:
         while self._length < total:
             self._length *= 2
         self._length = min(self._length, self.context)
-        for name in (KEY_CACHE, VALUE_CACHE):
+        for name in self._states.keys() - {COLUMN_STATES, RECURRENT_STATES}:
             self._runtime.grow_state(name, 3, self._length)
+
+    @taking_turns
+    def held(self) -> HeldCache:
+        """Keys and values of the text so far, of a model that holds them as int8."""
+        names = (KEY_CACHE, KEY_SCALES, VALUE_CACHE, VALUE_SCALES)
+        parts = [torch.from_numpy(self._runtime.state(name)[:, 0, :, : self._used]) for name in names]
+        return [HeldLayer(*layer) for layer in zip(*parts, strict=True)]
 
 
 def new_session(

@@ -20,6 +20,7 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import empty_decoder
 from edkm_export.decoder.decoder import Decoder
 from edkm_export.errors import ConversionError
+from edkm_export.kv_cache import FLOAT
 
 __all__ = ["describe", "named_decoder", "write_asset"]
 
@@ -59,7 +60,7 @@ def write_asset(checkpoint: Checkpoint, plan: CoreAIPlan, path: Path) -> None:
     if plan.interface == "neural-engine":
         functions = static_functions(decoder, checkpoint.config, plan.context, torch.float16)
     else:
-        functions = [dynamic_function(decoder, checkpoint.config, plan.context, torch.float16)]
+        functions = [dynamic_function(decoder, checkpoint.config, plan.context, torch.float16, plan.kv_cache)]
     program = convert(functions, checkpoint.palettized, pad_3bit=plan.pad_3bit, source=source)
     metadata = load_authoring().Metadata()
     metadata.set_custom(DESCRIPTION_KEY, describe(checkpoint, plan))
@@ -101,4 +102,5 @@ def describe(checkpoint: Checkpoint, plan: CoreAIPlan) -> dict[str, Any]:
             for name, tensor in checkpoint.dense.items()
         },
         "tied": dict(checkpoint.tied),
+        **({} if plan.kv_cache == FLOAT else {"kv_cache": plan.kv_cache}),
     }

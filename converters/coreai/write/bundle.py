@@ -81,6 +81,8 @@ def bundle_metadata(checkpoint: Checkpoint, plan: CoreAIPlan, name: str) -> dict
         },
         "generator": f"{GENERATOR} {__version__}",
         "interface": plan.interface,
+        "kv_cache": plan.kv_cache,
+        "cache_bytes_per_token": plan.cache_bytes_per_token,
         "predicted_weights_size_bytes": plan.weights_size_bytes,
         "recipe": checkpoint.recipe,
     }

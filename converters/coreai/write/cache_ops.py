@@ -14,8 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from converters.coreai.backend import load_authoring
-from converters.coreai.format import COLUMN_STATES, KEY_CACHE, RECURRENT_STATES, VALUE_CACHE
+from converters.coreai.format import (
+    COLUMN_STATES,
+    KEY_CACHE,
+    KEY_SCALES,
+    RECURRENT_STATES,
+    VALUE_CACHE,
+    VALUE_SCALES,
+)
 from edkm_export.decoder.config import DecoderConfig
+from edkm_export.decoder.int8_states import from_int8, to_int8
 from edkm_export.decoder.states import Columns, KeysValues, Recurrence, layers_with
 
 __all__ = ["ColumnCache", "FunctionalCache", "register_cache"]
@@ -57,13 +65,17 @@ def _(state: Tensor, new: Tensor, place: int) -> Tensor:
     return torch.empty_like(state)
 
 
+_SCALES = {KEY_CACHE: KEY_SCALES, VALUE_CACHE: VALUE_SCALES}
+
+
 class FunctionalCache:
     """The cache of one forward pass, for tracing; see `decoder.states.Cache`.
 
     Args:
         config: of the decoder.
-        states: by name: keys and values [layers that attend, 1, kv_heads, length, head_dim]; columns
-            [layers, 1, width, channels] and recurrences float32 [layers, 1, heads, key_dim, value_dim] where there are.
+        states: by name: keys and values [layers that attend, 1, kv_heads, length, head_dim], as int8 with scales
+            [layers that attend, 1, kv_heads, length, 1]; columns [layers, 1, width, channels] and recurrences float32
+            [layers, 1, heads, key_dim, value_dim] where there are.
         begin: position of the first new token; a number or a traced integer.
         end: position after the last new token.
         visible: positions to return, from 0.
@@ -82,7 +94,13 @@ class FunctionalCache:
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [1, kv_heads, new, head_dim] -> those of all visible positions."""
         place = self._places[KeysValues].index(layer)
-        return self._grown(KEY_CACHE, place, keys), self._grown(VALUE_CACHE, place, values)
+        return self._held(KEY_CACHE, place, keys), self._held(VALUE_CACHE, place, values)
+
+    def _held(self, name: str, place: int, new: Tensor) -> Tensor:
+        if _SCALES[name] not in self.states:
+            return self._grown(name, place, new)
+        codes, scales = to_int8(new)
+        return from_int8(self._grown(name, place, codes), self._grown(_SCALES[name], place, scales))
 
     def _grown(self, name: str, place: int, new: Tensor) -> Tensor:
         state, (_, heads, _, size) = self.states[name], new.shape

@@ -5,6 +5,9 @@ From `swift/Sources/CoreAILanguageModels` and `python/src/coreai_models/export/m
 `keyCache` and `valueCache` that grow; first output `logits` in float16. Layers without attention have states that do
 not, `convStates` and `recurrentStates`, as in `python/src/coreai_models/models/macos/qwen3_5.py` there, commit a3cfebc;
 only layers of the kind have a place in a state. Ours of recurrences are float32.
+
+Keys and values of int8, with `keyScales` and `valueScales`, leave that contract: `zeroFillNDArray` of its
+`Handlers/StateHandler+NDArray.swift`, commit 34ab73d, ends the program at a state that is not a float.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ from converters.coreai.format import (
     COLUMN_STATES,
     INPUT_IDS,
     KEY_CACHE,
+    KEY_SCALES,
     LOGITS,
     MAIN,
     POSITION_IDS,
     RECURRENT_STATES,
     VALUE_CACHE,
+    VALUE_SCALES,
 )
 from converters.coreai.write.cache_ops import FunctionalCache
 from converters.coreai.write.delta_loop import loop_rules
@@ -32,10 +37,12 @@ from edkm_export.decoder.context import Context, causal_mask, sliding_mask
 from edkm_export.decoder.decoder import Decoder
 from edkm_export.decoder.positions import PositionTables
 from edkm_export.decoder.states import Columns, KeysValues, layer_states, layers_with
+from edkm_export.kv_cache import FLOAT, INT8, KVCache
 
 __all__ = ["DynamicDecoder", "dynamic_function"]
 
-_STATES = (KEY_CACHE, VALUE_CACHE, COLUMN_STATES, RECURRENT_STATES)
+_GROWING = {FLOAT: (KEY_CACHE, VALUE_CACHE), INT8: (KEY_CACHE, VALUE_CACHE, KEY_SCALES, VALUE_SCALES)}
+_FIXED = (COLUMN_STATES, RECURRENT_STATES)
 _SHORTEST_CACHE = 64  # traced lower bound of a state; the engine begins with 256
 
 
@@ -78,6 +85,14 @@ class DynamicDecoder(nn.Module):
         Returns:
             [1, new, vocab_size].
         """
+        given = zip((*_GROWING[FLOAT], *_FIXED), (keys, values, columns, matrices), strict=True)
+        states = {name: state for name, state in given if state is not None}
+        return self._run(input_ids, position_ids, states, keys.dtype)
+
+    def _run(
+        self, input_ids: Tensor, position_ids: Tensor, states: dict[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Logits, with states by name; `dtype` of activations."""
         new, total = input_ids.shape[-1], position_ids.shape[-1]
         begin = total - new
         positions = position_ids.narrow(-1, begin, new)
@@ -86,10 +101,8 @@ class DynamicDecoder(nn.Module):
         masks = {FULL: causal}
         if config.sliding_window is not None and SLIDING in config.layer_kinds:
             masks[SLIDING] = sliding_mask(causal, positions, position_ids, config.sliding_window)
-        masks = {kind: mask.to(keys.dtype) for kind, mask in masks.items() if kind in config.layer_kinds}
+        masks = {kind: mask.to(dtype) for kind, mask in masks.items() if kind in config.layer_kinds}
         context = Context(positions, self.tables(positions), masks)
-        given = zip(_STATES, (keys, values, columns, matrices), strict=True)
-        states = {name: state for name, state in given if state is not None}
         cache = FunctionalCache(config, states, begin, total, visible=total)
         logits = self.decoder(input_ids, context, cache)
         for name, state in states.items():
@@ -97,8 +110,33 @@ class DynamicDecoder(nn.Module):
         return logits  # type: ignore[no-any-return]
 
 
+class Int8DynamicDecoder(DynamicDecoder):
+    """The same, with keys and values as int8; see `kv_cache`."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        key_scales: Tensor,
+        value_scales: Tensor,
+        columns: Tensor | None = None,
+        matrices: Tensor | None = None,
+    ) -> Tensor:
+        """As `DynamicDecoder.forward`; `keys` and `values` are codes, their scales [layers, 1, kv_heads, length, 1]."""
+        parts = (keys, values, key_scales, value_scales, columns, matrices)
+        given = zip((*_GROWING[INT8], *_FIXED), parts, strict=True)
+        states = {name: state for name, state in given if state is not None}
+        return self._run(input_ids, position_ids, states, key_scales.dtype)
+
+
 def dynamic_function(
-    decoder: Decoder, hf_config: dict[str, Any], context: int, dtype: torch.dtype
+    decoder: Decoder,
+    hf_config: dict[str, Any],
+    context: int,
+    dtype: torch.dtype,
+    kv_cache: KVCache = FLOAT,
 ) -> TracedFunction:
     """The function `main`, to be traced.
 
@@ -107,15 +145,17 @@ def dynamic_function(
         hf_config: Hugging Face configuration.
         context: most positions.
         dtype: of activations and states.
+        kv_cache: how keys and values are held.
     """
     loop_rules(decoder)
-    states = _states(decoder.config, min(context, 2 * _SHORTEST_CACHE), dtype)
+    states = _states(decoder.config, min(context, 2 * _SHORTEST_CACHE), dtype, kv_cache)
     new, total = min(16, context - 2), min(24, context - 1)
     dim = torch.export.Dim
-    shortest = min(_SHORTEST_CACHE, context - 1)
+    shortest, growing = min(_SHORTEST_CACHE, context - 1), _GROWING[kv_cache]
+    module = Int8DynamicDecoder if kv_cache == INT8 else DynamicDecoder
     return TracedFunction(
         name=MAIN,
-        module=DynamicDecoder(decoder, hf_config, context).to(dtype).eval(),
+        module=module(decoder, hf_config, context).to(dtype).eval(),
         examples=(
             torch.zeros(1, new, dtype=torch.int32),
             torch.arange(total, dtype=torch.int32)[None],
@@ -124,9 +164,8 @@ def dynamic_function(
         dynamic_shapes=(
             {1: dim("new", min=1, max=context)},
             {1: dim("total", min=1, max=context)},
-            {3: dim("keys", min=shortest, max=context)},
-            {3: dim("values", min=shortest, max=context)},
-            *[None] * (len(states) - 2),
+            *({3: dim(name, min=shortest, max=context)} for name in growing),
+            *[None] * (len(states) - len(growing)),
         ),
         inputs=(INPUT_IDS, POSITION_IDS),
         states=tuple(states),
@@ -134,7 +173,7 @@ def dynamic_function(
     )
 
 
-def _states(config: DecoderConfig, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _states(config: DecoderConfig, length: int, dtype: torch.dtype, kv_cache: KVCache) -> dict[str, Tensor]:
     """Zeros by name, for tracing."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(config.num_layers):
@@ -145,12 +184,17 @@ def _states(config: DecoderConfig, length: int, dtype: torch.dtype) -> dict[str,
                 # heads of several sizes share a state, which is as large as the largest
                 shape = tuple(map(max, shapes.get(KEY_CACHE, shape), shape))
                 shapes |= {KEY_CACHE: shape, VALUE_CACHE: shape}
+                if kv_cache == INT8:
+                    shapes |= {KEY_SCALES: (*shape[:-1], 1), VALUE_SCALES: (*shape[:-1], 1)}
             elif isinstance(state, Columns):
                 shapes[COLUMN_STATES] = (count, 1, state.width, state.channels)
             else:
                 shapes[RECURRENT_STATES] = (count, 1, state.heads, state.key_dim, state.value_dim)
+    dtypes = {RECURRENT_STATES: torch.float32}
+    if kv_cache == INT8:
+        dtypes |= {KEY_CACHE: torch.int8, VALUE_CACHE: torch.int8}
     return {
-        name: torch.zeros(shapes[name], dtype=torch.float32 if name == RECURRENT_STATES else dtype)
-        for name in _STATES
+        name: torch.zeros(shapes[name], dtype=dtypes.get(name, dtype))
+        for name in (*_GROWING[kv_cache], *_FIXED)
         if name in shapes
     }

@@ -25,8 +25,9 @@ from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.build import empty_decoder
 from edkm_export.decoder.config import DecoderConfig
 from edkm_export.decoder.positions import PositionTables
-from edkm_export.decoder.states import Columns, KeysValues, layers_with
+from edkm_export.decoder.states import Columns, KeysValues, cache_bytes_per_token, layers_with
 from edkm_export.errors import ConversionError
+from edkm_export.kv_cache import FLOAT, INT8, KVCache, check_kv_cache
 from edkm_export.packing import packed_size_bytes
 from edkm_export.palette import PalettizedTensor
 
@@ -43,6 +44,7 @@ class CoreAIPlan:
         interface: "dynamic" or "neural-engine".
         context: positions that the tables hold.
         pad_3bit: 3-bit indices are held in 4 bits.
+        kv_cache: how keys and values are held.
         config: of the decoder.
         weights_size_bytes: of all constants: palettes, other weights, position tables.
     """
@@ -50,8 +52,14 @@ class CoreAIPlan:
     interface: Interface
     context: int
     pad_3bit: bool
+    kv_cache: KVCache
     config: DecoderConfig
     weights_size_bytes: int
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What keys and values of a token take in the states."""
+        return cache_bytes_per_token(self.config, self.kv_cache, 2, even=True)
 
     @property
     def function_names(self) -> tuple[str, ...]:
@@ -73,6 +81,7 @@ def plan_coreai(
     interface: str = "dynamic",
     context: int | None = None,
     pad_3bit: bool = False,
+    kv_cache: str = FLOAT,
 ) -> CoreAIPlan:
     """Check that a checkpoint can be exported.
 
@@ -81,6 +90,7 @@ def plan_coreai(
         interface: "dynamic" or "neural-engine".
         context: positions that the tables hold; None: all of the model, and for "neural-engine" 1,024.
         pad_3bit: hold 3-bit indices in 4 bits.
+        kv_cache: "float" or, with "dynamic", "int8": how keys and values are held.
 
     Raises:
         ConversionError: unsupported family or option.
@@ -95,6 +105,13 @@ def plan_coreai(
         )
     if interface not in INTERFACES:
         raise ConversionError(f"--interface {interface!r} is unknown; use one of {', '.join(INTERFACES)}.")
+    held = check_kv_cache(kv_cache)
+    if held == INT8 and interface == "neural-engine":
+        raise ConversionError(
+            f"{source}: --kv-cache int8 cannot be had with --interface neural-engine: Apple's StaticShapeEngine "
+            "prescribes float16 key_cache and value_cache, and has no states for scales. Use --interface dynamic, or a "
+            "shorter --context-length for less memory."
+        )
     load_converter()
     config = empty_decoder(checkpoint).config
     _check_states(config, interface, source)
@@ -116,6 +133,7 @@ def plan_coreai(
         interface="neural-engine" if interface == "neural-engine" else "dynamic",
         context=length,
         pad_3bit=pad_3bit,
+        kv_cache=held,
         config=config,
         weights_size_bytes=size,
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from converters.coreai.write.export_plan import CoreAIPlan
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.device_lint import Finding, worst_first
+from edkm_export.kv_cache import INT8
 
 __all__ = ["lint"]
 
@@ -53,6 +54,16 @@ def _findings(checkpoint: Checkpoint, plan: CoreAIPlan) -> Iterator[Finding]:
             "they were not seen on a device.",
             "coreai-torch 0.4.3",
             "if a device refuses them, export with --pad-3bit (indices take a third more)",
+        )
+    if plan.kv_cache == INT8:
+        yield Finding(
+            "int8-states",
+            "error",
+            "states keyCache, valueCache: int8",
+            "the engines of apple/coreai-models end the program at a state that is not a float; the model is for "
+            "programs that call Core AI themselves, with the four states of docs/coreai.md.",
+            "apple/coreai-models 34ab73d, StateHandler+NDArray.swift",
+            "export with --kv-cache float for Apple's engines",
         )
     if plan.interface == "dynamic":
         yield Finding(

@@ -28,6 +28,7 @@ from edkm_export.decoder.states import KeysValues, layers_with
 from edkm_export.decoder.whole_sequence import WholeSequence
 from edkm_export.embedding_settings import EmbeddingSettings
 from edkm_export.errors import ConversionError
+from edkm_export.kv_cache import FLOAT, INT8, check_kv_cache
 
 __all__ = [
     "DEFAULT_PREFILL",
@@ -44,6 +45,19 @@ LARGEST_CHUNK_BYTES = 1_000_000_000
 
 _DEFAULT_CONTEXT = {"swift-transformers": 2048, "neural-engine": 2048, "logits": 512, "embedding": 512}
 _CONTEXT_MULTIPLE = 32  # of a state's size on the Neural Engine
+
+
+_FLOAT_STATES = (
+    "Core ML holds states as float16 and as nothing else (coremltools 9.0 refuses other types for iOS 18), and codes "
+    "in a float16 state would save nothing. Use --sequence-length for a smaller cache, or edkm-export onnx or coreai "
+    "with --kv-cache int8."
+)
+_NO_CACHE = "--interface {} keeps no keys and values; leave it out."
+_WHY_FLOAT = {
+    "swift-transformers": f"swift-transformers prescribes float16 keyCache and valueCache, and {_FLOAT_STATES}",
+    "neural-engine": _FLOAT_STATES,
+    **{interface: _NO_CACHE.format(interface) for interface in ("logits", "embedding")},
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,7 @@ def plan_export(
     sequence_length: int | None = None,
     prefill: int = DEFAULT_PREFILL,
     chunks: int | Literal["auto"] = "auto",
+    kv_cache: str = FLOAT,
 ) -> ExportPlan:
     """Check that a checkpoint can be exported, and predict the sizes.
 
@@ -103,6 +118,7 @@ def plan_export(
         prefill: tokens of one prefill call, for neural-engine.
         chunks: packages to cut the layers into, for neural-engine; "auto": as few as stay below
             `LARGEST_CHUNK_BYTES` each.
+        kv_cache: "float"; "int8" is refused, since states of Core ML are float16.
 
     Raises:
         ConversionError: unsupported family, target or option, or a length beyond the model's.
@@ -110,6 +126,8 @@ def plan_export(
     """
     source, target = str(checkpoint.path or "checkpoint"), parse_target(target)
     chosen = _interface(chosen_interface(checkpoint, interface, INTERFACES, INTERFACES[0]), target, source)
+    if check_kv_cache(kv_cache) == INT8:
+        raise ConversionError(f"{source}: --kv-cache int8: {_WHY_FLOAT[chosen]}")
     if chosen != "neural-engine" and chunks not in ("auto", 1):
         raise ConversionError(f"{source}: --chunks {chunks} is for --interface neural-engine.")
     check_target(checkpoint.palettized, target, source)

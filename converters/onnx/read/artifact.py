@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,15 +16,16 @@ from converters.onnx.format import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_I
 from converters.onnx.read.embedding_artifact import OnnxEmbeddingArtifact
 from converters.onnx.read.executors import Executor, ReferenceRuntime
 from converters.onnx.read.graph_files import KIND, GraphFiles
-from converters.onnx.read.interface import batch_feeds, check_interface, past_of
+from converters.onnx.read.interface import batch_feeds, check_interface, held_cache, past_of
 from converters.onnx.read.lut_graph import LutGraph, load_graph
 from converters.onnx.read.observe import trace_graph
 from converters.onnx.read.session import OnnxSession
 from edkm_export.artifact.encodings import EmbeddingArtifact
-from edkm_export.artifact.execution import Execution
+from edkm_export.artifact.execution import ExecuteHeld, Execution
 from edkm_export.artifact.protocol import Artifact, DamagedArtifact
 from edkm_export.artifact.thresholds import EXECUTION, INT8_ACTIVATIONS, ExecutionThreshold
 from edkm_export.errors import PackageError
+from edkm_export.kv_cache import INT8, HeldCache, KVCache
 from edkm_export.quantities import short_size
 
 __all__ = ["KIND", "OnnxArtifact", "open_artifact"]
@@ -32,6 +33,8 @@ __all__ = ["KIND", "OnnxArtifact", "open_artifact"]
 _WINDOW = 512  # positions of one execution; logits of more would only take memory
 _REFERENCE_WEIGHTS = 20_000_000  # the reference decodes every weight again for each text, on one core
 _PADDING = 5  # positions
+
+_Run: TypeAlias = "tuple[Tensor, dict[str, NDArray[Any]]]"  # logits [positions, vocab_size], and what is kept
 
 
 class OnnxArtifact(GraphFiles):
@@ -46,7 +49,8 @@ class OnnxArtifact(GraphFiles):
 
     def __init__(self, graph: LutGraph) -> None:
         super().__init__(graph)
-        check_interface(graph.graph)
+        check_interface(graph.graph, graph.description.kv_cache)
+        self.kv_cache: KVCache = graph.description.kv_cache
         self.context = min(_WINDOW, max(graph.description.context - _PADDING, 2))
         self.claimed_context = graph.description.context
         self.executions = tuple(self._executions())
@@ -87,13 +91,13 @@ class OnnxArtifact(GraphFiles):
 
     def _executions(self) -> list[Execution]:
         exact = EXECUTION["float32" if self.graph.outputs[LOGITS].dtype == np.float32 else "rounded"]
-        optimized = Execution(
+        optimized = self._execution(
             "execution-onnxruntime",
             "onnxruntime, all optimizations",
             INT8_ACTIVATIONS if self._rounds else exact,
             self._optimized,
         )
-        plain = Execution(
+        plain = self._execution(
             "execution-onnxruntime-plain",
             "onnxruntime, no optimization",
             exact.because(
@@ -103,7 +107,7 @@ class OnnxArtifact(GraphFiles):
             ),
             self._plain,
         )
-        padded = Execution(
+        padded = self._execution(
             "execution-onnxruntime-padded",
             "onnxruntime, in a batch, padded on the left, half of the text in the cache",
             optimized.threshold.because(
@@ -115,19 +119,38 @@ class OnnxArtifact(GraphFiles):
         order = [plain, optimized, padded] if self._rounds else [optimized, padded, plain]
         return [*order, self._reference(exact)]
 
-    def _optimized(self, tokens: Tensor) -> Tensor:
+    def _execution(
+        self, name: str, words: str, threshold: ExecutionThreshold, run: Callable[[Tensor], _Run]
+    ) -> Execution:
+        """An execution of a text."""
+        return Execution(
+            name,
+            words,
+            threshold,
+            lambda tokens: run(tokens)[0],
+            held=self._holding(run) if self.kv_cache == INT8 else None,
+        )
+
+    def _holding(self, run: Callable[[Tensor], _Run]) -> ExecuteHeld:
+        def execute(tokens: Tensor) -> tuple[Tensor, HeldCache]:
+            logits, past = run(tokens)
+            return logits, held_cache(past, len(tokens))
+
+        return execute
+
+    def _optimized(self, tokens: Tensor) -> _Run:
         return self._run(self.graph.runtime("all"), tokens)
 
-    def _plain(self, tokens: Tensor) -> Tensor:
+    def _plain(self, tokens: Tensor) -> _Run:
         return self._run(self.graph.runtime("disabled"), tokens)
 
-    def _run(self, executor: Executor, tokens: Tensor) -> Tensor:
-        """Logits of one text without a past."""
-        logits = executor.run(batch_feeds(self.graph.graph, [tokens], len(tokens)))[LOGITS]
-        return torch.from_numpy(logits[0]).float()
+    def _run(self, executor: Executor, tokens: Tensor) -> _Run:
+        """One text without a past."""
+        results = executor.run(batch_feeds(self.graph.graph, [tokens], len(tokens)))
+        return torch.from_numpy(results[LOGITS][0]).float(), past_of(results)
 
-    def _padded(self, tokens: Tensor) -> Tensor:
-        """Logits of a text beside a longer one, in two calls."""
+    def _padded(self, tokens: Tensor) -> _Run:
+        """A text beside a longer one, in two calls."""
         graph, runtime = self.graph.graph, self.graph.runtime("all")
         other = torch.cat([tokens.flip(0), tokens[:_PADDING]])[: self.graph.description.context]
         length, half = len(other), len(other) // 2
@@ -135,7 +158,7 @@ class OnnxArtifact(GraphFiles):
         first = runtime.run(_columns(feeds, 0, half))
         second = runtime.run({**_columns(feeds, half, length), **past_of(first)})
         logits = np.concatenate([first[LOGITS][0], second[LOGITS][0]])
-        return torch.from_numpy(logits[length - len(tokens) :]).float()
+        return torch.from_numpy(logits[length - len(tokens) :]).float(), past_of(second)
 
     def _reference(self, exact: ExecutionThreshold) -> Execution:
         """The graph in onnx's own reference implementation, when it is small."""
@@ -145,9 +168,9 @@ class OnnxArtifact(GraphFiles):
         if weights > _REFERENCE_WEIGHTS:
             missing = f"takes too long for {weights:,} weights; it is run up to {_REFERENCE_WEIGHTS:,}"
             return Execution(name, words, threshold, None, missing)
-        return Execution(name, words, threshold, self._referenced)
+        return self._execution(name, words, threshold, self._referenced)
 
-    def _referenced(self, tokens: Tensor) -> Tensor:
+    def _referenced(self, tokens: Tensor) -> _Run:
         return self._run(ReferenceRuntime(self.graph.graph), tokens)
 
 

@@ -19,6 +19,7 @@ from converters.onnx.format import FORMAT, INTERFACES, METADATA_PREFIX, PROFILES
 from converters.onnx.read.tensors import MAX_DIMENSION
 from edkm_export.embedding_settings import EmbeddingSettings
 from edkm_export.errors import PackageError
+from edkm_export.kv_cache import FLOAT, INT8, KV_CACHES, KVCache
 from edkm_export.packing import SUPPORTED_BITS
 
 __all__ = ["Description", "read_description"]
@@ -37,6 +38,7 @@ class Description:
         interface: "decoder" or "embedding"; older files have no such key and are decoders.
         embedding: what an embedding model says of its pooling and prompts; None: nothing, or it is none.
         pads_left: an embedding model whose embeddings do not change with padding on the left.
+        kv_cache: how keys and values are held; files that do not say it hold floats.
     """
 
     profile: str
@@ -47,6 +49,7 @@ class Description:
     interface: str = INTERFACES[0]
     embedding: EmbeddingSettings | None = None
     pads_left: bool = False
+    kv_cache: KVCache = FLOAT
 
 
 def read_description(metadata: Mapping[str, str], path: Path) -> Description:
@@ -88,8 +91,14 @@ def read_description(metadata: Mapping[str, str], path: Path) -> Description:
         raise PackageError(
             f"{path}: {METADATA_PREFIX}interface is {interface!r}, expected one of {', '.join(INTERFACES)}."
         )
+    kv_cache = metadata.get(f"{METADATA_PREFIX}kv_cache", FLOAT)
+    if kv_cache not in KV_CACHES:
+        raise PackageError(
+            f"{path}: {METADATA_PREFIX}kv_cache is {kv_cache!r:.60}, expected one of {', '.join(KV_CACHES)}."
+        )
     return Description(
         interface=interface,
+        kv_cache=INT8 if kv_cache == INT8 else FLOAT,
         embedding=_embedding(metadata, path) if interface == "embedding" else None,
         pads_left=metadata.get(f"{METADATA_PREFIX}padding") == "either",
         profile=profile,

@@ -12,9 +12,10 @@ from torch import Tensor
 from converters.onnx.backend import load_onnxruntime
 from converters.onnx.format import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
 from converters.onnx.read.executors import OnnxRuntime, Optimization
-from converters.onnx.read.interface import check_interface, empty_cache, past_of
+from converters.onnx.read.interface import check_interface, empty_cache, held_cache, past_of
 from converters.onnx.read.lut_graph import LutGraph, load_graph
 from edkm_export.context_window import require_room
+from edkm_export.kv_cache import HeldCache
 from edkm_export.taking_turns import taking_turns
 from edkm_export.token_ids import Ids
 
@@ -40,7 +41,7 @@ class OnnxSession:
     has_cache = True
 
     def __init__(self, graph: LutGraph, runtime: OnnxRuntime | None = None) -> None:
-        self._vocab_size = check_interface(graph.graph)
+        self._vocab_size = check_interface(graph.graph, graph.description.kv_cache)
         self.context = graph.description.context
         self._graph = graph.graph
         self._runtime = runtime or graph.runtime()
@@ -59,7 +60,7 @@ class OnnxSession:
             threads: of one operation; None: as many as there are cores.
         """
         graph = load_graph(path)
-        check_interface(graph.graph)  # before onnxruntime spends time on it
+        check_interface(graph.graph, graph.description.kv_cache)  # before onnxruntime spends time on it
         return cls(graph, graph.new_runtime(optimization, threads))
 
     def __repr__(self) -> str:
@@ -96,3 +97,8 @@ class OnnxSession:
         self._cache = past_of(results)
         self._used = total
         return logits
+
+    @taking_turns
+    def held(self) -> HeldCache:
+        """Keys and values of the text so far, of a graph that holds them as int8."""
+        return held_cache({name: value.numpy() for name, value in self._cache.items()}, self._used)

@@ -95,6 +95,8 @@ def _metadata(checkpoint: Checkpoint, plan: OnnxPlan) -> dict[str, Any]:
         "dtype": plan.dtype,
         "opset": plan.opset,
         "context_length": plan.context,
+        "kv_cache": plan.kv_cache,
+        "cache_bytes_per_token": plan.cache_bytes_per_token,
         "predicted_weights_size_bytes": plan.weights_size_bytes,
         "bits_per_weight": checkpoint.bits_per_weight,
         "recipe": checkpoint.recipe,

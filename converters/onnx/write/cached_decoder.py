@@ -19,13 +19,14 @@ from edkm_export.decoder.context import MASKED, Context, causal_mask, sliding_ma
 from edkm_export.decoder.decoder import Decoder
 from edkm_export.decoder.positions import PositionTables
 from edkm_export.decoder.states import Columns, KeysValues, layers_with
+from edkm_export.kv_cache import FLOAT, KVCache
 
 __all__ = ["build_graph"]
 
 
 def build_graph(
     decoder: Decoder, hf_config: dict[str, Any], context: int, weights: WeightForms, graph: GraphBuilder,
-    dtype: torch.dtype,
+    dtype: torch.dtype, kv_cache: KVCache = FLOAT,
 ) -> None:  # fmt: skip
     """Trace a decoder.
 
@@ -36,6 +37,7 @@ def build_graph(
         weights: the forms of parameters, which write to `graph`.
         graph: receives the nodes; its inputs and outputs have the names that docs/onnx.md lists.
         dtype: of activations, float32 or float16.
+        kv_cache: how keys and values are held.
 
     Raises:
         ConversionError: constant tables cannot hold the positions, or the decoder has an unknown function.
@@ -44,7 +46,8 @@ def build_graph(
     parameters = {id(parameter): name for name, parameter in decoder.named_parameters()}
     tracer = Tracer(graph, weights, parameters, dtype)
     tables = PositionTables(config, hf_config, context)
-    attends = graph.opset >= ATTENTION_OPSET and dtype == torch.float32
+    # The operator appends keys and values as they are to those that it reads.
+    attends = graph.opset >= ATTENTION_OPSET and dtype == torch.float32 and kv_cache == FLOAT
     for module in decoder.modules():  # they are ours alone
         replace_norm(module, tracer)
         replace_rule(module, tracer)
@@ -53,7 +56,7 @@ def build_graph(
             replace_attention(module, tracer, rotation)
     input_ids = Value(tracer, INPUT_IDS, (BATCH, NEW), torch.int64)
     position_ids = Value(tracer, POSITION_IDS, (BATCH, NEW), torch.int64)
-    cache = GrowingCache(tracer, config)
+    cache = GrowingCache(tracer, config, kv_cache)
     attending = layers_with(config, KeysValues)
     masks = _masks(tracer, decoder, cache.past(KEY, attending[0])) if attending else {}
     real = _real(tracer, input_ids) if layers_with(config, Columns) else None

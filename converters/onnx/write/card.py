@@ -7,6 +7,7 @@ from converters.onnx.write.genai import genai_runs
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.embedding_card import MARKED_PROMPTS, prompts_section
 from edkm_export.embedding_settings import EmbeddingSettings
+from edkm_export.kv_cache import FLOAT
 from edkm_export.model_card import FormatCard, code
 
 __all__ = ["onnx_card"]
@@ -30,11 +31,16 @@ def onnx_card(checkpoint: Checkpoint, plan: OnnxPlan) -> FormatCard:
         return _embedding_card(checkpoint, checkpoint.embedding, plan)
     return FormatCard(
         library="onnx",
-        tags=["onnx", "onnxruntime", *["onnxruntime-genai"] * genai_runs(plan), "transformers.js"],
+        tags=[
+            "onnx",
+            "onnxruntime",
+            *["onnxruntime-genai"] * genai_runs(plan),
+            *["transformers.js"] * (plan.kv_cache == FLOAT),
+        ],
         summary=f"An ONNX decoder with cache (opset {plan.opset})",
         facts={
             "runtime profile": f"`{plan.runtime}`. {_PROFILES[plan.runtime]}",
-            "activations and cache": plan.dtype,
+            "activations and cache": _cache_words(plan),
             "positions": f"{plan.context:,}",
             "weights": f"{plan.weights_size_bytes / 1e6:,.1f} MB (float16: {checkpoint.numel * 2 / 1e6:,.1f} MB)",
         },
@@ -72,7 +78,21 @@ def _embedding_use(settings: EmbeddingSettings, plan: OnnxPlan) -> str:
     )
 
 
+def _cache_words(plan: OnnxPlan) -> str:
+    if plan.kv_cache == FLOAT:
+        return plan.dtype
+    return f"{plan.dtype}; keys and values int8, a {plan.dtype} scale for each head and token"
+
+
 def _use(plan: OnnxPlan) -> str:
+    if plan.kv_cache != FLOAT:
+        return (
+            "The graph is `onnx/model.onnx`, its weights `onnx/model.onnx_data`: keep both. Inputs are `input_ids`, "
+            "`attention_mask`, `position_ids`, and for each layer `past_key_values.N.key` and `.value`, int8, with "
+            f"`past_key_values.N.key_scale` and `.value_scale`, {plan.dtype}; they begin with a length of 0, and each "
+            "call gives what the next one takes as `present.N.key` and so on, beside `logits`. onnxruntime runs it; "
+            "onnxruntime-genai, optimum and transformers.js, which expect a float cache, do not."
+        )
     genai = ("In this folder, with onnxruntime-genai:", code("python", _GENAI.strip().splitlines()))
     return "\n\n".join(
         (

@@ -18,7 +18,7 @@ from converters.onnx.format import (
     LOGITS,
     METADATA_PREFIX,
     POSITION_IDS,
-    RECURRENCE,
+    StateName,
     past_name,
     present_name,
 )
@@ -26,7 +26,7 @@ from converters.onnx.write.builder import CONTRIB, GraphBuilder, Weight
 from converters.onnx.write.cached_decoder import build_graph
 from converters.onnx.write.embedding_graph import build_embedding_graph, embedding_interface
 from converters.onnx.write.fused_attention import ATTENTION_OPSET
-from converters.onnx.write.growing_cache import BATCH, NEW, TOTAL, graph_states
+from converters.onnx.write.growing_cache import BATCH, NEW, TOTAL, graph_states, state_dtype
 from converters.onnx.write.profiles import FORMS_OF_PROFILE, StandardFastForms
 from edkm_export._version import __version__
 from edkm_export.checkpoint import Checkpoint
@@ -34,7 +34,9 @@ from edkm_export.decoder.build import empty_decoder
 from edkm_export.decoder.config import DecoderConfig
 from edkm_export.decoder.embedding.embedding_model import EmbeddingModel, empty_embedding_model
 from edkm_export.decoder.embedding.export_interface import chosen_interface
+from edkm_export.decoder.states import KeysValues, cache_bytes_per_token, layers_with
 from edkm_export.errors import ConversionError
+from edkm_export.kv_cache import FLOAT, INT8, KVCache, check_kv_cache
 
 __all__ = ["OnnxPlan", "plan_onnx"]
 
@@ -54,6 +56,7 @@ class OnnxPlan:
         dtype: of activations, cache and logits.
         opset: version of the standard operators.
         context: positions that the tables hold.
+        kv_cache: how keys and values are held.
         config: of the decoder.
         model: ModelProto; its weights name their place in the data file.
         weights: in the order of the data file, with their offsets.
@@ -65,6 +68,7 @@ class OnnxPlan:
     dtype: str
     opset: int
     context: int
+    kv_cache: KVCache
     config: DecoderConfig
     model: Any
     weights: tuple[tuple[int, Weight], ...]
@@ -74,6 +78,11 @@ class OnnxPlan:
     def size_bytes(self) -> int:
         """Size of both files."""
         return self.weights_size_bytes + int(self.model.ByteSize())
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What keys and values of a token take while the graph runs."""
+        return cache_bytes_per_token(self.config, self.kv_cache, _DTYPES[self.dtype].itemsize)
 
 
 def plan_onnx(
@@ -85,6 +94,7 @@ def plan_onnx(
     opset: int | None = None,
     context: int | None = None,
     standard_ops: bool = False,
+    kv_cache: str = FLOAT,
 ) -> OnnxPlan:
     """Check that a checkpoint can be exported, and make its graph.
 
@@ -98,6 +108,7 @@ def plan_onnx(
         context: positions that the tables hold; None: all of the model, of an embedding model as many as texts are
             cut to.
         standard_ops: the fast profile without onnxruntime's own operators.
+        kv_cache: "float" or "int8", how keys and values are held.
 
     Raises:
         ConversionError: unsupported family, profile or option, or palettes that the profile cannot hold.
@@ -111,7 +122,8 @@ def plan_onnx(
     traced = empty_embedding_model(checkpoint) if chosen == "embedding" else empty_decoder(checkpoint)
     config = traced.config
     attends = runtime != "exact" and not standard_ops and dtype == "float32" and config.attention_cap is None
-    attends = attends and chosen == "decoder"  # the operator of a cache
+    held = _kv_cache(kv_cache, chosen, config, source)
+    attends = attends and chosen == "decoder" and held == FLOAT  # the operator of such a cache
     if opset is None:
         opset = ATTENTION_OPSET if attends else oldest
     if not oldest <= opset <= _OPSETS[1]:
@@ -134,16 +146,16 @@ def plan_onnx(
             build_embedding_graph(traced, checkpoint.config, length, forms, graph, _DTYPES[dtype])
             inputs, outputs = embedding_interface(traced, dtype)
         else:
-            build_graph(traced, checkpoint.config, length, forms, graph, _DTYPES[dtype])
-            inputs, outputs = _decoder_interface(config, dtype)
+            build_graph(traced, checkpoint.config, length, forms, graph, _DTYPES[dtype], held)
+            inputs, outputs = _decoder_interface(config, dtype, held)
     placed, offset = [], 0
     for weight in graph.weights.values():
         offset = -(-offset // _ALIGNMENT) * _ALIGNMENT
         placed.append((offset, weight))
         offset += weight.size_bytes
-    metadata = _metadata(checkpoint, config, chosen, runtime, length)
+    metadata = _metadata(checkpoint, config, chosen, runtime, length, held)
     model = _model(graph, placed, inputs, outputs, metadata)
-    return OnnxPlan(chosen, runtime, dtype, opset, length, config, model, tuple(placed), offset)
+    return OnnxPlan(chosen, runtime, dtype, opset, length, held, config, model, tuple(placed), offset)
 
 
 def _check_options(runtime: str, dtype: str, standard_ops: bool) -> None:
@@ -157,8 +169,28 @@ def _check_options(runtime: str, dtype: str, standard_ops: bool) -> None:
         )
 
 
+def _kv_cache(asked: str, interface: str, config: DecoderConfig, source: str) -> KVCache:
+    """The option, where the graph has keys and values."""
+    held = check_kv_cache(asked)
+    if held == INT8 and (interface != "decoder" or not layers_with(config, KeysValues)):
+        what = (
+            "an embedding model, which keeps nothing of a text"
+            if interface != "decoder"
+            else "no layer that attends"
+        )
+        raise ConversionError(
+            f"{source}: --kv-cache int8 is for keys and values, and it has {what}; leave it out."
+        )
+    return held
+
+
 def _metadata(
-    checkpoint: Checkpoint, config: DecoderConfig, interface: str, runtime: str, context: int
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    interface: str,
+    runtime: str,
+    context: int,
+    kv_cache: KVCache,
 ) -> dict[str, str]:
     palettized = {
         name: {"shape": list(tensor.shape), "n_bits": tensor.n_bits}
@@ -174,6 +206,8 @@ def _metadata(
         "tied": dict(checkpoint.tied),
         "interface": interface,
     }
+    if kv_cache != FLOAT:
+        values["kv_cache"] = kv_cache
     if checkpoint.embedding is not None:
         values["embedding"] = checkpoint.embedding.model_dump(mode="json")
         # positions are counted from the first column, padding or not
@@ -184,17 +218,18 @@ def _metadata(
     }
 
 
-def _decoder_interface(config: DecoderConfig, dtype: str) -> tuple[list[Any], list[Any]]:
+def _decoder_interface(config: DecoderConfig, dtype: str, kv_cache: KVCache) -> tuple[list[Any], list[Any]]:
     """Inputs and outputs of a decoder with cache, as `ValueInfoProto`."""
     helper, types = load_onnx().helper, load_onnx().TensorProto
     real = types.FLOAT16 if dtype == "float16" else types.FLOAT
-    states = graph_states(config)
+    states = graph_states(config, kv_cache)
+    kinds = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16, torch.int8: types.INT8}
 
     def describe(name: str, kind: int, *shape: str | int) -> Any:
         return helper.make_tensor_value_info(name, kind, list(shape))
 
-    def kind(what: str) -> int:
-        return int(types.FLOAT if what == RECURRENCE else real)
+    def kind(what: StateName) -> int:
+        return int(kinds[state_dtype(what, kv_cache, _DTYPES[dtype])])
 
     inputs = [
         describe(INPUT_IDS, types.INT64, BATCH, NEW),

@@ -21,6 +21,7 @@ from converters.onnx.write.export_plan import OnnxPlan
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.decoder.states import Columns, KeysValues, layers_with
 from edkm_export.end_tokens import as_setting, read_object, stored_end_tokens
+from edkm_export.kv_cache import FLOAT
 
 __all__ = ["genai_config", "genai_runs", "generation_config"]
 
@@ -49,9 +50,15 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def genai_runs(plan: OnnxPlan) -> bool:
-    """Whether onnxruntime-genai can: it has no names for other states than keys and values, and one size of heads."""
+    """Whether onnxruntime-genai can: it has no names for other states than keys and values, and one size of heads.
+
+    Keys and values of int8 it knows inside of GroupQueryAttention only, with scales that are constants.
+    """
     return (
-        plan.interface == "decoder" and not layers_with(plan.config, Columns) and not plan.config.full_heads
+        plan.interface == "decoder"
+        and not layers_with(plan.config, Columns)
+        and not plan.config.full_heads
+        and plan.kv_cache == FLOAT
     )
 
 

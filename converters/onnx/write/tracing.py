@@ -96,6 +96,7 @@ class Tracer:
             torch.float32: types.FLOAT,
             torch.float16: types.FLOAT16,
             torch.int64: types.INT64,
+            torch.int8: types.INT8,
             torch.bool: types.BOOL,
         }[dtype]
 
@@ -169,6 +170,14 @@ class Value:
     def minimum(self, other: Value) -> Value:
         """The smaller one, element by element."""
         return self._binary("Min", other)
+
+    def abs(self) -> Value:
+        """Magnitude."""
+        return self._unary("Abs")
+
+    def round(self) -> Value:
+        """To the nearest integer, ties to even."""
+        return self._unary("Round")
 
     def exp(self) -> Value:
         """Exponential."""

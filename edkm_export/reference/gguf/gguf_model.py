@@ -15,6 +15,7 @@ from edkm_export.errors import SourceError
 from edkm_export.guarded_tokenizer import guarded
 from edkm_export.reference.account import Account
 from edkm_export.reference.built_config import built_config
+from edkm_export.reference.float_weights import FloatWeights
 from edkm_export.reference.gguf.architectures import ARCHITECTURES
 from edkm_export.reference.gguf.gguf_file import GgufFile
 from edkm_export.reference.gguf.gguf_settings import GgufSettings
@@ -184,21 +185,30 @@ class GgufModel:
             SourceError: see `load_model`.
             InputError: a weight holds what float16 cannot hold.
         """
-        self.account().require_understood()
         kind = dtype or torch.float16
-        model = self._skeleton(kind)
+        opened = self.open_weights(kind)
+        for place in self._places.values():
+            check_weight(place.parameter, opened.read(place.parameter), str(self.file.path))
+        return stream(opened.model, opened.read, keys=opened.keys, dtype=kind, room_bytes=room_bytes)
+
+    def open_weights(self, dtype: torch.dtype) -> FloatWeights:
+        """The model without weights, and how to decode each of them, in this dtype.
+
+        Raises:
+            SourceError: see `load_model`.
+        """
+        self.account().require_understood()
+        model = self._skeleton(dtype)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         names = {place.parameter: name for name, place in self._places.items()}
 
         def read(parameter: str) -> Tensor:
             name = names[parameter]
-            return read_parameter(self.file, name, self._places[name], shapes[parameter], kind)
+            return read_parameter(self.file, name, self._places[name], shapes[parameter], dtype)
 
         model.tie_weights()
         keys = shared_names(model)
-        for name in names:
-            check_weight(name, read(name), str(self.file.path))
-        return stream(model, read, keys=keys, dtype=kind, room_bytes=room_bytes)
+        return FloatWeights(str(self.file.path), model.eval().requires_grad_(False), read, dtype, keys)
 
     def load_tokenizer(self) -> Any:
         """The tokenizer.

@@ -102,6 +102,14 @@ class Processes:
         dist.broadcast_object_list(result, src=0)
         return result[0]  # type: ignore[return-value]
 
+    def exchange(self, value: _Result) -> list[_Result]:
+        """What each process has of something that can be pickled, in their order; in every process."""
+        if not self.are_many:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
     def total(self, values: Tensor) -> Tensor:
         """Sum over the processes, in place."""
         if self.are_many:

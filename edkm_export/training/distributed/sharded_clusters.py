@@ -296,6 +296,18 @@ class ShardedClusters(Clusters):
         """How often each index of each group is used, int32 [groups, k]."""
         return self.rows.total(use_counts(self.indices, self.k))
 
+    def index_rows(self) -> Tensor:
+        """Indices of these rows in the shape of the weight's, uint8 [rows, in, ...]; they may be written."""
+        return self._padded[: self.rows.stop - self.rows.start]
+
+    @staticmethod
+    @torch.no_grad()
+    def restored_all(clusters: Sequence[ShardedClusters]) -> None:
+        """Take parameters and indices that were just loaded as they are; a collective."""
+        for each in clusters:
+            each.restored()
+        ShardedClusters.assigned(clusters)
+
     def all_indices(self) -> Tensor:
         """Indices of all rows, in every process: uint8 [groups, m]."""
         return self.rows.gather(self._padded, self.weight.shape[0]).view(self.groups, -1)

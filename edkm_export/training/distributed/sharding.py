@@ -2,84 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from edkm_export.training.distributed.processes import Processes
+from edkm_export.errors import TrainingError
 from edkm_export.training.distributed.sharded_clusters import ShardedClusters, plain
+from edkm_export.training.distributed.shares import Shares
+from edkm_export.training.narrow_moments import NarrowMoments, joined, parts_of
 from edkm_export.training.palettized.batch import ClusterBatch
-from edkm_export.training.palettized.surgery import attach, clusters_of, replace_clusters
+from edkm_export.training.palettized.surgery import clusters_of
+from edkm_export.training.run_weights import frozen_masters
 
 __all__ = ["Sharding"]
 
 
-def _layers(model: Any) -> Iterator[nn.Module]:
-    """The decoder's layers: what transformers keeps on one device when it spreads a model."""
-    names = set(model._no_split_modules or ())
-    for module in model.modules():
-        if type(module).__name__ in names:
-            yield module
-
-
 class Sharding:
-    """Cuts a learner and its optimizer into shares, in place, and handles what FSDP2 does not.
-
-    FSDP2 gathers a layer before its use and frees it afterwards; of a palettized weight it gathers the indices only
-    (`gathered`). The frozen original's layers are cut too; its embedding, head and norms stay whole.
+    """Cuts what is left of a learner into shares, in place, and handles what FSDP2 does not.
 
     Args:
-        learner: the module that is trained, on this process's device and the same in each process; its `model` is
-            palettized.
-        original: the frozen float model, None if it is not needed.
-        optimizer: of the learner's parameters, before its first step; it is attached to the clusters.
-        processes: more than one.
-
-    Raises:
-        InputError: a weight has fewer rows than there are processes.
+        learner: the module that is trained; its `model` is what `Shares.student` built.
+        shares: that built it.
     """
 
-    def __init__(
-        self, learner: Any, original: Any | None, optimizer: torch.optim.Optimizer, processes: Processes
-    ) -> None:
-        self.learner, self.optimizer, self.processes = learner, optimizer, processes
-        self.mesh = init_device_mesh(processes.device.partition(":")[0], (processes.count,))
-        named = {id(parameter): name for name, parameter in learner.named_parameters()}
-        in_groups = [
-            [named[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups
-        ]
-        sharded = {
-            clusters: ShardedClusters(clusters, name, processes)
-            for name, clusters in clusters_of(learner.model).items()
-        }
-        replace_clusters(learner.model, sharded)
-        self.clusters = list(sharded.values())
+    def __init__(self, learner: Any, shares: Shares) -> None:
+        self.learner, self.processes, self.mesh = learner, shares.processes, shares.mesh
+        self.optimizer: Any = None  # set by what trains it
+        found = clusters_of(learner.model).values()
+        self.clusters = [each for each in found if isinstance(each, ShardedClusters)]
+        assert len(self.clusters) == len(found)
         whole: set[nn.Parameter] = {clusters.lut for clusters in self.clusters}
-        for layer in _layers(learner.model):
-            fully_shard(layer, mesh=self.mesh, ignored_params=whole)
         # Resharded after the forward pass too, so that weights are in shares whenever no pass is under way.
         fully_shard(learner, mesh=self.mesh, ignored_params=whole, reshard_after_forward=True)
         register_fsdp_forward_method(learner, "logits")
-        if original is not None:
-            self._shard_frozen(original)
-        parameters = dict(learner.named_parameters())
-        for group, names in zip(optimizer.param_groups, in_groups, strict=True):
-            group["params"] = [parameters[name] for name in names]
-        attach(learner.model, optimizer)
-
-    def _shard_frozen(self, model: Any) -> None:
-        """Cut the layers' matrices of a model that is not trained. Called as it always was, it gathers by itself."""
-        inner = list(_layers(model))
-        cut = {parameter for layer in inner for parameter in layer.parameters() if parameter.dim() > 1}
-        whole = set(model.parameters()) - cut
-        for layer in inner:
-            fully_shard(layer, mesh=self.mesh, ignored_params=whole)
-        fully_shard(model.base_model, mesh=self.mesh, ignored_params=whole)
 
     @torch.no_grad()
     def finish_gradients(self, batch: ClusterBatch) -> None:
@@ -113,15 +73,6 @@ class Sharding:
                 grad.mul_(factor)
         return norm
 
-    def _whole(self, value: Any) -> Any:
-        """A tensor of all processes, on the CPU of the first one; None elsewhere."""
-        found = value
-        if isinstance(value, DTensor):
-            found = self._gather(value)
-        elif not isinstance(value, Tensor):
-            return value
-        return found.cpu() if self.processes.is_first else None
-
     def _gather(self, value: DTensor) -> Tensor:
         rows = value.shape[0]
         share = -(-rows // self.processes.count)
@@ -130,36 +81,55 @@ class Sharding:
         padded[: len(local)] = local
         return self.processes.gather(padded)[:rows]
 
-    @torch.no_grad()
-    def whole_state(self) -> dict[str, Any]:
-        """The student's state dict as if it were not cut, tensor by tensor; for the first process, empty elsewhere."""
-        indices = {id(each.indices): each for each in self.clusters}
-        done: dict[int, Any] = {}
-        held = self.learner.model.state_dict(keep_vars=True)
-        for value in held.values():  # tied ones have several names
-            if id(value) not in done:
-                sharded = indices.get(id(value))
-                done[id(value)] = self._whole(value.detach() if sharded is None else sharded.all_indices())
-        return {name: done[id(value)] for name, value in held.items()} if self.processes.is_first else {}
-
     def whole_parameter(self, parameter: nn.Parameter) -> Tensor:
         """A parameter of all processes, in every process."""
         return self._gather(parameter) if isinstance(parameter, DTensor) else parameter.detach()
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's state dict as if nothing were cut; for the first process only."""
-        state = self.optimizer.state_dict()
-        whole = {
-            number: {name: self._whole(value) for name, value in own.items()}
-            for number, own in state["state"].items()
-        }
-        return {"state": whole, "param_groups": state["param_groups"]} if self.processes.is_first else {}
+    @torch.no_grad()
+    def load_weights(self, state: Mapping[str, Tensor], folder: Path) -> None:
+        """Take this process's shares out of whole tensors, as `run_weights.save_weights` writes them.
+
+        Raises:
+            TrainingError: they belong to another model or recipe.
+        """
+        indices = {id(each.indices): each for each in self.clusters}
+        held = self.learner.model.state_dict(keep_vars=True)
+        excused = frozen_masters(self.learner.model)
+        wrong = [name for name in state if name not in held]
+        for name, value in held.items():
+            if name not in state:
+                wrong += [] if name in excused else [name]
+                continue
+            clusters, given = indices.get(id(value)), state[name]
+            own = value.detach() if clusters is None else clusters.index_rows()
+            like = value if clusters is None else clusters.weight
+            if isinstance(like, DTensor):
+                given = self._rows(given.view(like.shape) if given.numel() == like.numel() else given, like)
+                own = plain(own)
+            if given.shape != own.shape:
+                wrong.append(name)
+            else:
+                own.copy_(given)
+        if wrong:
+            raise TrainingError(f"{folder}: does not fit the model: {', '.join(wrong[:4])}.")
+        ShardedClusters.restored_all(self.clusters)
+
+    def _rows(self, whole: Tensor, like: Tensor) -> Tensor:
+        """Of a whole tensor, the rows that this process holds of a parameter."""
+        share = -(-like.shape[0] // self.processes.count)
+        start = min(self.processes.rank * share, len(whole))
+        return whole[start : start + share]
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
-        """Take this process's shares out of what `optimizer_state` returned."""
+        """Take this process's shares out of the state of a single process's optimizer."""
         parameters = [
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
         ]  # numbered in this order, torch.optim.Optimizer.state_dict
+        if isinstance(self.optimizer, NarrowMoments):
+            self.optimizer.load_state_dict({**state, "state": {}})
+            for number, values in state["state"].items():
+                self.optimizer.restore(parameters[number], self._narrow(values, parameters[number]))
+            return
         own = {
             number: {
                 name: self._cut(value, parameters[number])
@@ -171,12 +141,25 @@ class Sharding:
         }
         self.optimizer.load_state_dict({"state": own, "param_groups": state["param_groups"]})
 
+    def _narrow(self, values: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+        """The rows that this process holds of the state of a parameter."""
+        parts = {
+            f"{key}{part}": tensor
+            for key, value in joined(values).items()
+            for part, tensor in parts_of(value, by_rows=True).items()
+        }
+        device, is_cut = plain(parameter).device, isinstance(parameter, DTensor)
+        return joined(
+            {
+                key: (self._rows(value, parameter) if is_cut and value.dim() else value).to(device, copy=True)
+                for key, value in parts.items()
+            }
+        )
+
     def _cut(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
         if not isinstance(parameter, DTensor):
             return whole
-        share = -(-parameter.shape[0] // self.processes.count)
-        start = min(self.processes.rank * share, len(whole))
-        local = whole[start : start + share].to(parameter.device, copy=True)
+        local = self._rows(whole, parameter).to(parameter.device, copy=True)
         return DTensor.from_local(
             local,
             self.mesh,

@@ -200,6 +200,12 @@ class Clusters(nn.Module):
         self._round()
         self.assign()
 
+    @torch.no_grad()
+    def narrow(self) -> None:
+        """Hold the master weight in bfloat16 from now on; indices and LUT stay those of the weight so far."""
+        self.weight.data = self.weight.data.bfloat16()
+        self.seen()
+
     def adopt(self) -> None:
         """With "dkm", make the last iteration's centroids the LUT."""
         if self._last is not None:
@@ -391,7 +397,7 @@ class Clusters(nn.Module):
         return PalettizedTensor.from_indices(
             name,
             rounded.lut[:, None, :, None],
-            self.indices.cpu().view(self.weight.shape[0], -1),
+            self.indices.view(self.weight.shape[0], -1),
             shape=tuple(self.weight.shape),
             lut_scale=None if rounded.scale is None else rounded.scale[:, None],
             lut_dtype=self.grid.lut_dtype,

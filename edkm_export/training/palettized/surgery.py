@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +26,17 @@ from edkm_export.training.palettized.modules import (
     PalettizedLinear,
     PalettizedModule,
 )
+from edkm_export.training.palettized.tables import look_up
 
 __all__ = [
     "Importance",
     "attach",
     "clusters_of",
     "embedding_scale",
+    "importance_of",
     "insert_clusters",
+    "insert_palettes",
+    "palettize_layers",
     "replace_clusters",
     "seed_centroids",
     "to_checkpoint",
@@ -75,6 +79,12 @@ class Importance:
         further = None if self.further is None else self.further.row_cost()
         return found if further is None else found + further
 
+    def cpu(self) -> Importance:
+        """The same on the CPU."""
+        outputs, products = (None if each is None else each.cpu() for each in (self.outputs, self.products))
+        further = None if self.further is None else self.further.cpu()
+        return Importance(self.inputs.cpu(), outputs, products, further)
+
 
 def _is_embedding(module: nn.Module) -> bool:
     """True for Gemma's scaled embeddings too."""
@@ -105,22 +115,26 @@ def trainable_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def seed_centroids(weight: Tensor, rule: Rule, importance: Importance | None = None) -> tuple[Tensor, Tensor]:
+def seed_centroids(
+    weight: Tensor, rule: Rule, importance: Importance | None = None, *, threads: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Exact k-means of each group.
 
     Args:
         weight: float [out, in, ...].
         rule: bits and group size.
         importance: weighs the error; None: all weights alike.
+        threads: that groups are spread over; None: as many as torch uses.
 
     Returns:
         Centroids float64 [groups, k], and the squared error of each group float64 [groups], weighted.
     """
     out = weight.shape[0]
     groups = out // (rule.group_size or out)
-    grouped = weight.detach().reshape(groups, -1).cpu()
-    if float(grouped.abs().max()) < _FLOAT16_MAX:
+    grouped = weight.detach().reshape(groups, -1)
+    if float(torch.stack(grouped.aminmax()).abs().max()) < _FLOAT16_MAX:
         grouped = grouped.half()  # a histogram instead of sorting; the masters keep their digits
+    grouped = grouped.cpu()
     weights = None
     if importance is not None:
         same = (
@@ -129,7 +143,7 @@ def seed_centroids(weight: Tensor, rule: Rule, importance: Importance | None = N
         rows = out // groups if same else out
         weights = importance.of_weights(rows, weight[0].numel())
         weights = weights.flatten() if same else weights.view(groups, -1)
-    return optimal_centroids(grouped, 1 << rule.bits, importance=weights)
+    return optimal_centroids(grouped, 1 << rule.bits, importance=weights, threads=threads)
 
 
 def insert_clusters(
@@ -164,33 +178,134 @@ def insert_clusters(
         RecipeError, PaletteError: the recipe does not fit the model.
         InputError: a weight is not finite, or a layer is of a kind that cannot be trained.
     """
-    plan = recipe.plan(trainable_shapes(model), source)
-    users: dict[int, list[tuple[str, Any]]] = {}
-    for name, module in _targets(model):
-        users.setdefault(id(module.weight), []).append((name, module))
+    palettize_layers(
+        model,
+        recipe.plan(trainable_shapes(model), source),
+        method=method,
+        importance=importance,
+        seeds=seeds,
+        seeded=seeded,
+        in_bfloat16=in_bfloat16,
+        source=source,
+        advance=advance,
+    )
+    return model
+
+
+def palettize_layers(
+    model: nn.Module,
+    plan: Mapping[str, Rule],
+    *,
+    method: ClusterMethod,
+    importance: Mapping[str, Importance] | None = None,
+    seeds: Mapping[tuple[str, int], Tensor] | None = None,
+    seeded: bool = True,
+    in_bfloat16: bool = False,
+    source: str = "model",
+    advance: Callable[[str, int], None] | None = None,
+) -> None:
+    """Replace some layers, as `insert_clusters` replaces those of a recipe.
+
+    Args:
+        model: changed in place; these layers have values, others need none.
+        plan: {module name: rule}, in the order in which they are replaced.
+        method: see `insert_clusters`, as for the others.
+        importance: of weights without seeds.
+        seeds: centroids that are known.
+        seeded: whether there are centroids yet.
+        in_bfloat16: whether products will run in bfloat16.
+        source: name of the model.
+        advance: called with what is done.
+
+    Raises:
+        InputError: a weight is not finite, or a layer is of a kind that cannot be trained.
+    """
+    users = _users(model)
     for name, rule in tracked(plan.items(), "clustering", "weights"):
         layer: Any = model.get_submodule(name)
         weight = held_weight(layer)
         if not bool(torch.isfinite(weight).all()):
             raise InputError(f"{source}: {name}.weight holds NaN or infinity; the model is broken.")
         sharing = users[id(layer.weight)]
-        found = (
-            next((importance[user] for user, _ in sharing if user in importance), None)
-            if importance
-            else None
-        )
         if not seeded:
             centroids = torch.zeros(weight.shape[0] // (rule.group_size or weight.shape[0]), 1 << rule.bits)
         elif seeds is not None and (name, rule.bits) in seeds:
             centroids = seeds[name, rule.bits]
         else:
-            centroids, _ = seed_centroids(weight, rule, found)
+            centroids, _ = seed_centroids(weight, rule, _known(importance, sharing))
         clusters = Clusters(weight, centroids, rule, method, in_bfloat16=in_bfloat16)
         for user, old in sharing:
             _replace(model, user, _palettized(f"{source}: {user}", old, clusters))
         if advance is not None:
             advance(name, weight.numel())
+
+
+def _users(model: nn.Module) -> dict[int, list[tuple[str, Any]]]:
+    """{id of a weight: names and modules of those that share it}."""
+    users: dict[int, list[tuple[str, Any]]] = {}
+    for name, module in _targets(model):
+        users.setdefault(id(module.weight), []).append((name, module))
+    return users
+
+
+def _known(
+    importance: Mapping[str, Importance] | None, sharing: Sequence[tuple[str, Any]]
+) -> Importance | None:
+    return next((importance[user] for user, _ in sharing if user in importance), None) if importance else None
+
+
+def importance_of(
+    model: nn.Module, plan: Iterable[str], importance: Mapping[str, Importance]
+) -> dict[str, Importance]:
+    """Importance of the weights of some layers: a tied one has that of whichever of its modules was measured."""
+    users = _users(model)
+    found = {name: _known(importance, users[id(model.get_submodule(name).weight)]) for name in plan}
+    return {name: each for name, each in found.items() if each is not None}
+
+
+@torch.no_grad()
+def insert_palettes(
+    model: nn.Module,
+    palettes: Mapping[str, PalettizedTensor],
+    rules: Mapping[str, Rule],
+    *,
+    method: ClusterMethod,
+    margin: float = 0.1,
+) -> nn.Module:
+    """Replace layers by palettized ones that begin at palettes which are known.
+
+    Each master weight is the layer's own, moved into the cell of its index, so that the nearest entry is the palette's.
+
+    Args:
+        model: changed in place.
+        palettes: {module name: palette of its weight}; one LUT for each group of rows.
+        rules: {module name: its rule}, of which the palettes are.
+        method: how gradients pass the clustering.
+        margin: how far inside of the cell a weight from outside is put, as a share of the way to its entry.
+
+    Returns:
+        The model.
+    """
+    for name, palette in palettes.items():
+        layer: Any = model.get_submodule(name)
+        weight = held_weight(layer)
+        centroids = palette.lut_values().to(weight.device, torch.float32).flatten(1)  # [groups, k]
+        indices = palette.unpack_indices().to(weight.device).view(len(centroids), -1)
+        masters = _in_cells(weight.reshape(len(centroids), -1), centroids, indices, margin)
+        clusters = Clusters(masters.view_as(weight), centroids, rules[name], method)
+        _replace(model, name, _palettized(name, layer, clusters))
     return model
+
+
+def _in_cells(weight: Tensor, centroids: Tensor, indices: Tensor, margin: float) -> Tensor:
+    """Weights [groups, m] where their nearest centroids [groups, k] are those of the indices."""
+    ordered, places = centroids.sort(1)
+    middles = (ordered[:, 1:] + ordered[:, :-1]) / 2
+    ends = torch.full_like(ordered[:, :1], torch.inf)
+    low = torch.cat([-ends, middles + margin * (ordered[:, 1:] - middles)], 1)
+    high = torch.cat([middles - margin * (middles - ordered[:, :-1]), ends], 1)
+    low, high = (torch.empty_like(each).scatter_(1, places, each) for each in (low, high))
+    return weight.clamp(look_up(low, indices), look_up(high, indices))
 
 
 def _palettized(where: str, module: Any, clusters: Clusters) -> PalettizedModule:

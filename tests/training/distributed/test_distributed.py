@@ -13,14 +13,17 @@ import os
 import shutil
 import socket
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from edkm_export.checkpoint import load
 from edkm_export.errors import InputError
+from edkm_export.reference.float_weights import FloatWeights
 from edkm_export.reference.source import Source
 from edkm_export.training import run_checkpoints
 from edkm_export.training.distributed.sharded_clusters import ShardedClusters, plain
@@ -60,11 +63,12 @@ def run(
     data: Path = DATA,
     device: str = "cpu",
     model: Path = MODEL,
+    tell: Callable[[str], None] = lambda _line: None,
     **arguments: Any,
 ) -> None:
     texts = [HELDOUT] if "eval_every" in changes else []
     config = BASE.updated(changes)
-    made = Run(Source.parse(str(model)), [data], folder, config, eval_texts=texts)
+    made = Run(Source.parse(str(model)), [data], folder, config, eval_texts=texts, tell=tell)
     made.complete(device=device, **arguments)
 
 
@@ -90,7 +94,7 @@ def learner(
     torch.set_num_threads(1)
     local = rank % max(1, torch.cuda.device_count())
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    contribute, go = ShardedClusters.contribution, PaletteTrainer.run
+    contribute, go, fill = ShardedClusters.contribution, PaletteTrainer.run, FloatWeights.fill
     seen: dict[str, Any] = {}
 
     def gather(self: ShardedClusters) -> torch.Tensor:
@@ -102,10 +106,18 @@ def learner(
         go(self, resume)
         seen["bytes"] = held_bytes(self)
 
+    def filled(self: FloatWeights, model: Any, within: Any, device: str) -> None:
+        fill(self, model, within, device)
+        whole = [each for each in model.parameters() if not each.is_meta and not isinstance(each, DTensor)]
+        seen["whole"] = max(seen.get("whole", 0), sum(each.numel() for each in whole if each.dim() > 1))
+
     ShardedClusters.contribution, PaletteTrainer.run = gather, measured  # type: ignore[method-assign]
+    FloatWeights.fill = filled  # type: ignore[method-assign]
     for port, (name, changes, arguments) in zip(ports, tasks, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         seen.clear()
+        if (cut := arguments.pop("of", None)) is not None and rank == 0:
+            cut_off(folder / cut, folder / name)
         if changes.pop("breaks", False) and rank == 1:
             PaletteTrainer.compute_loss = broken  # type: ignore[method-assign]
         try:
@@ -116,6 +128,13 @@ def learner(
         (folder / f"{name}.{rank}.json").write_text(json.dumps(seen))
         if "error" in seen:
             os._exit(2)  # as a command ends that torchrun started
+
+
+def cut_off(run: Path, copy: Path) -> None:
+    """A copy of a run of four steps that has only come to its second."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "checkpoint-4")
+    (copy / "model.pt").unlink()
 
 
 def broken(self: Any, *_args: Any, **_kwargs: Any) -> Any:
@@ -133,7 +152,7 @@ def two_processes(folder: Path, *tasks: tuple[str, dict[str, Any], dict[str, Any
     for process in started:
         process.start()
     for process in started:
-        process.join(120)
+        process.join(300)
     ended = [process.exitcode is not None for process in started]
     for process in started:
         process.kill()
@@ -181,6 +200,18 @@ def assert_same_run(one: Path, two: Path, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(b.dense[name].float(), tensor.float(), rtol=1e-4, atol=1e-5)
 
 
+def assert_same_bits(one: Path, two: Path, *, losses: bool = True) -> None:
+    if losses:
+        assert [each.get("loss") for each in records(one)] == [each.get("loss") for each in records(two)]
+    a, b = load(one / "model.pt"), load(two / "model.pt")
+    assert a.palettized.keys() == b.palettized.keys()
+    for name, weight in a.palettized.items():
+        found = b.palettized[name]
+        assert torch.equal(weight.indices, found.indices) and torch.equal(weight.lut, found.lut), name
+    for name, tensor in a.dense.items():
+        assert torch.equal(tensor, b.dense[name]), name
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one and of two processes; the last of them is broken by one process."""
@@ -191,14 +222,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(folder / "paper-one", PAPER)
     torch.set_num_threads(threads)
     # A run of one process that was cut off goes on with two.
-    shutil.copytree(folder / "plain-one", folder / "resumed")
-    shutil.rmtree(folder / "resumed" / "checkpoints" / "checkpoint-4")
-    (folder / "resumed" / "model.pt").unlink()
+    cut_off(folder / "plain-one", folder / "resumed")
     two_processes(
         folder,
         ("plain", PLAIN, {}),
         ("paper", PAPER, {}),
         ("resumed", PLAIN, {"resume": True}),
+        ("again", PLAIN, {"resume": True, "of": "plain"}),
         ("broken", {"breaks": True, "steps": 2}, {}),
     )
     return folder
@@ -241,15 +271,38 @@ def test_files_are_written_once(runs: Path) -> None:
     assert [each["step"] for each in records(runs / "plain")] == [1, 2, 3, 4]
     names = sorted(path.name for path in (runs / "plain" / "checkpoints").glob("checkpoint-*"))
     assert names == ["checkpoint-2", "checkpoint-4"]
-    one = torch.load(
-        runs / "plain-one" / "checkpoints" / "checkpoint-4" / run_checkpoints.WEIGHTS, weights_only=True
-    )
-    two = torch.load(
-        runs / "plain" / "checkpoints" / "checkpoint-4" / run_checkpoints.WEIGHTS, weights_only=True
-    )
-    assert {name: value.shape for name, value in one.items()} == {
-        name: value.shape for name, value in two.items()
-    }
+    checkpoint = runs / "plain" / "checkpoints" / "checkpoint-4"
+    listed = run_checkpoints.read_mark(checkpoint).files
+    assert listed is not None and not (checkpoint / run_checkpoints.WEIGHTS).exists()
+    # Each process wrote a part, and every file is listed with its digest.
+    assert {"shards/.metadata", "shards/__0_0.distcp", "shards/__1_0.distcp"} <= listed.keys()
+    held = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert held == {*listed, "complete.json"}
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_with_two(runs: Path) -> None:
+    seen(runs, "again")
+    assert_same_bits(runs / "plain", runs / "again")
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_with_one(runs: Path, tmp_path: Path) -> None:
+    cut_off(runs / "plain", tmp_path / "alone")
+    told: list[str] = []
+    run(tmp_path / "alone", PLAIN, tell=told.append, resume=True)
+    assert "goes on from step 2" in told[0]
+    assert_same_run(runs / "plain", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_damaged_part_is_not_gone_on_from(runs: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(runs / "plain" / "checkpoints", tmp_path / "checkpoints"))
+    part = copy / "checkpoint-4" / "shards" / "__1_0.distcp"
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    told: list[str] = []
+    found = run_checkpoints.last_whole(copy, [run_checkpoints.WEIGHTS], told.append)
+    assert found == copy / "checkpoint-2" and "shards/__1_0.distcp was damaged" in told[0]
 
 
 @pytest.mark.slow
