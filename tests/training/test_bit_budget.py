@@ -49,7 +49,7 @@ CASES = [
     ("untied_and_biased", 3.9, {"bits": 2, "group_size": 0}),
     ("vocab_257", 5.5, {}),  # prime: a LUT for each row would take more than 8 bits
     ("odd_sizes", 5.0, {"lut_dtype": "int8"}),
-    ("head_dim_10", 4.0, {"bits": 2, "lut_dtype": "int4", "group_size": 8}),
+    ("head_dim_10", 4.0, {"bits": 2, "lut_dtype": "int4", "group_size": 4}),
 ]
 
 
