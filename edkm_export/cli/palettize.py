@@ -168,7 +168,7 @@ def command(
 
     weights = sum(tensor.numel for tensor in finished.palettized.values())
     out.print(
-        f"{output}: {len(finished.palettized)} weights palettized with recipe {plan.name}, "
+        f"{output}: {len(finished.palettized)} weights palettized with recipe {finished.recipe['name']}, "
         f"{weights:,} of {finished.numel:,} parameters",
         soft_wrap=True,
     )

@@ -190,6 +190,18 @@ def test_an_artifact_that_answers_otherwise_is_a_fault_unless_at_a_tie(
     assert len(faults) == 7 and "chooses 'choice 2', hard PyTorch 'choice 1'" in faults[-1]
 
 
+def test_answers_of_int8_keys_and_values_are_counted_alone(
+    sound: Checkpoint, tasks: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    exported = edkm_export.export(sound, tmp_path / "out", "onnx", runtime="exact", kv_cache="int8")
+    found = exported.verify(text=[PROSE * 3], tokens=128, tasks=tasks)
+    answers = rung(found, "tasks-artifact")
+    assert answers.verdict is Verdict.REPORTED and answers.threshold == "none", answers.detail
+    assert found.faithful_export is Verdict.PASS
+    assert next(task for task in found.tasks if task.task == "JSON").artifact == 4
+
+
 def test_weights_that_are_read_as_they_are_used_give_the_same_answers(sound: Checkpoint, tasks: Path) -> None:
     asked, tokenizer = questions(sound, tasks), load_hard_tokenizer(sound)
     whole = answers_of(load_hard_model(sound), asked, tokenizer)
