@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,11 @@ from edkm_export.training.curve import draw
 from edkm_export.training.data import read_tokens
 from edkm_export.training.distributed.processes import ALONE, Processes
 from edkm_export.training.distributed.sharding import Sharding
-from edkm_export.training.evaluation import Evaluation, Evaluations
+from edkm_export.training.evaluation import Evaluations
 from edkm_export.training.learner import Learner, Student
 from edkm_export.training.models import Models, check_vocabulary
 from edkm_export.training.optimizer import freeze
+from edkm_export.training.outcome import Outcome
 from edkm_export.training.palettized.surgery import to_checkpoint
 from edkm_export.training.preparation import (
     Chosen,
@@ -54,28 +54,7 @@ from edkm_export.training.trainer import PaletteTrainer
 from edkm_export.training.trainer_arguments import training_arguments
 from edkm_export.training.windows import PackedWindows, check_length
 
-__all__ = ["Outcome", "Run"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run produced.
-
-    Attributes:
-        path: the checkpoint.
-        steps, tokens, seconds: how long it trained.
-        average_bits: over the decoder's layers, LUTs included.
-        all_bits: over all weights, everything that is stored included.
-        evaluations: {text: {"original", "one-shot", "trained": Evaluation}}.
-    """
-
-    path: Path
-    steps: int
-    tokens: int
-    seconds: float
-    average_bits: float
-    all_bits: float
-    evaluations: dict[str, dict[str, Evaluation]]
+__all__ = ["Run"]
 
 
 class Run:

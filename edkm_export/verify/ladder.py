@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from edkm_export.artifact.execution import AT_FAULT, Execution
-from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, token_losses
+from edkm_export.artifact.metrics import Perplexity, divergence
 from edkm_export.artifact.protocol import Artifact, Decoding, kv_cache_of
 from edkm_export.artifact.thresholds import EXECUTION, decode_limit
 from edkm_export.beside import Beside
@@ -63,11 +63,13 @@ from edkm_export.verify.task_rungs import climb_tasks
 from edkm_export.verify.task_runs import Answer, answers_of, questions_of
 from edkm_export.verify.time_budget import Budget, cuts, run_windows
 from edkm_export.verify.torch_runs import (
+    distance_of,
     hidden_states,
     how_run,
     layer_errors,
     measure_original,
     measure_soft,
+    perplexity_of,
     transformers_model,
 )
 from edkm_export.verify.verdicts import faithful_export, quality
@@ -161,7 +163,9 @@ def verify_artifact(
     if (held := streamed_weights(model)) is not None:
         held.release()  # the artifact needs the memory
     run = {"original": before, "trained soft model": soft, HARD: hard, compared: cached or hard}
-    perplexities = {name: _perplexity(logits, windows) for name, logits in run.items() if logits is not None}
+    perplexities = {
+        name: perplexity_of(logits, windows) for name, logits in run.items() if logits is not None
+    }
     rungs = [source_rung(checkpoint, evaluation.original, missing)]
     source = evaluation.original
     if source is not None and source.gguf_file is not None and source.adapter is None:
@@ -172,12 +176,12 @@ def verify_artifact(
     rungs += soft_rungs(
         no_soft or f"no original to compare with: {missing}",
         "" if evaluation.soft is None else evaluation.soft.how,
-        _distance(before, soft),
-        _distance(soft, hard),
+        distance_of(before, soft),
+        distance_of(soft, hard),
         perplexities,
     )
     rungs.append(
-        palettization_rung(limit_of(checkpoint, evaluation), missing, _distance(before, hard), perplexities)
+        palettization_rung(limit_of(checkpoint, evaluation), missing, distance_of(before, hard), perplexities)
     )
     if cached is not None:
         limited = limit_of(checkpoint, evaluation).ratio is not None
@@ -271,17 +275,6 @@ def verify_artifact(
     )
 
 
-def _perplexity(logits: list[Tensor], windows: Tensor) -> Perplexity:
-    return perplexity(token_losses(one, window) for one, window in zip(logits, windows, strict=True))
-
-
-def _distance(reference: list[Tensor] | None, candidate: list[Tensor] | None) -> Divergence | None:
-    """None when one of the two was not run."""
-    if reference is None or candidate is None:
-        return None
-    return divergence(zip(reference, candidate, strict=True))
-
-
 def _weights_size(artifact: Artifact) -> int | None:
     try:
         return artifact.weights_size_bytes()
@@ -318,7 +311,7 @@ def _execute(
         return rung(f"{found}: it is another model."), None
     distance = divergence(zip(hard, logits, strict=True))
     few = execution.positions is not None  # of which a perplexity says nothing
-    return rung(distance), None if few else _perplexity(logits, windows)
+    return rung(distance), None if few else perplexity_of(logits, windows)
 
 
 def _decode(artifact: Artifact, windows: Tensor, budget: Budget, model: Any) -> Rung:

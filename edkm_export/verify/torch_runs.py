@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edkm_export.artifact.execution import Execute
 from edkm_export.artifact.generation import generate
-from edkm_export.artifact.metrics import snr_db
+from edkm_export.artifact.metrics import Divergence, Perplexity, divergence, perplexity, snr_db, token_losses
 from edkm_export.checkpoint import Checkpoint
 from edkm_export.errors import EdkmExportError, InputError
 from edkm_export.kv_cache import FLOAT, INT8, KVCache
@@ -32,10 +32,12 @@ __all__ = [
     "Measured",
     "hidden_states",
     "comparing_outputs",
+    "distance_of",
     "how_run",
     "layer_errors",
     "measure_original",
     "measure_soft",
+    "perplexity_of",
     "transformers_model",
 ]
 
@@ -282,3 +284,15 @@ def _comparer(found: dict[str, float], name: str, tensor: PalettizedTensor) -> A
             weight.data = original
 
     return compare
+
+
+def perplexity_of(logits: Sequence[Tensor], windows: Tensor) -> Perplexity:
+    """Of windows int64 [windows, context] by their logits float [context, vocab_size] each."""
+    return perplexity(token_losses(one, window) for one, window in zip(logits, windows, strict=True))
+
+
+def distance_of(reference: Sequence[Tensor] | None, candidate: Sequence[Tensor] | None) -> Divergence | None:
+    """Between the logits of two models on the same windows; None when one of them was not run."""
+    if reference is None or candidate is None:
+        return None
+    return divergence(zip(reference, candidate, strict=True))

@@ -204,6 +204,23 @@ def test_weights_of_which_nothing_is_known_keep_their_bits() -> None:
         budget.spend(importance, seeding)
 
 
+def test_layers_are_fitted_at_the_bits_that_were_chosen() -> None:
+    """Effort high: the bits are those without it, the layers are fitted, and the embedding makes up for its errors."""
+    tokens = torch.cat([windows(seed) for seed in range(8)])
+    plain, high = (
+        edkm_export.palettize(build("plain"), calibration=tokens, target_bits=3.6, **options)
+        for options in ({}, {"effort": "high", "device": "cpu"})
+    )
+    assert high.recipe == plain.recipe
+    assert high.provenance["target_bits"] == plain.provenance["target_bits"]
+    assert high.palettized[EMBEDDING].same_bits(plain.palettized[EMBEDDING])
+    assert high.palettized[EMBEDDING].n_bits < 8
+    assert written_bits(high) == plain.size_bytes * 8
+    layers = high.provenance["reconstruction"]["layers"]
+    assert len(layers) == 2 and all(after <= before for before, after in layers.values())
+    assert any(after < before for before, after in layers.values())
+
+
 def test_what_was_measured_moves_whole() -> None:
     """Between processes, by way of the CPU: products, and the further use of a tied embedding, are still there."""
     model = build("plain").requires_grad_(False)

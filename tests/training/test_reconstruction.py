@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from edkm_export.artifact.metrics import divergence
 from edkm_export.calibration import input_energy
 from edkm_export.errors import InputError
-from edkm_export.palettization import PalettizedModel, palettizable_shapes, palettize_model
+from edkm_export.palettization import (
+    PalettizedModel,
+    palettizable_shapes,
+    palettize_ends,
+    palettize_model,
+)
 from edkm_export.recipe import Recipe, Rule, uniform_recipe
 from edkm_export.reference.conv1d import as_linear
 from edkm_export.training.block_fit import FitSettings
@@ -152,6 +157,40 @@ def test_families(family):
     with torch.no_grad():
         twin(windows)
     torch.testing.assert_close(found, hidden[0].flatten(0, 1).square().mean(0), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["plain", "untied_and_biased"])
+def test_a_palettized_embedding_is_what_the_layers_are_fitted_on(case):
+    """The palettized stream begins at what the palette decodes to, the other at the float embedding."""
+    model, windows = build(case), windows_of()
+    recipe = uniform_recipe(3)
+    rules = recipe.plan(palettizable_shapes(model), "model")
+    name = "model.embed_tokens"
+    rules[name] = Rule(match=name, bits=2, group_size=16)
+    ends = palettize_ends(model, rules, {name: torch.eye(32)}, windows.numel(), "model", None)
+    given: dict[str, list[Tensor]] = {}
+    inner = Reconstruction._forward
+
+    def watched(self, layer, module, hidden, *args, **named):
+        given[layer] = [hidden.clone(), hidden if self._stream is None else self._stream.clone()]
+        return inner(self, layer, module, hidden, *args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reconstruction, "_forward", watched)
+        made = Reconstruction(model, rules, SETTINGS, ends=ends)
+        made.run(windows)
+    palettized, floats = given["model.layers.0"]
+    embedding = model.get_submodule(name).weight
+    assert torch.equal(floats, embedding[windows])  # the model is as it was
+    assert torch.equal(palettized, ends[name].decode().float()[windows])
+    assert made.palettized[name] is ends[name]
+    with torch.no_grad():  # the second layer's target is what the float layer makes of the float embedding
+        hidden = model(windows, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(given["model.layers.1"][1], hidden)
+    parts = palettize_model(copy.deepcopy(model), recipe, begun=made)
+    (found,) = made.energy.values()
+    expected = input_energy(decoded(model, parts), windows)
+    torch.testing.assert_close(found, expected["lm_head"], rtol=1e-3, atol=1e-5)
 
 
 def test_layers_that_take_more_than_hidden_states():

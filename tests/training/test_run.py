@@ -22,7 +22,8 @@ from edkm_export.cli.train import command
 from edkm_export.errors import InputError, OutputExistsError, TrainingError
 from edkm_export.reference.source import Source
 from edkm_export.training import run_checkpoints
-from edkm_export.training.run import Outcome, Run
+from edkm_export.training.outcome import Outcome
+from edkm_export.training.run import Run
 from edkm_export.training.train_config import PRESETS, TrainConfig
 from edkm_export.training.trainer import PaletteTrainer
 from tests.helpers.paths import FIXTURES, ROOT

@@ -28,6 +28,7 @@ from edkm_export.verify.rungs import (
     soft_rungs,
 )
 from edkm_export.verify.source_rung import source_rung, source_runtime_rung
+from edkm_export.verify.task_rungs import answers_rung, tasks_rung
 from tests.helpers.paths import ROOT
 
 PAGE = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
@@ -87,6 +88,8 @@ def rungs() -> dict[str, Rung]:
         *soft_rungs("", "", distance, distance, perplexities),
         palettization_rung(t.quality_limit(4), "", distance, perplexities),
         kv_cache_rung(distance, perplexities, "hard PyTorch, int8 keys and values", limited=True),
+        tasks_rung(None, "no original", None),
+        answers_rung(None, "no items", "x"),
         compare_bytes(Checkpoint(config={}, palettized={}, dense={}), DAMAGED)[0],
         size_rung(1, 1),
         context_rung(1, 1),
@@ -129,6 +132,8 @@ EXPECTED: dict[str, list[float]] = {
     "continuation": [t.NEAR_TIE_NATS],
     "continuation-rounded": [t.ROUNDED_TIE_NATS],
     "decoding": [],
+    "tasks": [],
+    "tasks-artifact": [],
     "execution-...": [],
     "execution-coreai-twin": [t.FLOAT16_TWIN.top1, t.FLOAT16_TWIN.median_kl],
     "execution-coreai": [t.float16_chains([1]).top1],
