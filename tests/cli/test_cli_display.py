@@ -243,11 +243,13 @@ def test_abandoned_loop_does_not_take_others_along():
     assert display._stack == [outer, later]
 
 
-def in_terminal(*arguments: object, environment: dict[str, str]) -> tuple[int, str]:
+def in_terminal(
+    *arguments: object, environment: dict[str, str], program: tuple[str, str] = ("-m", "edkm_export")
+) -> tuple[int, str]:
     """Status and output of a command that runs in a pseudo-terminal of 80 columns."""
     reader, writer = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "edkm_export", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=writer,
         stderr=writer,
@@ -267,9 +269,24 @@ def in_terminal(*arguments: object, environment: dict[str, str]) -> tuple[int, s
     return process.wait(120), b"".join(parts).decode()
 
 
+SLOW_TORCH = """
+import sys, time
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+def slowly(name, *rest):
+    if name == "torch":
+        time.sleep(2.5)
+    return find(name, *rest)
+PathFinder.find_spec = staticmethod(slowly)
+from edkm_export.cli.main import main
+main()
+"""
+
+
 @pytest.mark.parametrize("kind", ["xterm-256color", "dumb"])
 def test_in_a_real_terminal(saved, kind):
-    status, text = in_terminal("inspect", saved, environment={"TERM": kind})
+    """The import of torch takes long here, however fast the machine is: a row is shown after a second."""
+    status, text = in_terminal("inspect", saved, environment={"TERM": kind}, program=("-c", SLOW_TORCH))
     assert status == 0
     if kind == "dumb":
         assert "\x1b" not in text
