@@ -12,13 +12,13 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from edkm_export.regular_file import open_regular
 
-__all__ = ["UnsafeArchiveError", "load_archive"]
+__all__ = ["UnsafeArchiveError", "check_archive", "load_archive"]
 
 _MOST_PICKLE_BYTES = 4 << 20  # a tensor takes some 250 bytes; an object of one byte takes some 200 in memory
 _MOST_DIRECTORY_BYTES = 32 << 20  # of names and offsets: 100 bytes and more for each tensor
@@ -50,7 +50,8 @@ def load_archive(path: str | Path, *, mapped: bool = True) -> Any:
         UnsafeArchiveError: it cannot be read, or must not be.
         OSError: it cannot be opened, or is no ordinary file.
     """
-    _check(Path(path))
+    with open_regular(path) as file:
+        check_archive(file, os.fstat(file.fileno()).st_size)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
@@ -61,19 +62,26 @@ def load_archive(path: str | Path, *, mapped: bool = True) -> Any:
         raise UnsafeArchiveError(_first_line(error)) from error
 
 
-def _check(path: Path) -> None:
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        directory = _directory_bytes(file, size)
-        if directory is None:
-            raise UnsafeArchiveError("is no archive of torch.save, or a truncated one")
-        if directory > _MOST_DIRECTORY_BYTES:
-            raise UnsafeArchiveError(f"its directory has {directory:,} bytes")
-        try:
-            with zipfile.ZipFile(file) as archive:
-                entries = archive.infolist()
-        except Exception as error:  # damaged directories raise errors of struct, of text and of their own
-            raise UnsafeArchiveError(_first_line(error)) from error
+def check_archive(file: IO[bytes], size: int) -> None:
+    """Refuse an archive that would take more memory than it has bytes.
+
+    Args:
+        file: open for reading.
+        size: of it, in bytes.
+
+    Raises:
+        UnsafeArchiveError: it is one, or is no archive of `torch.save`.
+    """
+    directory = _directory_bytes(file, size)
+    if directory is None:
+        raise UnsafeArchiveError("is no archive of torch.save, or a truncated one")
+    if directory > _MOST_DIRECTORY_BYTES:
+        raise UnsafeArchiveError(f"its directory has {directory:,} bytes")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # damaged directories raise errors of struct, of text and of their own
+        raise UnsafeArchiveError(_first_line(error)) from error
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
             raise UnsafeArchiveError(

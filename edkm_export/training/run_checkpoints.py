@@ -47,7 +47,7 @@ _MARK = "complete.json"
 _RANDOM_STATES = (
     "rng_state*.pth"  # one, or one of each process; those of other numbers of processes are not used
 )
-_SHARDS_INDEX = f"{SHARDS}/.metadata"
+_SHARDS_INDEX = f"{SHARDS}/index.json"
 _NAME = re.compile(r"checkpoint-(\d{1,18})", re.ASCII)
 _MARK_BYTES = 1 << 20  # far more than a list of a few dozen files takes
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 from edkm_export.errors import TrainingError
 from edkm_export.limits import is_out_of_memory, words_of
 from edkm_export.training.distributed.processes import Processes
+from edkm_export.training.distributed.shard_index import IndexedReader, IndexedWriter
 from edkm_export.training.distributed.sharded_clusters import ShardedClusters, plain
 from edkm_export.training.narrow_moments import NarrowMoments, joined, parts_of
 from edkm_export.training.palettized.surgery import clusters_of
@@ -110,7 +111,7 @@ class Background:
 
         def work() -> None:
             try:
-                writer = FileSystemWriter(folder, sync_files=True)
+                writer = IndexedWriter(folder, sync_files=True)
                 save(dict(state), storage_writer=writer, process_group=self._group)
                 dist.barrier(self._group)
                 if self._processes.is_first:
@@ -133,7 +134,7 @@ class Background:
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
-            raise error
+            raise _cause(error)
 
 
 @torch.no_grad()
@@ -214,7 +215,7 @@ def _split(name: str, folder: Path) -> tuple[str, str]:
 def _listed(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """{name: shape and dtype} of the tensors in a checkpoint."""
     with _explained(folder):
-        found = FileSystemReader(folder).read_metadata().state_dict_metadata
+        found = IndexedReader(folder).read_metadata().state_dict_metadata
     return {
         name: (tuple(each.size), each.properties.dtype)
         for name, each in found.items()
@@ -224,7 +225,14 @@ def _listed(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 def _read(folder: Path, shares: dict[str, Any]) -> None:
     with _explained(folder):
-        load(shares, storage_reader=FileSystemReader(folder), no_dist=not dist.is_initialized())
+        load(shares, storage_reader=IndexedReader(folder), no_dist=not dist.is_initialized())
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong in the first process that failed: PyTorch wraps it in what is no `Exception`."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return error.failures[min(error.failures)][0]
+    return error
 
 
 @contextlib.contextmanager
@@ -232,9 +240,10 @@ def _explained(folder: Path) -> Iterator[None]:
     """What the reader raises has no common base."""
     try:
         yield
-    except Exception as error:
+    except (Exception, CheckpointException) as raised:
+        error = _cause(raised)
         if is_out_of_memory(error):
-            raise
+            raise error from raised
         raise TrainingError(
             f"{folder}: does not fit the model ({' '.join(words_of(error).split())[:200]})."
         ) from error

@@ -275,7 +275,7 @@ def test_files_are_written_once(runs: Path) -> None:
     listed = run_checkpoints.read_mark(checkpoint).files
     assert listed is not None and not (checkpoint / run_checkpoints.WEIGHTS).exists()
     # Each process wrote a part, and every file is listed with its digest.
-    assert {"shards/.metadata", "shards/__0_0.distcp", "shards/__1_0.distcp"} <= listed.keys()
+    assert {"shards/index.json", "shards/__0_0.distcp", "shards/__1_0.distcp"} <= listed.keys()
     held = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     assert held == {*listed, "complete.json"}
 
