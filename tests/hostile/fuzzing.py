@@ -86,7 +86,7 @@ def main() -> int:
         else:
             readers.append(name)
     with tempfile.TemporaryDirectory(prefix="edkm-fuzz-") as name:
-        seeds = prepare(options.seeds or Path(name) / "seeds")
+        seeds = prepare((options.seeds or Path(name) / "seeds").absolute())  # cases change the folder
         if options.number is not None:
             words, outcome = fuzz_case(readers[0], options.number, seeds, Path(name))
             print(f"{words}\n{outcome.text}\n{outcome.statuses} {outcome.faults} {outcome.seconds:.1f} s")
